@@ -1,0 +1,98 @@
+"""The frontier: every position's deepest state so far, and how many positions each layer has processed.
+
+``filled`` never rises with depth: it is a staircase. One primitive, ``advance(to)``, runs for every layer below ``to`` the
+positions that this layer has not seen. Prefill, drafting, resuming and verifying are all that one step, so nothing is
+ever computed twice and nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adi.model.backbone import Backbone, Rows, States
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Blocks [lo, hi), which all stand at the same position, over the rows that they have not seen."""
+
+    rows: Rows
+    lo: int
+    hi: int
+
+
+class Frontier:
+    """One sequence's progress through the layers.
+
+    ``row_blocks`` counts rows times blocks run so far, ``block_passes`` blocks run however many rows they carried.
+    """
+
+    def __init__(self, backbone: Backbone, *, mlp: bool = False) -> None:
+        self.backbone = backbone
+        self.ids: list[int] = []
+        self.filled = [0] * backbone.spec.layers
+        self.row_blocks = 0
+        self.block_passes = 0
+        self.last: States | None = None
+        self._mlp = mlp
+        self._cache = backbone.new_cache()
+        self._hidden_TD: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Put tokens at the end; nothing runs yet."""
+        self.ids.extend(ids)
+
+    def rollback(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        assert 0 <= length <= self.length, f"cannot roll back from {self.length} to {length}"
+        del self.ids[length:]
+        self.filled = [min(f, length) for f in self.filled]
+
+    def next_pass(self, to: int) -> Pass | None:
+        """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
+        lo = next((layer for layer in range(to) if self.filled[layer] < self.length), None)
+        if lo is None:
+            return None
+        start = self.filled[lo]
+        hi = next((layer for layer in range(lo, to) if self.filled[layer] != start), to)
+        hidden_TD = self._hidden_TD[start : self.length].clone() if lo and self._hidden_TD is not None else None
+        return Pass(Rows(self._cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
+
+    def absorb(self, done: Pass, states: States) -> None:
+        """Take in what a pass gave: its rows are now as deep as it went."""
+        start, end = done.rows.start, done.rows.start + len(done.rows.ids)
+        self._hidden_TD = _room(self._hidden_TD, states.hidden_TD, start, end)
+        self._hidden_TD[start:end] = states.hidden_TD
+        self.filled[done.lo : done.hi] = [end] * (done.hi - done.lo)
+        self.row_blocks += (end - start) * (done.hi - done.lo)
+        self.block_passes += done.hi - done.lo
+        self.last = states
+
+    def advance(self, to: int) -> None:
+        """Bring every position to depth ``to``: for each layer below it, the positions that layer has not seen."""
+        while (ahead := self.next_pass(to)) is not None:
+            (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self._mlp)
+            self.absorb(ahead, states)
+
+    def hidden(self, start: int, end: int) -> Tensor:
+        """The deepest states so far of positions [start, end), ``[T, D]``."""
+        assert self._hidden_TD is not None, "nothing has run yet"
+        return self._hidden_TD[start:end]
+
+
+def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
+    """A buffer for at least ``needed`` positions that keeps the first ``used``."""
+    if buffer is not None and buffer.shape[0] >= needed:
+        return buffer
+    grown = torch.empty((max(64, 1 << (needed - 1).bit_length()), new.shape[-1]), dtype=new.dtype, device=new.device)
+    if buffer is not None:
+        grown[:used] = buffer[:used]
+    return grown

@@ -1,0 +1,223 @@
+"""What decoding tells: one ``Step`` per token, joined to a ``Generation``. JSON both ways."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that a depth considered, with its probability there."""
+
+    token: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """One depth that was looked at for one position: what it would have said, how sure it was, whether it was believed."""
+
+    depth: int
+    token: int | None
+    text: str
+    fired: bool
+    signals: Mapping[str, float]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token put forward at ``depth`` and not yet verified."""
+
+    token: int
+    text: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the output.
+
+    ``depth`` is the number of blocks that had run when the token was chosen and ``level`` says who chose it: "exit" or
+    "full". ``drafted``: it was put forward at an exit; ``accepted``: and full depth agreed. ``rejected`` are drafts thrown
+    away at this position and after it, the first of them replaced by this token. ``signals`` are those of the depth that
+    decided. ``seconds`` is wall-clock since the call, until the token was final.
+    """
+
+    index: int
+    token: int
+    text: str
+    depth: int
+    level: str
+    round: int
+    drafted: bool
+    accepted: bool
+    signals: Mapping[str, float]
+    looks: tuple[Look, ...]
+    rejected: tuple[Draft, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Any) -> Step:
+        """The step that ``to_json`` wrote; ValueError names what is missing, unknown or of another type."""
+        row = _record(Step, value, "a step")
+        looks = []
+        for item in _list(row["looks"], "looks"):
+            look = _record(Look, item, "a look")
+            candidates = tuple(Candidate(**_record(Candidate, c, "a candidate")) for c in _list(look["candidates"], "candidates"))
+            looks.append(Look(**{**look, "candidates": candidates}))
+        rejected = tuple(Draft(**_record(Draft, d, "a draft")) for d in _list(row["rejected"], "rejected"))
+        return Step(**{**row, "looks": tuple(looks), "rejected": rejected})
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """An event: a token was put forward; it may yet be taken back."""
+
+    draft: Draft
+
+
+@dataclass(frozen=True)
+class TakenBack:
+    """An event: the last ``count`` drafts were rejected."""
+
+    count: int
+
+
+Event = Step | Drafted | TakenBack
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a generation cost. ``row_blocks`` counts rows x blocks, the prompt's included; ``block_passes`` blocks run,
+    however many rows each carried; ``rounds`` passes that reached full depth."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+    row_blocks: int
+    block_passes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of one generation, as ``adi run --json`` prints them.
+
+    ``block_rows_full`` and ``block_passes_full`` are what full depth needs for the same tokens.
+    """
+
+    mode: str
+    model: str
+    backend: str
+    precision: str
+    tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    mean_depth: float
+    depth_histogram: Mapping[str, int]
+    block_rows: int
+    block_rows_full: int
+    block_passes: int
+    block_passes_full: int
+    seconds: float
+    tokens_per_second: float
+    finish: str
+    calibrated: bool
+
+    def __str__(self) -> str:
+        share = f"{self.accepted}/{self.drafted} drafts accepted, " if self.drafted and self.mode == "verified" else ""
+        saved = self.block_rows_full - self.block_rows
+        return (
+            f"{self.tokens} tokens in {self.rounds} rounds, {share}mean depth {self.mean_depth:.1f}, "
+            f"{saved:+d} block-rows and {self.block_passes_full - self.block_passes:+d} block passes saved, "
+            f"{self.tokens_per_second:.1f} tokens/s"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    steps: tuple[Step, ...]
+    mode: str
+    model: str
+    backend: str
+    precision: str
+    layers: int
+    finish: str
+    counters: Counters
+
+    def __str__(self) -> str:
+        return self.text
+
+    def summary(self) -> Summary:
+        """Tokens, rounds, acceptance, depths, cost and speed of this generation."""
+        c, tokens = self.counters, len(self.steps)
+        histogram = Counter(step.depth for step in self.steps)
+        rows_full = (len(self.prompt_ids) + max(tokens - 1, 0)) * self.layers
+        return Summary(
+            mode=self.mode,
+            model=self.model,
+            backend=self.backend,
+            precision=self.precision,
+            tokens=tokens,
+            rounds=c.rounds,
+            drafted=c.drafted,
+            accepted=c.accepted,
+            mean_depth=sum(d * n for d, n in histogram.items()) / tokens if tokens else 0.0,
+            depth_histogram={str(d): histogram[d] for d in sorted(histogram)},
+            block_rows=c.row_blocks,
+            block_rows_full=rows_full,
+            block_passes=c.block_passes,
+            block_passes_full=tokens * self.layers,
+            seconds=c.seconds,
+            tokens_per_second=tokens / c.seconds if c.seconds > 0 else 0.0,
+            finish=self.finish,
+            calibrated=self.mode != "reflex",
+        )
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "str": (str,),
+    "float": (float, int),
+    "bool": (bool,),
+    "Mapping[str, float]": (dict,),
+}
+
+
+def _record(kind: Any, value: Any, what: str) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(value, dict) or set(value) != names:
+        got = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{what} has the fields {sorted(names)}, got {got}.")
+    for f in fields(kind):
+        allowed = _TYPES.get(str(f.type))
+        item = value[f.name]
+        if allowed and (not isinstance(item, allowed) or (isinstance(item, bool) and bool not in allowed)):
+            raise ValueError(f"{f.name} of {what} is {item!r:.60}, not {f.type}.")
+        if allowed == (dict,) and not all(isinstance(v, (int, float)) for v in item.values()):
+            raise ValueError(f"{f.name} of {what} maps names to numbers.")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{what} is a list, got {type(value).__name__}.")
+    return list(value)

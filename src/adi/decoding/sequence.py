@@ -1,0 +1,164 @@
+"""One sequence's decoding logic: propose, verify, accept, roll back.
+
+Written once, as generators that yield what they need next (an ``Advance``: go back to here, append these tokens, bring
+all rows to that depth, read the last so many) and are sent the readings. They never call a model, so a driver may run one
+of them or merge the requests of many, and a test may answer from a script. Between requests they yield what has happened.
+
+Greedy verification after Stern et al. 2018 (blockwise parallel decoding) and Leviathan et al. 2023 (speculative decoding);
+the draft is the same network, stopped early, and the frontier keeps what it computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from adi.exits.triggers import Trigger
+
+
+class Reading(Protocol):
+    """What one row shows at one depth; ``exits.reading.Reading`` is the real one."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def signals(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A request: keep the first ``keep`` positions, append ``ids``, bring all rows to depth ``to``, read the last ``read``."""
+
+    keep: int
+    ids: tuple[int, ...]
+    to: int
+    read: int = 1
+
+
+@dataclass(frozen=True)
+class Glance:
+    """One depth looked at on the way: its reading, and whether the trigger believed it."""
+
+    reading: Reading
+    fired: bool
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """A token put forward, with every depth looked at for it; the last is the one that was believed."""
+
+    token: int
+    depth: int
+    glances: tuple[Glance, ...]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A token that is final. ``draft`` is what it was drafted as, ``rejected`` the drafts that it puts an end to."""
+
+    token: int
+    depth: int
+    glances: tuple[Glance, ...]
+    round: int
+    draft: Proposed | None = None
+    rejected: tuple[Proposed, ...] = ()
+
+
+Yields = Advance | Proposed | Decided
+Sequence_ = Generator[Yields, Sequence[Reading], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both ways of decoding need to know. ``stops`` are the depths to look at, ``ends`` says which tokens end it."""
+
+    prompt: tuple[int, ...]
+    budget: int
+    layers: int
+    stops: tuple[int, ...]
+    trigger: Trigger
+    ends: Callable[[int], bool]
+
+
+def climb(plan: Plan, keep: int, ids: tuple[int, ...]) -> Generator[Yields, Sequence[Reading], tuple[Glance, ...]]:
+    """Append ``ids`` and go up from stop to stop until the trigger believes one; nothing is computed twice."""
+    glances: list[Glance] = []
+    for stop in plan.stops:
+        (reading,) = yield Advance(keep, ids, stop)
+        keep, ids = keep + len(ids), ()
+        glances.append(Glance(reading, plan.trigger.fires(reading.signals, stop)))
+        if glances[-1].fired:
+            break
+    return tuple(glances)
+
+
+def immediate(plan: Plan) -> Sequence_:
+    """Whatever the trigger believes stands; where it believes nothing, full depth decides.
+
+    Without stops this is ordinary decoding, with them reflex decoding. Layers that were skipped fill themselves, exactly,
+    when a later token goes deeper.
+    """
+    (reading,) = yield Advance(0, plan.prompt, plan.layers)
+    yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
+    last, length, rounds = reading.token, len(plan.prompt), 1
+    for _ in range(plan.budget - 1):
+        if plan.ends(last):
+            return
+        glances = yield from climb(plan, length, (last,))
+        if not (glances and glances[-1].fired):
+            rest = (last,) if not glances else ()
+            (reading,) = yield Advance(length + 1 - len(rest), rest, plan.layers)
+            glances = (*glances, Glance(reading, False))
+            rounds += 1
+        length += 1
+        last, depth = glances[-1].reading.token, glances[-1].reading.depth
+        draft = Proposed(last, depth, glances) if depth < plan.layers else None
+        yield Decided(last, depth, glances, rounds, draft)
+
+
+def verified(plan: Plan, draft_tokens: int) -> Sequence_:
+    """Draft a block at exits, verify it in one pass, keep what full depth agrees with, add the token it gives next."""
+    (reading,) = yield Advance(0, plan.prompt, plan.layers)
+    yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
+    last, length, left, rounds = reading.token, len(plan.prompt), plan.budget - 1, 1
+    while left > 0 and not plan.ends(last):
+        rounds += 1
+        drafts, silent, readings = yield from _propose_and_verify(plan, length, last, min(draft_tokens, left - 1))
+        agreed = next((i for i, (d, r) in enumerate(zip(drafts, readings, strict=False)) if d.token != r.token), len(drafts))
+        for draft, reading in zip(drafts[:agreed], readings, strict=False):
+            yield Decided(draft.token, draft.depth, (*draft.glances, Glance(reading, False)), rounds, draft)
+        if agreed < len(readings):
+            seen = drafts[agreed].glances if agreed < len(drafts) else silent
+            reading = readings[agreed]
+            glances = (*seen, Glance(reading, False))
+            yield Decided(reading.token, plan.layers, glances, rounds, None, tuple(drafts[agreed:]))
+            last = reading.token
+        else:
+            last = drafts[-1].token  # the draft ended the text, and full depth agrees
+        left -= agreed + 1
+        length += agreed + 1
+
+
+def _propose_and_verify(
+    plan: Plan, length: int, last: int, most: int
+) -> Generator[Yields, Sequence[Reading], tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]]:
+    """Drafts, the glances of a last token that found no believer, and full depth's reading at every row."""
+    drafts: list[Proposed] = []
+    end, row = length, (last,)  # ``row`` is the token that has not entered the network yet
+    while len(drafts) < most and not (drafts and plan.ends(drafts[-1].token)):
+        glances = yield from climb(plan, end, row)
+        if glances:
+            end, row = end + 1, ()
+        if not (glances and glances[-1].fired):
+            readings = yield Advance(end, row, plan.layers, len(drafts) + 1)
+            return drafts, glances, readings
+        drafts.append(Proposed(glances[-1].reading.token, glances[-1].reading.depth, glances))
+        row = (drafts[-1].token,)
+        yield drafts[-1]
+    if drafts and plan.ends(drafts[-1].token):
+        row = ()  # nothing follows an ending, so it need not enter the network
+    readings = yield Advance(end, row, plan.layers, len(drafts) + len(row))
+    return drafts, (), readings

@@ -1,0 +1,1 @@
+"""What an early depth says, and when to believe it."""

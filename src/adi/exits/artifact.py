@@ -1,0 +1,184 @@
+"""``Exits``: heads, trigger and report in one value, saved beside the fingerprint of the model they belong to.
+
+A saved folder holds ``exits.json`` and ``exits.safetensors``; loading runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adi.exits.heads import Adapter, Heads, predict, shortlist
+from adi.exits.signals import Prediction
+from adi.exits.triggers import Threshold, Trigger, trigger_from_json
+from adi.files import read_json, whole_folder, write_json
+from adi.model.backbone import Backbone
+from adi.model.checkpoint import Model
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent.parent / "data" / "exits"
+JSON_FIELDS = {"format", "base", "base_name", "layers", "width", "vocabulary", "depths", "trigger", "report", "made_by"}
+BARE_TRIGGER = Threshold("top_probability", 0.5)
+Reader = Callable[[int, Tensor], Prediction]
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where a model may stop early, what it says there and when to believe it.
+
+    ``base`` is the fingerprint of the model they were made for. ``heads`` is None for bare exits, which speak through the
+    model's own final head. ``report`` is what training measured, ``made_by`` the command, data and seed.
+    """
+
+    base: str
+    base_name: str
+    layers: int
+    width: int
+    vocabulary: int
+    depths: tuple[int, ...]
+    trigger: Trigger
+    heads: Heads | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_trigger(self, trigger: Trigger) -> Exits:
+        """The same exits under another trigger."""
+        return replace(self, trigger=trigger)
+
+    def check(self, backbone: Backbone) -> None:
+        """ValueError unless these exits were made for this very model."""
+        spec = backbone.spec
+        if self.base != spec.fingerprint:
+            raise ValueError(
+                f"these exits belong to {self.base_name} (fingerprint {self.base}), not to {spec.name} "
+                f"(fingerprint {spec.fingerprint}). Make its own with: adi tune {spec.name} --out DIR"
+            )
+        if bad := [d for d in self.depths if d not in spec.stops]:
+            raise ValueError(f"the {spec.backend} engine cannot stop at depths {bad}; it can at {list(spec.stops)}.")
+
+    def reader(self, backbone: Backbone) -> Reader:
+        """``read(depth, hidden_TD)``: what the exit at that depth says of T rows. Refuses another model."""
+        self.check(backbone)
+        heads = self.heads
+        if heads is None:
+            return lambda _, hidden_TD: Prediction(backbone.logits(hidden_TD).log_softmax(-1))
+        among = shortlist(backbone.readout(), heads.ids_S)
+        device = among.weight_SD.device
+        moved = {d: Adapter(**{n: t.to(device) for n, t in a.tensors().items()}) for d, a in heads.adapters.items()}
+        return lambda depth, hidden_TD: predict(moved[depth], among, hidden_TD)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the exits to ``folder``, whole or not at all. Bare exits have nothing to save: ValueError."""
+        from safetensors.torch import save_file
+
+        if self.heads is None:
+            raise ValueError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
+        tensors = {"ids_S": self.heads.ids_S.to(torch.int32).contiguous()}
+        for depth, adapter in self.heads.adapters.items():
+            for name, tensor in adapter.tensors().items():
+                tensors[f"{depth}.{name}"] = tensor.detach().to(torch.float16).contiguous()
+        with whole_folder(Path(folder)) as fresh:
+            save_file(tensors, fresh / "exits.safetensors")
+            write_json(fresh / "exits.json", self._json())
+
+    def _json(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("heads", "trigger")}
+        return {"format": FORMAT, **plain, "depths": list(self.depths), "trigger": self.trigger.to_json()}
+
+
+def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIGGER) -> Exits:
+    """Exits that speak through the model's own final norm and head at ``depths``: no training, any model.
+
+    They are exact when verified and, on ordinary checkpoints, poor guesses (the logit lens, nostalgebraist 2020). The
+    default trigger believes a token from a probability of 0.5 on.
+    """
+    spec = model.backbone.spec
+    chosen = tuple(sorted(set(depths)))
+    if not chosen or any(d not in spec.stops or d >= spec.layers for d in chosen):
+        allowed = ", ".join(str(d) for d in spec.stops if d < spec.layers)
+        raise ValueError(f"depths {tuple(depths)} are not possible; choose among {allowed}.")
+    return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, chosen, trigger)
+
+
+def load_exits(source: str | os.PathLike[str]) -> Exits:
+    """Exits from a folder, or those shipped with the package for a model ("smollm2-135m").
+
+    Raises ValueError for an unknown name, and for a folder that is damaged or written by something else. Whether they
+    fit a model is checked when they meet one.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        known = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+        if str(source) not in known:
+            raise ValueError(
+                f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(known) or 'none are'}). "
+                "Make some with: adi tune MODEL --out DIR"
+            )
+        folder = SHIPPED / str(source)
+    value = read_json(folder / "exits.json", "exits file")
+    if not isinstance(value, dict) or value.get("format") != FORMAT or set(value) != JSON_FIELDS:
+        raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")
+    try:
+        return _parse(value, _tensors(folder / "exits.safetensors"))
+    except ValueError as error:
+        raise ValueError(f"the exits in {folder} are damaged: {error}") from None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
+    for name in ("layers", "width", "vocabulary"):
+        if not isinstance(value[name], int) or value[name] < 1:
+            raise ValueError(f"{name} is {value[name]!r}, not a positive whole number")
+    for name in ("base", "base_name"):
+        if not isinstance(value[name], str):
+            raise ValueError(f"{name} is {value[name]!r}, not a text")
+    for name in ("report", "made_by"):
+        if not isinstance(value[name], dict):
+            raise ValueError(f"{name} is not an object")
+    depths = value["depths"]
+    if not isinstance(depths, list) or not depths or any(type(d) is not int for d in depths) or depths != sorted(set(depths)):
+        raise ValueError(f"depths is {depths!r}, not a rising list of whole numbers")
+    if not 0 < depths[0] <= depths[-1] < value["layers"]:
+        raise ValueError(f"depths {depths} do not lie inside a model of {value['layers']} layers")
+    heads = _heads(depths, value["width"], value["vocabulary"], dict(tensors))
+    known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
+    return Exits(**known, depths=tuple(depths), trigger=trigger_from_json(value["trigger"]), heads=heads)
+
+
+def _heads(depths: list[int], width: int, vocabulary: int, tensors: dict[str, Tensor]) -> Heads:
+    ids_S = tensors.pop("ids_S", None)
+    if ids_S is None or ids_S.dim() != 1 or ids_S.dtype != torch.int32 or ids_S.numel() == 0:
+        raise ValueError("the shortlist ids_S is missing or has another form")
+    if int(ids_S.min()) < 0 or int(ids_S.max()) >= vocabulary or ids_S.unique().numel() != ids_S.numel():
+        raise ValueError(f"the shortlist holds ids twice or outside the vocabulary [0, {vocabulary})")
+    adapters = {}
+    for depth in depths:
+        parts = {f.name: tensors.pop(f"{depth}.{f.name}", None) for f in fields(Adapter)}
+        if missing := [name for name, t in parts.items() if t is None]:
+            raise ValueError(f"depth {depth} lacks {', '.join(missing)}")
+        adapter = Adapter(**{name: t.float() for name, t in parts.items() if t is not None})
+        rank = adapter.up_DR.shape[-1]
+        shapes = {"gain_D": (width,), "shift_D": (width,), "up_DR": (width, rank), "down_DR": (width, rank)}
+        shapes |= {"tail_D": (width,), "tail_bias": (1,)}
+        for name, tensor in adapter.tensors().items():
+            if tuple(tensor.shape) != shapes[name] or not bool(tensor.isfinite().all()):
+                raise ValueError(f"depth {depth}, {name}: shape {tuple(tensor.shape)} or values are not what they must be")
+        adapters[depth] = adapter
+    if tensors:
+        raise ValueError(f"unknown tensors {sorted(tensors)[:3]}")
+    return Heads(ids_S.long(), adapters)

@@ -1,0 +1,100 @@
+"""Light exit heads: a low-rank adapter where the final norm stands, and a shortlist instead of the vocabulary.
+
+``logits_S = scale * W_S (I + U V^T) norm(h) + b_S`` and one more output for everything outside the shortlist, the learned
+tail. ``W_S`` are rows of the model's own head, so a head adds only its adapter, and ``merged`` folds that into a full matrix
+for an ordinary checkpoint. Early-exit heads: BranchyNet (Teerapittayanon et al. 2016); low-rank translators of middle
+states: the tuned lens (Belrose et al. 2023); shortlists with a tail class: Grave et al. 2017 (adaptive softmax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from adi.exits.signals import Prediction
+from adi.model.backbone import ReadOut
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one depth adds: norm gain and shift ``[D]``, ``up_DR``, ``down_DR``, tail ``[D]`` and its bias ``[1]``."""
+
+    gain_D: Tensor
+    shift_D: Tensor
+    up_DR: Tensor
+    down_DR: Tensor
+    tail_D: Tensor
+    tail_bias: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shortlist ``ids_S`` that all depths share, and an adapter for each depth."""
+
+    ids_S: Tensor
+    adapters: Mapping[int, Adapter]
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The rows of the model's own head that belong to a shortlist, and how to reach them from a state."""
+
+    ids_S: Tensor
+    weight_SD: Tensor
+    bias_S: Tensor | None
+    norm: str
+    eps: float
+    vocabulary: int
+
+
+def shortlist(readout: ReadOut, ids_S: Tensor) -> Shortlist:
+    """Cut a model's read-out down to the tokens ``ids_S``; its logit scale goes into the rows."""
+    ids_S = ids_S.to(readout.weight_VD.device)
+    bias_S = None if readout.bias_V is None else readout.scale * readout.bias_V[ids_S]
+    weight_SD = readout.scale * readout.weight_VD[ids_S]
+    return Shortlist(ids_S, weight_SD, bias_S, readout.norm, readout.eps, readout.weight_VD.shape[0])
+
+
+def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Adapter:
+    """An adapter that changes nothing yet: the model's own norm, ``U = 0``, and no tail mass to speak of."""
+    width = readout.gain_D.shape[0]
+    return Adapter(
+        gain_D=readout.gain_D.clone(),
+        shift_D=readout.shift_D.clone(),
+        up_DR=torch.zeros(width, rank),
+        down_DR=torch.randn(width, rank, generator=generator) / width**0.5,
+        tail_D=torch.zeros(width),
+        tail_bias=torch.zeros(1),
+    )
+
+
+def adapted(adapter: Adapter, hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
+    """``(I + U V^T) norm(h)``: the state as the model's own head would like to see it, ``[T, D]``."""
+    x = hidden_TD.float()
+    if norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    x = x * adapter.gain_D + adapter.shift_D
+    return x + (x @ adapter.down_DR) @ adapter.up_DR.T
+
+
+def predict(adapter: Adapter, among: Shortlist, hidden_TD: Tensor) -> Prediction:
+    """The head's distribution over the shortlist and the tail, at T rows."""
+    x = adapted(adapter, hidden_TD, among.norm, among.eps)
+    logits_TS = torch.nn.functional.linear(x, among.weight_SD, among.bias_S)
+    tail_T = x @ adapter.tail_D + adapter.tail_bias
+    total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
+    outside = among.vocabulary - among.ids_S.shape[0]
+    return Prediction(logits_TS - total_T[:, None], among.ids_S, tail_T - total_T, outside)
+
+
+def merged(adapter: Adapter, readout: ReadOut) -> Tensor:
+    """The full matrix ``scale * W (I + U V^T)``, ``[V, D]``: this head as an ordinary checkpoint's ``lm_head``."""
+    weight_VD = readout.scale * readout.weight_VD
+    return weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T

@@ -1,0 +1,73 @@
+"""What one depth shows of one row, worked out only as far as somebody asks.
+
+A trigger that reads stability before entropy pays for the head only where stability says yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+from torch import Tensor
+
+from adi.exits.signals import SIGNALS, Prediction, require_signal
+
+
+class Signals(Mapping[str, float]):
+    """Names to values of one row, each measured on first use and kept in ``seen``."""
+
+    def __init__(self, predict: Callable[[], Prediction], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None) -> None:
+        self.seen: dict[str, float] = {}
+        self._predict = predict
+        self._states = (before_TD, hidden_TD)
+        self._mlp_TF = mlp_TF
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.seen:
+            self.seen[name] = self._measure(name)
+        return self.seen[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, signal in SIGNALS.items() if signal.reads != "mlp" or self._mlp_TF is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _measure(self, name: str) -> float:
+        signal = require_signal(name)
+        if signal.reads == "head":
+            return float(signal.measure(self._predict()))
+        if signal.reads == "states":
+            return float(signal.measure(*self._states))
+        if self._mlp_TF is None:
+            raise ValueError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
+        return float(signal.measure(self._mlp_TF))
+
+
+class Reading:
+    """One row at one depth: its likeliest token, its candidates and its signals."""
+
+    def __init__(
+        self, depth: int, predict: Callable[[], Prediction], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None = None
+    ) -> None:
+        self.depth = depth
+        self._predict = predict
+        self.signals: Mapping[str, float] = Signals(lambda: self.prediction, before_TD, hidden_TD, mlp_TF)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        return self._predict()
+
+    @cached_property
+    def token(self) -> int:
+        """The likeliest token that the head can name."""
+        best = int(self.prediction.log_probs_TS[0].argmax())
+        return best if self.prediction.ids_S is None else int(self.prediction.ids_S[best])
+
+    def candidates(self, count: int) -> tuple[tuple[int, float], ...]:
+        """The ``count`` likeliest tokens with their probabilities."""
+        logs = self.prediction.log_probs_TS[0]
+        values, places = logs.topk(min(count, logs.shape[0]))
+        ids_S = self.prediction.ids_S
+        ids = places if ids_S is None else ids_S[places]
+        return tuple(zip(ids.tolist(), values.exp().tolist(), strict=True))

@@ -1,0 +1,115 @@
+"""Confidence measures: pure functions of what a depth shows, one value per row.
+
+* predictive entropy, margin and top probability read an exit head (BranchyNet, Teerapittayanon et al. 2016; CALM, Schuster
+  et al. 2022);
+* representation stability is the cosine between the states that enter and leave the last block run (CALM's "hidden-state
+  saturation");
+* activation sparsity reads that block's MLP activations: Hoyer's measure (Hoyer 2004) and the share of energy in the top units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOP_UNITS = 0.02
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A head's distribution over the next token at T rows.
+
+    ``log_probs_TS`` covers the tokens ``ids_S`` (None: all of the vocabulary, in order); ``tail_T`` is the log-probability
+    that the token is one of the ``tail_size`` others.
+    """
+
+    log_probs_TS: Tensor
+    ids_S: Tensor | None = None
+    tail_T: Tensor | None = None
+    tail_size: int = 0
+
+
+def entropy(prediction: Prediction) -> Tensor:
+    """Predictive entropy in nats, ``[T]``: an upper bound for a shortlist, whose tail counts as spread evenly."""
+    logs = prediction.log_probs_TS
+    inside = -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(-1)
+    if prediction.tail_T is None:
+        return inside
+    tail = prediction.tail_T
+    return inside + tail.exp() * (math.log(max(prediction.tail_size, 1)) - tail)
+
+
+def top_probability(prediction: Prediction) -> Tensor:
+    """Probability of the likeliest token, ``[T]``."""
+    return prediction.log_probs_TS.amax(-1).exp()
+
+
+def margin(prediction: Prediction) -> Tensor:
+    """Probability of the likeliest token less that of the next, ``[T]``; the tail stands in for one token."""
+    logs = prediction.log_probs_TS
+    if prediction.tail_T is not None:
+        logs = torch.cat([logs, prediction.tail_T[..., None]], -1)
+    if logs.shape[-1] == 1:
+        return logs[..., 0].exp()
+    top = logs.topk(2, -1).values.exp()
+    return top[..., 0] - top[..., 1]
+
+
+def stability(before_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """Cosine between the states entering and leaving a block, ``[T]``; 0 where one of them is zero."""
+    return torch.nn.functional.cosine_similarity(before_TD.float(), hidden_TD.float(), dim=-1)
+
+
+def hoyer(mlp_TF: Tensor) -> Tensor:
+    """Hoyer sparsity of the MLP activations, ``[T]``: 0 for all units alike, 1 for a single active one."""
+    x = mlp_TF.float().abs()
+    units = x.shape[-1]
+    if units == 1:
+        return torch.ones(x.shape[:-1], device=x.device)
+    norm = x.square().sum(-1).sqrt()
+    ratio = x.sum(-1) / norm.clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.where(norm > 0, (math.sqrt(units) - ratio) / (math.sqrt(units) - 1), torch.zeros_like(norm))
+
+
+def top_energy(mlp_TF: Tensor) -> Tensor:
+    """Share of the activations' energy (sum of squares) in their top 2% of units, ``[T]``; 0 for all zeros."""
+    energy = mlp_TF.float().square()
+    top = energy.topk(max(1, round(TOP_UNITS * energy.shape[-1])), -1).values.sum(-1)
+    total = energy.sum(-1)
+    return torch.where(total > 0, top / total.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(total))
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One measure: what it reads ("head", "states" or "mlp"), and whether sure means a high or a low value."""
+
+    measure: Callable[..., Tensor]
+    reads: str
+    sure_is_high: bool
+    about: str
+
+    def sure(self, value: float, threshold: float) -> bool:
+        """Whether ``value`` is at least as sure as ``threshold``; never for NaN."""
+        return value >= threshold if self.sure_is_high else value <= threshold
+
+
+SIGNALS: dict[str, Signal] = {
+    "entropy": Signal(entropy, "head", False, "predictive entropy of the exit head, nats"),
+    "margin": Signal(margin, "head", True, "probability of the first token less the second's"),
+    "top_probability": Signal(top_probability, "head", True, "probability of the first token"),
+    "stability": Signal(stability, "states", True, "cosine between the last block's input and output"),
+    "hoyer": Signal(hoyer, "mlp", True, "Hoyer sparsity of the last block's MLP activations"),
+    "top_energy": Signal(top_energy, "mlp", True, "share of MLP energy in the top 2% of units"),
+}
+
+
+def require_signal(name: Any) -> Signal:
+    """The signal of that name; ValueError lists the names there are."""
+    if name not in SIGNALS:
+        raise ValueError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
+    return SIGNALS[name]

@@ -1,0 +1,246 @@
+"""When to believe an exit: pure rules over signals, each with a threshold per depth and a minimum depth.
+
+``AllOf``, ``AnyOf`` and ``Weighted`` combine rules and are rules themselves. Every rule goes to JSON and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from adi.exits.signals import require_signal
+
+PerDepth = float | Mapping[int, float]
+
+
+class Trigger(Protocol):
+    """A rule. ``signals`` maps names to values at one row; a rule reads only the names it lists in ``needs``."""
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    def may_fire(self, depth: int) -> bool:
+        """Whether some signal could make this rule fire at ``depth``; a depth where none can is not looked at."""
+        ...
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Fires where one signal is at least as sure as its threshold: entropy at most, everything else at least that.
+
+    ``at`` is one threshold for all depths or a mapping from depth to threshold; a depth without one never fires.
+    """
+
+    signal: str
+    at: PerDepth
+    min_depth: int = 0
+
+    def __post_init__(self) -> None:
+        require_signal(self.signal)
+        object.__setattr__(self, "at", _per_depth(self.at, f"the threshold of {self.signal}"))
+        if self.min_depth < 0:
+            raise ValueError(f"min_depth is {self.min_depth}; it must be at least 0.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.signal,)
+
+    def may_fire(self, depth: int) -> bool:
+        return depth >= self.min_depth and _at(self.at, depth) is not None
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        threshold = _at(self.at, depth)
+        if depth < self.min_depth or threshold is None:
+            return False
+        return require_signal(self.signal).sure(signals[self.signal], threshold)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "threshold", "signal": self.signal, "at": _at_json(self.at), "min_depth": self.min_depth}
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Fires where every part does. Parts are asked in order and the first refusal ends it: put cheap signals first."""
+
+    parts: tuple[Trigger, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", _parts(self.parts))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return _needs(self.parts)
+
+    def may_fire(self, depth: int) -> bool:
+        return all(part.may_fire(depth) for part in self.parts)
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        return all(part.fires(signals, depth) for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "all", "parts": [part.to_json() for part in self.parts]}
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Fires where at least one part does."""
+
+    parts: tuple[Trigger, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", _parts(self.parts))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return _needs(self.parts)
+
+    def may_fire(self, depth: int) -> bool:
+        return any(part.may_fire(depth) for part in self.parts)
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        return any(part.fires(signals, depth) for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "any", "parts": [part.to_json() for part in self.parts]}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Fires where ``sigmoid(bias + sum of weight x signal)``, a learned chance of being right, reaches its threshold."""
+
+    weights: Mapping[str, float]
+    bias: float
+    at: PerDepth
+    min_depth: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("a weighted trigger needs at least one signal.")
+        for name, weight in self.weights.items():
+            require_signal(name)
+            _number(weight, f"the weight of {name}")
+        _number(self.bias, "the bias")
+        object.__setattr__(self, "at", _per_depth(self.at, "the threshold"))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    def may_fire(self, depth: int) -> bool:
+        return depth >= self.min_depth and _at(self.at, depth) is not None
+
+    def score(self, signals: Mapping[str, float]) -> float:
+        """The chance in [0, 1] that this rule gives the exit's token of being the full model's."""
+        total = self.bias + sum(weight * signals[name] for name, weight in self.weights.items())
+        return 0.5 * (1.0 + math.tanh(0.5 * total))
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        threshold = _at(self.at, depth)
+        return depth >= self.min_depth and threshold is not None and self.score(signals) >= threshold
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "weighted",
+            "weights": dict(self.weights),
+            "bias": self.bias,
+            "at": _at_json(self.at),
+            "min_depth": self.min_depth,
+        }
+
+
+@dataclass(frozen=True)
+class Never:
+    """Never fires: full depth for every token, and not one look on the way."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def may_fire(self, depth: int) -> bool:
+        return False
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "never"}
+
+
+def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
+    """The same rule at other thresholds; ValueError for a combination, whose parts have thresholds of their own."""
+    if isinstance(trigger, (Threshold, Weighted)):
+        return replace(trigger, at=thresholds)
+    raise ValueError(
+        f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead."
+    )
+
+
+def trigger_from_json(value: Any) -> Trigger:
+    """The rule that ``to_json`` wrote; ValueError, naming what is wrong, for anything else."""
+    if not isinstance(value, dict) or value.get("kind") not in _FIELDS:
+        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {value!r:.100}.")
+    fields = _FIELDS[value["kind"]]
+    if set(value) != {"kind", *fields}:
+        raise ValueError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")
+    if value["kind"] == "never":
+        return Never()
+    if value["kind"] in ("all", "any"):
+        if not isinstance(value["parts"], list):
+            raise ValueError(f"'parts' of trigger {value['kind']!r} is a list of triggers.")
+        parts = tuple(trigger_from_json(part) for part in value["parts"])
+        return AllOf(parts) if value["kind"] == "all" else AnyOf(parts)
+    if not isinstance(value["min_depth"], int) or isinstance(value["min_depth"], bool):
+        raise ValueError(f"min_depth is a whole number, got {value['min_depth']!r}.")
+    if value["kind"] == "threshold":
+        return Threshold(value["signal"], value["at"], value["min_depth"])
+    if not isinstance(value["weights"], dict):
+        raise ValueError("'weights' of a weighted trigger maps signals to numbers.")
+    return Weighted(value["weights"], value["bias"], value["at"], value["min_depth"])
+
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "threshold": ("signal", "at", "min_depth"),
+    "all": ("parts",),
+    "any": ("parts",),
+    "weighted": ("weights", "bias", "at", "min_depth"),
+    "never": (),
+}
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{what} is {value!r}; it must be a number.")
+    return float(value)
+
+
+def _per_depth(value: Any, what: str) -> PerDepth:
+    if not isinstance(value, Mapping):
+        return _number(value, what)
+    try:
+        return {int(depth): _number(v, f"{what} at depth {depth}") for depth, v in value.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} maps depths to numbers: {error}") from None
+
+
+def _at(at: PerDepth, depth: int) -> float | None:
+    return at.get(depth) if isinstance(at, Mapping) else at
+
+
+def _at_json(at: PerDepth) -> Any:
+    return {str(depth): value for depth, value in at.items()} if isinstance(at, Mapping) else at
+
+
+def _parts(parts: Sequence[Trigger]) -> tuple[Trigger, ...]:
+    if not parts:
+        raise ValueError("a combination needs at least one trigger.")
+    return tuple(parts)
+
+
+def _needs(parts: Sequence[Trigger]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts for name in part.needs))

@@ -1,0 +1,1 @@
+"""A network you may stop part-way. Knows nothing of exits."""

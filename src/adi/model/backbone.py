@@ -1,0 +1,111 @@
+"""A network that may be stopped part-way: the protocol that every engine speaks.
+
+Legend of shapes, used in the whole package: B sequences, T positions (rows), L layers, D width, F MLP units,
+V vocabulary, S shortlist, K draft length, R rank.
+
+An engine knows nothing of exits or of speculation. It runs blocks ``[lo, hi)`` over rows whose place in their sequence is
+given, and trusts of a layer's KV memory only what lies before the first of these rows: going back is to pass a smaller
+``start``, and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is and where it can stop.
+
+    ``stops`` are the depths (numbers of blocks run) at which the engine can hand out states, the last one being
+    ``layers``. ``context`` is the longest sequence in tokens, None when the model sets no limit. ``fingerprint`` names
+    the weights, whatever precision they run in.
+    """
+
+    name: str
+    family: str
+    layers: int
+    width: int
+    vocabulary: int
+    stops: tuple[int, ...]
+    context: int | None
+    fingerprint: str
+    backend: str
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive positions ``start, start + 1, ...`` of one sequence, on their way through blocks ``[lo, hi)``.
+
+    ``cache`` is the sequence's own, from ``new_cache``. ``ids`` are the tokens at these positions. ``hidden_TD`` is the
+    state that enters block ``lo``; None when ``lo`` is 0, where the embedding makes it.
+    """
+
+    cache: Any
+    start: int
+    ids: tuple[int, ...]
+    hidden_TD: Tensor | None
+
+
+@dataclass(frozen=True)
+class States:
+    """What a pass through ``[lo, hi)`` leaves of its rows.
+
+    ``hidden_TD`` left block ``hi - 1`` and ``before_TD`` entered it; ``mlp_TF`` are that block's MLP activations (what its
+    down projection reads), present when they were asked for.
+    """
+
+    hidden_TD: Tensor
+    before_TD: Tensor
+    mlp_TF: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """The model's own head taken apart: ``logits_V = scale * (weight_VD @ norm(h) + bias_V)``, up to a soft cap.
+
+    ``norm`` is "rms" or "layer" with ``gain_D``, ``shift_D`` and ``eps``. Exit heads start from these values. A soft cap,
+    where a family has one, is left out: it is monotone, and exit heads are trained to the capped distribution anyway.
+    """
+
+    norm: str
+    gain_D: Tensor
+    shift_D: Tensor
+    eps: float
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+
+
+class Backbone(Protocol):
+    """An engine. The rest of the package cannot tell one from another."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def has_mlp_tap(self) -> bool:
+        """Whether ``forward(..., mlp=True)`` can show the MLP activations of a block."""
+        ...
+
+    def new_cache(self) -> Any:
+        """KV memory for one more sequence."""
+        ...
+
+    def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
+        """Run blocks ``[lo, hi)`` over rows of one or more sequences; one ``States`` per entry of ``rows``."""
+        ...
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """The model's own final norm and head on states: ``[T, V]``, in float32."""
+        ...
+
+    def readout(self) -> ReadOut:
+        """The head taken apart; ValueError where the family's head is not a norm and one matrix."""
+        ...

@@ -1,0 +1,135 @@
+"""Skip and inject on a model's own blocks: the only place that knows how foreign decoders are built.
+
+Inside ``patched`` every block's ``forward`` is replaced on the instance, and put back on the way out, error or not:
+blocks below ``lo`` pass their input through, block ``lo`` gets the stored state instead of its input, and ``Reached``
+leaves the model's own forward as soon as block ``hi - 1`` has spoken. Masks, rotary tables, embedding scales and caches
+stay the business of transformers, so no family needs code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Reached(Exception):  # noqa: N818 - not an error: it leaves a forward early
+    """Block ``hi - 1`` is done; nothing after it shall run."""
+
+
+@dataclass
+class Run:
+    """One pass through blocks ``[lo, hi)``; ``inject`` replaces what enters block ``lo``."""
+
+    lo: int
+    hi: int
+    inject: Tensor | None
+    hidden: Tensor | None = None
+    before: Tensor | None = None
+    mlp: Tensor | None = field(default=None)
+
+
+def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
+    """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several)."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not lists:
+        raise ValueError(f"no list of {layers} blocks was found in {type(decoder).__name__}")
+    return list(lists[0])
+
+
+def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Module] | None:
+    """Each block's MLP down projection: its one matrix that leads from more units than ``width`` down to ``width``.
+
+    None when some block has none or several (experts, for example): then MLP activations cannot be shown. Fused
+    attention output matrices that widen first would be several too, so nothing is guessed.
+    """
+    found = []
+    for block in blocks:
+        downs = [m for m in block.modules() if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
+        if len(downs) > 1:
+            widest = max(_in_features(m) for m in downs)
+            downs = [m for m in downs if _in_features(m) == widest]
+        if len(downs) != 1:
+            return None
+        found.append(downs[0])
+    return found
+
+
+def _matrix(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear map, also of GPT-2's transposed ``Conv1D``."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    outputs, inputs = weight.shape
+    return (outputs, inputs) if type(module).__name__ == "Conv1D" else (inputs, outputs)
+
+
+def _in_features(module: nn.Module) -> int:
+    shape = _matrix(module)
+    assert shape is not None
+    return shape[0]
+
+
+class Patch:
+    """The wrappers of one model's blocks, made once and put on only while a pass runs."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downs: Sequence[nn.Module] | None) -> None:
+        self.blocks = list(blocks)
+        self.downs = list(downs) if downs is not None else None
+        self.extra_outputs = [0] * len(self.blocks)
+        self._run: Run | None = None
+
+    @contextmanager
+    def patched(self, run: Run, *, mlp: bool = False) -> Iterator[Run]:
+        """Blocks behave as ``run`` says until the context ends; then they are exactly what they were."""
+        saved = [block.__dict__.get("forward") for block in self.blocks]
+        hook = None
+        self._run = run
+        try:
+            for i, block in enumerate(self.blocks):
+                block.__dict__["forward"] = self._wrapper(i, block.forward)
+            if mlp and self.downs is not None:
+                hook = self.downs[run.hi - 1].register_forward_pre_hook(lambda _, args: _keep_mlp(run, args))
+            yield run
+        except Reached:
+            pass
+        finally:
+            if hook is not None:
+                hook.remove()
+            for block, forward in zip(self.blocks, saved, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
+            self._run = None
+
+    def _wrapper(self, i: int, forward: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            run = self._run
+            assert run is not None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if i == run.lo and run.inject is not None:
+                hidden = run.inject
+            if i < run.lo:
+                if i == len(self.blocks) - 1 and run.inject is not None:  # all blocks skipped: only the head runs
+                    hidden = run.inject
+                return (hidden, *[None] * self.extra_outputs[i]) if self.extra_outputs[i] else hidden
+            if args:
+                args = (hidden, *args[1:])
+            else:
+                kwargs["hidden_states"] = hidden
+            out = forward(*args, **kwargs)
+            if i == run.hi - 1:
+                run.before = hidden
+                run.hidden = out[0] if isinstance(out, tuple) else out
+                raise Reached
+            return out
+
+        return step
+
+
+def _keep_mlp(run: Run, args: tuple[Any, ...]) -> None:
+    run.mlp = args[0]

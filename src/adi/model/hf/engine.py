@@ -1,0 +1,126 @@
+"""``HfBackbone``: blocks [lo, hi) of any transformers causal language model, in the model's own code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adi.model.backbone import ReadOut, Rows, Spec, States
+from adi.model.hf.blocks import Patch, Run, find_down_projections
+from adi.model.hf.cache import StaircaseCache
+from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
+from adi.model.hf.readout import take_apart
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SELF_CHECK_IDS = (1, 2, 3, 4)
+
+
+class HfBackbone:
+    """A transformers ``PreTrainedModel`` that may be stopped between any two blocks.
+
+    The model is used as it is and left as it was found. Raises ValueError, naming the architecture and the reason, for
+    a model that cannot be split, and for one in training mode (dropout would make no two passes alike).
+    """
+
+    def __init__(self, model: Any, name: str | None = None) -> None:
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first.")
+        self.model = model
+        self.decoder, blocks = decoder_of(model)
+        text = model.config.get_text_config(decoder=True)
+        downs = find_down_projections(blocks, text.hidden_size)
+        self._patch = Patch(blocks, downs)
+        self.spec = Spec(
+            name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            family=text.model_type,
+            layers=len(blocks),
+            width=text.hidden_size,
+            vocabulary=model.get_output_embeddings().weight.shape[0],
+            stops=tuple(range(1, len(blocks) + 1)),
+            context=getattr(text, "max_position_embeddings", None),
+            fingerprint=fingerprint(model),
+            backend="hf",
+            precision=next((k for k, v in PRECISIONS.items() if v == model.dtype), str(model.dtype)),
+            device=str(model.device),
+        )
+        self._self_check(len(blocks))
+
+    @property
+    def has_mlp_tap(self) -> bool:
+        return self._patch.downs is not None
+
+    def new_cache(self) -> StaircaseCache:
+        return StaircaseCache(self.model.config)
+
+    def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
+        """Blocks [lo, hi) for each entry of ``rows`` in turn (this engine merges nothing)."""
+        if not 0 <= lo < hi <= self.spec.layers:
+            raise ValueError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+        return [self._pass(r, lo, hi, mlp) for r in rows]
+
+    @torch.no_grad()
+    def _pass(self, rows: Rows, lo: int, hi: int, mlp: bool) -> States:
+        rows.cache.rewind(lo, hi, rows.start)
+        inject = None if rows.hidden_TD is None else rows.hidden_TD[None]
+        run = Run(lo, hi, inject)
+        ids = torch.tensor([rows.ids], device=self.model.device)
+        positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.model.device)[None]
+        with self._patch.patched(run, mlp=mlp):
+            self.decoder(input_ids=ids, position_ids=positions, past_key_values=rows.cache, use_cache=True)
+        assert run.hidden is not None
+        assert run.before is not None
+        return States(run.hidden[0], run.before[0], None if run.mlp is None else run.mlp.reshape(len(rows.ids), -1))
+
+    @torch.no_grad()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""
+        run = Run(self.spec.layers, self.spec.layers + 1, hidden_TD[None])
+        ids = torch.zeros((1, hidden_TD.shape[0]), dtype=torch.long, device=self.model.device)
+        with self._patch.patched(run):
+            out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        return out.logits[0].float()  # type: ignore[no-any-return]
+
+    def readout(self) -> ReadOut:
+        with torch.no_grad():
+            return take_apart(self.model, self.logits, self._patch.blocks[-1], self.spec.width)
+
+    @torch.no_grad()
+    def _self_check(self, layers: int) -> None:
+        """A few tokens in two strands and a rollback must give the model's own logits, or the model is refused."""
+        ids = torch.tensor([[i % self.spec.vocabulary for i in SELF_CHECK_IDS]], device=self.model.device)
+        self._patch.extra_outputs = observe(self.model, self.decoder, self._patch.blocks, ids)
+        wanted = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        cache, half, tokens = self.new_cache(), max(1, layers // 2), tuple(ids[0].tolist())
+        try:
+            early = [self._pass(Rows(cache, i, tokens[i : i + n], None), 0, half, False) for i, n in ((0, 2), (2, 1), (2, 2))]
+            hidden = torch.cat([early[0].hidden_TD, early[2].hidden_TD])
+            if half < layers:
+                hidden = self._pass(Rows(cache, 0, tokens, hidden), half, layers, False).hidden_TD
+            got = self.logits(hidden)
+        except (RuntimeError, TypeError, KeyError, IndexError, AssertionError) as error:
+            raise refuse(self.model, f"running it in parts failed ({type(error).__name__}: {error})") from error
+        if (reason := cache.unsupported()) is not None:
+            raise refuse(self.model, f"{reason}; {RECURRENT_HINT}")
+        error_ = float((got - wanted).abs().max())
+        scale = max(1.0, float(wanted.abs().max()))
+        if not error_ <= (1e-3 if self.model.dtype == torch.float32 else 0.1) * scale:
+            raise refuse(self.model, f"run in parts its logits differ from its own forward by {error_:.2g}")
+
+
+def fingerprint(model: Any) -> str:
+    """A name for the weights: blake2b over names, shapes and 4,096 evenly spaced values of each tensor.
+
+    Values are rounded to bfloat16 first, so a checkpoint has one fingerprint in whatever precision it is loaded.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // 4096)
+        sample = flat[::step][:4096].to(device="cpu", dtype=torch.bfloat16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Take a model's own head apart, by watching what runs between its last block and its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adi.model.backbone import ReadOut
+
+PROBE_ROWS = 6
+NO_START = "exit heads cannot start from it (bare exits still work)"
+
+
+def take_apart(model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn.Module, width: int) -> ReadOut:
+    """The final norm and matrix as plain values, proved on random states; ValueError where they are something else.
+
+    ``logits_of(hidden_TD)`` runs the model's own tail, which is what follows ``last_block``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn((PROBE_ROWS, width), generator=generator).to(model.device, model.dtype)
+    tail, logits = _watch(model, logits_of, last_block, probe)
+    norms = [step for step in tail if _weight_dim(step[0]) < 2]
+    maps = [m for m, _, _ in tail if _weight_dim(m) == 2]
+    head = model.get_output_embeddings()
+    if len(norms) != 1 or len(norms) + len(maps) != len(tail) or tail[0] is not norms[0] or maps[-1:] != [head]:
+        names = ", ".join(type(m).__name__ for m, _, _ in tail)
+        raise ValueError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
+    kind, gain, shift, eps = _norm(*norms[0])
+    weight = maps[-1].weight.detach().float()
+    for inner in reversed(maps[:-1]):
+        if getattr(inner, "bias", None) is not None:
+            raise ValueError(f"the head of {type(model).__name__} has an inner bias: {NO_START}")
+        weight = weight @ inner.weight.detach().float()
+    bias = getattr(head, "bias", None)
+    bias = bias.detach().float() if bias is not None else None
+    plain = torch.nn.functional.linear(normalise(probe.float(), kind, eps) * gain + shift, weight, bias)
+    scale = float((plain * logits).sum() / (plain * plain).sum().clamp_min(1e-12))
+    return ReadOut(kind, gain, shift, eps, weight, bias, scale)
+
+
+def _watch(
+    model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn.Module, probe: Tensor
+) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
+    """The leaf modules that change their input between the last block and the logits, with what went in and out."""
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if args and isinstance(out, Tensor) and out is not args[0]:
+            seen.append((module, args[0], out))
+
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    handles = [leaf.register_forward_hook(note) for leaf in leaves]
+    handles.append(last_block.register_forward_hook(lambda *_: seen.clear()))
+    try:
+        logits = logits_of(probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [step for step in seen if step[1].shape != step[2].shape or not torch.equal(step[1], step[2])], logits
+
+
+def _weight_dim(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.dim() if isinstance(weight, Tensor) else 0
+
+
+def normalise(hidden: Tensor, norm: str, eps: float) -> Tensor:
+    """RMS or layer normalisation over the last axis, without gain."""
+    if norm == "layer":
+        hidden = hidden - hidden.mean(-1, keepdim=True)
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+
+
+def _norm(module: Any, given: Tensor, out: Tensor) -> tuple[str, Tensor, Tensor, float]:
+    """Which of the two normalisations this module is, with its gain and shift, judged by what it did to ``given``."""
+    width = given.shape[-1]
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    gain = weight.detach().float() if weight is not None else torch.ones(width, device=given.device)
+    shift = bias.detach().float() if bias is not None else torch.zeros(width, device=given.device)
+    stated = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    tolerance = 1e-4 if out.dtype == torch.float32 else 3e-2
+    for eps in [float(stated)] if stated is not None else [1e-5, 1e-6]:
+        for kind in ("rms", "layer"):
+            for gains in (gain, 1 + gain):  # Gemma keeps its gains as differences from one
+                guess = normalise(given.float(), kind, eps) * gains + shift
+                if torch.allclose(guess, out.float(), rtol=tolerance, atol=tolerance):
+                    return kind, gains, shift, eps
+    raise ValueError(f"{type(module).__name__} is neither RMS nor layer normalisation: {NO_START}")

@@ -1,0 +1,81 @@
+"""Text to token ids and back, one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int]
+UNFINISHED = "\ufffd"
+
+
+class Tokenizer:
+    """A transformers tokenizer behind the few things that adi needs of one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.hf = tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.hf, "chat_template", None))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of raw text, with the special tokens that this tokenizer puts around any text."""
+        return tuple(self.hf(text)["input_ids"])
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template, up to where its answer begins.
+
+        ValueError without a template, and for messages that lack ``role`` or ``content``.
+        """
+        if not self.has_chat_template:
+            raise ValueError("this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt.")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise ValueError(f"a message needs 'role' and 'content', got {message!r}.")
+        try:
+            text = self.hf.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        return tuple(self.hf(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Detokenizer:
+    """Text of a growing sequence, piece by piece; the pieces joined are the text of the whole.
+
+    A token may end inside a character, or change how the one before it is spelled. So each piece is the difference of
+    two decodings of a short tail, and waits while the tail ends in an unfinished character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._settled = 0  # ids before this one no longer influence new text
+        self._given = 0  # ids before this one have been given out
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` adds, which may be empty until a later token completes it."""
+        if self._tokenizer is None:
+            return f"{' ' if self._ids else ''}{self._remember(token)}"
+        self._remember(token)
+        before = self._tokenizer.decode(self._ids[self._settled : self._given])
+        now = self._tokenizer.decode(self._ids[self._settled :])
+        if now.endswith(UNFINISHED) or len(now) <= len(before):
+            return ""
+        self._settled, self._given = self._given, len(self._ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What is still held back, as the tokenizer spells it."""
+        if self._tokenizer is None or self._given == len(self._ids):
+            return ""
+        before = self._tokenizer.decode(self._ids[self._settled : self._given])
+        return self._tokenizer.decode(self._ids[self._settled :])[len(before) :]
+
+    def _remember(self, token: int) -> int:
+        self._ids.append(token)
+        return token
