@@ -1,0 +1,90 @@
+"""adi: adaptive depth inference for decoder language models.
+
+>>> import adi
+>>> model = adi.load("smollm2-135m")
+>>> exits = adi.load_exits("smollm2-135m")
+>>> print(adi.generate(model, "Why is the sky blue?", policy=adi.Verified(exits)))
+
+Importing this loads neither torch nor transformers; the first verb does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adi.decoding.policies import FullDepth, Policy, Reflex, Verified
+    from adi.decoding.records import Generation, Step
+    from adi.decoding.stream import Session, generate, stream
+    from adi.exits.artifact import Exits, bare_exits, load_exits
+    from adi.exits.triggers import AllOf, AnyOf, Never, Threshold, Trigger, Weighted
+    from adi.measure.headroom import inspect
+    from adi.measure.plot import write_page as plot
+    from adi.measure.shootout import study_triggers
+    from adi.measure.trace import Trace, read_trace, trace_of, write_trace
+    from adi.model.backbone import Backbone
+    from adi.model.checkpoint import Model, load
+    from adi.training.tune import TuneOptions, tune
+
+_HOMES = {
+    "adi.decoding.policies": ("FullDepth", "Policy", "Reflex", "Verified"),
+    "adi.decoding.records": ("Generation", "Step"),
+    "adi.decoding.stream": ("Session", "generate", "stream"),
+    "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
+    "adi.exits.triggers": ("AllOf", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
+    "adi.measure.headroom": ("inspect",),
+    "adi.measure.shootout": ("study_triggers",),
+    "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
+    "adi.model.backbone": ("Backbone",),
+    "adi.model.checkpoint": ("Model", "load"),
+    "adi.training.tune": ("TuneOptions", "tune"),
+}
+_WHERE = {name: (home, name) for home, names in _HOMES.items() for name in names}
+_WHERE["plot"] = ("adi.measure.plot", "write_page")
+
+__all__ = [  # noqa: RUF022 - the verbs first
+    "load",
+    "load_exits",
+    "bare_exits",
+    "generate",
+    "stream",
+    "inspect",
+    "tune",
+    "study_triggers",
+    "trace_of",
+    "read_trace",
+    "write_trace",
+    "plot",
+    "AllOf",
+    "AnyOf",
+    "Backbone",
+    "Exits",
+    "FullDepth",
+    "Generation",
+    "Model",
+    "Never",
+    "Policy",
+    "Reflex",
+    "Session",
+    "Step",
+    "Threshold",
+    "Trace",
+    "Trigger",
+    "TuneOptions",
+    "Verified",
+    "Weighted",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'adi' has no attribute {name!r}")
+    home, attribute = _WHERE[name]
+    return getattr(import_module(home), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

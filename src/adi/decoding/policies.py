@@ -65,5 +65,5 @@ def trigger_of(policy: Verified | Reflex) -> Trigger:
 
 
 def name_of(policy: Policy) -> str:
-    """"full", "verified" or "reflex"."""
+    """ "full", "verified" or "reflex"."""
     return {FullDepth: "full", Verified: "verified", Reflex: "reflex"}[type(policy)]

@@ -71,7 +71,9 @@ class Step:
         looks = []
         for item in _list(row["looks"], "looks"):
             look = _record(Look, item, "a look")
-            candidates = tuple(Candidate(**_record(Candidate, c, "a candidate")) for c in _list(look["candidates"], "candidates"))
+            candidates = tuple(
+                Candidate(**_record(Candidate, c, "a candidate")) for c in _list(look["candidates"], "candidates")
+            )
             looks.append(Look(**{**look, "candidates": candidates}))
         rejected = tuple(Draft(**_record(Draft, d, "a draft")) for d in _list(row["rejected"], "rejected"))
         return Step(**{**row, "looks": tuple(looks), "rejected": rejected})

@@ -147,7 +147,8 @@ def _propose_and_verify(
 ) -> Generator[Yields, Sequence[Reading], tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]]:
     """Drafts, the glances of a last token that found no believer, and full depth's reading at every row."""
     drafts: list[Proposed] = []
-    end, row = length, (last,)  # ``row`` is the token that has not entered the network yet
+    end = length
+    row: tuple[int, ...] = (last,)  # the token that has not entered the network yet
     while len(drafts) < most and not (drafts and plan.ends(drafts[-1].token)):
         glances = yield from climb(plan, end, row)
         if glances:

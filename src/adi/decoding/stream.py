@@ -78,8 +78,7 @@ class Session:
     def __iter__(self) -> Iterator[Event]:
         """The events, in order; ending early (closing the iterator) leaves the model as it was."""
         self._started = time.perf_counter()
-        for event in self._stop.watch(self._events()):
-            yield event
+        yield from self._stop.watch(self._events())
         self._seconds = time.perf_counter() - self._started
         if self._stop.hit:
             self.finish = "stop"

@@ -5,6 +5,7 @@ A saved folder holds ``exits.json`` and ``exits.safetensors``; loading runs no c
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,13 +18,13 @@ from torch import Tensor
 from adi.exits.heads import Adapter, Heads, predict, shortlist
 from adi.exits.signals import Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
-from adi.files import read_json, whole_folder, write_json
+from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
-JSON_FIELDS = {"format", "base", "base_name", "layers", "width", "vocabulary", "depths", "trigger", "report", "made_by"}
+JSON_FIELDS = {"format", "base", "base_name", "layers", "width", "vocabulary", "depths", "trigger", "tensors", "report", "made_by"}
 BARE_TRIGGER = Threshold("top_probability", 0.5)
 Reader = Callable[[int, Tensor], Prediction]
 
@@ -83,13 +84,17 @@ class Exits:
         for depth, adapter in self.heads.adapters.items():
             for name, tensor in adapter.tensors().items():
                 tensors[f"{depth}.{name}"] = tensor.detach().to(torch.float16).contiguous()
-        with whole_folder(Path(folder)) as fresh:
-            save_file(tensors, fresh / "exits.safetensors")
-            write_json(fresh / "exits.json", self._json())
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        partial = place / ".exits.safetensors.tmp"
+        save_file(tensors, partial)
+        partial.replace(place / "exits.safetensors")
+        write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
-    def _json(self) -> dict[str, Any]:
+    def _json(self, tensors: str) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("heads", "trigger")}
-        return {"format": FORMAT, **plain, "depths": list(self.depths), "trigger": self.trigger.to_json()}
+        own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
+        return {"format": FORMAT, **plain, **own}
 
 
 def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIGGER) -> Exits:
@@ -125,16 +130,22 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     if not isinstance(value, dict) or value.get("format") != FORMAT or set(value) != JSON_FIELDS:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")
     try:
-        return _parse(value, _tensors(folder / "exits.safetensors"))
+        return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
     except ValueError as error:
         raise ValueError(f"the exits in {folder} are damaged: {error}") from None
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _tensors(path: Path, digest: Any) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        if _digest(path) != digest:
+            raise ValueError(f"{path.name} is not the file that exits.json was written for (its digest differs)")
         return load_file(path)  # type: ignore[no-any-return]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name}: {error}") from None

@@ -48,7 +48,12 @@ class Reading:
     """One row at one depth: its likeliest token, its candidates and its signals."""
 
     def __init__(
-        self, depth: int, predict: Callable[[], Prediction], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None = None
+        self,
+        depth: int,
+        predict: Callable[[], Prediction],
+        before_TD: Tensor,
+        hidden_TD: Tensor,
+        mlp_TF: Tensor | None = None,
     ) -> None:
         self.depth = depth
         self._predict = predict

@@ -176,9 +176,7 @@ def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
     """The same rule at other thresholds; ValueError for a combination, whose parts have thresholds of their own."""
     if isinstance(trigger, (Threshold, Weighted)):
         return replace(trigger, at=thresholds)
-    raise ValueError(
-        f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead."
-    )
+    raise ValueError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
 
 
 def trigger_from_json(value: Any) -> Trigger:

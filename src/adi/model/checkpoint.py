@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Model:
             return self.tokenizer.encode(prompt) if raw else self.tokenizer.chat([{"role": "user", "content": prompt}])
         items = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
         if items is not None and all(hasattr(i, "__index__") for i in items):
-            return tuple(int(i) for i in items)  # type: ignore[arg-type]
+            return tuple(operator.index(i) for i in items)  # type: ignore[arg-type]
         if items is not None and all(isinstance(i, dict) for i in items):
             messages: list[Message] = items  # type: ignore[assignment]
             if self.tokenizer is None:

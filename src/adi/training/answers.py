@@ -55,7 +55,7 @@ def read_answers(path: Path) -> list[Answer]:
     if not path.exists():
         return []
     answers = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -130,7 +130,9 @@ def _answer(
     pad = min(eos_ids, default=0)
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
-    choice: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+    choice: dict[str, Any] = (
+        {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+    )
     torch.manual_seed(seed + _bucket(texts[0], 2**31))
     with torch.inference_mode():
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **choice)
@@ -143,7 +145,8 @@ def _answer(
 
 def _fast_copy(model: Any) -> Any:
     """The model in bfloat16 where this machine multiplies faster in it (for text to train on, its rounding is harmless)."""
-    if model.dtype != torch.float32 or _matmul_seconds(model.device, torch.bfloat16) > 0.8 * _matmul_seconds(model.device, torch.float32):
+    slow, quick = (_matmul_seconds(model.device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if model.dtype != torch.float32 or quick > 0.8 * slow:
         return model
     fast = type(model)(model.config)
     fast.load_state_dict(model.state_dict())

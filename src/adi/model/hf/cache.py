@@ -26,6 +26,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.is_sliding = sliding
         self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]

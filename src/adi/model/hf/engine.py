@@ -78,6 +78,7 @@ class HfBackbone:
     @torch.no_grad()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""
+        hidden_TD = hidden_TD.to(self.model.device, self.model.dtype)
         run = Run(self.spec.layers, self.spec.layers + 1, hidden_TD[None])
         ids = torch.zeros((1, hidden_TD.shape[0]), dtype=torch.long, device=self.model.device)
         with self._patch.patched(run):

@@ -1,0 +1,1 @@
+"""The command line: one sub-command per verb, and the only place where the stages meet."""

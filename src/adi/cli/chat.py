@@ -1,0 +1,94 @@
+"""``adi chat``: a conversation, coloured by depth."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from adi.cli.options import (
+    BackendOption,
+    DeviceOption,
+    DraftOption,
+    ExitsOption,
+    ModelOption,
+    ModeOption,
+    PrecisionOption,
+    Source,
+    ThresholdOption,
+    TokensOption,
+    TriggerOption,
+    policy_for,
+)
+
+HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
+
+
+def chat(
+    model: ModelOption = "smollm2-135m",
+    exits: ExitsOption = None,
+    mode: ModeOption = "verified",
+    system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
+    max_new_tokens: TokensOption = 256,
+    threshold: ThresholdOption = None,
+    trigger: TriggerOption = None,
+    draft_tokens: DraftOption = 6,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, not the conversation."""
+    from adi.cli.paint import Painter, legend
+    from adi.decoding.policies import FullDepth
+    from adi.decoding.records import Step
+    from adi.decoding.stream import Session
+
+    out = Console(highlight=False)
+    loaded = Source(model, backend, precision, device).load(Console(stderr=True))
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    depths = () if isinstance(policy, FullDepth) else policy.exits.depths
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    if out.is_terminal:
+        out.print(HELP, style="dim")
+        out.print(legend(depths, loaded.backbone.spec.layers))
+    last = "no answer yet"
+    while (said := _ask(out)) is not None:
+        if said == "/reset":
+            messages = list(start)
+        elif said == "/depth":
+            out.print(last)
+        elif said.startswith("/"):
+            out.print(f"unknown command {said}. {HELP}")
+        elif said:
+            messages.append({"role": "user", "content": said})
+            try:
+                session = Session(loaded, messages, policy, max_new_tokens=max_new_tokens)
+            except ValueError as error:
+                messages.pop()
+                out.print(f"{error} Say /reset to start over.", style="red", markup=False)
+                continue
+            painter, steps = Painter(out, depths), []
+            try:
+                for event in session:
+                    painter.show(event)
+                    if isinstance(event, Step):
+                        steps.append(event)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                painter.close()
+            generation = session.generation(steps)
+            messages.append({"role": "assistant", "content": generation.text})
+            last = str(generation.summary())
+
+
+def _ask(out: Console) -> str | None:
+    """The next line of the conversation, or None at its end."""
+    try:
+        said = input("> " if out.is_terminal else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        out.print()
+        return None
+    return None if said == "/bye" else said

@@ -1,0 +1,151 @@
+"""Options that several commands share, and how they become values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from adi.decoding.policies import Policy
+    from adi.exits.artifact import Exits
+    from adi.exits.triggers import Trigger
+    from adi.model.checkpoint import Model
+
+MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file."
+MODES = ("verified", "reflex", "full")
+DEMO_PROMPT = "Why is the sky blue?"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+ExitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--exits",
+        "-e",
+        metavar="DIR",
+        help="Folder of trained exits; 'bare' or 'bare:8,16' for the model's own final head at those depths. "
+        "[default: those shipped for the model]",
+    ),
+]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto or hf.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+ModeOption = Annotated[str, typer.Option("--mode", help=f"{', '.join(MODES)}.")]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--threshold", help="Replace the trigger's threshold at every depth (needed, or --trigger, in reflex mode)."),
+]
+TriggerOption = Annotated[
+    str | None, typer.Option("--trigger", metavar="JSON", help="Replace the trigger: JSON text or a file holding it.")
+]
+DraftOption = Annotated[int, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
+IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model to load, and how."""
+
+    model: str
+    backend: str = "auto"
+    precision: str = "auto"
+    device: str = "auto"
+
+    def load(self, console: Console) -> Model:
+        """The model, with what takes long told on ``console``."""
+        from adi.model.checkpoint import load
+
+        with console.status(f"Loading {self.model}") as status:
+            return load(
+                self.model,
+                backend=self.backend,
+                precision=self.precision,
+                device=self.device,
+                notice=lambda text: status.update(text),
+            )
+
+
+def exits_for(model: Model, given: str | None) -> Exits:
+    """The exits named on the command line, else those shipped for the model; ValueError says how to get some."""
+    from adi.exits.artifact import SHIPPED, bare_exits, load_exits
+
+    if given == "bare" or (given or "").startswith("bare:"):
+        layers = model.backbone.spec.layers
+        spread = {min(max(1, round(layers * share)), layers - 1) for share in (0.5, 0.75, 0.9)}
+        depths = _depths(given[5:]) if given is not None and given != "bare" else tuple(sorted(spread))
+        exits = bare_exits(model, depths)
+    elif given is not None:
+        exits = load_exits(given)
+    elif (SHIPPED / model.source).is_dir():
+        exits = load_exits(model.source)
+    else:
+        raise ValueError(
+            f"no exits are shipped for {model.source!r}. Train some with 'adi tune {model.source} --out DIR' and give "
+            "--exits DIR, or try the model's own head with --exits bare, or run --mode full."
+        )
+    exits.check(model.backbone)
+    return exits
+
+
+def policy_for(
+    model: Model, mode: str, exits: str | None, threshold: float | None, trigger: str | None, draft_tokens: int
+) -> Policy:
+    """The policy that the options describe; ValueError for a combination that cannot be meant."""
+    from adi.decoding.policies import FullDepth, Reflex, Verified
+    from adi.exits.triggers import with_thresholds
+
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
+    if threshold is not None and trigger is not None:
+        raise ValueError("give --threshold or --trigger, not both.")
+    if mode == "full":
+        return FullDepth()
+    chosen = exits_for(model, exits)
+    rule = read_trigger(trigger) if trigger is not None else None
+    if mode == "verified":
+        if threshold is not None:
+            rule = with_thresholds(chosen.trigger, threshold)
+        return Verified(chosen, trigger=rule, draft_tokens=draft_tokens)
+    if rule is None and threshold is None:
+        raise ValueError(
+            "reflex mode lets drafts stand, so it needs a threshold of your choice: --threshold X (for the shipped exits, "
+            "an entropy in nats such as 0.3) or --trigger JSON. Nothing calibrates it yet."
+        )
+    return Reflex(chosen, thresholds=threshold, trigger=rule)
+
+
+def read_trigger(text: str) -> Trigger:
+    """A trigger from JSON text or from a file that holds it."""
+    from adi.exits.triggers import trigger_from_json
+
+    source = text
+    if not text.lstrip().startswith("{"):
+        try:
+            source = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the trigger {text!r}: {error}. Give JSON text or a file.") from None
+    try:
+        value: Any = json.loads(source)
+    except ValueError as error:
+        raise ValueError(f"the trigger is not JSON: {error}.") from None
+    return trigger_from_json(value)
+
+
+def parse_depths(text: str | None) -> tuple[int, ...] | None:
+    """Depths from "8,16,24"; None stays None."""
+    return None if text is None else _depths(text)
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None

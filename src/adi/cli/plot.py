@@ -1,0 +1,75 @@
+"""``adi trace`` and ``adi plot``: record a generation, look at it in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from adi.cli.options import (
+    DEMO_PROMPT,
+    BackendOption,
+    DeviceOption,
+    DraftOption,
+    ExitsOption,
+    IgnoreEosOption,
+    ModelOption,
+    ModeOption,
+    PrecisionOption,
+    RawOption,
+    Source,
+    ThresholdOption,
+    TokensOption,
+    TriggerOption,
+    policy_for,
+)
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")] = DEMO_PROMPT,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace file to write.")] = Path("trace.json"),
+    model: ModelOption = "smollm2-135m",
+    exits: ExitsOption = None,
+    mode: ModeOption = "verified",
+    max_new_tokens: TokensOption = 128,
+    candidates: Annotated[int, typer.Option("--candidates", help="Candidate tokens to record at every depth.")] = 5,
+    threshold: ThresholdOption = None,
+    trigger: TriggerOption = None,
+    draft_tokens: DraftOption = 6,
+    raw: RawOption = False,
+    ignore_eos: IgnoreEosOption = False,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Generate, and write every depth that was looked at, with its candidates and signals, to a trace file."""
+    from adi.decoding.stream import generate
+    from adi.measure.trace import trace_of, write_trace
+
+    if candidates < 1:
+        raise ValueError(f"--candidates is {candidates}; it must be at least 1.")
+    console = Console(stderr=True, highlight=False)
+    loaded = Source(model, backend, precision, device).load(console)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    generation = generate(
+        loaded, prompt, policy, max_new_tokens=max_new_tokens, raw=raw, stop_at_eos=not ignore_eos, candidates=candidates
+    )
+    write_trace(trace_of(generation, policy, prompt), out)
+    console.print(f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}", markup=False)
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, from adi trace or adi run --trace.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write. [default: TRACE with .html]")] = None,
+) -> None:
+    """Turn a trace into one self-contained HTML page: the text as a depth heat map, and all that was looked at."""
+    from adi.measure.plot import write_page
+    from adi.measure.trace import read_trace
+
+    target = out or file.with_suffix(".html")
+    if target.resolve() == file.resolve():
+        raise ValueError(f"--out {target} is the trace itself; choose another name.")
+    write_page(read_trace(file), target)
+    Console(stderr=True, highlight=False).print(f"page written to {target}", markup=False)

@@ -1,0 +1,180 @@
+"""``adi run``: stream a text, coloured by depth; compare it with full depth."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from adi.cli.options import (
+    DEMO_PROMPT,
+    BackendOption,
+    DeviceOption,
+    DraftOption,
+    ExitsOption,
+    IgnoreEosOption,
+    ModelOption,
+    ModeOption,
+    PrecisionOption,
+    RawOption,
+    Source,
+    StopOption,
+    ThresholdOption,
+    TokensOption,
+    TriggerOption,
+    policy_for,
+)
+
+if TYPE_CHECKING:
+    from adi.decoding.policies import Policy
+    from adi.decoding.records import Generation
+    from adi.model.checkpoint import Model
+
+TRACED_CANDIDATES = 5
+WARM_UP_TOKENS = 4
+
+
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help=f"What to ask; '-' reads standard input. [default: {DEMO_PROMPT}]", show_default=False),
+    ] = None,
+    model: ModelOption = "smollm2-135m",
+    exits: ExitsOption = None,
+    mode: ModeOption = "verified",
+    max_new_tokens: TokensOption = 128,
+    threshold: ThresholdOption = None,
+    trigger: TriggerOption = None,
+    draft_tokens: DraftOption = 6,
+    stop: StopOption = None,
+    raw: RawOption = False,
+    ignore_eos: IgnoreEosOption = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write the steps, with all that was looked at.")] = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer a prompt, each token at the depth it needs, and show where the depth went."""
+    errors, out = Console(stderr=True), Console(highlight=False)
+    text = _prompt(prompt)
+    loaded = Source(model, backend, precision, device).load(errors)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "stop": tuple(stop or ()),
+        "stop_at_eos": not ignore_eos,
+        "raw": raw,
+    }
+    if compare:
+        _warm_up(loaded, text, policy, options)
+    options["candidates"] = TRACED_CANDIDATES if trace is not None else 0
+    generation = _shown(loaded, text, policy, options, out) if not json_out else _quiet(loaded, text, policy, options)
+    full = _quiet(loaded, text, None, options) if compare else None
+    if trace is not None:
+        from adi.measure.trace import trace_of, write_trace
+
+        write_trace(trace_of(generation, policy, text), trace)
+    if json_out:
+        print(json.dumps(document(generation, full), ensure_ascii=False))
+        return
+    _closing(out, generation, full)
+    if trace is not None:
+        out.print(f"trace written to {trace}; see it with: adi plot {trace}")
+
+
+def document(generation: Generation, full: Generation | None) -> dict[str, Any]:
+    """What ``--json`` prints: text, tokens and summary, and with ``full`` the comparison."""
+    value = {"text": generation.text, "token_ids": list(generation.token_ids), **generation.summary().to_json()}
+    if full is not None:
+        value["full"] = {"text": full.text, "token_ids": list(full.token_ids), **full.summary().to_json()}
+        value["identical"] = generation.token_ids == full.token_ids
+        value["speedup"] = speedup(generation, full)
+    return value
+
+
+def speedup(generation: Generation, full: Generation) -> float:
+    """Tokens per second of this generation over full depth's, from one pair of runs."""
+    slow = full.summary().tokens_per_second
+    return generation.summary().tokens_per_second / slow if slow else 0.0
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first place where two sequences differ, the end of the shorter one included; None if they are the same."""
+    if list(a) == list(b):
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _prompt(given: str | None) -> str:
+    if given == "-" or (given is None and not sys.stdin.isatty() and _has_input()):
+        given = sys.stdin.read()
+    return DEMO_PROMPT if given is None else given
+
+
+def _has_input() -> bool:
+    """Whether something is piped in; an empty or closed standard input (as in CI) is nothing."""
+    import select
+
+    try:
+        ready, _, _ = select.select([sys.stdin], [], [], 0)
+        return bool(ready) and bool(sys.stdin.buffer.peek(1))  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:
+    for each in (policy, None):
+        _quiet(model, text, each, {**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
+
+
+def _quiet(model: Model, text: str, policy: Policy | None, options: dict[str, Any]) -> Generation:
+    from adi.decoding.stream import generate
+
+    return generate(model, text, policy, **options)
+
+
+def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out: Console) -> Generation:
+    """Generate with the text painted as it comes."""
+    from adi.cli.paint import Painter, legend
+    from adi.decoding.policies import FullDepth
+    from adi.decoding.records import Step
+    from adi.decoding.stream import Session
+
+    session = Session(model, text, policy, **options)
+    depths = () if isinstance(policy, FullDepth) else policy.exits.depths
+    if depths and out.is_terminal:
+        out.print(legend(depths, model.backbone.spec.layers))
+    painter, steps = Painter(out, depths), []
+    try:
+        for event in session:
+            painter.show(event)
+            if isinstance(event, Step):
+                steps.append(event)
+    finally:
+        painter.close()
+    return session.generation(steps)
+
+
+def _closing(out: Console, generation: Generation, full: Generation | None) -> None:
+    summary = generation.summary()
+    out.print()
+    out.print(f"{summary.mode}: {summary}")
+    where = ", ".join(f"{depth}: {count}" for depth, count in summary.depth_histogram.items())
+    out.print(f"tokens by depth (of {generation.layers}): {where}")
+    if not summary.calibrated:
+        out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth")
+    if full is None:
+        return
+    out.print(f"full: {full.summary()}")
+    difference = first_difference(generation.token_ids, full.token_ids)
+    out.print("identical: yes" if difference is None else f"identical: no (first difference at token {difference})")
+    traced = ", tracing on" if any(step.looks for step in generation.steps) else ""
+    setting = f"one pair of runs, {generation.backend} engine, {generation.precision}{traced}"
+    out.print(f"tokens/s against full depth: {speedup(generation, full):.2f} x ({setting})")

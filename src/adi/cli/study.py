@@ -1,0 +1,152 @@
+"""``adi inspect`` and ``adi triggers``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from adi.cli.options import (
+    BackendOption,
+    DeviceOption,
+    ExitsOption,
+    ModelArgument,
+    PrecisionOption,
+    Source,
+    exits_for,
+)
+from adi.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from adi.measure.headroom import Headroom
+
+PromptsOption = Annotated[str, typer.Option("--prompts", help="A JSONL prompt file, 'bench' or 'builtin'.")]
+LimitOption = Annotated[int, typer.Option("--limit", help="Use so many prompts, spread evenly over the file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+
+def inspect(
+    model: ModelArgument = "smollm2-135m",
+    prompts: PromptsOption = "bench",
+    limit: LimitOption = 6,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answers.")] = 48,
+    json_out: JsonOption = False,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Before any training: what blocks and head cost here, how early the model knows, and what that could give."""
+    from adi.measure.headroom import inspect as measure
+
+    errors, out = Console(stderr=True), Console(highlight=False)
+    chosen = _spread(prompts, limit)
+    loaded = Source(model, backend, precision, device).load(errors)
+    with _progress(errors, "answers") as tell:
+        found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=tell)
+    if json_out:
+        print(json.dumps(asdict(found)))
+        return
+    spec, cost = found.spec, found.cost
+    out.print(
+        f"{spec.name}: {spec.family}, {spec.layers} blocks of width {spec.width}, vocabulary {spec.vocabulary}, context "
+        f"{spec.context}; {spec.backend} engine, {spec.precision}, {spec.device}",
+        markup=False,
+    )
+    table = Table(title="Cost on this machine, ms (median)", title_justify="left")
+    for name in ("rows", "one block", "all blocks", "head", "head in blocks"):
+        table.add_column(name, justify="right")
+    for i, rows in enumerate(cost.rows):
+        b, all_, h = cost.block_seconds[i], cost.blocks_seconds[i], cost.head_seconds[i]
+        table.add_row(str(rows), f"{1e3 * b:.2f}", f"{1e3 * all_:.1f}", f"{1e3 * h:.2f}", f"{h / b:.1f}")
+    out.print(table)
+    table = Table(title=f"The model's own head at each depth, untrained ({found.tokens} tokens)", title_justify="left")
+    table.add_column("depth", justify="right")
+    table.add_column("says the full model's token", justify="right")
+    for depth, share in found.agreement.items():
+        table.add_row(str(depth), f"{share:.1%}")
+    out.print(table)
+    out.print(_ceilings(found))
+    out.print(found.advice, markup=False)
+
+
+def _ceilings(found: Headroom) -> Table:
+    depths = sorted({c.depth for c in found.ceilings})
+    shares = sorted({c.acceptance for c in found.ceilings})
+    table = Table(title="Speed-up ceiling (best draft length) by exit depth and acceptance", title_justify="left")
+    table.add_column("depth", justify="right")
+    for share in shares:
+        table.add_column(f"{share:.0%}", justify="right")
+    best = {(c.depth, c.acceptance): c for c in found.ceilings}
+    for depth in depths:
+        cells = [best[depth, share] for share in shares]
+        table.add_row(str(depth), *(f"{c.speedup:.2f} x ({c.draft_tokens})" for c in cells))
+    return table
+
+
+def triggers(
+    model: ModelArgument = "smollm2-135m",
+    exits: ExitsOption = None,
+    prompts: PromptsOption = "bench",
+    limit: LimitOption = 24,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answers.")] = 96,
+    json_out: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """How well each signal, at each exit, predicts that the exit's token is the full model's; and what asking costs."""
+    from adi.measure.shootout import study_triggers
+
+    errors, out = Console(stderr=True), Console(highlight=False)
+    chosen = _spread(prompts, limit)
+    loaded = Source(model, "hf", "auto", device).load(errors)
+    found = exits_for(loaded, exits)
+    with _progress(errors, "answers") as tell:
+        scores = study_triggers(loaded, found, chosen, max_new_tokens=max_new_tokens, progress=tell)
+    if json_out:
+        print(json.dumps([asdict(score) for score in scores]))
+        return
+    table = Table(
+        title=f"Signals against the full model's token: {len(chosen)} prompts, half calibrate, half test",
+        title_justify="left",
+    )
+    for name in ("depth", "exit right", "signal", "AUROC", "calibration error", "µs", "of a block"):
+        table.add_column(name, justify="left" if name == "signal" else "right")
+    last = None
+    for score in scores:
+        if last is not None and score.depth != last:
+            table.add_section()
+        first = score.depth != last
+        table.add_row(
+            str(score.depth) if first else "",
+            f"{score.agreement:.1%}" if first else "",
+            score.signal,
+            "-" if score.auroc is None else f"{score.auroc:.3f}",
+            "-" if score.calibration_error is None else f"{score.calibration_error:.3f}",
+            f"{score.microseconds:.0f}",
+            f"{score.share_of_block:.0%}",
+        )
+        last = score.depth
+    out.print(table)
+    out.print("weighted: logistic combination of all signals, fitted on the calibration half.")
+
+
+def _spread(source: str, limit: int) -> list[str]:
+    """``limit`` prompts, evenly over the file, so that every category is there."""
+    items = read_prompts(source)
+    if limit < 1:
+        raise ValueError(f"--limit is {limit}; it must be at least 1.")
+    count = min(limit, len(items))
+    return [items[int((i + 0.5) * len(items) / count)].prompt for i in range(count)]
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Any]:
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

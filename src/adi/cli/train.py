@@ -1,0 +1,130 @@
+"""``adi tune``."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from adi.cli.options import DeviceOption, ModelArgument, Source, parse_depths
+from adi.prompts import read_prompts
+
+
+def tune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the exits; a run that was stopped goes on there.")],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", help="JSONL prompt file, or 'builtin'; may be repeated.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Plain text to learn from; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of its own answers that the model trains on.")] = 100_000,
+    depths: Annotated[str | None, typer.Option("--depths", help="Where to put exits, such as 8,16,24.")] = None,
+    shortlist: Annotated[int, typer.Option("--shortlist", help="Tokens that a head can name.")] = 4096,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of each head's adapter.")] = 128,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 3,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")] = 3e-3,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 160,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train exits for a model: it answers prompts, and its heads learn what full depth says of those answers.
+
+    Without --prompts and --text the 480 built-in prompts are used. Stop it when you like: the same command goes on.
+    """
+    from adi.training.tune import TuneOptions
+    from adi.training.tune import tune as train
+
+    console = Console(stderr=True)
+    for name, value in (("--tokens", tokens), ("--shortlist", shortlist), ("--rank", rank), ("--epochs", epochs)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder.")
+    sources = prompts if prompts is not None else ([] if text else ["builtin"])
+    groups = [[item.prompt for item in read_prompts(source)] for source in sources]
+    loaded = Source(model, backend="hf", device=device).load(console)
+    options = TuneOptions(
+        depths=parse_depths(depths),
+        tokens=tokens,
+        max_new_tokens=max_new_tokens,
+        shortlist=shortlist,
+        rank=rank,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    command = shlex.join(["adi", *sys.argv[1:]])
+    with Progress(
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as bar:
+        exits = train(
+            loaded,
+            out,
+            groups,
+            options,
+            texts=text or (),
+            made_by={"command": command},
+            progress=_Teller(bar, _log(out)),
+        )
+    console.print(_table(exits.report))
+    console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", highlight=False)
+
+
+class _Teller:
+    """Shows progress in the terminal, and writes a line to the log every now and then."""
+
+    def __init__(self, bar: Progress, log: logging.Logger) -> None:
+        self._bar, self._log = bar, log
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+        self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+        self._log.info("%s %d/%d %s", stage, done, total, note)
+
+
+def _log(out: Path) -> logging.Logger:
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger(f"adi.tune.{out}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.FileHandler(out / "work" / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    return logger
+
+
+def _table(report: object) -> Table:
+    assert isinstance(report, dict)
+    held = report["held_out"]
+    table = Table(
+        title=f"Agreement with the full model's greedy token, {held['rows']} held-out tokens "
+        f"({held['shortlist_coverage']:.1%} of them in the shortlist)",
+        title_justify="left",
+    )
+    for name in ("depth", "exit", "bare head", "KL, nats", "entropy up to", "fires", "then right"):
+        table.add_column(name, justify="right")
+    for row in report["depths"]:
+        table.add_row(
+            str(row["depth"]),
+            f"{row['agreement']:.1%}",
+            f"{row['bare_agreement']:.1%}",
+            f"{row['divergence']:.2f}",
+            "never" if row["threshold"] is None else f"{row['threshold']:.2f}",
+            f"{row['fires']:.1%}",
+            f"{row['precision']:.1%}",
+        )
+    return table

@@ -1,0 +1,100 @@
+"""Trace files: one generation with everything that was looked at, as versioned JSON (docs/trace.md describes it)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from adi.decoding.policies import FullDepth, Policy, trigger_of
+from adi.decoding.records import Generation, Step, Summary
+from adi.files import read_json, write_text
+
+FORMAT, VERSION = "adi-trace", 1
+MAX_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A generation as a trace file holds it. ``depths`` are the exits, ``trigger`` their rule in JSON (None at full depth)."""
+
+    model: str
+    backend: str
+    precision: str
+    mode: str
+    layers: int
+    depths: tuple[int, ...]
+    trigger: dict[str, Any] | None
+    prompt: str
+    text: str
+    summary: dict[str, Any]
+    steps: tuple[Step, ...]
+
+
+def trace_of(generation: Generation, policy: Policy | None, prompt: str) -> Trace:
+    """The trace of a finished generation; generate with ``candidates=5`` or so, or its steps hold no looks."""
+    exits = None if policy is None or isinstance(policy, FullDepth) else policy.exits
+    return Trace(
+        model=generation.model,
+        backend=generation.backend,
+        precision=generation.precision,
+        mode=generation.mode,
+        layers=generation.layers,
+        depths=exits.depths if exits else (),
+        trigger=None if policy is None or isinstance(policy, FullDepth) else trigger_of(policy).to_json(),
+        prompt=prompt,
+        text=generation.text,
+        summary=generation.summary().to_json(),
+        steps=generation.steps,
+    )
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    """Write a trace file, whole or not at all."""
+    values = {f.name: getattr(trace, f.name) for f in fields(trace)}
+    values |= {"depths": list(trace.depths), "steps": [step.to_json() for step in trace.steps]}
+    write_text(path, json.dumps(_rounded({"format": FORMAT, "version": VERSION, **values}), ensure_ascii=False) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six significant digits: a third of the bytes, and nothing that anyone could see."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace file; ValueError says what is wrong with one that is damaged, too large, or of another version."""
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"the trace {path} has more than {MAX_BYTES >> 20} MiB; that is no trace that adi wrote.")
+    value = read_json(path, "trace")
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
+    if value.get("version") != VERSION:
+        raise ValueError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
+    try:
+        return _parse({k: v for k, v in value.items() if k not in ("format", "version")})
+    except ValueError as error:
+        raise ValueError(f"the trace {path} is damaged: {error}") from None
+
+
+def _parse(value: dict[str, Any]) -> Trace:
+    names = {f.name for f in fields(Trace)}
+    if set(value) != names:
+        raise ValueError(f"fields missing or unknown: {sorted(set(value) ^ names)}.")
+    for name in ("model", "backend", "precision", "mode", "prompt", "text"):
+        if not isinstance(value[name], str):
+            raise ValueError(f"{name} is not a text.")
+    depths = value["depths"]
+    if not isinstance(depths, list) or not all(type(d) is int for d in depths):
+        raise ValueError("depths is not a list of whole numbers.")
+    if type(value["layers"]) is not int or not isinstance(value["trigger"], (dict, type(None))):
+        raise ValueError("layers is not a whole number, or trigger not an object.")
+    if not isinstance(value["summary"], dict) or set(value["summary"]) != {f.name for f in fields(Summary)}:
+        raise ValueError("summary does not have the fields of a summary.")
+    if not isinstance(value["steps"], list):
+        raise ValueError("steps is not a list.")
+    return Trace(**{**value, "depths": tuple(depths), "steps": tuple(Step.from_json(s) for s in value["steps"])})

@@ -1,0 +1,58 @@
+"""Prompt files: JSONL with ``prompt`` (or ``turns``) and, if you like, ``category``; and the sets that the package carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BUILTIN = Path(__file__).parent / "data" / "prompts"
+BUILTIN_NAMES = {"builtin": "tune", "bench": "bench"}
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """One prompt: the user's turns (one, mostly) and what kind of task it is."""
+
+    turns: tuple[str, ...]
+    category: str
+
+    @property
+    def prompt(self) -> str:
+        return self.turns[0]
+
+
+def read_prompts(source: str | Path) -> list[PromptItem]:
+    """The prompts of a JSONL file, or of a set by name: "builtin" (480 to train on), "bench" (80 to measure with).
+
+    Raises ValueError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
+    """
+    path = BUILTIN / f"{BUILTIN_NAMES[str(source)]}.jsonl" if str(source) in BUILTIN_NAMES else Path(source).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}. Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
+    items = [_item(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise ValueError(f"{path} holds no prompts.")
+    return items
+
+
+def prompts_hash(items: Sequence[PromptItem]) -> str:
+    """A short name for exactly these prompts in this order."""
+    return hashlib.blake2b(repr([(i.turns, i.category) for i in items]).encode(), digest_size=8).hexdigest()
+
+
+def _item(line: str, where: str) -> PromptItem:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(value, dict) or not set(value) <= {"prompt", "turns", "category"}:
+        raise ValueError(f"{where} is not an object with 'prompt' (or 'turns') and 'category'.")
+    turns = value.get("turns", [value["prompt"]] if "prompt" in value else None)
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+        raise ValueError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
+    return PromptItem(tuple(turns), str(value.get("category", "other")))

@@ -1,0 +1,1 @@
+"""Makes exits. Never decodes by itself."""

@@ -1,0 +1,102 @@
+"""A tiny model with a tokenizer and a chat template, in memory and as a folder; one thread, so that runs repeat."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers as t
+from families import tiny
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import adi
+from adi.exits.heads import Adapter, Heads
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SAMPLE = "the quick brown fox jumps over the lazy dog and then the dog sleeps; 12 plus 30 is 42. é 日本 😀 " * 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 300 tokens, so that characters may span several tokens."""
+    raw = FastTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator([SAMPLE], trainer)
+    return t.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tiny_tokenizer: Any) -> Any:
+    """A llama of 6 blocks over that tokenizer; its context is 512 tokens."""
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=304,
+        max_position_embeddings=512,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )
+    model = t.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_hf: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_hf.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
+    return adi.load(tiny_hf, tokenizer=tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def llama() -> adi.Model:
+    """A tiny llama without tokenizer: prompts are token ids."""
+    return adi.load(tiny("llama"))
+
+
+def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger, size: int = 40) -> adi.Exits:
+    """Exits whose heads were never trained: random, but well formed."""
+    spec = model.backbone.spec
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (0.1 * torch.randn(shape, generator=generator)).half().float()
+
+    adapters = {
+        d: Adapter(1 + draw(spec.width), draw(spec.width), draw(spec.width, 4), draw(spec.width, 4), draw(spec.width), draw(1))
+        for d in depths
+    }
+    ids = torch.randperm(spec.vocabulary, generator=generator)[:size].sort().values
+    base = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
+    return adi.Exits(*base, depths, trigger, Heads(ids, adapters), {"note": "random"}, {"command": "none"})

@@ -1,0 +1,205 @@
+"""The transformers engine on tiny random models of 30 families: any split is the model's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from families import FAMILIES, LAYERS, VOCABULARY, C, tiny
+
+import adi
+from adi.model.backbone import Rows
+from adi.model.hf import HfBackbone
+from adi.model.hf.engine import fingerprint
+
+IDS = tuple(torch.randint(3, VOCABULARY - 1, (26,), generator=torch.Generator().manual_seed(5)).tolist())
+PROMPT = 14
+
+
+def own_logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_there_are_enough_families() -> None:
+    assert len(FAMILIES) >= 24
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_any_split_gives_the_models_own_logits(family: str, split: int) -> None:
+    model = tiny(family)
+    backbone, wanted = HfBackbone(model), own_logits(tiny(family), IDS)
+    cache, layers = backbone.new_cache(), backbone.spec.layers
+    (prefill,) = backbone.forward([Rows(cache, 0, IDS[:PROMPT], None)], 0, layers)
+    torch.testing.assert_close(backbone.logits(prefill.hidden_TD), wanted[:PROMPT], atol=1e-4, rtol=0)
+    ahead = [backbone.forward([Rows(cache, i, IDS[i : i + 1], None)], 0, split)[0] for i in range(PROMPT, len(IDS))]
+    shallow_TD = torch.cat([states.hidden_TD for states in ahead])
+    (deep,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT:], shallow_TD)], split, layers)
+    torch.testing.assert_close(backbone.logits(deep.hidden_TD), wanted[PROMPT:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [0, 3, 11, 20])
+def test_rollback_is_a_smaller_start(family: str, length: int) -> None:
+    backbone = HfBackbone(tiny(family))
+    cache, layers = backbone.new_cache(), backbone.spec.layers
+    wrong = IDS[:length] + tuple((i + 1) % VOCABULARY for i in IDS[length:])
+    backbone.forward([Rows(cache, 0, wrong, None)], 0, layers)
+    (states,) = backbone.forward([Rows(cache, length, IDS[length:], None)], 0, layers)
+    wanted = own_logits(tiny(family), IDS)[length:]
+    torch.testing.assert_close(backbone.logits(states.hidden_TD), wanted, atol=1e-4, rtol=0)
+
+
+def test_verified_generation_is_transformers_greedy(family: str) -> None:
+    hf = tiny(family)
+    model = adi.load(hf)
+    prompt = list(IDS[:PROMPT])
+    with torch.no_grad():
+        wanted = hf.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, PROMPT:].tolist()
+    exits = adi.bare_exits(model, (2, 4))
+    ragged = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
+    for trigger in (adi.Threshold("top_probability", 0.0), ragged):
+        got = adi.generate(model, prompt, adi.Verified(exits, trigger, draft_tokens=4), max_new_tokens=24)
+        assert list(got.token_ids) == wanted
+    drafted = adi.generate(model, prompt, adi.Verified(exits, adi.Threshold("top_probability", 0.0)), max_new_tokens=24)
+    assert drafted.counters.drafted > 0
+
+
+def test_mlp_activations_are_what_the_down_projection_reads() -> None:
+    model = tiny("llama")
+    backbone = HfBackbone(model)
+    (states,) = backbone.forward([Rows(backbone.new_cache(), 0, IDS, None)], 0, 3, mlp=True)
+    block = model.model.layers[2]
+    with torch.no_grad():
+        after = model(torch.tensor([IDS]), output_hidden_states=True).hidden_states[2][0]
+        attended = after + block.self_attn(
+            block.input_layernorm(after)[None],
+            position_embeddings=model.model.rotary_emb(after[None], torch.arange(len(IDS))[None]),
+            attention_mask=torch.full((len(IDS), len(IDS)), float("-inf")).triu(1)[None, None],
+        )[0].squeeze(0)
+        x = block.post_attention_layernorm(attended)
+        wanted = block.mlp.act_fn(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
+    assert states.mlp_TF is not None
+    torch.testing.assert_close(states.mlp_TF, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_have_no_mlp_tap() -> None:
+    assert not HfBackbone(tiny("mixtral")).has_mlp_tap
+
+
+def _snapshot(model: Any) -> list[Any]:
+    kept: list[Any] = [model.training, fingerprint(model)]
+    for module in model.modules():
+        kept.append((sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks)))
+    return kept
+
+
+def test_the_users_model_is_left_as_it_was_found() -> None:
+    hf = tiny("gemma3")
+    before = _snapshot(hf)
+    model = adi.load(hf)
+    exits = adi.bare_exits(model, (2,))
+    adi.generate(model, [3, 4, 5], adi.Verified(exits, adi.Threshold("hoyer", 0.0)), max_new_tokens=6, candidates=2)
+    assert _snapshot(hf) == before
+    half = adi.stream(model, [3, 4, 5], adi.Verified(exits), max_new_tokens=6)
+    next(half)
+    assert _snapshot(hf) == before, "also between two tokens of a stream"
+
+
+def test_the_users_model_is_left_as_it_was_found_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny("qwen2")
+    before, backbone = _snapshot(hf), HfBackbone(tiny("qwen2"))
+
+    def burst(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf.model.layers[3].mlp, "forward", burst)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            backbone.forward([Rows(backbone.new_cache(), 0, IDS, None)], 0, LAYERS, mlp=True)
+    assert _snapshot(hf) == before
+
+
+def test_a_users_own_forward_on_a_block_survives() -> None:
+    hf = tiny("olmo")
+    block, calls = hf.model.layers[1], []
+    original = block.forward
+    block.forward = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    mine = block.forward
+    try:
+        adi.generate(adi.load(hf), [3, 4], max_new_tokens=2)
+        assert block.forward is mine
+        assert calls
+    finally:
+        del block.forward
+
+
+REFUSED = {
+    "Mamba": ("MambaForCausalLM", t.MambaConfig, dict(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=8)),
+    "T5": ("T5ForConditionalGeneration", t.T5Config, dict(d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=64)),
+    "Qwen3Next": (
+        "Qwen3NextForCausalLM",
+        t.Qwen3NextConfig,
+        {**C, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
+        | dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+        | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_cannot_be_split_is_refused_by_name(name: str) -> None:
+    kind, config, settings = REFUSED[name]
+    model = getattr(t, kind)(config(**settings)).eval()
+    with pytest.raises(ValueError, match=rf"^{kind} cannot be split between blocks: .{{20,}}"):
+        HfBackbone(model)
+
+
+def test_something_between_the_blocks_is_refused() -> None:
+    class Doubling(t.LlamaModel):
+        """Scales the state between two blocks, which skip-and-inject would lose."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.layers[3].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+
+    hf = t.LlamaForCausalLM(t.LlamaConfig(**C, num_key_value_heads=2)).eval()
+    hf.model = Doubling(hf.config).eval()
+    with pytest.raises(ValueError, match="between block 2 and block 3"):
+        HfBackbone(hf)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = t.LlamaForCausalLM(t.LlamaConfig(**C, num_key_value_heads=2))
+    model.train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        HfBackbone(model)
+
+
+def test_the_fingerprint_names_weights_not_precision() -> None:
+    model = tiny("phi")
+    rounded = t.PhiForCausalLM(model.config).eval()
+    rounded.load_state_dict(model.state_dict())
+    assert fingerprint(rounded.bfloat16()) == fingerprint(model)
+    with torch.no_grad():
+        rounded.float().model.layers[2].mlp.fc1.weight += 0.5
+    assert fingerprint(rounded) != fingerprint(model)
+
+
+def test_the_readout_is_the_models_own_head(family: str) -> None:
+    backbone = HfBackbone(tiny(family))
+    readout = backbone.readout()
+    hidden_TD = torch.randn(5, backbone.spec.width, generator=torch.Generator().manual_seed(2))
+    x = hidden_TD - hidden_TD.mean(-1, keepdim=True) if readout.norm == "layer" else hidden_TD
+    x = x / (x.square().mean(-1, keepdim=True) + readout.eps).sqrt() * readout.gain_D + readout.shift_D
+    logits = x @ readout.weight_VD.T + (0 if readout.bias_V is None else readout.bias_V)
+    capped = getattr(backbone.model.config, "final_logit_softcapping", None)
+    got = readout.scale * logits
+    got = capped * torch.tanh(got / capped) if capped else got
+    torch.testing.assert_close(got, backbone.logits(hidden_TD), atol=2e-3, rtol=2e-3)
