@@ -12,12 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers as t
-from families import tiny
+from hypothesis import settings
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import adi
 from adi.exits.heads import Adapter, Heads
+from families import tiny
+
+settings.register_profile("adi", deadline=None)  # how long a case takes is the machine's business
+settings.load_profile("adi")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -38,9 +42,7 @@ def tiny_tokenizer() -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator([SAMPLE], trainer)
     return t.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", chat_template=CHAT_TEMPLATE)
 
@@ -93,10 +95,12 @@ def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger
     def draw(*shape: int) -> torch.Tensor:
         return (0.1 * torch.randn(shape, generator=generator)).half().float()
 
-    adapters = {
-        d: Adapter(1 + draw(spec.width), draw(spec.width), draw(spec.width, 4), draw(spec.width, 4), draw(spec.width), draw(1))
-        for d in depths
-    }
+    def adapter() -> Adapter:
+        gain = (1 + draw(spec.width)).half().float()
+        matrices = (draw(spec.width, 4), draw(spec.width, 4))
+        return Adapter(gain, draw(spec.width), *matrices, draw(spec.width), draw(1))
+
+    adapters = {depth: adapter() for depth in depths}
     ids = torch.randperm(spec.vocabulary, generator=generator)[:size].sort().values
     base = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
     return adi.Exits(*base, depths, trigger, Heads(ids, adapters), {"note": "random"}, {"command": "none"})

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adi.decoding.frontier import Frontier
 from adi.model.backbone import ReadOut, Rows, Spec, States
 from adi.model.hf import HfBackbone
+from families import tiny
 
 LAYERS, WIDTH = 5, 3
 
@@ -126,7 +126,7 @@ def test_after_a_rollback_only_what_was_forgotten_runs_again(actions: list[tuple
         assert all(count == 1 and position >= filled[layer] for (layer, position), count in fresh.items())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(ACTIONS, st.sampled_from(["llama", "gemma3", "lfm2", "gpt2"]))
 def test_the_same_holds_on_real_architectures(actions: list[tuple[str, Any]], family: str) -> None:
     backbone = HfBackbone(tiny(family))

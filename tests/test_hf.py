@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from families import FAMILIES, LAYERS, VOCABULARY, C, tiny
 
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
+from families import FAMILIES, LAYERS, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (26,), generator=torch.Generator().manual_seed(5)).tolist())
 PROMPT = 14

@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adi.decoding.policies import FullDepth, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
-    from adi.decoding.stream import Session, generate, stream
+    from adi.decoding.session import Session
+    from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
     from adi.exits.triggers import AllOf, AnyOf, Never, Threshold, Trigger, Weighted
     from adi.measure.headroom import inspect
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "adi.decoding.policies": ("FullDepth", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
-    "adi.decoding.stream": ("Session", "generate", "stream"),
+    "adi.decoding.session": ("Session",),
+    "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
     "adi.exits.triggers": ("AllOf", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
     "adi.measure.headroom": ("inspect",),

@@ -14,10 +14,11 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step; ValueError, naming the path, when that cannot be done."""
+    data = text.encode("utf-8", errors="replace")  # half a surrogate pair is no reason to lose a result
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+            file.write(data)
         Path(file.name).chmod(0o644)
         Path(file.name).replace(path)
     except OSError as error:

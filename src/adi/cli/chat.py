@@ -42,7 +42,7 @@ def chat(
     from adi.cli.paint import Painter, legend
     from adi.decoding.policies import FullDepth
     from adi.decoding.records import Step
-    from adi.decoding.stream import Session
+    from adi.decoding.session import Session
 
     out = Console(highlight=False)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True))

@@ -75,7 +75,7 @@ class Source:
 
 def exits_for(model: Model, given: str | None) -> Exits:
     """The exits named on the command line, else those shipped for the model; ValueError says how to get some."""
-    from adi.exits.artifact import SHIPPED, bare_exits, load_exits
+    from adi.exits.artifact import bare_exits, load_exits, shipped
 
     if given == "bare" or (given or "").startswith("bare:"):
         layers = model.backbone.spec.layers
@@ -84,7 +84,7 @@ def exits_for(model: Model, given: str | None) -> Exits:
         exits = bare_exits(model, depths)
     elif given is not None:
         exits = load_exits(given)
-    elif (SHIPPED / model.source).is_dir():
+    elif model.source in shipped():
         exits = load_exits(model.source)
     else:
         raise ValueError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TextIO
 
 from rich.color import Color
 from rich.console import Console
@@ -41,8 +39,8 @@ class Painter:
     the position survives a draft that wraps at the bottom of the screen.
     """
 
-    def __init__(self, console: Console, depths: Sequence[int], out: TextIO = sys.stdout) -> None:
-        self._console, self._depths, self._out = console, tuple(depths), out
+    def __init__(self, console: Console, depths: Sequence[int]) -> None:
+        self._console, self._depths, self._out = console, tuple(depths), console.file
         self._drafts: list[Draft] = []
         self.live = console.is_terminal and not console.legacy_windows
 

@@ -145,7 +145,7 @@ def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out
     from adi.cli.paint import Painter, legend
     from adi.decoding.policies import FullDepth
     from adi.decoding.records import Step
-    from adi.decoding.stream import Session
+    from adi.decoding.session import Session
 
     session = Session(model, text, policy, **options)
     depths = () if isinstance(policy, FullDepth) else policy.exits.depths

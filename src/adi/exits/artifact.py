@@ -24,7 +24,9 @@ from adi.model.checkpoint import Model
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
-JSON_FIELDS = {"format", "base", "base_name", "layers", "width", "vocabulary", "depths", "trigger", "tensors", "report", "made_by"}
+JSON_TEXTS = ("base", "base_name")
+JSON_COUNTS = ("layers", "width", "vocabulary")
+JSON_FIELDS = {"format", *JSON_TEXTS, *JSON_COUNTS, "depths", "trigger", "tensors", "report", "made_by"}
 BARE_TRIGGER = Threshold("top_probability", 0.5)
 Reader = Callable[[int, Tensor], Prediction]
 
@@ -111,6 +113,11 @@ def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIG
     return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, chosen, trigger)
 
 
+def shipped() -> list[str]:
+    """Names of the models whose exits come with the package."""
+    return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+
+
 def load_exits(source: str | os.PathLike[str]) -> Exits:
     """Exits from a folder, or those shipped with the package for a model ("smollm2-135m").
 
@@ -119,10 +126,9 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        known = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
-        if str(source) not in known:
+        if str(source) not in shipped():
             raise ValueError(
-                f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(known) or 'none are'}). "
+                f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
                 "Make some with: adi tune MODEL --out DIR"
             )
         folder = SHIPPED / str(source)
@@ -152,10 +158,10 @@ def _tensors(path: Path, digest: Any) -> dict[str, Tensor]:
 
 
 def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
-    for name in ("layers", "width", "vocabulary"):
+    for name in JSON_COUNTS:
         if not isinstance(value[name], int) or value[name] < 1:
             raise ValueError(f"{name} is {value[name]!r}, not a positive whole number")
-    for name in ("base", "base_name"):
+    for name in JSON_TEXTS:
         if not isinstance(value[name], str):
             raise ValueError(f"{name} is {value[name]!r}, not a text")
     for name in ("report", "made_by"):

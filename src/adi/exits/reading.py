@@ -45,7 +45,10 @@ class Signals(Mapping[str, float]):
 
 
 class Reading:
-    """One row at one depth: its likeliest token, its candidates and its signals."""
+    """One row at one depth: its likeliest token, its candidates and its signals.
+
+    ``token`` may be given where it is known without the whole distribution.
+    """
 
     def __init__(
         self,
@@ -54,20 +57,24 @@ class Reading:
         before_TD: Tensor,
         hidden_TD: Tensor,
         mlp_TF: Tensor | None = None,
+        token: int | None = None,
     ) -> None:
         self.depth = depth
         self._predict = predict
+        self._token = token
         self.signals: Mapping[str, float] = Signals(lambda: self.prediction, before_TD, hidden_TD, mlp_TF)
 
     @cached_property
     def prediction(self) -> Prediction:
         return self._predict()
 
-    @cached_property
+    @property
     def token(self) -> int:
         """The likeliest token that the head can name."""
-        best = int(self.prediction.log_probs_TS[0].argmax())
-        return best if self.prediction.ids_S is None else int(self.prediction.ids_S[best])
+        if self._token is None:
+            best = int(self.prediction.log_probs_TS[0].argmax())
+            self._token = best if self.prediction.ids_S is None else int(self.prediction.ids_S[best])
+        return self._token
 
     def candidates(self, count: int) -> tuple[tuple[int, float], ...]:
         """The ``count`` likeliest tokens with their probabilities."""

@@ -50,14 +50,16 @@ def top_probability(prediction: Prediction) -> Tensor:
 
 
 def margin(prediction: Prediction) -> Tensor:
-    """Probability of the likeliest token less that of the next, ``[T]``; the tail stands in for one token."""
+    """Lead of the likeliest token over the next, ``[T]``, in probability.
+
+    With a shortlist the whole tail counts as one rival, so the lead is negative where the tail outweighs every token.
+    """
     logs = prediction.log_probs_TS
+    top = logs.topk(min(2, logs.shape[-1]), -1).values.exp()
+    rival = top[..., 1] if top.shape[-1] == 2 else torch.zeros_like(top[..., 0])
     if prediction.tail_T is not None:
-        logs = torch.cat([logs, prediction.tail_T[..., None]], -1)
-    if logs.shape[-1] == 1:
-        return logs[..., 0].exp()
-    top = logs.topk(2, -1).values.exp()
-    return top[..., 0] - top[..., 1]
+        rival = torch.maximum(rival, prediction.tail_T.exp())
+    return top[..., 0] - rival
 
 
 def stability(before_TD: Tensor, hidden_TD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        finite = {k: v for k, v in value.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON has no NaN
+        return {k: _rounded(v) for k, v in finite.items()}
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -1,0 +1,5 @@
+"""``python -m adi`` is ``adi``."""
+
+from adi.cli.app import main
+
+main()

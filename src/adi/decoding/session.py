@@ -1,0 +1,235 @@
+"""``Session``: one sequence's logic driven against a frontier, telling what happens as events."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from adi.decoding.frontier import Frontier
+from adi.decoding.policies import FullDepth, Policy, Reflex, Verified, name_of, trigger_of
+from adi.decoding.records import (
+    Candidate,
+    Counters,
+    Draft,
+    Drafted,
+    Event,
+    Generation,
+    Look,
+    Step,
+    TakenBack,
+)
+from adi.decoding.sequence import Advance, Decided, Glance, Plan, Proposed, Sequence_, immediate, verified
+from adi.decoding.stops import StopText
+from adi.exits.artifact import Reader
+from adi.exits.reading import Reading
+from adi.exits.signals import SIGNALS, Prediction
+from adi.exits.triggers import Never, Trigger
+from adi.model.checkpoint import Model
+from adi.model.tokenizer import Detokenizer, Prompt
+
+
+class Session:
+    """One generation under way. Iterating gives events: ``Drafted``, ``TakenBack`` and, for every final token, ``Step``.
+
+    Raises ValueError before any work for a prompt or an option that cannot be meant, among them a prompt that with
+    ``max_new_tokens`` would pass the model's context.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        policy: Policy | None = None,
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        stop_at_eos: bool = True,
+        raw: bool = False,
+        candidates: int = 0,
+    ) -> None:
+        self.model, self.policy = model, policy or FullDepth()
+        self.prompt_ids = model.encode(prompt, raw=raw)
+        self.finish = "length"
+        self._candidates = candidates
+        self._detokenizer = Detokenizer(model.tokenizer)
+        self._stop = StopText((stop,) if isinstance(stop, str) else tuple(stop))
+        self._rounds = self._drafted = self._accepted = self._index = 0
+        self._started = time.perf_counter()
+        self._seconds = 0.0
+        self._ends = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
+        _check_length(model, len(self.prompt_ids), max_new_tokens)
+        trigger, depths, self._read = self._exits()
+        self._check_signals(trigger)
+        plan = Plan(
+            prompt=self.prompt_ids,
+            budget=max_new_tokens,
+            layers=model.backbone.spec.layers,
+            stops=tuple(d for d in depths if trigger.may_fire(d)),
+            trigger=trigger,
+            ends=self._ends,
+        )
+        shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
+        self.frontier = Frontier(model.backbone, mlp=shows_mlp and model.backbone.has_mlp_tap)
+        self._sequence = _sequence_of(self.policy, plan)
+
+    def __iter__(self) -> Iterator[Event]:
+        """The events, in order; ending early (closing the iterator) leaves the model as it was."""
+        self._started = time.perf_counter()
+        yield from self._stop.watch(self._events())
+        self._seconds = time.perf_counter() - self._started
+        if self._stop.hit:
+            self.finish = "stop"
+
+    @property
+    def counters(self) -> Counters:
+        """What it has cost so far."""
+        seconds = self._seconds or time.perf_counter() - self._started
+        f = self.frontier
+        return Counters(self._rounds, self._drafted, self._accepted, f.row_blocks, f.block_passes, seconds)
+
+    def generation(self, steps: Sequence[Step]) -> Generation:
+        """The finished text of these steps."""
+        spec = self.model.backbone.spec
+        return Generation(
+            text="".join(step.text for step in steps),
+            token_ids=tuple(step.token for step in steps),
+            prompt_ids=self.prompt_ids,
+            steps=tuple(steps),
+            mode=name_of(self.policy),
+            model=spec.name,
+            backend=spec.backend,
+            precision=spec.precision,
+            layers=spec.layers,
+            finish=self.finish,
+            counters=self.counters,
+        )
+
+    def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
+        if isinstance(self.policy, FullDepth):
+            return Never(), (), _no_reader
+        exits = self.policy.exits
+        return trigger_of(self.policy), exits.depths, exits.reader(self.model.backbone)
+
+    def _check_signals(self, trigger: Trigger) -> None:
+        blind = [n for n in trigger.needs if SIGNALS[n].reads == "mlp"]
+        if blind and not self.model.backbone.has_mlp_tap:
+            raise ValueError(
+                f"the trigger reads {blind[0]!r}, but {self.model.backbone.spec.family} models show no single MLP per block "
+                "(experts, or another form); use entropy, margin, top_probability or stability."
+            )
+
+    def _events(self) -> Iterator[Event]:
+        """Serve the sequence's requests, pass on what it says."""
+        reply: Sequence[Reading] | None = None
+        while True:
+            try:
+                said = next(self._sequence) if reply is None else self._sequence.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            match said:
+                case Advance():
+                    reply = self._serve(said)
+                case Proposed():
+                    self._drafted += 1
+                    yield Drafted(self._draft(said))
+                case Decided():
+                    if said.rejected:
+                        yield TakenBack(len(said.rejected))
+                    yield self._step(said)
+
+    def _serve(self, request: Advance) -> list[Reading]:
+        """Do one request on the frontier and read its last rows there."""
+        frontier, spec = self.frontier, self.model.backbone.spec
+        frontier.rollback(request.keep)
+        frontier.append(request.ids)
+        frontier.advance(request.to)
+        hidden_TD = frontier.hidden(frontier.length - request.read, frontier.length)
+        states = frontier.last
+        assert states is not None
+        before_TD = states.before_TD[-request.read :]
+        mlp_TF = None if states.mlp_TF is None else states.mlp_TF[-request.read :]
+        if request.to < spec.layers:
+            predict = functools.partial(self._read, request.to, hidden_TD)
+            return [Reading(request.to, predict, before_TD, hidden_TD, mlp_TF)]
+        logits_TV = self.model.backbone.logits(hidden_TD)
+        tokens = logits_TV.argmax(-1).tolist()
+        readings = []
+        for i, token in enumerate(tokens):
+            row = slice(i, i + 1)
+            mlp = None if mlp_TF is None else mlp_TF[row]
+            predict = functools.partial(_full_prediction, logits_TV[row])
+            readings.append(Reading(request.to, predict, before_TD[row], hidden_TD[row], mlp, token))
+        return readings
+
+    def _step(self, said: Decided) -> Step:
+        verified_ = isinstance(self.policy, Verified)
+        self._rounds = said.round
+        drafted = said.draft is not None
+        if drafted and not verified_:
+            self._drafted += 1
+        self._accepted += drafted and verified_
+        text = self._detokenizer.push(said.token)
+        if self._ends(said.token):
+            self.finish, text = "eos", text + self._detokenizer.finish()
+        looks = tuple(self._look(glance) for glance in said.glances) if self._candidates else ()
+        decider = said.draft.glances[-1] if said.draft else said.glances[-1]
+        step = Step(
+            index=self._index,
+            token=said.token,
+            text=text,
+            depth=said.depth,
+            level="exit" if drafted else "full",
+            round=said.round,
+            drafted=drafted,
+            accepted=drafted and verified_,
+            signals=dict(getattr(decider.reading.signals, "seen", {})),
+            looks=looks,
+            rejected=tuple(self._draft(p) for p in said.rejected),
+            seconds=time.perf_counter() - self._started,
+        )
+        self._index += 1
+        return step
+
+    def _draft(self, proposed: Proposed) -> Draft:
+        return Draft(proposed.token, self._spell(proposed.token), proposed.depth)
+
+    def _look(self, glance: Glance) -> Look:
+        reading = glance.reading
+        assert isinstance(reading, Reading)
+        found = tuple(Candidate(t, self._spell(t), p) for t, p in reading.candidates(self._candidates))
+        signals = {name: reading.signals[name] for name in reading.signals}
+        return Look(reading.depth, reading.token, self._spell(reading.token), glance.fired, signals, found)
+
+    def _spell(self, token: int) -> str:
+        return self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
+
+
+def _sequence_of(policy: Policy, plan: Plan) -> Sequence_:
+    match policy:
+        case Verified():
+            return verified(plan, policy.draft_tokens)
+        case FullDepth() | Reflex():
+            return immediate(plan)
+
+
+def _check_length(model: Model, prompt: int, new: int) -> None:
+    if new < 1:
+        raise ValueError(f"max_new_tokens is {new}; it must be at least 1.")
+    context = model.backbone.spec.context
+    if context is not None and prompt + new > context:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
+            f"{context}; shorten the prompt to at most {max(context - new, 0)} tokens or lower max_new_tokens."
+        )
+
+
+def _full_prediction(logits_TV: Tensor) -> Prediction:
+    return Prediction(logits_TV.log_softmax(-1))
+
+
+def _no_reader(depth: int, hidden_TD: object) -> Prediction:
+    raise AssertionError("full depth looks at no exit")

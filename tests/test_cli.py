@@ -1,0 +1,207 @@
+"""The command line on a tiny model, in the process and through its real front door."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import adi
+from adi.cli.app import app
+from adi.cli.paint import ERASE_BELOW, RESTORE, Painter, legend, style_of
+from adi.decoding.records import Draft, Drafted, Step, TakenBack
+
+ALWAYS = ["--exits", "bare:2,4", "--threshold", "0.0"]
+DOCUMENT = {
+    *("text", "token_ids", "mode", "model", "backend", "precision", "tokens", "rounds", "drafted", "accepted"),
+    *("mean_depth", "depth_histogram", "block_rows", "seconds", "tokens_per_second"),
+}
+
+
+def adi_(*args: Any, text: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in args], input=text)
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> list[str]:
+    return ["--model", str(tiny_folder)]
+
+
+def test_run_prints_the_text_and_the_closing_lines(model: list[str], tiny_model: adi.Model) -> None:
+    done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--compare")
+    assert done.exit_code == 0, done.output
+    full = adi.generate(tiny_model, "hello dog", max_new_tokens=12)
+    assert done.stdout.startswith(full.text)
+    for part in (
+        "identical: yes",
+        "drafts accepted",
+        "mean depth",
+        "block-rows",
+        "tokens/s against full depth",
+        "tokens by depth",
+    ):
+        assert part in done.stdout.replace("\n", " ")
+
+
+def test_json_is_one_document(model: list[str], tiny_model: adi.Model) -> None:
+    done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--compare", "--json")
+    document = json.loads(done.stdout)
+    assert set(document) >= DOCUMENT | {"full", "identical", "speedup"}
+    assert set(document["full"]) >= DOCUMENT
+    full = adi.generate(tiny_model, "hello dog", max_new_tokens=12)
+    assert document["identical"] is True
+    assert document["token_ids"] == document["full"]["token_ids"] == list(full.token_ids)
+    assert document["speedup"] == pytest.approx(document["tokens_per_second"] / document["full"]["tokens_per_second"], rel=1e-6)
+    assert sum(document["depth_histogram"].values()) == document["tokens"] == len(document["token_ids"])
+
+
+def test_run_reads_standard_input(model: list[str], tiny_model: adi.Model) -> None:
+    document = json.loads(adi_("run", "-", *model, "--mode", "full", "-n", 4, "--json", text="the fox").stdout)
+    assert document["text"] == adi.generate(tiny_model, "the fox", max_new_tokens=4).text
+
+
+def test_reflex_says_that_it_is_uncalibrated(model: list[str]) -> None:
+    done = adi_("run", "hello", *model, *ALWAYS, "--mode", "reflex", "-n", 6)
+    assert "uncalibrated" in done.stdout
+    assert (
+        json.loads(adi_("run", "hello", *model, *ALWAYS, "--mode", "reflex", "-n", 6, "--json").stdout)["calibrated"] is False
+    )
+
+
+def test_a_trace_becomes_a_page(model: list[str], tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    assert adi_("run", "hello", *model, *ALWAYS, "-n", 6, "--trace", trace).exit_code == 0
+    assert adi.read_trace(trace).steps[0].looks
+    assert adi_("trace", "hello", "--out", tmp_path / "u.json", *model, *ALWAYS, "-n", 6).exit_code == 0
+    assert adi_("plot", trace).exit_code == 0
+    assert "<html" in (tmp_path / "t.html").read_text()
+    assert adi_("plot", trace, "--out", trace).exit_code == 2
+
+
+def test_chat_keeps_the_conversation(model: list[str], tiny_model: adi.Model) -> None:
+    done = adi_("chat", *model, *ALWAYS, "-n", 5, text="hello\n/depth\nand the fox\n/reset\n/what\n/bye\n")
+    assert done.exit_code == 0, done.output
+    first = adi.generate(tiny_model, "hello", max_new_tokens=5).text
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
+    second = adi.generate(tiny_model, [*talk, {"role": "user", "content": "and the fox"}], max_new_tokens=5).text
+    assert first in done.stdout
+    assert second in done.stdout
+    assert "unknown command /what" in done.stdout
+
+
+def test_inspect_and_triggers_print_tables(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = ["--prompts", tmp_path / "p.jsonl"]
+    prompts[1].write_text("\n".join(json.dumps({"prompt": f"the fox number {i}"}) for i in range(6)))
+    done = adi_("inspect", tiny_folder, *prompts, "--limit", 2, "-n", 6)
+    assert done.exit_code == 0, done.output
+    assert "Speed-up ceiling" in done.stdout
+    found = json.loads(adi_("inspect", tiny_folder, *prompts, "--limit", 1, "-n", 4, "--json").stdout)
+    assert found["spec"]["layers"] == 6
+    done = adi_("triggers", tiny_folder, *prompts, "--exits", "bare:3", "--limit", 4, "-n", 8)
+    assert done.exit_code == 0, done.output
+    assert "AUROC" in done.stdout
+
+
+def test_tune_makes_exits_that_run(tiny_folder: Path, model: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"the fox number {i}"}) for i in range(60)))
+    out = tmp_path / "exits"
+    options = ["--tokens", 400, "--max-new-tokens", 12, "--epochs", 1, "--rank", 4, "--shortlist", 50, "--depths", "2,4"]
+    done = adi_("tune", tiny_folder, "--out", out, "--prompts", prompts, *options)
+    assert done.exit_code == 0, done.output
+    assert adi.load_exits(out).depths == (2, 4)
+    assert (out / "work" / "log.txt").read_text()
+    assert json.loads(adi_("run", "hello", *model, "--exits", out, "-n", 8, "--compare", "--json").stdout)["identical"]
+
+
+ERRORS: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["run", "hi", "--model", "gpt-17"], "'gpt-17' is not known; choose 'smollm2-135m'"),
+    "missing folder": (["run", "hi", "--model", "./nowhere"], "no file or folder ./nowhere"),
+    "unknown mode": (["run", "hi", "--model", "{model}", "--mode", "fast"], "choose one of verified, reflex, full"),
+    "no exits": (["run", "hi", "--model", "{model}"], "adi tune"),
+    "unknown exits": (["run", "hi", "--model", "{model}", "--exits", "nothing"], "there are no exits 'nothing'"),
+    "foreign exits": (["run", "hi", "--model", "{model}", "--exits", "smollm2-135m"], "belong to smollm2-135m"),
+    "odd depths": (["run", "hi", "--model", "{model}", "--exits", "bare:a"], "whole numbers with commas"),
+    "too deep": (["run", "hi", "--model", "{model}", "--exits", "bare:6"], "choose among 1, 2, 3, 4, 5"),
+    "no threshold": (["run", "hi", "--model", "{model}", "--exits", "bare", "--mode", "reflex"], "--threshold"),
+    "both": (["run", "hi", "--model", "{model}", "--exits", "bare", "--threshold", "1", "--trigger", "{{}}"], "not both"),
+    "bad trigger": (["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"], "a trigger is an object"),
+    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "at least 1"),
+    "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
+    "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
+    "backend": (["run", "hi", "--model", "{model}", "--backend", "cuda9"], "choose one of auto, hf"),
+    "empty prompt": (["run", "", "--model", "{model}", "--mode", "full", "--raw"], "the prompt is empty"),
+    "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),
+    "no prompts": (["tune", "{model}", "--out", "{model}/x", "--prompts", "none.jsonl"], "cannot read the prompts"),
+    "out is a file": (["tune", "{model}", "--out", "{model}/config.json"], "is a file"),
+    "limit": (["inspect", "{model}", "--limit", "0"], "--limit is 0"),
+}
+
+
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_mistakes_get_a_sentence_and_exit_code_2(name: str, tiny_folder: Path) -> None:
+    args, complaint = ERRORS[name]
+    done = adi_(*(a.format(model=tiny_folder) for a in args))
+    assert done.exit_code == 2, done.output
+    assert complaint in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_damaged_models_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + b"\x03\x00\x00\x00junk")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").mkdir()
+    for file in tiny_folder.iterdir():
+        (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[: 200 if file.suffix == ".safetensors" else None])
+    for name, complaint in (("junk.gguf", "cannot read the GGUF file"), ("empty", "no config.json"), ("cut", "cannot load")):
+        done = adi_("run", "hi", "--model", tmp_path / name, "--mode", "full")
+        assert done.exit_code == 2, done.output
+        assert complaint in " ".join(done.output.split())
+
+
+def test_the_real_front_door(tiny_folder: Path) -> None:
+    run = [sys.executable, "-m", "adi"]
+    for args, code, words in (
+        (["run", "hi", "--frob"], 2, "No such option: --frob"),
+        (["frob"], 2, "No such command"),
+        (["run", "hi", "--model", "nope"], 2, "error: model 'nope' is not known"),
+        (["--version"], 0, f"adi {adi.__version__}"),
+    ):
+        done = subprocess.run([*run, *args], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def _painter() -> tuple[Painter, io.StringIO]:
+    out = io.StringIO()
+    return Painter(Console(file=out, force_terminal=True, color_system="truecolor"), (2, 4)), out
+
+
+def _step(text: str, depth: int, drafted: bool) -> Step:
+    return Step(0, 0, text, depth, "exit" if drafted else "full", 1, drafted, drafted, {}, (), (), 0.0)
+
+
+def test_drafts_are_painted_and_wiped() -> None:
+    painter, out = _painter()
+    painter.show(Drafted(Draft(1, " red", 2)))
+    assert " red" in out.getvalue()
+    painter.show(Drafted(Draft(2, " blue\n", 4)))
+    assert "⏎" in out.getvalue()
+    painter.show(TakenBack(1))
+    assert out.getvalue().count(RESTORE + ERASE_BELOW) == 2
+    painter.show(_step(" red", 2, drafted=True))
+    painter.close()
+    assert out.getvalue().split(ERASE_BELOW)[-1] == f"{style_of(2, (2, 4)).render(' red')}\n"
+
+
+def test_colours_tell_depths_apart() -> None:
+    assert style_of(2, (2, 4)) != style_of(4, (2, 4)) != style_of(6, (2, 4))
+    assert legend((2, 4), 6).plain == "decided after 2 4 6 (all) of 6 blocks"

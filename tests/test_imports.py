@@ -1,0 +1,117 @@
+"""The folder tree is the architecture: values flow right, imports point left, and importing adi costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adi
+
+SOURCE = Path(adi.__file__).parent
+# A module may import what stands above it. "adi" itself is only the lazy front door.
+ORDER = """
+files
+prompts
+model.backbone model.tokenizer
+model.hf
+model.openvino
+model.checkpoint
+exits.signals
+exits.triggers exits.heads
+exits.reading exits.artifact
+decoding.frontier decoding.policies decoding.records
+decoding.sequence decoding.stops
+decoding.session
+decoding.stream
+training.answers
+training.features
+training.fit
+training.report
+training.tune
+measure.walk measure.cost measure.trace
+measure.headroom measure.shootout measure.plot
+cli
+__main__
+"""
+RANK = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
+FORBIDDEN = {"training": ("decoding", "measure"), "measure": ("training",), "model": ("exits",)}
+
+
+def home(module: str) -> str | None:
+    """The entry of ``ORDER`` that a module belongs to; None for packages that hold nothing but their docstring."""
+    parts = module.split(".")
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in RANK), None)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "adi":
+            yield node.module.removeprefix("adi").lstrip(".")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("adi.") for alias in node.names if alias.name.startswith("adi."))
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name:
+            found.append((name, path))
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_point_left(name: str, path: Path) -> None:
+    here = home(name)
+    if here is None:
+        assert not list(imports(path)), f"adi.{name} is in no line of the order, and imports something"
+        assert "." not in name, f"adi.{name} is in no line of the order: give it its place in tests/test_imports.py"
+        return
+    for target in imports(path):
+        if not target:
+            assert here == "cli", f"adi.{name} imports the front door; import the module that has what it needs"
+            continue
+        there = home(target)
+        assert there is not None, f"adi.{name} imports adi.{target}, which is in no line of the order"
+        same = here.split(".")[:2] == there.split(".")[:2]
+        assert same or RANK[there] < RANK[here], f"adi.{name} imports adi.{target}, which stands to its right"
+        for stage in FORBIDDEN.get(here.split(".")[0], ()):
+            assert there.split(".")[0] != stage, f"adi.{name} imports adi.{target}: {here.split('.')[0]} never imports {stage}"
+
+
+def _fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_adi_loads_no_torch() -> None:
+    heavy = ("torch", "transformers", "numpy", "scipy", "openvino", "typer")
+    assert _fresh(f"import adi, sys; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['adi', 'run', '--help']\n"
+        "from adi.cli.app import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('loaded', [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert _fresh(code).splitlines()[-1] == "loaded []"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in adi.__all__:
+        assert getattr(adi, name) is not None
+        assert (getattr(adi, name).__doc__ or "").strip() or name == "Policy", f"adi.{name} has no docstring"
+    assert set(adi.__all__) <= set(dir(adi))
+    with pytest.raises(AttributeError, match="generate_everything"):
+        adi.generate_everything  # noqa: B018
+
+
+def test_files_stay_short() -> None:
+    long = {str(p.relative_to(SOURCE)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    assert not long, f"over 300 lines: {long}"

@@ -1,0 +1,113 @@
+"""Measurements against slow twins, and end to end on a tiny model."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adi
+from adi.measure.cost import Cost, measure_cost
+from adi.measure.headroom import ceiling, speedup
+from adi.measure.shootout import auroc, expected_calibration_error
+from adi.measure.walk import answer, walk
+from conftest import random_exits
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
+def test_auroc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[int, bool]]) -> None:
+    good, bad = [s for s, right in rows if right], [s for s, right in rows if not right]
+    got = auroc(torch.tensor([float(s) for s, _ in rows]), torch.tensor([right for _, right in rows]))
+    if not good or not bad:
+        assert got is None
+    else:
+        pairs = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
+        assert got == pytest.approx(pairs / (len(good) * len(bad)))
+
+
+def test_calibration_error_of_a_liar_and_of_an_honest_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(20_000, generator=generator)
+    honest = torch.rand(20_000, generator=generator) < chance
+    assert expected_calibration_error(chance, honest) < 0.02
+    assert expected_calibration_error(torch.full((100,), 0.9), torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("a", "k"), [(0.0, 3), (0.5, 1), (0.8, 4), (1.0, 6)])
+def test_the_speedup_formula_is_what_a_simulation_finds(a: float, k: int) -> None:
+    dice, tokens, rounds = random.Random(0), 0, 20_000
+    for _ in range(rounds):
+        accepted = next((i for i in range(k) if dice.random() >= a), k)
+        tokens += accepted + 1
+    cost = rounds * (k * 0.2 + 1.1)
+    assert speedup(a, k, 0.2, 1.1) == pytest.approx(tokens / cost, rel=0.02)
+
+
+def test_the_ceiling_picks_the_best_draft_length() -> None:
+    cost = Cost((1, 2, 4, 8), (1e-3, 1e-3, 1e-3, 1.1e-3), (1e-2, 1e-2, 1e-2, 1.1e-2), (2e-3, 2e-3, 2e-3, 2.2e-3))
+    eager, shy = ceiling(cost, 10, 2, 0.95), ceiling(cost, 10, 2, 0.05)
+    assert eager.draft_tokens > shy.draft_tokens == 1
+    assert eager.speedup > 1 > shy.speedup
+    assert ceiling(cost, 10, 9, 0.9).speedup < ceiling(cost, 10, 1, 0.9).speedup
+
+
+def test_a_walk_shows_the_states_of_the_answer_rows(tiny_model: adi.Model) -> None:
+    text = answer(tiny_model, "hello", 8)
+    seen = walk(tiny_model, text, (2, 4))
+    assert tuple(seen.token_N.tolist()) == text.ids[text.start :], "the answer is greedy"
+    hf = tiny_model.backbone.model  # type: ignore[attr-defined]
+    with torch.no_grad():
+        states = hf(torch.tensor([text.ids]), output_hidden_states=True).hidden_states
+    rows = slice(text.start - 1, len(text.ids) - 1)
+    torch.testing.assert_close(seen.at[4].hidden_TD, states[4][0, rows], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.at[4].before_TD, states[3][0, rows], atol=1e-5, rtol=1e-4)
+
+
+def test_inspect_reports_cost_agreement_and_ceiling(tiny_model: adi.Model) -> None:
+    told: list[tuple[int, int]] = []
+    found = adi.inspect(tiny_model, ["hello", "the fox"], max_new_tokens=8, progress=lambda a, b: told.append((a, b)))
+    assert told == [(1, 2), (2, 2)]
+    assert list(found.agreement) == [1, 2, 3, 4, 5]
+    assert all(0 <= share <= 1 for share in found.agreement.values())
+    assert found.cost.rows == (1, 2, 4, 8)
+    assert all(s > 0 for s in found.cost.blocks_seconds + found.cost.block_seconds + found.cost.head_seconds)
+    assert "x" in found.advice
+    bare = adi.bare_exits(tiny_model, (5,))
+    text = answer(tiny_model, "hello", 8)
+    seen = walk(tiny_model, text, (5,))
+    read = bare.reader(tiny_model.backbone)(5, seen.at[5].hidden_TD)
+    alone = adi.inspect(tiny_model, ["hello"], max_new_tokens=8)
+    assert alone.agreement[5] == pytest.approx(float((read.log_probs_TS.argmax(-1) == seen.token_N).float().mean()))
+
+
+def test_cost_of_a_single_row_count(tiny_model: adi.Model) -> None:
+    cost = measure_cost(tiny_model.backbone, rows=(1,), repeats=3)
+    assert cost.full_seconds == cost.blocks_seconds[0] + cost.head_seconds[0]
+
+
+def test_the_trigger_study_scores_every_signal_at_every_depth(tiny_model: adi.Model) -> None:
+    prompts = [f"the {n} quick foxes and the dog" for n in range(6)]
+    for exits in (adi.bare_exits(tiny_model, (2, 5)), random_exits(tiny_model, (2, 5), adi.Never())):
+        scores = adi.study_triggers(tiny_model, exits, prompts, max_new_tokens=24)
+        signals = {"entropy", "margin", "top_probability", "stability", "hoyer", "top_energy", "weighted"}
+        assert {(s.depth, s.signal) for s in scores} == {(d, n) for d in (2, 5) for n in signals}
+        for score in scores:
+            assert score.auroc is None or 0 <= score.auroc <= 1
+            assert score.calibration_error is None or 0 <= score.calibration_error <= 1
+            assert score.microseconds > 0
+            assert math.isfinite(score.share_of_block)
+    with pytest.raises(ValueError, match="at least 4"):
+        adi.study_triggers(tiny_model, exits, prompts[:3])
+
+
+def test_the_study_finds_a_signal_that_tells(tiny_model: adi.Model) -> None:
+    """At the last block but none the exit is the model itself: then all rows are right and nothing is left to tell."""
+    prompts = [f"the {n} quick foxes" for n in range(4)]
+    deep = adi.study_triggers(tiny_model, adi.bare_exits(tiny_model, (5,)), prompts, max_new_tokens=32)
+    by_name = {s.signal: s for s in deep}
+    assert by_name["top_probability"].auroc is not None
+    assert by_name["top_probability"].auroc > 0.55

