@@ -41,3 +41,8 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Tables in README.md from the files that hold the results.
+.PHONY: tables
+tables: $(READY)
+	$(BIN)/python tools/tables.py

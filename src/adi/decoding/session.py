@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class Session:
         self._rounds = self._drafted = self._accepted = self._index = 0
         self._started = time.perf_counter()
         self._seconds = 0.0
-        self._ends = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
+        self._ends: Callable[[int], bool] = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
         _check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
         self._check_signals(trigger)

@@ -186,4 +186,5 @@ def trace(model: Any, given: Sequence[Tensor]) -> Any:
     ids, positions = example(model)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer points at every Python branch; the self-check judges the outcome
-        return ov.convert_model(Traced(model), example_input=(ids, positions, *given))
+        traced = torch.jit.trace(Traced(model).eval(), (ids, positions, *given), check_trace=False, strict=False)
+        return ov.convert_model(traced, example_input=(ids, positions, *given))
