@@ -136,6 +136,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "at least 1"),
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
+    "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),
     "backend": (["run", "hi", "--model", "{model}", "--backend", "cuda9"], "choose one of auto, hf"),
     "empty prompt": (["run", "", "--model", "{model}", "--mode", "full", "--raw"], "the prompt is empty"),
     "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),

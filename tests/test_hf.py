@@ -182,6 +182,12 @@ def test_a_model_in_training_mode_is_refused() -> None:
         HfBackbone(model)
 
 
+def test_options_that_a_model_in_memory_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="precision 'bf16' was asked for"):
+        adi.load(tiny("llama"), precision="bf16")
+    assert adi.load(tiny("llama"), precision="fp32", device="cpu").backbone.spec.precision == "fp32"
+
+
 def test_the_fingerprint_names_weights_not_precision() -> None:
     model = tiny("phi")
     rounded = t.PhiForCausalLM(model.config).eval()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.decoding.sequence import Advance, Decided, Plan, Proposed, Sequence_, immediate, verified
+from adi.decoding.sequence import Advance, Decided, Plan, Proposed, SequenceLogic, immediate, verified
 from adi.exits.triggers import Never, Threshold
 
 LAYERS, END = 10, 99
@@ -30,7 +30,7 @@ class World:
     truth: list[int]
     early: Callable[[int, int], tuple[int, float]]
 
-    def run(self, sequence: Sequence_) -> tuple[list[Decided], list[Advance], int]:
+    def run(self, sequence: SequenceLogic) -> tuple[list[Decided], list[Advance], int]:
         ids: list[int] = []
         said, asked, proposed, reply = [], [], 0, None
         while True:

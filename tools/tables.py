@@ -25,8 +25,8 @@ def exits_table() -> str:
         shares = (row["agreement"], row["bare_agreement"], row["fires"], row["precision"])
         rows.append(f"| {row['depth']} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
     note = (
-        f"\n\n{held['rows']:,} tokens of {held['sequences']} held-out answers; {report['training_tokens']:,} answer tokens to train on; "
-        f"{held['shortlist_coverage']:.1%} of the full model's tokens are in the shortlist."
+        f"\n\n{held['rows']:,} tokens of {held['sequences']} held-out answers; {report['training_tokens']:,} answer tokens to "
+        f"train on; {held['shortlist_coverage']:.1%} of the full model's tokens are in the shortlist."
     )
     return "\n".join(rows) + note
 

@@ -136,7 +136,9 @@ class Summary:
     calibrated: bool
 
     def __str__(self) -> str:
-        share = f"{self.accepted}/{self.drafted} drafts accepted, " if self.drafted and self.mode == "verified" else ""
+        share = ""
+        if self.drafted and self.mode == "verified":
+            share = f"{self.accepted} of {self.drafted} drafts accepted ({self.accepted / self.drafted:.0%}), "
         saved = self.block_rows_full - self.block_rows
         return (
             f"{self.tokens} tokens in {self.rounds} rounds, {share}mean depth {self.mean_depth:.1f}, "

@@ -68,7 +68,7 @@ class Decided:
 
 
 Yields = Advance | Proposed | Decided
-Sequence_ = Generator[Yields, Sequence[Reading], None]
+SequenceLogic = Generator[Yields, Sequence[Reading], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def climb(plan: Plan, keep: int, ids: tuple[int, ...]) -> Generator[Yields, Sequ
     return tuple(glances)
 
 
-def immediate(plan: Plan) -> Sequence_:
+def immediate(plan: Plan) -> SequenceLogic:
     """Whatever the trigger believes stands; where it believes nothing, full depth decides.
 
     Without stops this is ordinary decoding, with them reflex decoding. Layers that were skipped fill themselves, exactly,
@@ -119,7 +119,7 @@ def immediate(plan: Plan) -> Sequence_:
         yield Decided(last, depth, glances, rounds, draft)
 
 
-def verified(plan: Plan, draft_tokens: int) -> Sequence_:
+def verified(plan: Plan, draft_tokens: int) -> SequenceLogic:
     """Draft a block at exits, verify it in one pass, keep what full depth agrees with, add the token it gives next."""
     (reading,) = yield Advance(0, plan.prompt, plan.layers)
     yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)

@@ -21,7 +21,7 @@ from adi.decoding.records import (
     Step,
     TakenBack,
 )
-from adi.decoding.sequence import Advance, Decided, Glance, Plan, Proposed, Sequence_, immediate, verified
+from adi.decoding.sequence import Advance, Decided, Glance, Plan, Proposed, SequenceLogic, immediate, verified
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.reading import Reading
@@ -208,7 +208,7 @@ class Session:
         return self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
 
 
-def _sequence_of(policy: Policy, plan: Plan) -> Sequence_:
+def _sequence_of(policy: Policy, plan: Plan) -> SequenceLogic:
     match policy:
         case Verified():
             return verified(plan, policy.draft_tokens)

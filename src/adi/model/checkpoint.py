@@ -7,7 +7,8 @@ import importlib.util
 import logging
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,14 @@ def load(
     _allowed("precision", precision, PRECISIONS)
     if isinstance(source, (str, os.PathLike)):
         return _load_path(str(source), tokenizer, precision, device, notice)
-    return _wrap(source, tokenizer, type(source).__name__)
+    model = _wrap(source, tokenizer, type(source).__name__)
+    spec = model.backbone.spec
+    for what, asked, has in (("precision", precision, spec.precision), ("device", device, spec.device)):
+        if asked not in ("auto", has, has.split(":")[0]):
+            raise ValueError(
+                f"{what} {asked!r} was asked for, but the model given is on {has!r}; convert it first, or leave it out."
+            )
+    return model
 
 
 def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
@@ -121,7 +129,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = _find_folder(source, notice)
-    target = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    target = _device(device)
     name = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
     dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}[name]
     try:
@@ -131,6 +139,19 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     except Exception as error:  # readers of foreign files raise what they like
         raise ValueError(_unreadable(source, error)) from None
     return _wrap(model, tokenizer, source)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {first} Use 'cpu', or 'auto'.") from None
+    return name
 
 
 def _own_tokenizer(auto: Any, place: str) -> Any:
@@ -209,20 +230,20 @@ def _converted(gguf: Path, notice: Notice) -> Path:
     return folder
 
 
-class quiet_transformers:  # noqa: N801 - used as a verb
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers while a model loads; errors still are errors."""
+    from transformers.utils import logging as hf_logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._level = hf_logging.get_verbosity()
-        hf_logging.set_verbosity(logging.CRITICAL)
-        self._bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self._level)
-        if self._bars:
+    hub = logging.getLogger("huggingface_hub")
+    levels, bars = (hf_logging.get_verbosity(), hub.level), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(levels[0])
+        hub.setLevel(levels[1])
+        if bars:
             hf_logging.enable_progress_bar()

@@ -90,15 +90,15 @@ def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
     from openvino import opset13 as ops
 
     results = _by_name(graph.get_results())
-    hidden = _inject(results[f"state.{layers}"], width)
+    _inject(results[f"state.{layers}"], width)
     logits = results.pop("logits")
     best = ops.topk(logits.input_value(0), np.int32(1), -1, "max", "value", index_element_type="i32")
     token = ops.result(ops.squeeze(best.output(1), np.int64(-1)).output(0))
     token.set_friendly_name("token")
     needed = _parameters([logits])
-    if needed != [hidden]:
+    if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
         raise ValueError("its head reads more than the state that leaves its last block")
-    return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], [hidden], "head")
+    return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
 
 
 def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
