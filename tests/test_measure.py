@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import adi
 from adi.measure.cost import Cost, measure_cost
 from adi.measure.headroom import ceiling, speedup
-from adi.measure.shootout import auroc, expected_calibration_error
-from adi.measure.walk import answer, walk
+from adi.measure.shootout import auroc, expected_calibration_error, signals_of
+from adi.measure.walk import Text, answer, walk
 from conftest import random_exits
 
 
@@ -65,6 +65,24 @@ def test_a_walk_shows_the_states_of_the_answer_rows(tiny_model: adi.Model) -> No
     rows = slice(text.start - 1, len(text.ids) - 1)
     torch.testing.assert_close(seen.at[4].hidden_TD, states[4][0, rows], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(seen.at[4].before_TD, states[3][0, rows], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["entropy", "stability", "hoyer"])
+def test_looks_tell_what_a_full_pass_shows(tiny_model: adi.Model, kind: str) -> None:
+    """Readings are lazy, so what a trace holds may be worked out after the frontier has gone deeper: it must not show."""
+    for exits in (adi.bare_exits(tiny_model, (2, 4)), random_exits(tiny_model, (2, 4), adi.Never())):
+        rule = adi.Threshold(kind, {2: 99.0 if kind == "entropy" else 0.5, 4: 0.0})
+        got = adi.generate(tiny_model, "hello", adi.Verified(exits, rule), max_new_tokens=20, candidates=3, stop_at_eos=False)
+        seen = walk(tiny_model, Text(got.prompt_ids + got.token_ids, len(got.prompt_ids)), exits.depths)
+        read = exits.reader(tiny_model.backbone)
+        looks = 0
+        for step in got.steps:
+            for look in step.looks[:-1]:
+                states = seen.at[look.depth]
+                wanted = signals_of(read(look.depth, states.hidden_TD), states)
+                assert look.signals == pytest.approx({n: float(v[step.index]) for n, v in wanted.items()}, abs=1e-4)
+                looks += 1
+        assert looks > 10
 
 
 def test_inspect_reports_cost_agreement_and_ceiling(tiny_model: adi.Model) -> None:

@@ -147,7 +147,8 @@ class Session:
         frontier.rollback(request.keep)
         frontier.append(request.ids)
         frontier.advance(request.to)
-        hidden_TD = frontier.hidden(frontier.length - request.read, frontier.length)
+        # A copy: readings are lazy, and the frontier writes deeper states over these.
+        hidden_TD = frontier.hidden(frontier.length - request.read, frontier.length).clone()
         states = frontier.last
         assert states is not None
         before_TD = states.before_TD[-request.read :]

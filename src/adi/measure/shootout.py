@@ -120,7 +120,7 @@ def _rows(walks: Sequence[Walk], depth: int, read: Reader) -> Labelled:
     right, half = [], []
     for i, seen in enumerate(walks):
         said = read(depth, seen.at[depth].hidden_TD)
-        for name, values_N in _signals(said, seen.at[depth]).items():
+        for name, values_N in signals_of(said, seen.at[depth]).items():
             collected.setdefault(name, []).append(values_N.float().cpu())
         best = said.log_probs_TS.argmax(-1)
         tokens = best if said.ids_S is None else said.ids_S[best]
@@ -129,7 +129,8 @@ def _rows(walks: Sequence[Walk], depth: int, read: Reader) -> Labelled:
     return Labelled({n: torch.cat(v) for n, v in collected.items()}, torch.cat(right), torch.cat(half))
 
 
-def _signals(said: Prediction, states: States) -> dict[str, Tensor]:
+def signals_of(said: Prediction, states: States) -> dict[str, Tensor]:
+    """Every signal at every row, ``[T]`` each; those of an MLP only where its activations are there."""
     values = {}
     for name, signal in SIGNALS.items():
         if signal.reads == "head":
