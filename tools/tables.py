@@ -18,7 +18,7 @@ def exits_table() -> str:
     report = json.loads(EXITS.read_text())["report"]
     held = report["held_out"]
     rows = [
-        "| depth (of 30) | exit says the full model's token | untrained head there | trigger fires | and is then right |",
+        "| depth (of 30) | exit agrees | untrained head | decides (of all tokens) | and is then right |",
         "|---:|---:|---:|---:|---:|",
     ]
     for row in report["depths"]:

@@ -115,7 +115,7 @@ def _table(report: object) -> Table:
         f"({held['shortlist_coverage']:.1%} of them in the shortlist)",
         title_justify="left",
     )
-    for name in ("depth", "exit", "bare head", "KL, nats", "entropy up to", "fires", "then right"):
+    for name in ("depth", "exit", "bare head", "KL, nats", "entropy up to", "decides", "then right"):
         table.add_column(name, justify="right")
     for row in report["depths"]:
         table.add_row(

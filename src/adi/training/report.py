@@ -18,14 +18,15 @@ from adi.training.features import Shard, read_shards
 from adi.training.fit import divergence
 
 PRECISION = 0.85
-FEWEST_FIRED = 30
+FEWEST_FIRED = 0.03
 BARE_ROWS = 2000
 
 
 @dataclass(frozen=True)
 class DepthReport:
     """One exit on held-out rows: share of rows where its token (and the bare final head's) is the full model's greedy
-    one, KL from the full model in nats, and for the default trigger how often it fires and is then right."""
+    one, KL from the full model in nats; and for the default trigger, asked from shallow to deep, the share of all rows that
+    it decides here and how often it is then right."""
 
     depth: int
     agreement: float
@@ -52,10 +53,12 @@ def evaluate(
     parts = list(read_shards(shards))
     joined = Shard(*(torch.cat([getattr(p, n) for p in parts]) for n in Shard.__dataclass_fields__))
     reports, thresholds = [], {}
+    left_N = torch.ones(joined.token_N.shape[0], dtype=torch.bool)  # rows that no shallower exit has decided
     for i, (depth, adapter) in enumerate(adapters.items()):
         held = _held(adapter, among, joined, i)
-        threshold = loosest_threshold(held.entropy_N, held.right_N)
-        fired_N = held.entropy_N <= threshold if threshold is not None else torch.zeros_like(held.right_N)
+        threshold = loosest_threshold(held.entropy_N[left_N], held.right_N[left_N], len(left_N))
+        fired_N = left_N & (held.entropy_N <= threshold) if threshold is not None else torch.zeros_like(left_N)
+        left_N &= ~fired_N
         if threshold is not None:
             thresholds[depth] = threshold
         reports.append(
@@ -78,12 +81,15 @@ def evaluate(
     return reports, Threshold("entropy", thresholds) if thresholds else Never(), totals
 
 
-def loosest_threshold(entropy_N: Tensor, right_N: Tensor, precision: float = PRECISION) -> float | None:
-    """The largest entropy up to which at least ``precision`` of the rows are right; None if too few rows qualify."""
+def loosest_threshold(entropy_N: Tensor, right_N: Tensor, of: int, precision: float = PRECISION) -> float | None:
+    """The largest entropy up to which at least ``precision`` of the rows are right.
+
+    None if fewer than 3% of the ``of`` rows in all qualify: looking there would cost more than it could save.
+    """
     order = entropy_N.argsort()
     share = right_N[order].float().cumsum(0) / torch.arange(1, len(order) + 1)
     good = (share >= precision).nonzero()
-    if not len(good) or int(good[-1]) + 1 < FEWEST_FIRED:
+    if not len(good) or int(good[-1]) + 1 < FEWEST_FIRED * of:
         return None
     return round(float(entropy_N[order[int(good[-1])]]), 4)
 
