@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from adi.exits.signals import require_signal
 
 PerDepth = float | Mapping[int, float]
+JOINS: dict[str, Callable[[Iterable[bool]], bool]] = {"all": all, "any": any}
 
 
 class Trigger(Protocol):
@@ -65,49 +66,41 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class AllOf:
-    """Fires where every part does. Parts are asked in order and the first refusal ends it: put cheap signals first."""
+class Combination:
+    """Rules joined by ``all`` or ``any``. Parts are asked in order, as long as the answer is open: put cheap signals first."""
 
     parts: tuple[Trigger, ...]
+    kind: ClassVar[str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", _parts(self.parts))
+        if not self.parts:
+            raise ValueError("a combination needs at least one trigger.")
+        object.__setattr__(self, "parts", tuple(self.parts))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return _needs(self.parts)
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.needs))
 
     def may_fire(self, depth: int) -> bool:
-        return all(part.may_fire(depth) for part in self.parts)
+        return JOINS[self.kind](part.may_fire(depth) for part in self.parts)
 
     def fires(self, signals: Mapping[str, float], depth: int) -> bool:
-        return all(part.fires(signals, depth) for part in self.parts)
+        return JOINS[self.kind](part.fires(signals, depth) for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "all", "parts": [part.to_json() for part in self.parts]}
+        return {"kind": self.kind, "parts": [part.to_json() for part in self.parts]}
 
 
-@dataclass(frozen=True)
-class AnyOf:
+class AllOf(Combination):
+    """Fires where every part does."""
+
+    kind = "all"
+
+
+class AnyOf(Combination):
     """Fires where at least one part does."""
 
-    parts: tuple[Trigger, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", _parts(self.parts))
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return _needs(self.parts)
-
-    def may_fire(self, depth: int) -> bool:
-        return any(part.may_fire(depth) for part in self.parts)
-
-    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
-        return any(part.fires(signals, depth) for part in self.parts)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "any", "parts": [part.to_json() for part in self.parts]}
+    kind = "any"
 
 
 @dataclass(frozen=True)
@@ -232,13 +225,3 @@ def _at(at: PerDepth, depth: int) -> float | None:
 
 def _at_json(at: PerDepth) -> Any:
     return {str(depth): value for depth, value in at.items()} if isinstance(at, Mapping) else at
-
-
-def _parts(parts: Sequence[Trigger]) -> tuple[Trigger, ...]:
-    if not parts:
-        raise ValueError("a combination needs at least one trigger.")
-    return tuple(parts)
-
-
-def _needs(parts: Sequence[Trigger]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for part in parts for name in part.needs))
