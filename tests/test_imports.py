@@ -33,8 +33,8 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace
-measure.headroom measure.shootout measure.plot
+measure.walk measure.cost measure.trace measure.statistics measure.contestants
+measure.headroom measure.shootout measure.plot measure.bench
 cli
 __main__
 """

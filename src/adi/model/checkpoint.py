@@ -128,7 +128,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _find_folder(source, notice)
+    place = source_folder(source, notice)
     target = _device(device)
     name = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
     dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}[name]
@@ -169,7 +169,7 @@ def _unreadable(source: str, error: Exception) -> str:
     )
 
 
-def _find_folder(source: str, notice: Notice) -> str:
+def source_folder(source: str, notice: Notice) -> str:
     """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
     if source == DEFAULT:
         return str(_converted(_default_gguf(), notice))
