@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import adi
@@ -128,6 +130,12 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no exits": (["run", "hi", "--model", "{model}"], "adi tune"),
     "unknown exits": (["run", "hi", "--model", "{model}", "--exits", "nothing"], "there are no exits 'nothing'"),
     "foreign exits": (["run", "hi", "--model", "{model}", "--exits", "smollm2-135m"], "belong to smollm2-135m"),
+    "useless options": (
+        ["run", "hi", "--model", "{model}", "--mode", "full", "--exits", "x"],
+        "--exits means nothing in full mode",
+    ),
+    "unwritable": (["run", "hi", "--model", "{model}", "--mode", "full", "--trace", "/proc/no/t.json"], "cannot write"),
+    "unwritable out": (["tune", "{model}", "--out", "/proc/no/x"], "No such file"),
     "odd depths": (["run", "hi", "--model", "{model}", "--exits", "bare:a"], "whole numbers with commas"),
     "too deep": (["run", "hi", "--model", "{model}", "--exits", "bare:6"], "choose among 1, 2, 3, 4, 5"),
     "no threshold": (["run", "hi", "--model", "{model}", "--exits", "bare", "--mode", "reflex"], "--threshold"),
@@ -165,6 +173,43 @@ def test_damaged_models_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
         done = adi_("run", "hi", "--model", tmp_path / name, "--mode", "full")
         assert done.exit_code == 2, done.output
         assert complaint in " ".join(done.output.split())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.3." not in name}
+    save_file(kept, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    done = adi_("run", "hi", "--model", tmp_path / "m", "--mode", "full")
+    assert done.exit_code == 2
+    assert "lacks 9 weights, among them model.layers.3." in " ".join(done.output.split())
+
+
+def test_a_damaged_tokenizer_is_refused_and_a_missing_one_is_not(tmp_path: Path, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    assert adi_("run", "hi", "--model", tmp_path / "m", "--mode", "full").exit_code == 2
+    for file in (tmp_path / "m").glob("*token*"):
+        file.unlink()
+    assert adi.load(tmp_path / "m").tokenizer is None
+
+
+def test_interruption_is_exit_code_130(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adi.decoding.session.Session._serve", interrupt)
+    done = adi_("run", "hi", *model, "--mode", "full")
+    assert done.exit_code == 130
+    assert "stopped" in done.output
+
+
+def test_every_precision_has_the_same_exits(tiny_folder: Path, tmp_path: Path) -> None:
+    exits = adi.bare_exits(adi.load(tiny_folder), (2,))
+    for precision in ("bf16", "fp16", "fp32"):
+        model = adi.load(tiny_folder, precision=precision)
+        assert model.backbone.spec.precision == precision
+        exits.check(model.backbone)
 
 
 def test_the_real_front_door(tiny_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from families import FAMILIES, LAYERS, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (26,), generator=torch.Generator().manual_seed(5)).tolist())
 PROMPT = 14
+SEEN: dict[str, int] = {}
 
 
 def own_logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
@@ -63,12 +65,19 @@ def test_verified_generation_is_transformers_greedy(family: str) -> None:
     with torch.no_grad():
         wanted = hf.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, PROMPT:].tolist()
     exits = adi.bare_exits(model, (2, 4))
-    ragged = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
+    ragged = adi.AnyOf((adi.Threshold("stability", 0.6), adi.Threshold("top_probability", {4: 0.0})))
     for trigger in (adi.Threshold("top_probability", 0.0), ragged):
         got = adi.generate(model, prompt, adi.Verified(exits, trigger, draft_tokens=4), max_new_tokens=24)
         assert list(got.token_ids) == wanted
-    drafted = adi.generate(model, prompt, adi.Verified(exits, adi.Threshold("top_probability", 0.0)), max_new_tokens=24)
-    assert drafted.counters.drafted > 0
+        SEEN[family] = SEEN.get(family, 0) + got.counters.accepted
+        assert got.counters.drafted > 0
+
+
+def test_drafts_were_accepted_and_rejected_in_most_families() -> None:
+    """Runs after the test above, whose comparison would mean little if no draft had ever stood."""
+    if len(SEEN) < len(FAMILIES):
+        pytest.skip("needs the whole file to have run")
+    assert sum(accepted > 0 for accepted in SEEN.values()) >= 24, SEEN
 
 
 def test_mlp_activations_are_what_the_down_projection_reads() -> None:
@@ -91,6 +100,20 @@ def test_mlp_activations_are_what_the_down_projection_reads() -> None:
 
 def test_experts_have_no_mlp_tap() -> None:
     assert not HfBackbone(tiny("mixtral")).has_mlp_tap
+    wide_heads = {**FAMILIES["qwen3_moe"][1], "head_dim": 16}  # attention's output matrix also leads down to the width
+    assert not HfBackbone(t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**wide_heads)).eval()).has_mlp_tap
+    assert HfBackbone(tiny("gemma3")).has_mlp_tap
+    assert HfBackbone(tiny("gpt2")).has_mlp_tap
+
+
+def test_threads_may_share_a_model() -> None:
+    model = adi.load(tiny("llama"))
+    exits = adi.bare_exits(model, (2, 4))
+    policy = adi.Verified(exits, adi.Threshold("top_probability", 0.0))
+    wanted = [adi.generate(model, [i, i + 1], max_new_tokens=12).token_ids for i in range(4, 10)]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda i: adi.generate(model, [i, i + 1], policy, max_new_tokens=12).token_ids, range(4, 10)))
+    assert got == wanted
 
 
 def _snapshot(model: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import adi
 from adi.measure.cost import Cost, measure_cost
 from adi.measure.headroom import ceiling, speedup
-from adi.measure.shootout import auroc, expected_calibration_error, signals_of
+from adi.measure.shootout import Labelled, _calibration_error, auroc, expected_calibration_error, signals_of
 from adi.measure.walk import Text, answer, walk
 from conftest import random_exits
 
@@ -35,6 +35,16 @@ def test_calibration_error_of_a_liar_and_of_an_honest_one() -> None:
     honest = torch.rand(20_000, generator=generator) < chance
     assert expected_calibration_error(chance, honest) < 0.02
     assert expected_calibration_error(torch.full((100,), 0.9), torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
+
+
+def test_a_signal_that_never_changes_is_not_blamed_for_bad_calibration() -> None:
+    """Equal values get one chance, however they are sorted among themselves."""
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(4000, generator=generator) < 0.4
+    rows = Labelled({}, right, torch.arange(4000) % 2 == 0)
+    found = _calibration_error(torch.ones(4000), rows)
+    assert found is not None
+    assert found < 0.05
 
 
 @pytest.mark.parametrize(("a", "k"), [(0.0, 3), (0.5, 1), (0.8, 4), (1.0, 6)])
@@ -123,7 +133,7 @@ def test_the_trigger_study_scores_every_signal_at_every_depth(tiny_model: adi.Mo
 
 
 def test_the_study_finds_a_signal_that_tells(tiny_model: adi.Model) -> None:
-    """At the last block but none the exit is the model itself: then all rows are right and nothing is left to tell."""
+    """Before the last block the head is nearly the model's own, so its probability must say more than chance does."""
     prompts = [f"the {n} quick foxes" for n in range(4)]
     deep = adi.study_triggers(tiny_model, adi.bare_exits(tiny_model, (5,)), prompts, max_new_tokens=32)
     by_name = {s.signal: s for s in deep}

@@ -226,7 +226,42 @@ def test_a_stream_left_early_leaves_the_model_usable(tiny_model: adi.Model) -> N
         assert adi.generate(tiny_model, "hello", policy, max_new_tokens=10).token_ids == full.token_ids
 
 
+def test_a_session_runs_once(tiny_model: adi.Model) -> None:
+    session = adi.Session(tiny_model, "hello", max_new_tokens=3)
+    assert len(list(session)) == 3
+    with pytest.raises(RuntimeError, match="runs once"):
+        list(session)
+
+
+def test_the_text_is_whole_where_the_length_cuts_a_character(tiny_model: adi.Model) -> None:
+    assert tiny_model.tokenizer is not None
+    for length in range(1, 12):
+        got = adi.generate(tiny_model, "é 日本 😀", max_new_tokens=length, stop_at_eos=False)
+        assert got.text == tiny_model.tokenizer.decode(got.token_ids)
+
+
+def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model) -> None:
+    bare = adi.bare_exits(tiny_model, (2, 4))
+    with pytest.raises(ValueError, match=r"depths \[3\].*exits are at \[2, 4\]"):
+        adi.Verified(bare, adi.Threshold("margin", {2: 0.5, 3: 0.5}))
+    with pytest.raises(ValueError, match=r"depths \[5\]"):
+        adi.Reflex(bare, thresholds={5: 0.5})
+    with pytest.raises(ValueError, match="policy is a Exits"):
+        adi.generate(tiny_model, "hello", bare)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="candidates is -1"):
+        adi.generate(tiny_model, "hello", candidates=-1)
+    with pytest.raises(ValueError, match="raw=True"):
+        adi.generate(tiny_model, [{"role": "user", "content": "hello"}], raw=True)
+
+
+def test_signals_of_a_step_do_not_depend_on_tracing(tiny_model: adi.Model) -> None:
+    policy = adi.Verified(adi.bare_exits(tiny_model, (2, 4)), ALWAYS)
+    plain = adi.generate(tiny_model, "hello", policy, max_new_tokens=12)
+    traced = adi.generate(tiny_model, "hello", policy, max_new_tokens=12, candidates=2)
+    assert [set(s.signals) for s in plain.steps] == [set(s.signals) for s in traced.steps]
+
+
 def test_counters_are_plain_values() -> None:
     assert Counters(1, 2, 3, 4, 5, 0.0) == Counters(1, 2, 3, 4, 5, 0.0)
     with pytest.raises(ValueError, match="draft_tokens is 0"):
-        adi.Verified(None, draft_tokens=0)  # type: ignore[arg-type]
+        adi.Verified(None, adi.Never(), draft_tokens=0)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import adi
+from adi.exits.heads import merged
 from adi.prompts import read_prompts
 from adi.training import answers as answers_module
 from adi.training.answers import Answer, collect, interleave, is_greedy, is_held_out, read_answers
@@ -43,6 +44,15 @@ def test_trained_heads_beat_the_bare_head_on_held_out_text(tuned: tuple[adi.Exit
     assert sum(row["agreement"] - row["bare_agreement"] for row in rows) > 0.1 * len(rows), rows
 
 
+def test_training_is_what_helps_and_not_the_shortlist(sharp: adi.Model, tuned: tuple[adi.Exits, Path], tmp_path: Path) -> None:
+    """The same shortlist under adapters that were hardly trained agrees less, and diverges more."""
+    brief = tune(sharp, tmp_path, [PROMPTS], adi.TuneOptions(**{**OPTIONS.__dict__, "epochs": 1, "learning_rate": 1e-9}))
+    for long, short in zip(tuned[0].report["depths"], brief.report["depths"], strict=True):
+        assert long["divergence"] < 0.8 * short["divergence"]
+    total = [sum(row["agreement"] for row in e.report["depths"]) for e in (tuned[0], brief)]
+    assert total[0] > total[1] + 0.1
+
+
 def test_tuned_exits_are_saved_and_verified_output_stays_exact(sharp: adi.Model, tuned: tuple[adi.Exits, Path]) -> None:
     exits = adi.load_exits(tuned[1])
     assert exits.made_by["command"] == "a test"
@@ -62,7 +72,7 @@ class Stop(Exception):  # noqa: N818
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     tiny_model: adi.Model, tuned: tuple[adi.Exits, Path], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module, "_fast_copy", lambda model: model)
+    monkeypatch.setattr(answers_module, "_matmul_seconds", lambda device, dtype: 1.0)
     calls: list[str] = []
 
     def interrupt(at: str, done: int, total: int, note: str) -> None:
@@ -86,6 +96,77 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
             assert torch.equal(tensor, whole.heads.adapters[depth].tensors()[name])
 
 
+def _collect(model: adi.Model, path: Path, tokens: int = 10**6, **more: Any) -> list[Answer]:
+    hf: Any = model.backbone.model  # type: ignore[attr-defined]
+    encode = lambda text: list(model.encode(text))  # noqa: E731
+    return collect(hf, encode, model.eos_ids, MANY, path, tokens=tokens, max_new_tokens=6, batch=4, **more)
+
+
+MANY = [f"{animal} number {n} jumps" for animal in ("fox", "cat", "bird", "dog") for n in range(40)]
+
+
+def test_answers_resumed_are_the_answers_of_one_sitting(tiny_model: adi.Model, tmp_path: Path) -> None:
+    whole = _collect(tiny_model, tmp_path / "whole")
+    assert len(whole) == len(MANY)
+    assert any(not a.greedy for a in whole)
+    for after in (2, 9, 21):
+        told: list[int] = []
+
+        def stop(done: int, total: int, told: list[int] = told, after: int = after) -> None:
+            told.append(done)
+            if len(told) == after:
+                raise Stop
+
+        path = tmp_path / f"cut{after}"
+        with pytest.raises(Stop):
+            _collect(tiny_model, path, progress=stop)
+        path.write_bytes(path.read_bytes()[:-7])  # and the last line was cut as well
+        assert _collect(tiny_model, path) == whole
+    budget = sum(a.tokens for a in whole) // 3
+    some = _collect(tiny_model, tmp_path / "whole", tokens=budget)
+    assert budget <= sum(a.tokens for a in some) < budget + 4 * 6
+
+
+def test_answering_leaves_the_callers_dice_alone(tiny_model: adi.Model, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    _collect(tiny_model, tmp_path / "a", tokens=100)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_used_folder_gives_what_a_fresh_one_would(sharp: adi.Model, tiny_model: adi.Model, tmp_path: Path) -> None:
+    quick = adi.TuneOptions(depths=(3,), tokens=300, max_new_tokens=8, shortlist=40, rank=4, epochs=1)
+    used = tmp_path / "used"
+    tune(sharp, used, [PROMPTS[:40]], quick)
+    for model, prompts in ((sharp, PROMPTS[20:]), (tiny_model, PROMPTS[20:])):
+        again, fresh = tune(model, used, [prompts], quick), tune(model, tmp_path / f"fresh{id(model)}", [prompts], quick)
+        assert again.made_by["answers"] == fresh.made_by["answers"]
+        assert again.heads is not None
+        assert fresh.heads is not None
+        assert torch.equal(again.heads.adapters[3].up_DR, fresh.heads.adapters[3].up_DR)
+
+
+def test_a_trained_head_merges_into_an_ordinary_checkpoint(sharp: adi.Model, tuned: tuple[adi.Exits, Path]) -> None:
+    heads = tuned[0].heads
+    assert heads is not None
+    adapter = heads.adapters[4]
+    assert not adapter.shift_D.any(), "an RMS norm has no shift to put it in"
+    assert adapter.up_DR.any()
+    early = copy.deepcopy(sharp.backbone.model)  # type: ignore[attr-defined]
+    early.model.layers = early.model.layers[:4]
+    early.config.num_hidden_layers = 4
+    with torch.no_grad():
+        early.model.norm.weight.copy_(adapter.gain_D)
+        early.lm_head.weight.copy_(merged(adapter, sharp.backbone.readout()))
+        ids = torch.tensor([sharp.encode("the quick fox")])
+        logits = early(ids).logits[0]
+        hidden_TD = sharp.backbone.model(ids, output_hidden_states=True).hidden_states[4][0]  # type: ignore[attr-defined]
+    said = tuned[0].reader(sharp.backbone)(4, hidden_TD)
+    difference = said.log_probs_TS - logits[:, heads.ids_S]
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), atol=1e-3, rtol=0)
+
+
 def test_a_cut_last_line_of_answers_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     line = json.dumps(
@@ -97,7 +178,7 @@ def test_a_cut_last_line_of_answers_is_dropped(tmp_path: Path) -> None:
 
 
 def test_answers_are_the_models_own_greedy_text(tiny_model: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "_fast_copy", lambda model: model)
+    monkeypatch.setattr(answers_module, "_matmul_seconds", lambda device, dtype: 1.0)
     greedy = [p for p in PROMPTS if is_greedy(p)][:6]
     hf: Any = tiny_model.backbone.model  # type: ignore[attr-defined]
     got = collect(
@@ -171,14 +252,26 @@ def test_the_loosest_threshold_keeps_its_promise() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"depths": (2, 6)}, "6 layers"), ({"depths": (2, 2)}, "not possible"), ({"tokens": 1}, "too few")],
+    [
+        ({"depths": (2, 6)}, "6 layers"),
+        ({"depths": (2, 2)}, "not possible"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
 )
 def test_options_that_do_not_fit_are_refused(
     tiny_model: adi.Model, tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
-    options = adi.TuneOptions(**{**OPTIONS.__dict__, **changes})
     with pytest.raises(ValueError, match=complaint):
-        tune(tiny_model, tmp_path, [["one prompt"]], options)
+        tune(tiny_model, tmp_path, [PROMPTS], adi.TuneOptions(**{**OPTIONS.__dict__, **changes}))
+
+
+def test_too_few_prompts_are_refused_before_any_work(tiny_model: adi.Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few"):
+        tune(tiny_model, tmp_path / "a", [["one prompt"]], OPTIONS, progress=lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="groups"):
+        tune(tiny_model, tmp_path / "a", PROMPTS, OPTIONS)
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_built_in_prompts_are_many_distinct_and_separate() -> None:

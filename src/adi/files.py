@@ -25,6 +25,16 @@ def write_text(path: Path, text: str) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
+def require_writable(path: Path) -> None:
+    """ValueError if ``path`` could not be written: better before an hour's work than after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
@@ -41,19 +51,20 @@ def read_json(path: Path, what: str) -> Any:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Where ``path`` is there already, by then or before, that one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield folder
         folder.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.rename(path, old / "old")  # noqa: PTH104 - the pair reads as the swap that it is
-            os.rename(folder, path)  # noqa: PTH104
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        try:
             folder.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise  # another process that made the same folder first is no error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

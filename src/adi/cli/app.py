@@ -32,11 +32,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         console = Console(stderr=True, highlight=False)
         try:
             command(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            console.print("\nstopped. What was finished is kept.")
+            console.print("\nstopped. Files that were finished are kept; adi tune goes on where it was.")
             raise typer.Exit(130) from None
 
     return run_guarded

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from adi.cli.options import MODES, ModelArgument
-from adi.files import write_json
+from adi.files import require_writable, write_json
 from adi.prompts import read_prompts
 
 
@@ -50,6 +50,8 @@ def bench(
     names += [peer.strip() for peer in peers.split(",") if peer.strip()]
     if not chosen:
         raise ValueError("--modes is empty; at least one of adi's modes must run.")
+    if json_out is not None:
+        require_writable(json_out)
     trained = exits if exits is not None else (model if model in shipped() else None)
     errors = Console(stderr=True)
     with Progress(

@@ -33,7 +33,7 @@ def chat(
     max_new_tokens: TokensOption = 256,
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
-    draft_tokens: DraftOption = 6,
+    draft_tokens: DraftOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
@@ -47,6 +47,8 @@ def chat(
     out = Console(highlight=False)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True))
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
+        raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     depths = () if isinstance(policy, FullDepth) else policy.exits.depths
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -58,9 +60,9 @@ def chat(
         if said == "/reset":
             messages = list(start)
         elif said == "/depth":
-            out.print(last)
+            out.print(last, markup=False, soft_wrap=True)
         elif said.startswith("/"):
-            out.print(f"unknown command {said}. {HELP}")
+            out.print(f"unknown command {said}. {HELP}", markup=False, soft_wrap=True)
         elif said:
             messages.append({"role": "user", "content": said})
             try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
@@ -29,7 +30,7 @@ ExitsOption = Annotated[
         "-e",
         metavar="DIR",
         help="Folder of trained exits; 'bare' or 'bare:8,16' for the model's own final head at those depths. "
-        "[default: those shipped for the model]",
+        "By default those shipped for the model.",
     ),
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto or hf.")]
@@ -43,7 +44,9 @@ ThresholdOption = Annotated[
 TriggerOption = Annotated[
     str | None, typer.Option("--trigger", metavar="JSON", help="Replace the trigger: JSON text or a file holding it.")
 ]
-DraftOption = Annotated[int, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified.")]
+DraftOption = Annotated[
+    int | None, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified (6 if not given).")
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
@@ -63,14 +66,15 @@ class Source:
         """The model, with what takes long told on ``console``."""
         from adi.model.checkpoint import load
 
-        with console.status(f"Loading {self.model}") as status:
-            return load(
-                self.model,
-                backend=self.backend,
-                precision=self.precision,
-                device=self.device,
-                notice=lambda text: status.update(text),
-            )
+        with console.status(f"Loading {escape(self.model)}") as status:
+
+            def notice(text: str) -> None:
+                if console.is_terminal:
+                    status.update(escape(text))
+                else:
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+            return load(self.model, backend=self.backend, precision=self.precision, device=self.device, notice=notice)
 
 
 def exits_for(model: Model, given: str | None) -> Exits:
@@ -96,7 +100,7 @@ def exits_for(model: Model, given: str | None) -> Exits:
 
 
 def policy_for(
-    model: Model, mode: str, exits: str | None, threshold: float | None, trigger: str | None, draft_tokens: int
+    model: Model, mode: str, exits: str | None, threshold: float | None, trigger: str | None, draft_tokens: int | None
 ) -> Policy:
     """The policy that the options describe; ValueError for a combination that cannot be meant."""
     from adi.decoding.policies import FullDepth, Reflex, Verified
@@ -106,6 +110,10 @@ def policy_for(
         raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
     if threshold is not None and trigger is not None:
         raise ValueError("give --threshold or --trigger, not both.")
+    given = {"--exits": exits, "--threshold": threshold, "--trigger": trigger, "--draft-tokens": draft_tokens}
+    unused: dict[str, tuple[str, ...]] = {"full": tuple(given), "reflex": ("--draft-tokens",), "verified": ()}
+    if wrong := [name for name in unused[mode] if given[name] is not None]:
+        raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
     if mode == "full":
         return FullDepth()
     chosen = exits_for(model, exits)
@@ -113,7 +121,7 @@ def policy_for(
     if mode == "verified":
         if threshold is not None:
             rule = with_thresholds(chosen.trigger, threshold)
-        return Verified(chosen, trigger=rule, draft_tokens=draft_tokens)
+        return Verified(chosen, trigger=rule, draft_tokens=6 if draft_tokens is None else draft_tokens)
     if rule is None and threshold is None:
         raise ValueError(
             "reflex mode lets drafts stand, so it needs a threshold of your choice: --threshold X (for the shipped exits, "

@@ -32,6 +32,11 @@ def legend(depths: Sequence[int], layers: int) -> Text:
     return text.append(f"{layers} (all) of {layers} blocks")
 
 
+def printable(text: str) -> str:
+    """The text without control characters other than line ends and tabs: a model must not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
 class Painter:
     """Writes events to a terminal: final tokens in the colour of their depth, drafts behind them, dim, until decided.
 
@@ -55,7 +60,7 @@ class Painter:
             case Step():
                 if event.drafted and self._drafts:
                     self._drafts.pop(0)
-                self._write(event.text, style_of(event.depth, self._depths))
+                self._write(printable(event.text), style_of(event.depth, self._depths))
         self._paint()
         self._out.flush()
 
@@ -73,7 +78,7 @@ class Painter:
             self._out.write(LINE_BELOW_AND_BACK + SAVE)
             for draft in self._drafts:
                 style = style_of(draft.depth, self._depths) + Style(dim=True, italic=True, bold=False)
-                self._write(draft.text.replace("\n", "⏎"), style)
+                self._write(printable(draft.text).replace("\n", "⏎"), style)
 
     def _wipe(self) -> None:
         if self.live and self._drafts:

@@ -25,6 +25,7 @@ from adi.cli.options import (
     TriggerOption,
     policy_for,
 )
+from adi.files import require_writable
 
 
 def trace(
@@ -37,7 +38,7 @@ def trace(
     candidates: Annotated[int, typer.Option("--candidates", help="Candidate tokens to record at every depth.")] = 5,
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
-    draft_tokens: DraftOption = 6,
+    draft_tokens: DraftOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
     backend: BackendOption = "auto",
@@ -50,6 +51,7 @@ def trace(
 
     if candidates < 1:
         raise ValueError(f"--candidates is {candidates}; it must be at least 1.")
+    require_writable(out)
     console = Console(stderr=True, highlight=False)
     loaded = Source(model, backend, precision, device).load(console)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
@@ -57,7 +59,7 @@ def trace(
         loaded, prompt, policy, max_new_tokens=max_new_tokens, raw=raw, stop_at_eos=not ignore_eos, candidates=candidates
     )
     write_trace(trace_of(generation, policy, prompt), out)
-    console.print(f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}", markup=False)
+    console.print(f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}", markup=False, soft_wrap=True)
 
 
 def plot(
@@ -72,4 +74,4 @@ def plot(
     if target.resolve() == file.resolve():
         raise ValueError(f"--out {target} is the trace itself; choose another name.")
     write_page(read_trace(file), target)
-    Console(stderr=True, highlight=False).print(f"page written to {target}", markup=False)
+    Console(stderr=True, highlight=False).print(f"page written to {target}", markup=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from adi.cli.options import (
     TriggerOption,
     policy_for,
 )
+from adi.files import require_writable
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
@@ -40,17 +41,14 @@ WARM_UP_TOKENS = 4
 
 
 def run(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(help=f"What to ask; '-' reads standard input. [default: {DEMO_PROMPT}]", show_default=False),
-    ] = None,
+    prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads standard input.")] = DEMO_PROMPT,
     model: ModelOption = "smollm2-135m",
     exits: ExitsOption = None,
     mode: ModeOption = "verified",
     max_new_tokens: TokensOption = 128,
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
-    draft_tokens: DraftOption = 6,
+    draft_tokens: DraftOption = None,
     stop: StopOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
@@ -63,7 +61,9 @@ def run(
 ) -> None:
     """Answer a prompt, each token at the depth it needs, and show where the depth went."""
     errors, out = Console(stderr=True), Console(highlight=False)
-    text = _prompt(prompt)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if trace is not None:
+        require_writable(trace)
     loaded = Source(model, backend, precision, device).load(errors)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     options: dict[str, Any] = {
@@ -86,7 +86,7 @@ def run(
         return
     _closing(out, generation, full)
     if trace is not None:
-        out.print(f"trace written to {trace}; see it with: adi plot {trace}")
+        out.print(f"trace written to {trace}; see it with: adi plot {trace}", markup=False, soft_wrap=True)
 
 
 def document(generation: Generation, full: Generation | None) -> dict[str, Any]:
@@ -110,23 +110,6 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     if list(a) == list(b):
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _prompt(given: str | None) -> str:
-    if given == "-" or (given is None and not sys.stdin.isatty() and _has_input()):
-        given = sys.stdin.read()
-    return DEMO_PROMPT if given is None else given
-
-
-def _has_input() -> bool:
-    """Whether something is piped in; an empty or closed standard input (as in CI) is nothing."""
-    import select
-
-    try:
-        ready, _, _ = select.select([sys.stdin], [], [], 0)
-        return bool(ready) and bool(sys.stdin.buffer.peek(1))  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:
@@ -165,16 +148,16 @@ def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out
 def _closing(out: Console, generation: Generation, full: Generation | None) -> None:
     summary = generation.summary()
     out.print()
-    out.print(f"{summary.mode}: {summary}")
+    out.print(f"{summary.mode}: {summary}", soft_wrap=True)
     where = ", ".join(f"{depth}: {count}" for depth, count in summary.depth_histogram.items())
     out.print(f"tokens by depth (of {generation.layers}): {where}")
     if not summary.calibrated:
-        out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth")
+        out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth", soft_wrap=True)
     if full is None:
         return
-    out.print(f"full: {full.summary()}")
+    out.print(f"full: {full.summary()}", soft_wrap=True)
     difference = first_difference(generation.token_ids, full.token_ids)
     out.print("identical: yes" if difference is None else f"identical: no (first difference at token {difference})")
     traced = ", tracing on" if any(step.looks for step in generation.steps) else ""
     setting = f"one pair of runs, {generation.backend} engine, {generation.precision}{traced}"
-    out.print(f"tokens/s against full depth: {speedup(generation, full):.2f} x ({setting})")
+    out.print(f"tokens/s against full depth: {speedup(generation, full):.2f} x ({setting})", soft_wrap=True)

@@ -42,9 +42,6 @@ def tune(
     from adi.training.tune import tune as train
 
     console = Console(stderr=True)
-    for name, value in (("--tokens", tokens), ("--shortlist", shortlist), ("--rank", rank), ("--epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder.")
     sources = prompts if prompts is not None else ([] if text else ["builtin"])
@@ -79,7 +76,12 @@ def tune(
             progress=_Teller(bar, _log(out)),
         )
     console.print(_table(exits.report))
-    console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", highlight=False)
+    console.print(
+        f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 class _Teller:

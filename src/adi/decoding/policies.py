@@ -18,6 +18,9 @@ class FullDepth:
 class Verified:
     """Draft at exits, verify at full depth: exactly the full model's text.
 
+    Exactly, that is, in float32. In bfloat16 and float16 a pass of one row and of several may round differently, so that
+    tokens whose logits nearly tie can swap; ``adi run --compare`` shows whether it happened.
+
     ``trigger`` replaces the exits' own. At most ``draft_tokens`` tokens are drafted before they are verified; a token
     for which the trigger stays silent at every exit ends the draft earlier.
     """
@@ -29,6 +32,7 @@ class Verified:
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be at least 1.")
+        _check(self.exits, trigger_of(self))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Reflex:
             )
         if self.thresholds is not None:
             with_thresholds(self.exits.trigger, self.thresholds)  # refuses what cannot be meant
+        _check(self.exits, trigger_of(self))
 
 
 Policy = FullDepth | Verified | Reflex
@@ -65,5 +70,14 @@ def trigger_of(policy: Verified | Reflex) -> Trigger:
 
 
 def name_of(policy: Policy) -> str:
-    """ "full", "verified" or "reflex"."""
-    return {FullDepth: "full", Verified: "verified", Reflex: "reflex"}[type(policy)]
+    """The mode that a policy stands for: full, verified or reflex. ValueError for what is no policy."""
+    names: dict[type, str] = {FullDepth: "full", Verified: "verified", Reflex: "reflex"}
+    if type(policy) not in names:
+        raise ValueError(f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits) or Reflex(exits, ...).")
+    return names[type(policy)]
+
+
+def _check(exits: Exits, trigger: Trigger) -> None:
+    """ValueError where a trigger names a depth that is no exit: there it would never be asked."""
+    if stray := sorted(trigger.depths - set(exits.depths)):
+        raise ValueError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")

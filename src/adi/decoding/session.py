@@ -50,15 +50,18 @@ class Session:
         raw: bool = False,
         candidates: int = 0,
     ) -> None:
-        self.model, self.policy = model, policy or FullDepth()
+        self._started = time.perf_counter()
+        self.model, self.policy = model, policy if policy is not None else FullDepth()
+        self.mode = name_of(self.policy)
+        if candidates < 0:
+            raise ValueError(f"candidates is {candidates}; it must be at least 0.")
         self.prompt_ids = model.encode(prompt, raw=raw)
         self.finish = "length"
         self._candidates = candidates
         self._detokenizer = Detokenizer(model.tokenizer)
         self._stop = StopText((stop,) if isinstance(stop, str) else tuple(stop))
         self._rounds = self._drafted = self._accepted = self._index = 0
-        self._started = time.perf_counter()
-        self._seconds = 0.0
+        self._budget, self._begun, self._seconds = max_new_tokens, False, 0.0
         self._ends: Callable[[int], bool] = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
         _check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
@@ -76,8 +79,10 @@ class Session:
         self._sequence = _sequence_of(self.policy, plan)
 
     def __iter__(self) -> Iterator[Event]:
-        """The events, in order; ending early (closing the iterator) leaves the model as it was."""
-        self._started = time.perf_counter()
+        """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
+        if self._begun:
+            raise RuntimeError("a session runs once; make another for another generation.")
+        self._begun = True
         yield from self._stop.watch(self._events())
         self._seconds = time.perf_counter() - self._started
         if self._stop.hit:
@@ -98,7 +103,7 @@ class Session:
             token_ids=tuple(step.token for step in steps),
             prompt_ids=self.prompt_ids,
             steps=tuple(steps),
-            mode=name_of(self.policy),
+            mode=self.mode,
             model=spec.name,
             backend=spec.backend,
             precision=spec.precision,
@@ -175,9 +180,12 @@ class Session:
         self._accepted += drafted and verified_
         text = self._detokenizer.push(said.token)
         if self._ends(said.token):
-            self.finish, text = "eos", text + self._detokenizer.finish()
-        looks = tuple(self._look(glance) for glance in said.glances) if self._candidates else ()
+            self.finish = "eos"
+        if self.finish == "eos" or self._index == self._budget - 1:
+            text += self._detokenizer.finish()
         decider = said.draft.glances[-1] if said.draft else said.glances[-1]
+        read = dict(getattr(decider.reading.signals, "seen", {}))  # before the looks, which ask for everything
+        looks = tuple(self._look(glance) for glance in said.glances) if self._candidates else ()
         step = Step(
             index=self._index,
             token=said.token,
@@ -187,7 +195,7 @@ class Session:
             round=said.round,
             drafted=drafted,
             accepted=drafted and verified_,
-            signals=dict(getattr(decider.reading.signals, "seen", {})),
+            signals=read,
             looks=looks,
             rejected=tuple(self._draft(p) for p in said.rejected),
             seconds=time.perf_counter() - self._started,

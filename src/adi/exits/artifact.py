@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -49,6 +51,9 @@ class Exits:
     heads: Heads | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    _readers: WeakKeyDictionary[Backbone, Reader] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def with_trigger(self, trigger: Trigger) -> Exits:
         """The same exits under another trigger."""
@@ -68,16 +73,25 @@ class Exits:
     def reader(self, backbone: Backbone) -> Reader:
         """``read(depth, hidden_TD)``: what the exit at that depth says of T rows. Refuses another model."""
         self.check(backbone)
+        if backbone not in self._readers:
+            self._readers[backbone] = self._make_reader(backbone)
+        return self._readers[backbone]
+
+    def _make_reader(self, backbone: Backbone) -> Reader:
         heads = self.heads
         if heads is None:
-            return lambda _, hidden_TD: Prediction(backbone.logits(hidden_TD).log_softmax(-1))
+            model = weakref.ref(backbone)  # or the memory of readers would keep its own keys alive
+            return lambda _, hidden_TD: Prediction(_alive(model).logits(hidden_TD).log_softmax(-1))
         among = shortlist(backbone.readout(), heads.ids_S)
         device = among.weight_SD.device
         moved = {d: Adapter(**{n: t.to(device) for n, t in a.tensors().items()}) for d, a in heads.adapters.items()}
         return lambda depth, hidden_TD: predict(moved[depth], among, hidden_TD)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the exits to ``folder``, whole or not at all. Bare exits have nothing to save: ValueError."""
+        """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: ValueError.
+
+        Each of the two files is replaced whole, and a folder caught between the two is refused on loading.
+        """
         from safetensors.torch import save_file
 
         if self.heads is None:
@@ -94,9 +108,15 @@ class Exits:
         write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
     def _json(self, tensors: str) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("heads", "trigger")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("heads", "trigger")}
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
         return {"format": FORMAT, **plain, **own}
+
+
+def _alive(model: weakref.ref[Backbone]) -> Backbone:
+    found = model()
+    assert found is not None, "a reader outlived its model"
+    return found
 
 
 def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIGGER) -> Exits:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.signals import Prediction
-from adi.model.backbone import ReadOut
+from adi.model.backbone import ReadOut, normalise
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,7 @@ def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Ad
 
 def adapted(adapter: Adapter, hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     """``(I + U V^T) norm(h)``: the state as the model's own head would like to see it, ``[T, D]``."""
-    x = hidden_TD.float()
-    if norm == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    x = x * adapter.gain_D + adapter.shift_D
+    x = normalise(hidden_TD.float(), norm, eps) * adapter.gain_D + adapter.shift_D
     return x + (x @ adapter.down_DR) @ adapter.up_DR.T
 
 
@@ -95,6 +91,9 @@ def predict(adapter: Adapter, among: Shortlist, hidden_TD: Tensor) -> Prediction
 
 
 def merged(adapter: Adapter, readout: ReadOut) -> Tensor:
-    """The full matrix ``scale * W (I + U V^T)``, ``[V, D]``: this head as an ordinary checkpoint's ``lm_head``."""
+    """The full matrix ``scale * W (I + U V^T)``, ``[V, D]``: this head as an ordinary checkpoint's ``lm_head``.
+
+    The checkpoint's final norm takes ``gain_D`` and, where it is a layer norm, ``shift_D`` (zero otherwise).
+    """
     weight_VD = readout.scale * readout.weight_VD
     return weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T

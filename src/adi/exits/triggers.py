@@ -22,6 +22,11 @@ class Trigger(Protocol):
     @property
     def needs(self) -> tuple[str, ...]: ...
 
+    @property
+    def depths(self) -> frozenset[int]:
+        """The depths that thresholds are given for one by one."""
+        ...
+
     def may_fire(self, depth: int) -> bool:
         """Whether some signal could make this rule fire at ``depth``; a depth where none can is not looked at."""
         ...
@@ -45,12 +50,15 @@ class Threshold:
     def __post_init__(self) -> None:
         require_signal(self.signal)
         object.__setattr__(self, "at", _per_depth(self.at, f"the threshold of {self.signal}"))
-        if self.min_depth < 0:
-            raise ValueError(f"min_depth is {self.min_depth}; it must be at least 0.")
+        _not_negative(self.min_depth)
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.signal,)
+
+    @property
+    def depths(self) -> frozenset[int]:
+        return frozenset(self.at) if isinstance(self.at, Mapping) else frozenset()
 
     def may_fire(self, depth: int) -> bool:
         return depth >= self.min_depth and _at(self.at, depth) is not None
@@ -80,6 +88,10 @@ class Combination:
     @property
     def needs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.needs))
+
+    @property
+    def depths(self) -> frozenset[int]:
+        return frozenset().union(*(part.depths for part in self.parts))
 
     def may_fire(self, depth: int) -> bool:
         return JOINS[self.kind](part.may_fire(depth) for part in self.parts)
@@ -120,10 +132,15 @@ class Weighted:
             _number(weight, f"the weight of {name}")
         _number(self.bias, "the bias")
         object.__setattr__(self, "at", _per_depth(self.at, "the threshold"))
+        _not_negative(self.min_depth)
 
     @property
     def needs(self) -> tuple[str, ...]:
         return tuple(self.weights)
+
+    @property
+    def depths(self) -> frozenset[int]:
+        return frozenset(self.at) if isinstance(self.at, Mapping) else frozenset()
 
     def may_fire(self, depth: int) -> bool:
         return depth >= self.min_depth and _at(self.at, depth) is not None
@@ -154,6 +171,10 @@ class Never:
     @property
     def needs(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def depths(self) -> frozenset[int]:
+        return frozenset()
 
     def may_fire(self, depth: int) -> bool:
         return False
@@ -202,6 +223,11 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "weighted": ("weights", "bias", "at", "min_depth"),
     "never": (),
 }
+
+
+def _not_negative(min_depth: int) -> None:
+    if min_depth < 0:
+        raise ValueError(f"min_depth is {min_depth}; it must be at least 0.")
 
 
 def _number(value: Any, what: str) -> float:

@@ -17,7 +17,7 @@ ROWS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by number of rows, with 64 positions of past: one block of a middle stretch, all blocks, the head."""
+    """Seconds by number of rows, with up to 64 positions of past: one block (of the first half), all blocks, the head."""
 
     rows: tuple[int, ...]
     block_seconds: tuple[float, ...]
@@ -34,7 +34,10 @@ def measure_cost(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int = 
     """Time blocks and head on this machine. The block figure is half the stack's over its blocks, so that the price of
     entering an engine is spread as it is in use."""
     layers, cache = backbone.spec.layers, backbone.new_cache()
-    ids = tuple(i % backbone.spec.vocabulary for i in range(PAST))
+    past = min(PAST, (backbone.spec.context or 2 * PAST) - max(rows))
+    if past < 1:
+        raise ValueError(f"a context of {backbone.spec.context} tokens is too short to measure passes of {max(rows)} rows.")
+    ids = tuple(i % backbone.spec.vocabulary for i in range(past))
     hidden_TD = None
     for lo, hi in ((0, max(1, layers // 2)), (max(1, layers // 2), layers)):
         if lo < hi:
@@ -43,8 +46,8 @@ def measure_cost(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int = 
     middle = max(1, layers // 2)
     for count in rows:
         more = tuple(i % backbone.spec.vocabulary for i in range(count))
-        deep_TD = backbone.forward([Rows(cache, PAST, more, None)], 0, layers)[0].hidden_TD
-        part = Rows(cache, PAST, more, None)
+        deep_TD = backbone.forward([Rows(cache, past, more, None)], 0, layers)[0].hidden_TD
+        part = Rows(cache, past, more, None)
         block.append(seconds(functools.partial(backbone.forward, [part], 0, middle), repeats) / middle)
         blocks.append(seconds(functools.partial(backbone.forward, [part], 0, layers), repeats))
         head.append(seconds(functools.partial(backbone.logits, deep_TD), repeats))

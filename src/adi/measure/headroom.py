@@ -73,6 +73,8 @@ def inspect(
     """Measure costs on this machine, and the bare head's agreement at every depth on the model's own answers."""
     spec = model.backbone.spec
     depths = _spread(spec.layers)
+    if not depths:
+        raise ValueError(f"{spec.name} has one block: there is no depth to stop at.")
     right: dict[int, int] = dict.fromkeys(depths, 0)
     tokens = 0
     for i, prompt in enumerate(prompts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -32,9 +33,9 @@ def page(trace: Trace) -> str:
     return _MARK.sub(lambda found: values[found[1]], template)
 
 
-def write_page(trace: Trace, path: Path) -> None:
+def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all."""
-    write_text(path, page(trace))
+    write_text(Path(path), page(trace))
 
 
 def exit_table(trace: Trace) -> list[dict[str, Any]]:

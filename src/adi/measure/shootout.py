@@ -170,9 +170,9 @@ def _calibration_error(sure_N: Tensor, rows: Labelled) -> float | None:
     fit, test = rows.fit_N, ~rows.fit_N
     if not fit.any() or not test.any():
         return None
-    order = sure_N[fit].argsort()
-    known = sure_N[fit][order].double().numpy()
-    levels = isotonic_regression(rows.right_N[fit][order].double().numpy()).x
+    known, place, rows_at = np.unique(sure_N[fit].double().numpy(), return_inverse=True, return_counts=True)
+    right = np.bincount(place, weights=rows.right_N[fit].double().numpy())
+    levels = isotonic_regression(right / rows_at, weights=rows_at).x  # equal signals get one chance
     chance = torch.from_numpy(np.interp(sure_N[test].double().numpy(), known, levels))
     return expected_calibration_error(chance, rows.right_N[test])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,11 @@ def trace_of(generation: Generation, policy: Policy | None, prompt: str) -> Trac
     )
 
 
-def write_trace(trace: Trace, path: Path) -> None:
+def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace file, whole or not at all."""
     values = {f.name: getattr(trace, f.name) for f in fields(trace)}
     values |= {"depths": list(trace.depths), "steps": [step.to_json() for step in trace.steps]}
-    write_text(path, json.dumps(_rounded({"format": FORMAT, "version": VERSION, **values}), ensure_ascii=False) + "\n")
+    write_text(Path(path), json.dumps(_rounded({"format": FORMAT, "version": VERSION, **values}), ensure_ascii=False) + "\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -68,8 +69,9 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file; ValueError says what is wrong with one that is damaged, too large, or of another version."""
+    path = Path(path)
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise ValueError(f"the trace {path} has more than {MAX_BYTES >> 20} MiB; that is no trace that adi wrote.")
     value = read_json(path, "trace")

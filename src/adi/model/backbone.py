@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -81,6 +82,13 @@ class ReadOut:
     weight_VD: Tensor
     bias_V: Tensor | None
     scale: float
+
+
+def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
+    """RMS or layer normalisation over the last axis, without gain."""
+    if norm == "layer":
+        hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdim=True)
+    return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + eps)
 
 
 class Backbone(Protocol):

@@ -60,7 +60,7 @@ class Model:
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
             if raw:
-                return self.tokenizer.encode("\n".join(m["content"] for m in messages))
+                raise ValueError("raw=True leaves the chat template out, so it needs a text, not messages.")
             return self.tokenizer.chat(messages)
         raise ValueError(f"a prompt is a string, a list of messages or a list of token ids, not {type(prompt).__name__}.")
 
@@ -107,17 +107,17 @@ def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(allowed)}.")
 
 
-def _wrap(model: Any, tokenizer: Any, name: str) -> Model:
+def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None) -> Model:
     from adi.model.hf import HfBackbone
 
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if stated is None and tokenizer is not None:
+        stated = tokenizer.eos_token_id
     eos = set(stated) if isinstance(stated, (list, tuple)) else {stated}
-    if tokenizer is not None and stated is not None:
-        eos.add(tokenizer.eos_token_id)
     return Model(
-        backbone=HfBackbone(model, name),
+        backbone=HfBackbone(model, name, fingerprint),
         tokenizer=Tokenizer(tokenizer) if tokenizer is not None else None,
         eos_ids=frozenset(int(i) for i in eos if i is not None),
         source=name,
@@ -128,17 +128,23 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from adi.model.hf.engine import fingerprint
+
     place = source_folder(source, notice)
     target = _device(device)
-    name = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
-    dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}[name]
+    runs_in = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(target).eval()
+            model, report = AutoModelForCausalLM.from_pretrained(place, dtype="auto", output_loading_info=True)
+            if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
+                raise ValueError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
+            name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
+            model = model.to(target, dtype=dtype or model.dtype).eval()
             tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, place)
     except Exception as error:  # readers of foreign files raise what they like
         raise ValueError(_unreadable(source, error)) from None
-    return _wrap(model, tokenizer, source)
+    return _wrap(model, tokenizer, source, name)
 
 
 def _device(name: str) -> str:
@@ -155,10 +161,10 @@ def _device(name: str) -> str:
 
 
 def _own_tokenizer(auto: Any, place: str) -> Any:
-    try:
-        return auto.from_pretrained(place)
-    except (OSError, ValueError, KeyError, TypeError):
+    """The tokenizer beside the model, None where a folder has none; a damaged one is an error."""
+    if Path(place).is_dir() and not any(Path(place).glob("*token*")) and not any(Path(place).glob("vocab*")):
         return None
+    return auto.from_pretrained(place)
 
 
 def _unreadable(source: str, error: Exception) -> str:

@@ -22,7 +22,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of raw text, with the special tokens that this tokenizer puts around any text."""
-        return tuple(self.hf(text)["input_ids"])
+        try:
+            return tuple(self.hf(text)["input_ids"])
+        except (TypeError, UnicodeError) as error:  # half a surrogate pair, for example
+            raise ValueError(f"the text cannot be tokenized: {error}.") from None
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where its answer begins.

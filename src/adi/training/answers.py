@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from adi.files import write_text
+
 HELD_OUT_SHARE = 0.08
 WINDOW = 8  # batches that are sorted by length together, so that little is padded
 
@@ -55,17 +57,19 @@ def read_answers(path: Path) -> list[Answer]:
     if not path.exists():
         return []
     answers = []
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
+    for line in filter(None, path.read_bytes().split(b"\n")):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            answers.append(Answer(row["prompt"], tuple(row["ids"]), row["start"], row["greedy"], row["held_out"]))
+        except (ValueError, KeyError, TypeError):
             break
-        answers.append(Answer(row["prompt"], tuple(row["ids"]), row["start"], row["greedy"], row["held_out"]))
     return answers
 
 
 def interleave(groups: Sequence[Sequence[str]]) -> list[str]:
     """Round-robin over the prompt files, so that a token budget is shared by all of them; duplicates are dropped."""
+    if any(isinstance(group, str) for group in groups):
+        raise ValueError("prompts come in groups (one per file): give a list of lists of texts.")
     longest = max((len(group) for group in groups), default=0)
     mixed = (group[i] for i in range(longest) for group in groups if i < len(group))
     return list(dict.fromkeys(mixed))
@@ -86,26 +90,29 @@ def collect(
 ) -> list[Answer]:
     """Let a transformers ``model`` answer ``prompts`` in batches until ``tokens`` answer tokens stand in ``path``.
 
-    Every finished batch is appended to ``path`` at once; called again with the same arguments it goes on from there.
+    Every finished batch is appended to ``path`` at once; called again with the same arguments it goes on from there, and
+    ends where an undisturbed run would have. Answers to other prompts may stand in the file; they are not returned.
     ``progress(done, total)`` is told the answer tokens so far.
     """
     answers = read_answers(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_line(a) for a in answers), encoding="utf-8")
-    done = sum(a.tokens for a in answers)
-    answered = {a.prompt for a in answers}
-    pending = [p for p in prompts if p not in answered]
-    generator = _fast_copy(model)
-    for texts in _batches(pending, encode, batch):
+    write_text(path, "".join(_line(a) for a in answers))  # without the line that an interruption cut off
+    known = {a.prompt: a for a in answers}
+    generator = _fast_copy(model, path.with_suffix(".dtype"))
+    chosen: list[Answer] = []
+    done = 0
+    for texts in _batches(prompts, encode, batch):
         if done >= tokens:
             break
-        fresh = _answer(generator, encode, frozenset(eos_ids), texts, max_new_tokens, seed)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(a) for a in fresh)
-        answers += fresh
-        done += sum(a.tokens for a in fresh)
+        if any(text not in known for text in texts):
+            fresh = _answer(generator, encode, frozenset(eos_ids), texts, max_new_tokens, seed)
+            fresh = [a for a in fresh if a.prompt not in known]
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(_line(a) for a in fresh)
+            known |= {a.prompt: a for a in fresh}
+        chosen += [known[text] for text in texts]
+        done = sum(a.tokens for a in chosen)
         progress(done, tokens)
-    return answers
+    return chosen
 
 
 def _line(answer: Answer) -> str:
@@ -133,8 +140,8 @@ def _answer(
     choice: dict[str, Any] = (
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
     )
-    torch.manual_seed(seed + _bucket(texts[0], 2**31))
-    with torch.inference_mode():
+    with torch.random.fork_rng(), torch.inference_mode():  # the caller's dice stay as they are
+        torch.manual_seed(seed + _bucket(texts[0], 2**31))
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **choice)
     answers = []
     for text, prompt_ids, row in zip(texts, encoded, out[:, width:].tolist(), strict=True):
@@ -143,12 +150,18 @@ def _answer(
     return answers
 
 
-def _fast_copy(model: Any) -> Any:
-    """The model in bfloat16 where this machine multiplies faster in it (for text to train on, its rounding is harmless)."""
-    slow, quick = (_matmul_seconds(model.device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    if model.dtype != torch.float32 or quick > 0.8 * slow:
+def _fast_copy(model: Any, note: Path) -> Any:
+    """The model in bfloat16 where this machine multiplies faster in it (for text to train on, its rounding is harmless).
+
+    The choice is noted in a file, so that a resumed run makes the same one.
+    """
+    if not note.exists():
+        slow, quick = (_matmul_seconds(model.device, dtype) for dtype in (torch.float32, torch.bfloat16))
+        write_text(note, "bfloat16" if model.dtype == torch.float32 and quick < 0.8 * slow else "as it is")
+    if note.read_text() == "as it is":
         return model
-    fast = type(model)(model.config)
+    with torch.random.fork_rng():
+        fast = type(model)(model.config)
     fast.load_state_dict(model.state_dict())
     fast.generation_config = model.generation_config
     return fast.to(device=model.device, dtype=torch.bfloat16).eval()

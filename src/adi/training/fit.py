@@ -55,7 +55,8 @@ def fit(
     """
     generator = torch.Generator().manual_seed(options.seed)
     adapters = {d: fresh_adapter(readout, options.rank, generator) for d in depths}
-    parameters = [t.requires_grad_() for a in adapters.values() for t in a.tensors().values()]
+    fixed = () if readout.norm == "layer" else ("shift_D",)  # an RMS norm has no shift, and the merged head no place for one
+    parameters = [t.requires_grad_() for a in adapters.values() for n, t in a.tensors().items() if n not in fixed]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     total = options.epochs * len(shards)
     done = _resume(checkpoint, parameters, optimizer)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adi.exits.artifact import Exits
 from adi.exits.heads import Heads, shortlist
-from adi.files import write_json
+from adi.files import write_text
+from adi.model.backbone import ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import Answer, collect, interleave, is_held_out
 from adi.training.features import choose_shortlist, write_shards
@@ -39,14 +40,21 @@ class TuneOptions:
     learning_rate: float = 3e-3
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "max_new_tokens", "shortlist", "rank", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+
 
 def tune(
     model: Model,
-    out: Path,
+    out: str | os.PathLike[str],
     prompts: Sequence[Sequence[str]],
-    options: TuneOptions,
+    options: TuneOptions | None = None,
     *,
-    texts: Sequence[Path] = (),
+    texts: Sequence[str | os.PathLike[str]] = (),
     made_by: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total, note: None,
 ) -> Exits:
@@ -64,17 +72,19 @@ def tune(
     Raises:
         ValueError: options that do not fit the model, unreadable files, a head that adapters cannot start from.
     """
-    backbone, work = model.backbone, out / "work"
+    options = options or TuneOptions()
+    backbone, work = model.backbone, Path(out) / "work"
     depths = _depths(options.depths, backbone.spec.layers)
-    readout = backbone.readout()
+    readout = _on_cpu(backbone.readout())
+    windows = [window for path in texts for window in _windows(model, Path(path))]
+    _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
-    _start_fresh_if_changed(work, model, options)
-    answers = _answers(model, work, prompts, texts, options, progress)
+    answers = _answers(model, work, prompts, options, progress) + windows
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
-    if not train or not held:
-        raise ValueError(f"{len(train)} training and {len(held)} held-out sequences are too few; give more prompts or text.")
+    _enough([a.held_out for a in answers])
     ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist)
     shards = write_shards(backbone, train, depths, ids_S, work / "features", lambda d, t: progress("features", d, t, ""))
+    _fresh_checkpoint(work, [options, backbone.spec.fingerprint, ids_S.tolist(), [path.name for path in shards]])
     checks = write_shards(backbone, held, depths, ids_S, work / "held-out", lambda d, t: progress("held-out", d, t, ""))
     among = shortlist(readout, ids_S)
     fitting = FitOptions(epochs=options.epochs, learning_rate=options.learning_rate, rank=options.rank, seed=options.seed)
@@ -101,31 +111,39 @@ def tune(
 
 
 def _answers(
-    model: Model,
-    work: Path,
-    prompts: Sequence[Sequence[str]],
-    texts: Sequence[Path],
-    options: TuneOptions,
-    progress: Progress,
+    model: Model, work: Path, prompts: Sequence[Sequence[str]], options: TuneOptions, progress: Progress
 ) -> list[Answer]:
+    """The model's answers to the prompts; those in the folder are kept if this model gave them under these options."""
     hf = getattr(model.backbone, "model", None)
     if hf is None:
         raise ValueError("tuning runs on the transformers engine; load the model with backend='hf'.")
+    if not prompts:
+        return []
     raw = model.tokenizer is None or not model.tokenizer.has_chat_template
-    answers: list[Answer] = []
-    if prompts:
-        answers = collect(
-            hf,
-            lambda text: list(model.encode(text, raw=raw)),
-            model.eos_ids,
-            interleave(prompts),
-            work / "answers.jsonl",
-            tokens=options.tokens,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-            progress=lambda done, total: progress("answers", min(done, total), total, ""),
+    key = [model.backbone.spec.fingerprint, sorted(model.eos_ids), options.max_new_tokens, options.seed, raw]
+    if _changed(work / "answers.key", key):
+        (work / "answers.jsonl").unlink(missing_ok=True)
+    return collect(
+        hf,
+        lambda text: list(model.encode(text, raw=raw)),
+        model.eos_ids,
+        interleave(prompts),
+        work / "answers.jsonl",
+        tokens=options.tokens,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        progress=lambda done, total: progress("answers", min(done, total), total, ""),
+    )
+
+
+def _enough(held_out: Sequence[bool]) -> None:
+    """ValueError unless there is something to train on and something to test on (about one prompt in twelve)."""
+    held = sum(held_out)
+    if not held or held == len(held_out):
+        raise ValueError(
+            f"{len(held_out)} prompts or stretches of text are too few: {held} of them would be held out to test on, and there "
+            "must be some of each kind. Give more (a hundred or so)."
         )
-    return answers + [window for path in texts for window in _windows(model, path)]
 
 
 def _windows(model: Model, path: Path) -> list[Answer]:
@@ -149,13 +167,24 @@ def _depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _start_fresh_if_changed(work: Path, model: Model, options: TuneOptions) -> None:
-    """A checkpoint only goes on under the options it was begun with; answers and features outlive a change."""
-    key = json.loads(json.dumps([model.backbone.spec.fingerprint, asdict(options)]))
-    note = work / "options.json"
-    if note.exists() and json.loads(note.read_text()) != key:
+def _changed(note: Path, value: object) -> bool:
+    """Whether ``note`` was written for another value; it is written for this one now. A first time is no change."""
+    text = hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+    changed = note.exists() and note.read_text() != text
+    write_text(note, text)
+    return changed
+
+
+def _fresh_checkpoint(work: Path, value: object) -> None:
+    """A checkpoint only goes on with the options and the data that it was begun with."""
+    if _changed(work / "checkpoint.key", value):
         (work / "checkpoint.pt").unlink(missing_ok=True)
-    write_json(note, key)
+
+
+def _on_cpu(r: ReadOut) -> ReadOut:
+    """Heads are small: they are fitted on the processor, wherever the model runs."""
+    bias_V = None if r.bias_V is None else r.bias_V.cpu()
+    return replace(r, gain_D=r.gain_D.cpu(), shift_D=r.shift_D.cpu(), weight_VD=r.weight_VD.cpu(), bias_V=bias_V)
 
 
 def _losses(losses: Mapping[int, float]) -> str:

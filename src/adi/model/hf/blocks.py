@@ -8,6 +8,8 @@ stay the business of transformers, so no family needs code of its own.
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,21 +43,30 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
 
 
 def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Module] | None:
-    """Each block's MLP down projection: its one matrix that leads from more units than ``width`` down to ``width``.
+    """Each block's MLP down projection: its one matrix, outside attention, that leads from more units than ``width`` to it.
 
-    None when some block has none or several (experts, for example): then MLP activations cannot be shown. Fused
-    attention output matrices that widen first would be several too, so nothing is guessed.
+    None when some block has none, several, or stacked experts: then MLP activations cannot be shown, and nothing is
+    guessed.
     """
     found = []
     for block in blocks:
-        downs = [m for m in block.modules() if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
-        if len(downs) > 1:
-            widest = max(_in_features(m) for m in downs)
-            downs = [m for m in downs if _in_features(m) == widest]
-        if len(downs) != 1:
+        attention = {id(inner) for m in block.modules() if m is not block and _attends(m) for inner in m.modules()}
+        outside = [m for m in block.modules() if id(m) not in attention]
+        downs = [m for m in outside if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
+        if len(downs) != 1 or any(_stacked(m) for m in outside):
             return None
         found.append(downs[0])
     return found
+
+
+def _attends(module: nn.Module) -> bool:
+    """Attention and its like: what keeps a memory of the past, under any of the names that transformers has for it."""
+    return bool({"past_key_values", "past_key_value", "layer_past"} & set(inspect.signature(module.forward).parameters))
+
+
+def _stacked(module: nn.Module) -> bool:
+    """Experts keep their matrices stacked in tensors of three axes (so do convolutions, which are none)."""
+    return not isinstance(module, nn.Conv1d) and any(p.dim() > 2 for p in module.parameters(recurse=False))
 
 
 def _matrix(module: nn.Module) -> tuple[int, int] | None:
@@ -67,12 +78,6 @@ def _matrix(module: nn.Module) -> tuple[int, int] | None:
     return (outputs, inputs) if type(module).__name__ == "Conv1D" else (inputs, outputs)
 
 
-def _in_features(module: nn.Module) -> int:
-    shape = _matrix(module)
-    assert shape is not None
-    return shape[0]
-
-
 class Patch:
     """The wrappers of one model's blocks, made once and put on only while a pass runs."""
 
@@ -80,20 +85,24 @@ class Patch:
         self.blocks = list(blocks)
         self.downs = list(downs) if downs is not None else None
         self.extra_outputs = [0] * len(self.blocks)
-        self._run: Run | None = None
+        self._lock = threading.RLock()  # one pass at a time: the blocks are the model's own
 
     @contextmanager
     def patched(self, run: Run, *, mlp: bool = False) -> Iterator[Run]:
         """Blocks behave as ``run`` says until the context ends; then they are exactly what they were."""
+        with self._lock, self._swapped(run, mlp):
+            yield run
+
+    @contextmanager
+    def _swapped(self, run: Run, mlp: bool) -> Iterator[None]:
         saved = [block.__dict__.get("forward") for block in self.blocks]
         hook = None
-        self._run = run
         try:
             for i, block in enumerate(self.blocks):
-                block.__dict__["forward"] = self._wrapper(i, block.forward)
+                block.__dict__["forward"] = self._wrapper(i, block.forward, run)
             if mlp and self.downs is not None:
                 hook = self.downs[run.hi - 1].register_forward_pre_hook(lambda _, args: _keep_mlp(run, args))
-            yield run
+            yield
         except Reached:
             pass
         finally:
@@ -104,12 +113,9 @@ class Patch:
                     block.__dict__.pop("forward", None)
                 else:
                     block.__dict__["forward"] = forward
-            self._run = None
 
-    def _wrapper(self, i: int, forward: Any) -> Any:
+    def _wrapper(self, i: int, forward: Any, run: Run) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
-            run = self._run
-            assert run is not None
             hidden = args[0] if args else kwargs["hidden_states"]
             if i == run.lo and run.inject is not None:
                 hidden = run.inject

@@ -22,11 +22,12 @@ SELF_CHECK_IDS = (1, 2, 3, 4)
 class HfBackbone:
     """A transformers ``PreTrainedModel`` that may be stopped between any two blocks.
 
-    The model is used as it is and left as it was found. Raises ValueError, naming the architecture and the reason, for
+    The model is used as it is and left as it was found. ``weights`` is its fingerprint where that was taken before the
+    weights were rounded to the precision they run in. Raises ValueError, naming the architecture and the reason, for
     a model that cannot be split, and for one in training mode (dropout would make no two passes alike).
     """
 
-    def __init__(self, model: Any, name: str | None = None) -> None:
+    def __init__(self, model: Any, name: str | None = None, weights: str | None = None) -> None:
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first.")
         self.model = model
@@ -42,7 +43,7 @@ class HfBackbone:
             vocabulary=model.get_output_embeddings().weight.shape[0],
             stops=tuple(range(1, len(blocks) + 1)),
             context=getattr(text, "max_position_embeddings", None),
-            fingerprint=fingerprint(model),
+            fingerprint=weights or fingerprint(model),
             backend="hf",
             precision=next((k for k, v in PRECISIONS.items() if v == model.dtype), str(model.dtype)),
             device=str(model.device),
@@ -115,7 +116,8 @@ class HfBackbone:
 def fingerprint(model: Any) -> str:
     """A name for the weights: blake2b over names, shapes and 4,096 evenly spaced values of each tensor.
 
-    Values are rounded to bfloat16 first, so a checkpoint has one fingerprint in whatever precision it is loaded.
+    Values are rounded to bfloat16 first, so float32 and bfloat16 weights of one model have one fingerprint. (float16
+    loses small values that bfloat16 keeps, so ``load`` takes it before it converts.)
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.model.backbone import ReadOut
+from adi.model.backbone import ReadOut, normalise
 
 PROBE_ROWS = 6
 NO_START = "exit heads cannot start from it (bare exits still work)"
@@ -65,13 +65,6 @@ def _watch(
 def _weight_dim(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
     return weight.dim() if isinstance(weight, Tensor) else 0
-
-
-def normalise(hidden: Tensor, norm: str, eps: float) -> Tensor:
-    """RMS or layer normalisation over the last axis, without gain."""
-    if norm == "layer":
-        hidden = hidden - hidden.mean(-1, keepdim=True)
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
 
 
 def _norm(module: Any, given: Tensor, out: Tensor) -> tuple[str, Tensor, Tensor, float]:
