@@ -135,16 +135,20 @@ def test_answering_leaves_the_callers_dice_alone(tiny_model: adi.Model, tmp_path
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_a_used_folder_gives_what_a_fresh_one_would(sharp: adi.Model, tiny_model: adi.Model, tmp_path: Path) -> None:
-    quick = adi.TuneOptions(depths=(3,), tokens=300, max_new_tokens=8, shortlist=40, rank=4, epochs=1)
+def test_a_used_folder_trains_on_what_was_asked(
+    sharp: adi.Model, tiny_model: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "_matmul_seconds", lambda device, dtype: 1.0)
+    quick = adi.TuneOptions(depths=(3,), tokens=10**6, max_new_tokens=8, shortlist=40, rank=4, epochs=1)
     used = tmp_path / "used"
-    tune(sharp, used, [PROMPTS[:40]], quick)
-    for model, prompts in ((sharp, PROMPTS[20:]), (tiny_model, PROMPTS[20:])):
-        again, fresh = tune(model, used, [prompts], quick), tune(model, tmp_path / f"fresh{id(model)}", [prompts], quick)
-        assert again.made_by["answers"] == fresh.made_by["answers"]
-        assert again.heads is not None
-        assert fresh.heads is not None
-        assert torch.equal(again.heads.adapters[3].up_DR, fresh.heads.adapters[3].up_DR)
+    first = tune(sharp, used, [PROMPTS[:40]], quick)
+    other = tune(sharp, used, [PROMPTS[20:]], quick)
+    assert other.made_by["answers"] != first.made_by["answers"], "other prompts, other answers"
+    again, fresh = (tune(tiny_model, folder, [PROMPTS[20:]], quick) for folder in (used, tmp_path / "fresh"))
+    assert again.made_by["answers"] == fresh.made_by["answers"], "another model answers for itself"
+    assert again.heads is not None
+    assert fresh.heads is not None
+    assert torch.equal(again.heads.adapters[3].up_DR, fresh.heads.adapters[3].up_DR)
 
 
 def test_a_trained_head_merges_into_an_ordinary_checkpoint(sharp: adi.Model, tuned: tuple[adi.Exits, Path]) -> None:
