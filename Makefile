@@ -43,6 +43,16 @@ $(READY): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# The measurements that README.md shows; let nothing else run meanwhile.
+.PHONY: results
+results: $(READY)
+	mkdir -p docs/results
+	$(BIN)/adi run --compare > docs/results/demo.txt
+	$(BIN)/adi triggers smollm2-135m --json > docs/results/triggers.json
+	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
+	$(BIN)/adi bench smollm2-135m --modes full,verified --peers hf:fp32 --limit 16 --max-new-tokens 64 --json docs/results/bench.json
+	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
+
 # Tables in README.md from the files that hold the results.
 .PHONY: tables
 tables: $(READY)

@@ -33,7 +33,7 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.statistics measure.contestants
+measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.contestants
 measure.headroom measure.shootout measure.plot measure.bench
 cli
 __main__

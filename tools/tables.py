@@ -33,7 +33,7 @@ def exits_table() -> str:
 
 def triggers_table() -> str:
     """AUROC per signal and depth, and what asking costs."""
-    scores: list[dict[str, Any]] = json.loads((RESULTS / "triggers.json").read_text())
+    scores: list[dict[str, Any]] = json.loads((RESULTS / "triggers.json").read_text())["scores"]
     depths = sorted({score["depth"] for score in scores})
     signals = list(dict.fromkeys(score["signal"] for score in scores))
     found = {(score["signal"], score["depth"]): score for score in scores}

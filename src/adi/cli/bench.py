@@ -23,7 +23,7 @@ def bench(
     modes: Annotated[str, typer.Option("--modes", help=f"Of adi: {', '.join(MODES)}.")] = "full,verified",
     peers: Annotated[str, typer.Option("--peers", help="Other tools, such as hf:fp32,hf:bf16,hf-lookup:fp32.")] = "",
     precision: Annotated[str, typer.Option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
-    exits: Annotated[str | None, typer.Option("--exits", "-e", help="Trained exits. [default: those shipped]")] = None,
+    exits: Annotated[str | None, typer.Option("--exits", "-e", help="Trained exits; by default those shipped.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="For reflex mode.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     limit: Annotated[int | None, typer.Option("--limit", help="Use so many prompts, spread over the file.")] = None,

@@ -64,7 +64,7 @@ def trace(
 
 def plot(
     file: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, from adi trace or adi run --trace.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write. [default: TRACE with .html]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write; by default TRACE with .html.")] = None,
 ) -> None:
     """Turn a trace into one self-contained HTML page: the text as a depth heat map, and all that was looked at."""
     from adi.measure.plot import write_page

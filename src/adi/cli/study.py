@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from adi.cli.options import (
     Source,
     exits_for,
 )
-from adi.prompts import read_prompts
+from adi.prompts import PromptItem, read_prompts
 
 if TYPE_CHECKING:
     from adi.measure.headroom import Headroom
@@ -46,12 +48,13 @@ def inspect(
     from adi.measure.headroom import inspect as measure
 
     errors, out = Console(stderr=True), Console(highlight=False)
-    chosen = _spread(prompts, limit)
+    items = _spread(prompts, limit)
+    chosen = [item.prompt for item in items]
     loaded = Source(model, backend, precision, device).load(errors)
     with _progress(errors, "answers") as tell:
         found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=tell)
     if json_out:
-        print(json.dumps(asdict(found)))
+        print(json.dumps({**_circumstances(items), **asdict(found)}))
         return
     spec, cost = found.spec, found.cost
     out.print(
@@ -103,13 +106,14 @@ def triggers(
     from adi.measure.shootout import study_triggers
 
     errors, out = Console(stderr=True), Console(highlight=False)
-    chosen = _spread(prompts, limit)
+    items = _spread(prompts, limit)
+    chosen = [item.prompt for item in items]
     loaded = Source(model, "hf", "auto", device).load(errors)
     found = exits_for(loaded, exits)
     with _progress(errors, "answers") as tell:
         scores = study_triggers(loaded, found, chosen, max_new_tokens=max_new_tokens, progress=tell)
     if json_out:
-        print(json.dumps([asdict(score) for score in scores]))
+        print(json.dumps({**_circumstances(items), "model": model, "scores": [asdict(score) for score in scores]}))
         return
     table = Table(
         title=f"Signals against the full model's token: {len(chosen)} prompts, half calibrate, half test",
@@ -136,13 +140,19 @@ def triggers(
     out.print("weighted: logistic combination of all signals, fitted on the calibration half.")
 
 
-def _spread(source: str, limit: int) -> list[str]:
+def _spread(source: str, limit: int) -> list[PromptItem]:
     """``limit`` prompts, evenly over the file, so that every category is there."""
     items = read_prompts(source)
     if limit < 1:
         raise ValueError(f"--limit is {limit}; it must be at least 1.")
     count = min(limit, len(items))
-    return [items[int((i + 0.5) * len(items) / count)].prompt for i in range(count)]
+    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
+
+
+def _circumstances(items: list[PromptItem]) -> dict[str, Any]:
+    from adi.measure.circumstances import circumstances
+
+    return circumstances(shlex.join(["adi", *sys.argv[1:]]), items)
 
 
 @contextmanager

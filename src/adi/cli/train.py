@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,7 @@ def tune(
             groups,
             options,
             texts=text or (),
-            made_by={"command": command},
+            made_by={"command": command, "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}},
             progress=_Teller(bar, _log(out)),
         )
     console.print(_table(exits.report))

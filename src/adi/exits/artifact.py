@@ -144,14 +144,12 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     Raises ValueError for an unknown name, and for a folder that is damaged or written by something else. Whether they
     fit a model is checked when they meet one.
     """
-    folder = Path(source).expanduser()
+    folder = SHIPPED / str(source) if str(source) in shipped() else Path(source).expanduser()
     if not folder.is_dir():
-        if str(source) not in shipped():
-            raise ValueError(
-                f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
-                "Make some with: adi tune MODEL --out DIR"
-            )
-        folder = SHIPPED / str(source)
+        raise ValueError(
+            f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
+            "Make some with: adi tune MODEL --out DIR"
+        )
     value = read_json(folder / "exits.json", "exits file")
     if not isinstance(value, dict) or value.get("format") != FORMAT or set(value) != JSON_FIELDS:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")

@@ -7,20 +7,18 @@ machine whose speed drifts wrongs nobody.
 from __future__ import annotations
 
 import multiprocessing
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
+from adi.measure.circumstances import circumstances
 from adi.measure.contestants import Outcome, Setting, serve
 from adi.measure.statistics import bootstrap_median
-from adi.prompts import PromptItem, prompts_hash
+from adi.prompts import PromptItem
 
 FORMAT, VERSION = "adi-bench", 1
 WARM_UP_TOKENS = 8
-PACKAGES = ("adi-lm", "torch", "transformers", "openvino", "nncf", "openvino-genai", "llama-cpp-python")
 Progress = Callable[[int, int, str], None]
 
 
@@ -107,35 +105,15 @@ def bench(
             if hasattr(contestant, "_process"):
                 contestant.stop()
     return {
-        **_circumstances(items, setting, max_new_tokens, repeats, command),
+        "format": FORMAT,
+        "version": VERSION,
+        **circumstances(command, items),
+        **asdict(setting),
+        "max_new_tokens": max_new_tokens,
+        "repeats": repeats,
         "runs": [_run(c, _reference(c, contestants), items) for c in contestants],
         "ratios": [_ratio(a, b, items, setting.seed) for a in contestants for b in contestants if _comparable(a, b)],
     }
-
-
-def _circumstances(
-    items: Sequence[PromptItem], setting: Setting, max_new_tokens: int, repeats: int, command: str
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "command": command,
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {platform.system()}",
-        **asdict(setting),
-        "prompts": len(items),
-        "prompts_hash": prompts_hash(items),
-        "max_new_tokens": max_new_tokens,
-        "repeats": repeats,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _reference(contestant: Contestant, all_: Sequence[Contestant]) -> Contestant | None:

@@ -1,0 +1,32 @@
+"""What every result says about where it comes from."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from adi.prompts import PromptItem, prompts_hash
+
+PACKAGES = ("adi-lm", "torch", "transformers", "openvino", "nncf", "openvino-genai", "llama-cpp-python")
+
+
+def circumstances(command: str, items: Sequence[PromptItem]) -> dict[str, Any]:
+    """The command, the versions of what takes part, the machine, and which prompts."""
+    return {
+        "command": command,
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {platform.system()}",
+        "prompts": len(items),
+        "prompts_hash": prompts_hash(items),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
