@@ -25,13 +25,14 @@ from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())
 PROMPT = 40  # more than one block of KV memory, and more than the sliding windows
-EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "softcap", "phi3", "olmo2", "gpt2", "gpt_neox", "mistral")
+EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
 PRECISIONS = ("fp32", "int8", "int4")
 Cached = dict[tuple[str, str], OpenVinoBackbone]
 
 
 def model_of(family: str) -> Any:
-    if family != "softcap":
+    """The family's tiny model; Gemma 3 with a soft cap on its logits as well."""
+    if family != "gemma3":
         return tiny(family)
     torch.manual_seed(0)
     config = t.Gemma3TextConfig(**{**C, **KV}, head_dim=8, sliding_window=8, final_logit_softcapping=2.0)
@@ -140,7 +141,8 @@ def test_an_export_opens_without_the_original(made: Cached) -> None:
     assert opened.spec.fingerprint == hf.spec.fingerprint
     got, wanted = opened.readout(), hf.readout()
     for field in dataclasses.fields(got):
-        torch.testing.assert_close(getattr(got, field.name), getattr(wanted, field.name))
+        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
 def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_path: Path) -> None:

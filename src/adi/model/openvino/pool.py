@@ -27,21 +27,17 @@ class PagedCache:
 class Pool:
     """Blocks by number, in one tensor for each block's keys and values; it doubles on demand up to ``budget_bytes``.
 
-    ``version`` changes when the tensors do.
+    ``version`` changes when the tensors do. ``block_bytes`` is what 32 positions of one sequence take, in all layers.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.tensors: dict[str, Any] = {}
         self.version = 0
+        self.block_bytes = 0
         self.blocks = 0
         self._free: list[int] = []
         self._ports: dict[str, tuple[Any, list[int]]] = {}
-
-    @property
-    def block_bytes(self) -> int:
-        """What 32 positions of one sequence take, in all layers."""
-        return sum(_bytes(kind, shape) for kind, shape in self._ports.values())
 
     @property
     def capacity(self) -> int:
@@ -56,7 +52,9 @@ class Pool:
     def add(self, name: str, port: Any) -> None:
         """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen."""
         assert not self.blocks, "the pool is in use"
-        self._ports[name] = (port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]])
+        kind, shape = port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]]
+        self._ports[name] = (kind, shape)
+        self.block_bytes += _bytes(kind, shape)
 
     def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
         """See to it that each cache holds so many positions; ValueError, with nothing changed, where the budget ends."""
@@ -64,8 +62,8 @@ class Pool:
         total = sum(max(0, count) for count in missing.values())
         if total > self.free:
             raise ValueError(
-                f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} positions "
-                f"are needed and {self.free} of {self.capacity} are free. Close other sequences or allow more bytes."
+                f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
+                f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
             )
         while total > len(self._free):
             self._grow()
