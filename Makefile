@@ -50,7 +50,7 @@ results: $(READY)
 	$(BIN)/adi run --compare > docs/results/demo.txt
 	$(BIN)/adi triggers smollm2-135m --json > docs/results/triggers.json
 	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
-	$(BIN)/adi bench smollm2-135m --modes full,verified --peers hf:fp32 --limit 16 --max-new-tokens 64 --json docs/results/bench.json
+	$(BIN)/adi bench smollm2-135m --modes full,verified --peers hf:fp32,hf-lookup:fp32 --limit 16 --max-new-tokens 64 --json docs/results/bench.json
 	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
 
 # Tables in README.md from the files that hold the results.

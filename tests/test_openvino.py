@@ -19,7 +19,8 @@ pytest.importorskip("nncf")
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.openvino import OpenVinoBackbone, make, rows_are_invariant, store
+from adi.model.hf.engine import fingerprint
+from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
 from adi.model.openvino.pool import Pool
 from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
 
@@ -56,6 +57,10 @@ def engine(made: Cached, family: str, precision: str = "fp32") -> OpenVinoBackbo
     if (family, precision) not in made:
         made[family, precision] = make(model_of(family), name=family, precision=precision)
     return made[family, precision]
+
+
+def folder_of(family: str, precision: str = "fp32") -> Path:
+    return store.place(store.key_of(model_of(family), fingerprint(model_of(family))), precision)
 
 
 def prefilled(backbone: Any, ids: tuple[int, ...]) -> Any:
@@ -137,7 +142,7 @@ def test_verified_decoding_is_plain_decoding(made: Cached, precision: str) -> No
 def test_an_export_opens_without_the_original(made: Cached) -> None:
     hf = HfBackbone(tiny("llama"))
     engine(made, "llama")
-    opened = OpenVinoBackbone.open(store.place(store.key_of(tiny("llama")), "fp32"))
+    opened = OpenVinoBackbone.open(folder_of("llama"))
     assert opened.spec.fingerprint == hf.spec.fingerprint
     got, wanted = opened.readout(), hf.readout()
     for field in dataclasses.fields(got):
@@ -148,17 +153,19 @@ def test_an_export_opens_without_the_original(made: Cached) -> None:
 def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_path: Path) -> None:
     engine(made, "llama")
     (tmp_path / "config.json").write_text("{}")
-    assert store.recall(tmp_path, "fp32") is None
-    store.remember(tmp_path, "fp32", tiny("llama"))
-    assert store.recall(tmp_path, "fp32") == store.place(store.key_of(tiny("llama")), "fp32")
-    assert store.recall(tmp_path, "int8") is None
+    assert opened_before(tmp_path, precision="fp32") is None
+    make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
+    again = opened_before(tmp_path, precision="fp32", stops=(3,))
+    assert again is not None
+    assert again.spec == engine(made, "llama").spec
+    assert opened_before(tmp_path, precision="int8") is None
     (tmp_path / "config.json").write_text('{"more": 1}')
-    assert store.recall(tmp_path, "fp32") is None
+    assert opened_before(tmp_path, precision="fp32") is None
 
 
 def test_the_same_weights_in_another_configuration_are_another_export() -> None:
-    llama, mistral = tiny("llama"), tiny("mistral")
-    assert store.key_of(llama) != store.key_of(mistral)
+    assert fingerprint(tiny("llama")) == fingerprint(tiny("mistral"))
+    assert folder_of("llama") != folder_of("mistral")
 
 
 def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
 
 
 def test_only_stops_can_be_run(made: Cached) -> None:
-    folder = store.place(store.key_of(tiny("llama")), "fp32")
+    folder = folder_of("llama")
     engine(made, "llama")
     backbone = OpenVinoBackbone.open(folder)
     assert backbone.spec.stops == tuple(range(1, LAYERS + 1))
@@ -202,7 +209,7 @@ def test_blocks_come_back_when_a_sequence_ends(made: Cached) -> None:
 
 def test_full_memory_is_said_before_any_work_and_growth_keeps_what_is_there(made: Cached) -> None:
     engine(made, "llama")
-    folder, layers = store.place(store.key_of(tiny("llama")), "fp32"), LAYERS
+    folder, layers = folder_of("llama"), LAYERS
     small = OpenVinoBackbone.open(folder, kv_bytes=40 * engine(made, "llama").pool.block_bytes)
     first = prefilled(small, IDS[:PROMPT])
     others = [prefilled(small, IDS[:PROMPT]) for _ in range(18)]  # 38 blocks: the pool has grown twice

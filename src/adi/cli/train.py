@@ -126,8 +126,8 @@ def _table(report: object) -> Table:
             f"{row['agreement']:.1%}",
             f"{row['bare_agreement']:.1%}",
             f"{row['divergence']:.2f}",
-            "never" if row["threshold"] is None else f"{row['threshold']:.2f}",
-            f"{row['fires']:.1%}",
-            f"{row['precision']:.1%}",
+            "not asked" if row["threshold"] is None else f"{row['threshold']:.2f}",
+            "" if row["threshold"] is None else f"{row['fires']:.1%}",
+            "" if row["threshold"] is None else f"{row['precision']:.1%}",
         )
     return table

@@ -17,7 +17,7 @@ from adi.decoding.policies import FullDepth, Policy, Reflex, Verified
 from adi.decoding.records import Step
 from adi.decoding.session import Session
 from adi.exits.artifact import Exits, bare_exits, load_exits
-from adi.model.checkpoint import Model, load, source_folder
+from adi.model.checkpoint import Model, load, quiet_transformers, source_folder
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def transformers_runner(precision: str, setting: Setting, **extra: Any) -> Run:
 
     folder = source_folder(setting.model, lambda _: None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     class FirstToken(BaseStreamer):  # type: ignore[misc]
         """Notes when the first new token arrives (the prompt is put first)."""

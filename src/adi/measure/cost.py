@@ -30,38 +30,45 @@ class Cost:
         return self.blocks_seconds[0] + self.head_seconds[0]
 
 
-def measure_cost(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int = 9) -> Cost:
-    """Time blocks and head on this machine. The block figure is half the stack's over its blocks, so that the price of
-    entering an engine is spread as it is in use."""
+def measure_cost(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int = 11) -> Cost:
+    """Time blocks and head on this machine, all row counts in turn, so that a drift of its speed meets all of them alike.
+
+    The block figure is half the stack's over its blocks, so that the price of entering an engine is spread as it is in use.
+    """
     layers, cache = backbone.spec.layers, backbone.new_cache()
     past = min(PAST, (backbone.spec.context or 2 * PAST) - max(rows))
     if past < 1:
         raise ValueError(f"a context of {backbone.spec.context} tokens is too short to measure passes of {max(rows)} rows.")
-    ids = tuple(i % backbone.spec.vocabulary for i in range(past))
-    hidden_TD = None
-    for lo, hi in ((0, max(1, layers // 2)), (max(1, layers // 2), layers)):
-        if lo < hi:
-            hidden_TD = backbone.forward([Rows(cache, 0, ids, hidden_TD)], lo, hi)[0].hidden_TD
-    block, blocks, head = [], [], []
+    tokens = [i % backbone.spec.vocabulary for i in range(past + max(rows))]
+    backbone.forward([Rows(cache, 0, tuple(tokens[:past]), None)], 0, layers)
     middle = max(1, layers // 2)
+    work: list[Callable[[], object]] = []
     for count in rows:
-        more = tuple(i % backbone.spec.vocabulary for i in range(count))
-        deep_TD = backbone.forward([Rows(cache, past, more, None)], 0, layers)[0].hidden_TD
-        part = Rows(cache, past, more, None)
-        block.append(seconds(functools.partial(backbone.forward, [part], 0, middle), repeats) / middle)
-        blocks.append(seconds(functools.partial(backbone.forward, [part], 0, layers), repeats))
-        head.append(seconds(functools.partial(backbone.logits, deep_TD), repeats))
-    return Cost(tuple(rows), tuple(block), tuple(blocks), tuple(head))
+        part = Rows(cache, past, tuple(tokens[past : past + count]), None)
+        deep_TD = backbone.forward([part], 0, layers)[0].hidden_TD
+        work += [
+            functools.partial(backbone.forward, [part], 0, middle),
+            functools.partial(backbone.forward, [part], 0, layers),
+            functools.partial(backbone.logits, deep_TD),
+        ]
+    times = seconds_in_turn(work, repeats)
+    return Cost(tuple(rows), tuple(t / middle for t in times[::3]), tuple(times[1::3]), tuple(times[2::3]))
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median wall-clock seconds of ``work``, after two runs that are not counted."""
-    times = []
+    return seconds_in_turn([work], repeats)[0]
+
+
+def seconds_in_turn(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median wall-clock seconds of each piece of work, run in turn, after two rounds that are not counted."""
+    times: list[list[float]] = [[] for _ in works]
     for i in range(repeats + 2):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+        for work, mine in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 2:
+                mine.append(time.perf_counter() - start)
+    return [sorted(mine)[len(mine) // 2] for mine in times]
