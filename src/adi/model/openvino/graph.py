@@ -1,0 +1,215 @@
+"""Graphs with holes become graphs that run: paged attention goes into the holes, and stops cut the chain of blocks.
+
+Inputs and outputs are known by the names of their nodes, which this package gives: ``state.i`` enters block i (and leaves
+block i - 1), ``query.i``, ``key.i`` and ``value.i`` lead into hole i and ``attended.i`` out of it, ``mlp.i`` is what the down
+projection of block i reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+BLOCK_TOKENS = 32  # positions in one block of KV memory: what the CPU plugin's paged attention is written for
+
+# What PagedAttentionExtension takes after its first thirteen inputs in OpenVINO 2026.4: parts of it that are not used here
+# (scores, cache rotation, sparse attention, sinks, eviction, token types, tree masks). Type and shape of empty constants.
+UNUSED: tuple[tuple[type[np.generic], tuple[int, ...]], ...] = (
+    *(((np.int32, (0,)),) * 3),
+    *(((np.float32, (0,)),) * 2),
+    *(((np.int32, ()),) * 2),
+    (np.float32, (0, 0, 0, 0)),
+    (np.int32, ()),
+    *(((np.int32, (0,)),) * 4),
+    (np.uint8, (0,)),
+    (np.int32, (0,)),
+)
+SEQUENCE_INPUTS = (("past_lens", 1), ("subsequence_begins", 1), ("block_indices", 1), ("block_indices_begins", 1))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One block's attention: heads, widths of a head's queries and values, scale, and its window in positions (0: none)."""
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    scale: float
+    window: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Blocks [lo, hi) as a graph; ``outputs`` names its results in order: "hidden", "before", "mlp"."""
+
+    lo: int
+    hi: int
+    graph: Any
+    outputs: tuple[str, ...]
+
+
+def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
+    """Give a freshly traced graph the names above, by position alone."""
+    layers = len(attentions)
+    results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, mlps))]
+    for node, name in zip(graph.get_results(), (name for part in results for name in part), strict=True):
+        node.set_friendly_name(name)
+    names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(layers))]
+    shapes = [[1, -1]] * 2 + [[1, -1, a.heads, a.value_width] for a in attentions]
+    for node, name, shape in zip(graph.get_parameters(), names, shapes, strict=True):
+        node.set_friendly_name(name)
+        node.output(0).get_tensor().set_names({name})
+        node.set_partial_shape(_partial(shape))
+    graph.validate_nodes_and_infer_types()
+    _count_rows_by_positions(graph)
+
+
+def _count_rows_by_positions(graph: Any) -> None:
+    """Wherever a shape is read, take the number of rows from ``position_ids`` instead.
+
+    The library shares such readings over all blocks, and a piece would run the first block again just to measure it.
+    """
+    from openvino import opset13 as ops
+
+    positions = _by_name(graph.get_parameters())["position_ids"]
+    rows = ops.gather(ops.shape_of(positions), ops.constant(np.array([1], np.int64)), ops.constant(np.int64(0)))
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "ShapeOf":
+            continue
+        sizes = list(node.input_value(0).get_partial_shape())
+        if sum(size.is_dynamic for size in sizes) != 1:
+            continue
+        whole = [rows if size.is_dynamic else ops.constant(np.array([size.get_length()], np.int64)) for size in sizes]
+        shape = ops.convert(ops.concat(whole, 0), node.get_output_element_type(0).to_string())
+        for user in node.output(0).get_target_inputs():
+            user.replace_source_output(shape.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _outputs(layers: int, mlps: int) -> tuple[tuple[str, int], ...]:
+    return ("state", layers + 1), ("query", layers), ("key", layers), ("value", layers), ("mlp", mlps)
+
+
+def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
+    """The blocks, and the head: ``hidden [1, T, D]`` to ``logits [1, T, V]`` and the likeliest token ``[1, T]``."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    results = _by_name(graph.get_results())
+    _inject(results[f"state.{layers}"], width)
+    logits = results.pop("logits")
+    best = ops.topk(logits.input_value(0), np.int32(1), -1, "max", "value", index_element_type="i32")
+    token = ops.result(ops.squeeze(best.output(1), np.int64(-1)).output(0))
+    token.set_friendly_name("token")
+    needed = _parameters([logits])
+    if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
+        raise ValueError("its head reads more than the state that leaves its last block")
+    return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
+
+
+def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
+    """Put paged attention over ``key_cache.i`` and ``value_cache.i`` into every hole of the blocks."""
+    from openvino import opset13 as ops
+    from openvino.op import _PagedAttentionExtension
+
+    inputs, results = _by_name(graph.get_parameters()), _by_name(graph.get_results())
+    shared = {name: _parameter(name, [-1] * rank, np.int32) for name, rank in (*SEQUENCE_INPUTS, ("max_context_len", 0))}
+    for i, a in enumerate(attentions):
+        flat = [_flat(results[f"{kind}.{i}"].input_value(0), n) for kind, n in _widths(a)]
+        caches = [_parameter(f"{kind}_cache.{i}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
+        numbers = [ops.constant(np.float32(a.scale)), ops.constant(np.int32(a.window)), ops.constant(np.zeros(0, np.float32))]
+        unused = [ops.constant(np.zeros(shape, kind)) for kind, shape in UNUSED]
+        sequence = [shared[name] for name, _ in SEQUENCE_INPUTS]
+        nodes = [*flat, *caches, *sequence, *numbers, shared["max_context_len"], *unused]
+        paged = _PagedAttentionExtension([node.output(0) for node in nodes])
+        heads = {"num_k_heads": a.kv_heads, "k_head_size": a.key_width, "num_v_heads": a.kv_heads, "v_head_size": a.value_width}
+        for key, number in heads.items():
+            paged.get_rt_info()[key] = number
+        shape = ops.constant(np.array([1, -1, a.heads, a.value_width], np.int64))
+        attended = ops.reshape(paged.output(0), shape, special_zero=False)
+        for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
+            user.replace_source_output(attended.output(0))
+
+
+def cut(graph: Any, stops: Sequence[int], width: int) -> list[Piece]:
+    """The filled graph as one piece for each stop, every piece with its own input ``hidden`` where it does not embed.
+
+    The pieces share nodes (positions, rotary angles) with each other and with ``graph``, which is of no use afterwards.
+    """
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    results = _by_name(graph.get_results())
+    sources = {name: result.input_value(0) for name, result in results.items()}
+    for stop in stops[:-1]:
+        _inject(results[f"state.{stop}"], width)
+    pieces = []
+    for lo, hi in zip((0, *stops), stops, strict=False):
+        wanted = {"hidden": f"state.{hi}", "before": f"state.{hi - 1}", "mlp": f"mlp.{hi - 1}"}
+        if lo and hi - 1 == lo:
+            del wanted["before"]  # it is the input
+        outputs = {name: sources[key] for name, key in wanted.items() if key in sources}
+        ends = [ops.result(source) for source in outputs.values()]
+        piece = ov.Model(ends, _parameters(ends), f"blocks_{lo}_{hi}")
+        pieces.append(Piece(lo, hi, piece, tuple(outputs)))
+    return pieces
+
+
+def _inject(result: Any, width: int) -> Any:
+    """A new input that takes the place of what ``result`` reads, for everything but ``result``."""
+    hidden = _parameter("hidden", [1, -1, width], np.float32)
+    for user in result.input_value(0).get_target_inputs():
+        if user.get_node().get_type_name() != "Result":
+            user.replace_source_output(hidden.output(0))
+    return hidden
+
+
+def _widths(a: Attention) -> tuple[tuple[str, int], ...]:
+    return ("query", a.heads * a.key_width), ("key", a.kv_heads * a.key_width), ("value", a.kv_heads * a.value_width)
+
+
+def _flat(output: Any, width: int) -> Any:
+    """``[1, heads, T, width]`` as ``[T, heads * width]``."""
+    from openvino import opset13 as ops
+
+    rows_first = ops.transpose(output, ops.constant(np.array([0, 2, 1, 3], np.int64)))
+    return ops.reshape(rows_first, ops.constant(np.array([-1, width], np.int64)), special_zero=False)
+
+
+def _parameter(name: str, shape: list[int], kind: type[np.generic] | None) -> Any:
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    element = ov.Type.dynamic if kind is None else ov.Type(kind)
+    node = ops.parameter(_partial(shape), element, name=name)
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
+def _partial(shape: Sequence[int]) -> Any:
+    import openvino as ov
+
+    return ov.PartialShape(list(shape))
+
+
+def _by_name(nodes: Sequence[Any]) -> dict[str, Any]:
+    return {node.get_friendly_name(): node for node in nodes}
+
+
+def _parameters(results: Sequence[Any]) -> list[Any]:
+    """The inputs that these results read, directly or not."""
+    stack, seen, found = list(results), set(), []
+    while stack:
+        node = stack.pop()
+        name = node.get_name()  # unique within a process, which friendly names are not
+        if name in seen:
+            continue
+        seen.add(name)
+        if node.get_type_name() == "Parameter":
+            found.append(node)
+        stack += [port.get_source_output().get_node() for port in node.inputs()]
+    return found

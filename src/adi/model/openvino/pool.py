@@ -1,0 +1,101 @@
+"""KV memory in blocks of 32 positions, shared by all sequences and all pieces of one model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from adi.model.openvino.graph import BLOCK_TOKENS
+
+FIRST_BLOCKS = 16
+
+
+class PagedCache:
+    """One sequence's blocks, in the order of its positions. They go back to the pool when it is closed or forgotten."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.blocks: list[int] = []
+        self._close = weakref.finalize(self, pool.give_back, self.blocks)
+
+    def close(self) -> None:
+        """Give the blocks back; the cache is empty then, and not to be used again."""
+        self._close()
+
+
+class Pool:
+    """Blocks by number, in one tensor for each block's keys and values; it doubles on demand up to ``budget_bytes``.
+
+    ``version`` changes when the tensors do. ``block_bytes`` is what 32 positions of one sequence take, in all layers.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.tensors: dict[str, Any] = {}
+        self.version = 0
+        self.block_bytes = 0
+        self.blocks = 0
+        self._free: list[int] = []
+        self._ports: dict[str, tuple[Any, list[int]]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """How many blocks the budget allows."""
+        return self.budget_bytes // max(1, self.block_bytes)
+
+    @property
+    def free(self) -> int:
+        """How many blocks can still be had."""
+        return self.capacity - self.blocks + len(self._free)
+
+    def add(self, name: str, port: Any) -> None:
+        """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen."""
+        assert not self.blocks, "the pool is in use"
+        kind, shape = port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]]
+        self._ports[name] = (kind, shape)
+        self.block_bytes += _bytes(kind, shape)
+
+    def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
+        """See to it that each cache holds so many positions; ValueError, with nothing changed, where the budget ends."""
+        missing = {id(cache): _blocks(tokens) - len(cache.blocks) for cache, tokens in wanted}
+        total = sum(max(0, count) for count in missing.values())
+        if total > self.free:
+            raise ValueError(
+                f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
+                f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
+            )
+        while total > len(self._free):
+            self._grow()
+        for cache, _ in wanted:
+            cache.blocks.extend(self._free.pop() for _ in range(max(0, missing.pop(id(cache), 0))))
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Take blocks back from a sequence that has ended."""
+        self._free.extend(blocks)
+        blocks.clear()
+
+    def _grow(self) -> None:
+        import openvino as ov
+
+        size = min(self.capacity, max(FIRST_BLOCKS, 2 * self.blocks))
+        for name, (kind, shape) in self._ports.items():
+            grown = ov.Tensor(kind, ov.Shape([size, *shape]))
+            grown.data[self.blocks :] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
+            if self.blocks:
+                grown.data[: self.blocks] = self.tensors[name].data
+            self.tensors[name] = grown
+        self._free.extend(range(size - 1, self.blocks - 1, -1))
+        self.blocks = size
+        self.version += 1
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def _bytes(kind: Any, shape: Sequence[int]) -> int:
+    size = int(kind.size)
+    for length in shape:
+        size *= length
+    return size

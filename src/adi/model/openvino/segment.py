@@ -1,0 +1,74 @@
+"""One compiled piece and its single request; tensors are bound to it only when they change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adi.model.openvino.feed import Feed
+from adi.model.openvino.graph import Piece
+from adi.model.openvino.pool import Pool
+
+Config = dict[str, str]
+
+
+class Segment:
+    """Blocks [lo, hi), reading its states from the feed's ``state.lo`` and leaving them in ``state.hi``.
+
+    It also leaves ``before.hi``, what entered block ``hi - 1`` (``state.lo`` itself for a single block), and ``mlp.hi``.
+    """
+
+    def __init__(self, core: Any, piece: Piece, config: Config) -> None:
+        self.lo, self.hi = piece.lo, piece.hi
+        compiled = core.compile_model(piece.graph, "CPU", config)
+        self._request = compiled.create_infer_request()
+        names = [port.get_any_name() for port in compiled.inputs]
+        self._inputs = {name: f"state.{self.lo}" if name == "hidden" else name for name in names if "_cache." not in name}
+        renamed = {"hidden": f"state.{self.hi}", "before": f"before.{self.hi}", "mlp": f"mlp.{self.hi}"}
+        self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(piece.outputs, compiled.outputs, strict=True)]
+        self.before = f"before.{self.hi}" if "before" in piece.outputs else f"state.{self.lo}"
+        self._feed: Feed | None = None
+        self._version = -1
+        self._ports = {name: compiled.input(name) for name in names if "_cache." in name}
+
+    def add_to(self, pool: Pool) -> None:
+        """Ask the pool for room for these blocks' keys and values."""
+        for name, port in self._ports.items():
+            pool.add(name, port)
+
+    def run(self, feed: Feed, pool: Pool) -> None:
+        """One pass over the rows in ``feed``."""
+        if self._version != pool.version:
+            for name in self._ports:
+                self._request.set_tensor(name, pool.tensors[name])
+            self._version = pool.version
+        if self._feed is not feed:
+            for name, source in self._inputs.items():
+                self._request.set_tensor(name, feed.tensors[source])
+            for i, (name, sizes) in enumerate(self._outputs):
+                self._request.set_output_tensor(i, feed.room(name, [feed.rows if n is None else n for n in sizes]))
+            self._feed = feed
+        self._request.infer()
+
+
+def _sizes(port: Any) -> list[int | None]:
+    """Lengths of an output's axes, None for the one that counts rows."""
+    return [None if size.is_dynamic else size.get_length() for size in list(port.get_partial_shape())]
+
+
+class Head:
+    """The model's own norm and head: states ``[T, D]`` to logits ``[T, V]`` and the likeliest tokens."""
+
+    def __init__(self, core: Any, graph: Any, config: Config) -> None:
+        compiled = core.compile_model(graph, "CPU", config)
+        self._request = compiled.create_infer_request()
+        self._names = [port.get_any_name() for port in compiled.inputs]
+        self._feed: Feed | None = None
+
+    def run(self, feed: Feed) -> tuple[Any, Any]:
+        """Arrays ``logits [1, T, V]`` and ``token [1, T]`` for the feed's ``state.0``, valid until the next run."""
+        if self._feed is not feed:
+            for name in self._names:
+                self._request.set_tensor(name, feed.tensors["state.0" if name == "hidden" else name])
+            self._feed = feed
+        self._request.infer()
+        return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data

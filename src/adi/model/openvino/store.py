@@ -1,0 +1,139 @@
+"""What is kept of an exported model: two graphs, the head taken apart, and a page about them.
+
+A folder is written whole or not at all. Nothing in it runs code, and the weights of the original need not be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adi.files import cache_folder, read_json, whole_folder, write_json
+from adi.model.backbone import ReadOut
+from adi.model.openvino.graph import Attention
+
+FORMAT = 1
+MADE_WITH = ("openvino", "nncf", "transformers")
+NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
+NAMES = ("gain_D", "shift_D", "weight_VD", "bias_V")
+
+
+@dataclass(frozen=True)
+class Page:
+    """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none."""
+
+    name: str
+    family: str
+    layers: int
+    width: int
+    vocabulary: int
+    context: int | None
+    fingerprint: str
+    precision: str
+    has_mlp: bool
+    attentions: tuple[Attention, ...]
+    readout: dict[str, Any] | str
+
+
+def key_of(model: Any, weights: str) -> str:
+    """Names a model by the fingerprint of its weights and its configuration: a window or a scale matters as well."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NO_MATTER}
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return f"{weights}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def place(key: str, precision: str) -> Path:
+    """Where the export of the model of this key in this precision belongs, for the versions installed now."""
+    made_with = "|".join(f"{package} {version(package)}" for package in MADE_WITH)
+    made = hashlib.blake2b(f"{FORMAT}|{made_with}".encode(), digest_size=4).hexdigest()
+    return cache_folder() / "openvino" / f"{key}-{precision}-{made}"
+
+
+def save(folder: Path, page: Page, blocks: Any, head: Any, readout: ReadOut | None) -> None:
+    """Write the folder; ValueError, naming it, where that cannot be done."""
+    import openvino as ov
+    from safetensors.torch import save_file
+
+    try:
+        with whole_folder(folder) as fresh:
+            ov.save_model(blocks, fresh / "blocks.xml", compress_to_fp16=False)
+            ov.save_model(head, fresh / "head.xml", compress_to_fp16=False)
+            if readout is not None:
+                tensors = {name: t for name in NAMES if (t := getattr(readout, name)) is not None}
+                save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / "readout.safetensors")
+            write_json(fresh / "model.json", {"format": FORMAT, **asdict(page)})
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
+
+
+def read_page(folder: Path) -> Page:
+    """The page of an exported model; ValueError where the folder holds none of this format."""
+    value = read_json(folder / "model.json", "exported model")
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise ValueError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
+    try:
+        page = Page(**value)
+        return replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
+    except TypeError as error:
+        raise ValueError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
+
+
+def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
+    """Blocks with their holes, and head; weights stay on disk until they are needed."""
+    try:
+        return core.read_model(folder / "blocks.xml"), core.read_model(folder / "head.xml")
+    except RuntimeError as error:
+        raise ValueError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+
+
+def read_readout(folder: Path, page: Page) -> ReadOut:
+    """The head taken apart at export; ValueError says why a family has none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if isinstance(page.readout, str):
+        raise ValueError(page.readout)
+    try:
+        tensors = load_file(folder / "readout.safetensors")
+        return ReadOut(**page.readout, **{name: tensors.get(name) for name in NAMES})
+    except (OSError, SafetensorError, TypeError) as error:
+        raise ValueError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+
+
+def _note_path(source: Path, precision: str) -> Path:
+    """Named by what the files are now, so that an edited model is exported anew."""
+    files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+    facts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    key = hashlib.blake2b("|".join([str(source.resolve()), *facts]).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "openvino" / "sources" / f"{key}-{precision}.json"
+
+
+def remember(source: Path, precision: str, key: str) -> None:
+    """Note that the model folder ``source`` is the model of this key, so that its weights need not be read again."""
+    write_json(_note_path(source, precision), {"key": key})
+
+
+def recall(source: Path, precision: str) -> Path | None:
+    """The export of the model folder ``source``, or None when there is none for the versions installed now."""
+    note = _note_path(source, precision)
+    if not note.exists():
+        return None
+    folder = place(str(read_json(note, "note about an export")["key"]), precision)
+    return folder if (folder / "model.json").exists() else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def default_stops(layers: int, asked: Sequence[int] = ()) -> tuple[int, ...]:
+    """About eight depths, half of the layers, all of them, and those asked for; ValueError for depths that do not exist."""
+    if bad := [depth for depth in asked if not 0 < depth <= layers]:
+        raise ValueError(f"stops {bad} do not exist; depths are 1 to {layers}.")
+    step = max(1, round(layers / 8))
+    return tuple(sorted({*range(step, layers, step), max(1, layers // 2), layers, *asked}))

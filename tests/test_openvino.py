@@ -1,0 +1,284 @@
+"""The OpenVINO engine against the transformers engine on tiny random models, and what it promises beside: bits and blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+import adi
+from adi.model.backbone import Rows
+from adi.model.hf import HfBackbone
+from adi.model.hf.engine import fingerprint
+from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
+from adi.model.openvino.pool import Pool
+from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
+
+IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())
+PROMPT = 40  # more than one block of KV memory, and more than the sliding windows
+EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
+PRECISIONS = ("fp32", "int8", "int4")
+Cached = dict[tuple[str, str], OpenVinoBackbone]
+
+
+def model_of(family: str) -> Any:
+    """The family's tiny model; Gemma 3 with a soft cap on its logits as well."""
+    if family != "gemma3":
+        return tiny(family)
+    torch.manual_seed(0)
+    config = t.Gemma3TextConfig(**{**C, **KV}, head_dim=8, sliding_window=8, final_logit_softcapping=2.0)
+    return t.Gemma3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ADI_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def made() -> Cached:
+    return {}
+
+
+def engine(made: Cached, family: str, precision: str = "fp32") -> OpenVinoBackbone:
+    if (family, precision) not in made:
+        made[family, precision] = make(model_of(family), name=family, precision=precision)
+    return made[family, precision]
+
+
+def folder_of(family: str, precision: str = "fp32") -> Path:
+    return store.place(store.key_of(model_of(family), fingerprint(model_of(family))), precision)
+
+
+def prefilled(backbone: Any, ids: tuple[int, ...]) -> Any:
+    cache = backbone.new_cache()
+    backbone.forward([Rows(cache, 0, ids, None)], 0, backbone.spec.layers)
+    return cache
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) -> None:
+    backbone, hf = engine(made, family), HfBackbone(model_of(family))
+    mine, theirs = backbone.new_cache(), hf.new_cache()
+    ids, layers = IDS[: PROMPT + 9], backbone.spec.layers
+    assert dataclasses.replace(backbone.spec, backend="hf", name=hf.spec.name) == hf.spec
+
+    def both(start: int, end: int, hidden_TD: Any, lo: int, hi: int) -> Any:
+        rows = [Rows(cache, start, ids[start:end], hidden_TD) for cache in (mine, theirs)]
+        mlp = hf.has_mlp_tap
+        (got,), (wanted,) = (b.forward([r], lo, hi, mlp=mlp) for b, r in zip((backbone, hf), rows, strict=True))
+        for name in ("hidden_TD", "before_TD", *(["mlp_TF"] if mlp else [])):
+            torch.testing.assert_close(getattr(got, name), getattr(wanted, name), atol=1e-4, rtol=1e-5)
+        return got.hidden_TD
+
+    both(0, PROMPT + 6, None, 0, layers)  # to be rolled back
+    for split in (1, 3, 5):
+        end = len(ids)
+        shallow = [both(i, i + 1, None, 0, split) for i in range(PROMPT, end - 2)]
+        shallow.append(both(end - 2, end, None, 0, split))
+        deep_TD = both(PROMPT, end, torch.cat(shallow), split, layers)
+        with torch.no_grad():
+            wanted_TV = hf.model(torch.tensor([ids])).logits[0, PROMPT:]
+        torch.testing.assert_close(backbone.logits(deep_TD), wanted_TV, atol=1e-4, rtol=1e-5)
+        assert backbone.greedy(deep_TD) == wanted_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_rows_bits_do_not_depend_on_its_company(made: Cached, precision: str) -> None:
+    backbone = engine(made, "llama", precision)
+    assert rows_are_invariant(backbone)
+    layers, rng, stops = backbone.spec.layers, random.Random(1), backbone.spec.stops
+    plain = prefilled(backbone, IDS[:PROMPT])
+    wanted = [backbone.forward([Rows(plain, i, (IDS[i],), None)], 0, layers)[0].hidden_TD for i in range(PROMPT, PROMPT + 9)]
+    logits_TV = torch.cat([backbone.logits(row) for row in wanted])
+    for count in range(1, 10):
+        caches = [prefilled(backbone, ids) for ids in (IDS[:PROMPT], IDS[20:33], IDS[3:53])]
+        hidden: list[Any] = [None] * 3
+        depths = sorted({*rng.sample(stops, 2), layers})
+        ids = (IDS[PROMPT : PROMPT + count], IDS[: rng.randrange(1, 4)], IDS[7:8])
+        order = rng.sample(range(3), 3)
+        for lo, hi in zip((0, *depths), depths, strict=False):
+            rows = [Rows(caches[i], (PROMPT, 13, 50)[i], ids[i], hidden[i]) for i in order]
+            for i, states in zip(order, backbone.forward(rows, lo, hi), strict=True):
+                hidden[i] = states.hidden_TD
+        assert torch.equal(hidden[0], torch.cat(wanted[:count]))
+        assert torch.equal(backbone.logits(hidden[0]), logits_TV[:count])
+
+
+def test_the_check_notices_rows_that_vary(made: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = engine(made, "llama")
+    logits = backbone.logits
+    monkeypatch.setattr(backbone, "logits", lambda hidden_TD: logits(hidden_TD) + 1e-6 * (hidden_TD.shape[0] > 4))
+    assert not rows_are_invariant(backbone)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_verified_decoding_is_plain_decoding(made: Cached, precision: str) -> None:
+    model = adi.Model(backbone=engine(made, "llama", precision), tokenizer=None, eos_ids=frozenset())
+    plain = adi.generate(model, list(IDS[:PROMPT]), max_new_tokens=40)
+    exits = adi.bare_exits(model, (2, 4))
+    ragged = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
+    for trigger in (adi.Threshold("top_probability", 0.0), ragged):
+        policy = adi.Verified(exits, trigger, draft_tokens=5)
+        assert adi.generate(model, list(IDS[:PROMPT]), policy, max_new_tokens=40).token_ids == plain.token_ids
+    if precision == "fp32":
+        reference = adi.generate(adi.load(tiny("llama")), list(IDS[:PROMPT]), max_new_tokens=40)
+        assert reference.token_ids == plain.token_ids
+
+
+def test_an_export_opens_without_the_original(made: Cached) -> None:
+    hf = HfBackbone(tiny("llama"))
+    engine(made, "llama")
+    opened = OpenVinoBackbone.open(folder_of("llama"))
+    assert opened.spec.fingerprint == hf.spec.fingerprint
+    got, wanted = opened.readout(), hf.readout()
+    for field in dataclasses.fields(got):
+        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_path: Path) -> None:
+    engine(made, "llama")
+    (tmp_path / "config.json").write_text("{}")
+    assert opened_before(tmp_path, precision="fp32") is None
+    make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
+    again = opened_before(tmp_path, precision="fp32", stops=(3,))
+    assert again is not None
+    assert again.spec == engine(made, "llama").spec
+    assert opened_before(tmp_path, precision="int8") is None
+    (tmp_path / "config.json").write_text('{"more": 1}')
+    assert opened_before(tmp_path, precision="fp32") is None
+
+
+def test_the_same_weights_in_another_configuration_are_another_export() -> None:
+    assert fingerprint(tiny("llama")) == fingerprint(tiny("mistral"))
+    assert folder_of("llama") != folder_of("mistral")
+
+
+def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the exported model .*model\.json"):
+        OpenVinoBackbone.open(tmp_path)
+    (tmp_path / "model.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="delete it and load the model again"):
+        OpenVinoBackbone.open(tmp_path)
+
+
+def test_only_stops_can_be_run(made: Cached) -> None:
+    folder = folder_of("llama")
+    engine(made, "llama")
+    backbone = OpenVinoBackbone.open(folder)
+    assert backbone.spec.stops == tuple(range(1, LAYERS + 1))
+    for lo, hi in ((0, 7), (2, 2), (-1, 3)):
+        with pytest.raises(ValueError, match="this engine stops at 0 and 1, 2"):
+            backbone.forward([Rows(backbone.new_cache(), 0, (1,), None)], lo, hi)
+    with pytest.raises(ValueError, match=r"stops \[7\] do not exist"):
+        OpenVinoBackbone.open(folder, stops=(7,))
+
+
+def test_default_stops_are_about_eight_and_hold_those_asked_for() -> None:
+    assert store.default_stops(30, (13,)) == (4, 8, 12, 13, 15, 16, 20, 24, 28, 30)
+    assert store.default_stops(1) == (1,)
+
+
+def test_blocks_come_back_when_a_sequence_ends(made: Cached) -> None:
+    backbone = engine(made, "llama")
+    gc.collect()
+    before = backbone.pool.free
+    closed, forgotten = prefilled(backbone, IDS[:40]), prefilled(backbone, IDS[:33])
+    assert before - backbone.pool.free == 4
+    closed.close()
+    closed.close()
+    assert before - backbone.pool.free == 2
+    del forgotten
+    gc.collect()
+    assert backbone.pool.free == before
+
+
+def test_full_memory_is_said_before_any_work_and_growth_keeps_what_is_there(made: Cached) -> None:
+    engine(made, "llama")
+    folder, layers = folder_of("llama"), LAYERS
+    small = OpenVinoBackbone.open(folder, kv_bytes=40 * engine(made, "llama").pool.block_bytes)
+    first = prefilled(small, IDS[:PROMPT])
+    others = [prefilled(small, IDS[:PROMPT]) for _ in range(18)]  # 38 blocks: the pool has grown twice
+    with pytest.raises(ValueError, match="3 more blocks of 32 positions are needed and 2 of 40 are free"):
+        small.forward([Rows(small.new_cache(), 0, IDS[:33] + IDS[:32], None)], 0, layers)
+    assert len(others) == 18
+    (states,) = small.forward([Rows(first, PROMPT, IDS[PROMPT:50], None)], 0, layers)
+    with torch.no_grad():
+        wanted_TV = tiny("llama")(torch.tensor([IDS[:50]])).logits[0, PROMPT:]
+    torch.testing.assert_close(small.logits(states.hidden_TD), wanted_TV, atol=1e-4, rtol=0)
+
+
+def test_a_pool_hands_out_every_block_once() -> None:
+    class Port:
+        def get_element_type(self) -> Any:
+            import openvino as ov
+
+            return ov.Type.f32
+
+        def get_partial_shape(self) -> Any:
+            import openvino as ov
+
+            return ov.PartialShape([-1, 2, 32, 8])
+
+    from adi.model.openvino.pool import PagedCache
+
+    pool = Pool(budget_bytes=50 * 2 * 32 * 8 * 4)
+    pool.add("key_cache.0", Port())
+    caches = [PagedCache(pool) for _ in range(50)]
+    for cache in caches:
+        pool.reserve([(cache, 32)])
+    assert sorted(b for cache in caches for b in cache.blocks) == list(range(50))
+    assert pool.free == 0
+
+
+REFUSED = {
+    "gemma2": "its attention uses softcap",
+    "gptj": "0 of its 6 blocks use the attention interface of transformers",
+    "lfm2": "it has blocks of type conv",
+}
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_what_cannot_be_exported_is_refused_in_a_sentence(family: str) -> None:
+    kind = FAMILIES[family][0]
+    with pytest.raises(ValueError, match=rf"^{kind}ForCausalLM cannot be exported to OpenVINO: {REFUSED[family]}[^\n]*\.$"):
+        make(tiny(family), name=family, precision="fp32")
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(ValueError, match="precision 'int3' is not one of"):
+        make(tiny("llama"), name="llama", precision="int3")
+    half = t.LlamaForCausalLM(tiny("llama").config).eval().bfloat16()
+    with pytest.raises(ValueError, match=r"it is in torch\.bfloat16 on cpu, and export starts from float32"):
+        make(half, name="half")
+    odd = t.LlamaForCausalLM(t.LlamaConfig(**{**C, **KV, "intermediate_size": 48})).eval()
+    with pytest.raises(ValueError, match="a matrix with 48 inputs does not divide into groups of 32 for int4; choose int8"):
+        make(odd, name="odd", precision="int4")
+
+
+def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = t.Qwen2ForCausalLM(t.Qwen2Config(**{**C, **KV, "num_hidden_layers": 2})).eval()
+
+    def snapshot() -> list[Any]:
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
+        return [hooks, model.config._attn_implementation, model.config.to_dict(), sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())]
+
+    before = snapshot()
+    make(model, name="mine", precision="fp32")
+    assert snapshot() == before
