@@ -17,6 +17,14 @@ from rich.table import Table
 from adi.cli.options import DeviceOption, ModelArgument, Source, parse_depths
 from adi.prompts import read_prompts
 
+COLUMNS = (
+    TextColumn("{task.description:10}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[note]}"),
+)
+
 
 def tune(
     model: ModelArgument,
@@ -59,14 +67,7 @@ def tune(
         seed=seed,
     )
     command = shlex.join(["adi", *sys.argv[1:]])
-    with Progress(
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    ) as bar:
+    with Progress(*COLUMNS, console=console) as bar:
         exits = train(
             loaded,
             out,
