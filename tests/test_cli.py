@@ -19,6 +19,7 @@ import adi
 from adi.cli.app import app
 from adi.cli.paint import ERASE_BELOW, RESTORE, Painter, legend, style_of
 from adi.decoding.records import Draft, Drafted, Step, TakenBack
+from adi.decoding.session import Session
 
 ALWAYS = ["--exits", "bare:2,4", "--threshold", "0.0"]
 DOCUMENT = {
@@ -96,6 +97,28 @@ def test_chat_keeps_the_conversation(model: list[str], tiny_model: adi.Model) ->
     assert first in done.stdout
     assert second in done.stdout
     assert "unknown command /what" in done.stdout
+
+
+def test_an_interruption_ends_the_answer_and_not_the_conversation(
+    model: list[str], tiny_model: adi.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, calls = Session._serve, []
+
+    def interrupted(self: Session, request: Any) -> Any:
+        calls.append(request)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return serve(self, request)
+
+    monkeypatch.setattr(Session, "_serve", interrupted)
+    done = adi_("chat", *model, "--mode", "full", "-n", 6, text="hello\n/depth\nand the fox\n/bye\n")
+    assert done.exit_code == 0, done.output
+    assert "3 tokens in 3 rounds" in done.stdout, "what had come before the interruption is kept"
+    monkeypatch.undo()
+    kept = "".join(step.text for step in list(adi.stream(tiny_model, "hello", max_new_tokens=6))[:3])
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": kept}]
+    second = adi.generate(tiny_model, [*talk, {"role": "user", "content": "and the fox"}], max_new_tokens=6).text
+    assert second in done.stdout
 
 
 def test_inspect_and_triggers_print_tables(tiny_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 
 import adi
 from adi.exits.heads import merged
-from adi.prompts import read_prompts
 from adi.training import answers as answers_module
 from adi.training.answers import Answer, collect, interleave, is_greedy, is_held_out, read_answers
 from adi.training.features import choose_shortlist, read_shard, write_shards
@@ -276,27 +275,3 @@ def test_too_few_prompts_are_refused_before_any_work(tiny_model: adi.Model, tmp_
     with pytest.raises(ValueError, match="groups"):
         tune(tiny_model, tmp_path / "a", PROMPTS, OPTIONS)
     assert not (tmp_path / "a").exists()
-
-
-def test_the_built_in_prompts_are_many_distinct_and_separate() -> None:
-    train, bench = read_prompts("builtin"), read_prompts("bench")
-    assert len({i.turns for i in train}) == len(train) >= 400
-    assert len({i.turns for i in bench}) == len(bench) >= 60
-    assert not {i.turns for i in train} & {i.turns for i in bench}
-    assert len({i.category for i in bench}) == 8
-
-
-@pytest.mark.parametrize(
-    "text", ["", "\n\n", "not json", '{"text": "a"}', '{"prompt": 3}', '{"turns": []}', '["a"]', '{"prompt": "a", "x": 1}']
-)
-def test_prompt_files_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"p\.jsonl"):
-        read_prompts(path)
-
-
-def test_prompt_files_may_hold_odd_line_separators(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a\u2028b"}\n{"turns": ["c", "d"], "category": "chat"}\n')
-    assert [i.turns for i in read_prompts(path)] == [("a\u2028b",), ("c", "d")]

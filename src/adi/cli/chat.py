@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -71,16 +72,10 @@ def chat(
                 messages.pop()
                 out.print(f"{error} Say /reset to start over.", style="red", markup=False)
                 continue
-            painter, steps = Painter(out, depths), []
-            try:
-                for event in session:
-                    painter.show(event)
-                    if isinstance(event, Step):
-                        steps.append(event)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                painter.close()
+            steps: list[Step] = []
+            with contextlib.suppress(KeyboardInterrupt):
+                for step in Painter(out, depths).follow(session):
+                    steps.append(step)  # one by one: an interruption keeps what has come
             generation = session.generation(steps)
             messages.append({"role": "assistant", "content": generation.text})
             last = str(generation.summary())

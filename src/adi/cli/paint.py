@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.color import Color
 from rich.console import Console
@@ -63,6 +63,16 @@ class Painter:
                 self._write(printable(event.text), style_of(event.depth, self._depths))
         self._paint()
         self._out.flush()
+
+    def follow(self, events: Iterable[Event]) -> Iterator[Step]:
+        """Paint events as they come and pass the steps on; the text's last line is ended, interrupted or not."""
+        try:
+            for event in events:
+                self.show(event)
+                if isinstance(event, Step):
+                    yield event
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the text's last line."""

@@ -127,22 +127,13 @@ def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out
     """Generate with the text painted as it comes."""
     from adi.cli.paint import Painter, legend
     from adi.decoding.policies import FullDepth
-    from adi.decoding.records import Step
     from adi.decoding.session import Session
 
     session = Session(model, text, policy, **options)
     depths = () if isinstance(policy, FullDepth) else policy.exits.depths
     if depths and out.is_terminal:
         out.print(legend(depths, model.backbone.spec.layers))
-    painter, steps = Painter(out, depths), []
-    try:
-        for event in session:
-            painter.show(event)
-            if isinstance(event, Step):
-                steps.append(event)
-    finally:
-        painter.close()
-    return session.generation(steps)
+    return session.generation(list(Painter(out, depths).follow(session)))
 
 
 def _closing(out: Console, generation: Generation, full: Generation | None) -> None:
