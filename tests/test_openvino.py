@@ -74,7 +74,7 @@ def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) 
     backbone, hf = engine(made, family), HfBackbone(model_of(family))
     mine, theirs = backbone.new_cache(), hf.new_cache()
     ids, layers = IDS[: PROMPT + 9], backbone.spec.layers
-    assert dataclasses.replace(backbone.spec, backend="hf", name=hf.spec.name) == hf.spec
+    assert dataclasses.replace(backbone.spec, backend="hf", name=hf.spec.name, row_invariant=None) == hf.spec
 
     def both(start: int, end: int, hidden_TD: Any, lo: int, hi: int) -> Any:
         rows = [Rows(cache, start, ids[start:end], hidden_TD) for cache in (mine, theirs)]
@@ -155,7 +155,7 @@ def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_p
     (tmp_path / "config.json").write_text("{}")
     assert opened_before(tmp_path, precision="fp32") is None
     make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
-    again = opened_before(tmp_path, precision="fp32", stops=(3,))
+    again = opened_before(tmp_path, precision="fp32")
     assert again is not None
     assert again.spec == engine(made, "llama").spec
     assert opened_before(tmp_path, precision="int8") is None
@@ -176,21 +176,32 @@ def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
         OpenVinoBackbone.open(tmp_path)
 
 
-def test_only_stops_can_be_run(made: Cached) -> None:
-    folder = folder_of("llama")
-    engine(made, "llama")
-    backbone = OpenVinoBackbone.open(folder)
+def test_only_blocks_that_exist_can_be_run(made: Cached) -> None:
+    backbone = engine(made, "llama")
     assert backbone.spec.stops == tuple(range(1, LAYERS + 1))
     for lo, hi in ((0, 7), (2, 2), (-1, 3)):
-        with pytest.raises(ValueError, match="this engine stops at 0 and 1, 2"):
+        with pytest.raises(ValueError, match=rf"the model has blocks \[0, {LAYERS}\)"):
             backbone.forward([Rows(backbone.new_cache(), 0, (1,), None)], lo, hi)
     with pytest.raises(ValueError, match=r"stops \[7\] do not exist"):
-        OpenVinoBackbone.open(folder, stops=(7,))
+        backbone.prepare((7,))
 
 
-def test_default_stops_are_about_eight_and_hold_those_asked_for() -> None:
-    assert store.default_stops(30, (13,)) == (4, 8, 12, 13, 15, 16, 20, 24, 28, 30)
-    assert store.default_stops(1) == (1,)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_however_the_blocks_are_cut_the_bits_are_the_same(made: Cached, precision: str) -> None:
+    """Full depth in one piece, and through the pieces of a policy, over prompts attended as a whole and row by row."""
+    engine(made, "llama", precision)
+    wanted = None
+    for stops in ((), (2,), (1, 3), tuple(range(1, LAYERS))):
+        backbone = OpenVinoBackbone.open(folder_of("llama", precision))
+        backbone.prepare(stops)
+        cache = backbone.new_cache()
+        long = tuple(i % 64 for i in range(100))
+        found = [
+            backbone.forward([Rows(cache, 0, long[:80], None)], 0, LAYERS)[0].hidden_TD,
+            backbone.forward([Rows(cache, 80, long[80:], None)], 0, LAYERS)[0].hidden_TD,
+        ]
+        wanted = found if wanted is None else wanted
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_blocks_come_back_when_a_sequence_ends(made: Cached) -> None:

@@ -46,7 +46,7 @@ def chat(
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
-    loaded = Source(model, backend, precision, device).load(Console(stderr=True), exits)
+    loaded = Source(model, backend, precision, device).load(Console(stderr=True))
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")

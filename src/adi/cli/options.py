@@ -62,16 +62,9 @@ class Source:
     precision: str = "auto"
     device: str = "auto"
 
-    def load(self, console: Console, exits: str | None = None) -> Model:
-        """The model, with what takes long told on ``console``; able to stop where the ``exits`` of that name are."""
-        from adi.exits.artifact import load_exits, shipped
+    def load(self, console: Console) -> Model:
+        """The model, with what takes long told on ``console``."""
         from adi.model.checkpoint import load
-
-        name = exits or (self.model if self.model in shipped() else None)
-        stops: tuple[int, ...] = ()
-        if self.backend == "openvino" and name is not None:
-            bare = _depths(name[5:]) if name.startswith("bare:") else ()
-            stops = bare if name.startswith("bare") else load_exits(name).depths
 
         with console.status(f"Loading {escape(self.model)}") as status:
 
@@ -82,7 +75,7 @@ class Source:
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
             settings = {"backend": self.backend, "precision": self.precision, "device": self.device}
-            return load(self.model, **settings, stops=stops, notice=notice)
+            return load(self.model, **settings, notice=notice)
 
 
 def exits_for(model: Model, given: str | None) -> Exits:

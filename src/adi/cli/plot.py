@@ -53,7 +53,7 @@ def trace(
         raise ValueError(f"--candidates is {candidates}; it must be at least 1.")
     require_writable(out)
     console = Console(stderr=True, highlight=False)
-    loaded = Source(model, backend, precision, device).load(console, exits)
+    loaded = Source(model, backend, precision, device).load(console)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     generation = generate(
         loaded, prompt, policy, max_new_tokens=max_new_tokens, raw=raw, stop_at_eos=not ignore_eos, candidates=candidates

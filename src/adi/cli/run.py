@@ -64,7 +64,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None:
         require_writable(trace)
-    loaded = Source(model, backend, precision, device).load(errors, exits)
+    loaded = Source(model, backend, precision, device).load(errors)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -27,6 +27,7 @@ from adi.exits.artifact import Reader
 from adi.exits.reading import Reading
 from adi.exits.signals import SIGNALS, Prediction
 from adi.exits.triggers import Never, Trigger
+from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
 
@@ -75,6 +76,7 @@ class Session:
             ends=self._ends,
         )
         shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
+        model.backbone.prepare(plan.stops)
         self.frontier = Frontier(model.backbone, mlp=shows_mlp and model.backbone.has_mlp_tap)
         self._sequence = _sequence_of(self.policy, plan)
 
@@ -161,13 +163,12 @@ class Session:
         if request.to < spec.layers:
             predict = functools.partial(self._read, request.to, hidden_TD)
             return [Reading(request.to, predict, before_TD, hidden_TD, mlp_TF)]
-        logits_TV = self.model.backbone.logits(hidden_TD)
-        tokens = logits_TV.argmax(-1).tolist()
+        tokens = self.model.backbone.greedy(hidden_TD)
         readings = []
         for i, token in enumerate(tokens):
             row = slice(i, i + 1)
             mlp = None if mlp_TF is None else mlp_TF[row]
-            predict = functools.partial(_full_prediction, logits_TV[row])
+            predict = functools.partial(_full_prediction, self.model.backbone, hidden_TD[row])
             readings.append(Reading(request.to, predict, before_TD[row], hidden_TD[row], mlp, token))
         return readings
 
@@ -236,8 +237,8 @@ def _check_length(model: Model, prompt: int, new: int) -> None:
         )
 
 
-def _full_prediction(logits_TV: Tensor) -> Prediction:
-    return Prediction(logits_TV.log_softmax(-1))
+def _full_prediction(backbone: Backbone, hidden_TD: Tensor) -> Prediction:
+    return Prediction(backbone.logits(hidden_TD).log_softmax(-1))
 
 
 def _no_reader(depth: int, hidden_TD: object) -> Prediction:

@@ -24,7 +24,8 @@ class Spec:
 
     ``stops`` are the depths (numbers of blocks run) at which the engine can hand out states, the last one being
     ``layers``. ``context`` is the longest sequence in tokens, None when the model sets no limit. ``fingerprint`` names
-    the weights, whatever precision they run in.
+    the weights, whatever precision they run in. ``row_invariant`` says whether a row's bits were found not to depend on how
+    many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Spec:
     backend: str
     precision: str
     device: str
+    row_invariant: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,20 @@ class Backbone(Protocol):
         """KV memory for one more sequence."""
         ...
 
+    def prepare(self, stops: Sequence[int]) -> None:
+        """Be ready for passes that stop at these depths; without stops, for passes through the whole model."""
+        ...
+
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Run blocks ``[lo, hi)`` over rows of one or more sequences; one ``States`` per entry of ``rows``."""
         ...
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own final norm and head on states: ``[T, V]``, in float32."""
+        ...
+
+    def greedy(self, hidden_TD: Tensor) -> list[int]:
+        """The likeliest next token of each of T states: the first of the largest ``logits``."""
         ...
 
     def readout(self) -> ReadOut:

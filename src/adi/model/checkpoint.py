@@ -71,7 +71,6 @@ def load(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
-    stops: Sequence[int] = (),
     notice: Notice = lambda _: None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
@@ -85,7 +84,6 @@ def load(
         precision: of "hf" fp32, bf16 or fp16, and "auto" is fp32 on a CPU, the checkpoint's own on a GPU; of "openvino" fp32,
             int8 or int4, and "auto" is int8.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
-        stops: depths that exits need, for an engine that does not stop at every block (openvino).
         notice: is told in a sentence what takes long.
 
     Raises:
@@ -94,7 +92,7 @@ def load(
     _allowed("backend", backend, tuple(BACKENDS))
     _allowed("precision", precision, ("auto", *BACKENDS[backend]))
     if backend == "openvino":
-        return _load_openvino(source, tokenizer, precision, device, stops, notice)
+        return _load_openvino(source, tokenizer, precision, device, notice)
     if isinstance(source, (str, os.PathLike)):
         return _load_path(str(source), tokenizer, precision, device, notice)
     model = _wrap(source, tokenizer, type(source).__name__)
@@ -149,7 +147,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     return _wrap(model, tokenizer, source, name)
 
 
-def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, stops: Sequence[int], notice: Notice) -> Model:
+def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
         raise ValueError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
@@ -163,14 +161,12 @@ def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, sto
     if not folder.is_dir():
         raise ValueError("the openvino backend runs local models; download the hub model to a folder and give that.")
     chosen = "int8" if precision == "auto" else precision
-    backbone = opened_before(folder, precision=chosen, stops=stops)
+    backbone = opened_before(folder, precision=chosen)
     if backbone is None:
         loaded = _load_path(str(folder), tokenizer, "fp32", "cpu", notice)
         hf: Any = loaded.backbone
         weights = loaded.backbone.spec.fingerprint
-        backbone = make(
-            hf.model, name=str(source), precision=chosen, weights=weights, source=folder, stops=stops, notice=notice
-        )
+        backbone = make(hf.model, name=str(source), precision=chosen, weights=weights, source=folder, notice=notice)
     with quiet_transformers():
         tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, str(folder))
         stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None

@@ -86,6 +86,13 @@ class HfBackbone:
             out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
         return out.logits[0].float()  # type: ignore[no-any-return]
 
+    def greedy(self, hidden_TD: Tensor) -> list[int]:
+        """The likeliest next token of each state."""
+        return self.logits(hidden_TD).argmax(-1).tolist()
+
+    def prepare(self, stops: Sequence[int]) -> None:
+        """Nothing to do: torch stops anywhere."""
+
     def readout(self) -> ReadOut:
         with torch.no_grad():
             return take_apart(self.model, self.logits, self._patch.blocks[-1], self.spec.width)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import platform
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from adi.files import read_json, write_json
 from adi.model.backbone import Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.pool import PagedCache
@@ -16,12 +22,13 @@ PAST = 28  # so that rows cross from the first block of KV memory into the secon
 SEED = 0
 
 
-def rows_are_invariant(backbone: OpenVinoBackbone, most: int = MOST_ROWS) -> bool:
+def rows_are_invariant(backbone: OpenVinoBackbone, most: int = MOST_ROWS, stops: Sequence[int] | None = None) -> bool:
     """Whether passes of 1 to ``most`` rows give the bits of state and logits that tokens one at a time give.
 
-    The passes stop at random depths on the way and are shared with a second sequence of random length. Takes some tens of
-    passes.
+    The passes stop at random depths on the way, of all there are or of ``stops``, and are shared with a second sequence of
+    random length. Takes some tens of passes.
     """
+    allowed = [depth for depth in (backbone.spec.stops if stops is None else stops) if depth < backbone.spec.layers]
     rng = random.Random(SEED)
     ids = tuple(rng.randrange(backbone.spec.vocabulary) for _ in range(min(PAST + most, backbone.spec.context or PAST + most)))
     past, layers = max(1, len(ids) - most), backbone.spec.layers
@@ -32,7 +39,7 @@ def rows_are_invariant(backbone: OpenVinoBackbone, most: int = MOST_ROWS) -> boo
     wanted_TV = torch.cat([backbone.logits(row_D[None]) for row_D in wanted_TD])
     cache, mate = _prefilled(backbone, ids, past), _prefilled(backbone, ids[::-1], past)
     for count in range(1, len(ids) - past + 1):
-        got_TD = _in_company(backbone, cache, mate, ids, past, count, rng)
+        got_TD = _in_company(backbone, cache, mate, ids, past, count, rng.sample(allowed, rng.randrange(len(allowed) + 1)), rng)
         if not (torch.equal(got_TD, wanted_TD[:count]) and torch.equal(backbone.logits(got_TD), wanted_TV[:count])):
             return False
     return True
@@ -51,15 +58,36 @@ def _in_company(
     ids: tuple[int, ...],
     past: int,
     count: int,
+    depths: Sequence[int],
     rng: random.Random,
 ) -> Tensor:
-    """States of ``count`` rows after ``past``, stopped at random depths, beside rows of another sequence."""
-    stops = backbone.spec.stops
-    depths = sorted({*rng.sample(stops, rng.randrange(len(stops) + 1)), stops[-1]})
+    """States of ``count`` rows after ``past``, stopped at ``depths``, beside rows of another sequence."""
+    ends = (*sorted(depths), backbone.spec.layers)
     mates = ids[: rng.randrange(1, 4)]
     hidden_TD, mate_TD = None, None
-    for lo, hi in zip((0, *depths), depths, strict=False):
+    for lo, hi in zip((0, *ends), ends, strict=False):
         rows = [Rows(mate, past, mates, mate_TD), Rows(cache, past, ids[past : past + count], hidden_TD)]
         mate_TD, hidden_TD = (states.hidden_TD for states in backbone.forward(rows, lo, hi))
     assert hidden_TD is not None
     return hidden_TD
+
+
+def known_invariance(backbone: OpenVinoBackbone, folder: Path) -> bool:
+    """``rows_are_invariant`` with a stop half-way, found once on each kind of machine and kept beside the export."""
+    note = folder / "rows.json"
+    found = read_json(note, "note about row invariance") if note.exists() else {}
+    machine = _machine(backbone.threads)
+    if machine not in found:
+        found[machine] = rows_are_invariant(backbone, stops=(max(1, backbone.spec.layers // 2),))
+        with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
+            write_json(note, found)
+    return bool(found[machine])
+
+
+def _machine(threads: int) -> str:
+    """The processor by name and abilities, and the number of threads."""
+    text = platform.processor() + platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return f"{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}-{threads}"

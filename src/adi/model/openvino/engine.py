@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ KEPT_FEEDS = 48
 CONFIG: Config = {
     "PERFORMANCE_HINT": "LATENCY",
     "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32",  # activations in 8 bits where weights are: the plugin's default, made explicit
 }
+KV_PRECISION = {"fp32": "f32", "int8": "f16", "int4": "f16"}
 
 
 class OpenVinoBackbone:
-    """An exported decoder that stops at ``spec.stops``.
+    """An exported decoder that stops between any two blocks.
 
-    Made by ``OpenVinoBackbone.open`` or ``make``. Rows of many sequences share a pass, whatever their lengths, and what a
+    Graphs are compiled for the spans that are asked for: ``prepare`` compiles those between the stops of a policy, and a
+    pass takes the longest there are. Made by ``OpenVinoBackbone.open`` or ``make``. Rows of many sequences share a pass, whatever their lengths, and what a
     row gives does not depend on the rows beside it, in any precision (``rows_are_invariant`` measures it).
     """
 
@@ -44,20 +45,18 @@ class OpenVinoBackbone:
         head: Any,
         *,
         folder: Path | None = None,
-        stops: Sequence[int] = (),
         kv_bytes: int = KV_BYTES,
         threads: int | None = None,
     ) -> None:
         import openvino as ov
 
-        depths = store.default_stops(page.layers, stops)
         self.spec = Spec(
             name=page.name,
             family=page.family,
             layers=page.layers,
             width=page.width,
             vocabulary=page.vocabulary,
-            stops=depths,
+            stops=tuple(range(1, page.layers + 1)),
             context=page.context,
             fingerprint=page.fingerprint,
             backend="openvino",
@@ -67,36 +66,34 @@ class OpenVinoBackbone:
         self._page, self._folder = page, folder
         self._lock = threading.Lock()
         self._feeds: dict[tuple[int, int, int], Feed] = {}
-        self._heads: dict[int, Feed] = {}
         self.pool = Pool(kv_bytes)
-        config = CONFIG | ({} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)})
-        core = ov.Core()
-        fill_holes(blocks, page.attentions)
-        self._segments = {piece.lo: Segment(core, piece, config) for piece in cut(blocks, depths, page.width)}
-        self._head = Head(core, head, config)
-        for segment in self._segments.values():
-            segment.add_to(self.pool)
+        self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[page.precision]}
+        if threads is not None:
+            self._config["INFERENCE_NUM_THREADS"] = str(threads)
+        self._core = ov.Core()
+        self._blocks = blocks
+        self._segments: dict[tuple[int, int], Segment] = {}
+        self._paths: dict[tuple[int, int], list[Segment]] = {}
+        self._head = Head(self._core, head, self._config)
+        self.threads = self._head.threads
 
     @classmethod
-    def open(
-        cls, folder: Path, *, stops: Sequence[int] = (), kv_bytes: int = KV_BYTES, threads: int | None = None
-    ) -> OpenVinoBackbone:
+    def open(cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None) -> OpenVinoBackbone:
         """An exported model from its folder; torch weights are not read.
 
         Args:
             folder: what ``make`` wrote.
-            stops: depths to stop at beside the default ones (about every eighth of the layers).
             kv_bytes: the most that KV memory may take, all sequences together.
             threads: processor threads to use; by default the plugin's own choice.
 
         Raises:
-            ValueError: a folder that is damaged or of another format, stops that do not exist.
+            ValueError: a folder that is damaged or of another format.
         """
         import openvino as ov
 
         page = store.read_page(folder)
         blocks, head = store.read_graphs(folder, ov.Core())
-        return cls(page, blocks, head, folder=folder, stops=stops, kv_bytes=kv_bytes, threads=threads)
+        return cls(page, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads)
 
     @property
     def has_mlp_tap(self) -> bool:
@@ -105,46 +102,78 @@ class OpenVinoBackbone:
     def new_cache(self) -> PagedCache:
         return PagedCache(self.pool)
 
-    def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
-        """Blocks [lo, hi) for all ``rows`` in one pass; ValueError where no segment begins or ends there, and, before
-        anything has run, where KV memory is full."""
-        self._check_span(lo, hi)
-        layout = Layout.of(rows)
-        starts = [stop for stop in (0, *self.spec.stops) if lo <= stop < hi]
+    def prepare(self, stops: Sequence[int]) -> None:
+        """Compile one piece from each of these depths to the next, the beginning and the end included.
+
+        One piece for the whole model is what full depth wants; every stop more costs a call, and buys the freedom to stop
+        there. Pieces that are there already stay.
+        """
         with self._lock:
-            self.pool.reserve([(r.cache, r.start + n) for r, n in zip(rows, layout.padded, strict=True)])
+            self._prepare(stops)
+
+    def _prepare(self, stops: Sequence[int]) -> None:
+        layers = self.spec.layers
+        if bad := [depth for depth in stops if not 0 < depth <= layers]:
+            raise ValueError(f"stops {bad} do not exist; depths are 1 to {layers}.")
+        ends = tuple(sorted({*stops, layers}))
+        if all(span in self._segments for span in zip((0, *ends), ends, strict=False)):
+            return
+        graph = self._blocks.clone()  # cutting leaves a graph in pieces
+        fill_holes(graph, self._page.attentions)
+        for piece in cut(graph, ends, self.spec.width):
+            if (piece.lo, piece.hi) not in self._segments:
+                segment = Segment(self._core, piece, self._config)
+                segment.add_to(self.pool)
+                self._segments[piece.lo, piece.hi] = segment
+        self._paths.clear()
+
+    def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
+        """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist and, before anything has
+        run, where KV memory is full."""
+        if not 0 <= lo < hi <= self.spec.layers:
+            raise ValueError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+        layout = Layout.of(rows, self.threads)
+        with self._lock:
+            path = self._path(lo, hi)
+            self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])
             feed = self._feed(layout.key)
             feed.fill(rows, layout)
             if lo:
                 feed.room(f"state.{lo}", (1, feed.rows, self.spec.width))
                 feed.fill_state(f"state.{lo}", rows, layout)
-            for start in starts:
-                self._segments[start].run(feed, self.pool)
-            last = self._segments[starts[-1]]
-            return _states(feed, layout, last, mlp and self.has_mlp_tap)
+            for segment in path:
+                segment.run(feed, self.pool)
+            return _states(feed, layout, path[-1], mlp and self.has_mlp_tap)
+
+    def _path(self, lo: int, hi: int) -> list[Segment]:
+        """The longest pieces that lead from ``lo`` to ``hi``; compiled where there are none."""
+        if (lo, hi) not in self._paths:
+            path: list[Segment] = []
+            while (at := path[-1].hi if path else lo) < hi:
+                ends = [end for begin, end in self._segments if begin == at and end <= hi]
+                if not ends:
+                    self._prepare([depth for depth in (lo, hi) if depth])
+                    return self._path(lo, hi)
+                path.append(self._segments[at, max(ends)])
+            self._paths[lo, hi] = path
+        return self._paths[lo, hi]
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own norm and head on states, ``[T, V]``."""
         with self._lock:
-            logits, _ = self._run_head(hidden_TD)
-            return torch.from_numpy(logits[0, : hidden_TD.shape[0]].copy())
+            logits, _ = self._head.run(hidden_TD.detach().numpy())
+            return torch.from_numpy(logits[0].copy())
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
-        """The likeliest token of each of T states, found inside the graph."""
         with self._lock:
-            _, token = self._run_head(hidden_TD)
-            return token[0, : hidden_TD.shape[0]].tolist()  # type: ignore[no-any-return]
+            _, token = self._head.run(hidden_TD.detach().numpy())
+            return token[0].tolist()  # type: ignore[no-any-return]
 
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""
         if self._folder is None:
             raise ValueError("this engine was not opened from a folder, where the readout is kept.")
         return store.read_readout(self._folder, self._page)
-
-    def _check_span(self, lo: int, hi: int) -> None:
-        stops = self.spec.stops
-        if lo >= hi or lo not in (0, *stops) or hi not in stops:
-            raise ValueError(f"blocks [{lo}, {hi}) cannot be run; this engine stops at 0 and {', '.join(map(str, stops))}.")
 
     def _feed(self, key: tuple[int, int, int]) -> Feed:
         """The feed for passes of this shape; the oldest goes when there are too many."""
@@ -157,23 +186,10 @@ class OpenVinoBackbone:
                 self._feeds[key] = feed
         return feed
 
-    def _run_head(self, hidden_TD: Tensor) -> tuple[Any, Any]:
-        rows = max(2, hidden_TD.shape[0])  # a lone row is doubled, as in every pass
-        feed = self._heads.get(rows)
-        if feed is None:
-            feed = Feed(rows, 1, 1, self.spec.width)
-            if rows <= KEPT_ROWS:
-                self._heads[rows] = feed
-        feed.arrays["state.0"][0, :] = hidden_TD.detach().numpy()
-        return self._head.run(feed)
-
 
 def _states(feed: Feed, layout: Layout, last: Segment, mlp: bool) -> list[States]:
     """Each sequence's rows out of the feed's arrays, as tensors of their own."""
     names = [f"state.{last.hi}", last.before, *([f"mlp.{last.hi}"] if mlp else [])]
     whole = [torch.from_numpy(feed.arrays[name].reshape(feed.rows, -1).copy()) for name in names]
-    begins = feed.arrays["subsequence_begins"].tolist()
-    return [
-        States(*(tensor[begin : begin + count] for tensor in whole))
-        for (begin, _), count in zip(pairwise(begins), layout.counts, strict=True)
-    ]
+    places = list(accumulate(layout.counts, initial=0))
+    return [States(*(tensor[at : at + count] for tensor in whole)) for at, count in zip(places, layout.counts, strict=False)]

@@ -78,8 +78,8 @@ def _check(hf: HfBackbone, page: Page, blocks: Any, head: Any) -> None:
     ids = tuple(torch.randint(0, page.vocabulary, (length,), generator=generator).tolist())
     with torch.no_grad():
         wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
-    fp32 = OpenVinoBackbone(page, blocks, head, stops=(max(1, page.layers // 2),))
-    half = fp32.spec.stops[0]
+    fp32 = OpenVinoBackbone(page, blocks, head)
+    half = max(1, page.layers // 2)
     cache, mate = fp32.new_cache(), fp32.new_cache()
     past, layers = length // 2, page.layers
     fp32.forward([Rows(cache, 0, ids[: past + 1], None), Rows(mate, 0, ids[1:4], None)], 0, layers)

@@ -11,30 +11,38 @@ import numpy as np
 from adi.model.backbone import Rows
 from adi.model.openvino.graph import BLOCK_TOKENS
 
+ROWS_APART = 64  # a request of up to so many rows is attended row by row, a longer one (a prompt) as a whole
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of each sequence lie in a pass: real counts, padded counts, and blocks of KV memory.
+    """How the rows of a pass are shown to attention.
 
-    A lone row is doubled. With one row the plugin takes other kernels, whose results differ; from two rows on a row's bits do
-    not depend on its company. The double is written one position further on, where nothing is trusted yet.
+    Each row of a short request is a sequence of its own of one new token, over the same KV blocks: attention then runs one
+    kernel, whatever rows are beside it, and so a row's bits do not depend on its company. (With several new tokens in a
+    sequence the plugin runs another kernel, whose results differ, and which on long texts costs more.) ``spans`` are
+    request, offset and rows of each sequence; ``blocks`` its blocks of KV memory. Empty sequences fill up to one for each
+    thread: with fewer, the plugin splits a text among threads, and sums in another order.
     """
 
     counts: tuple[int, ...]
-    padded: tuple[int, ...]
+    spans: tuple[tuple[int, int, int], ...]
     blocks: tuple[int, ...]
+    sequences: int
 
     @classmethod
-    def of(cls, rows: Sequence[Rows]) -> Layout:
-        counts = tuple(len(r.ids) for r in rows)
-        padded = tuple(max(2, n) for n in counts)
-        ends = (r.start + n for r, n in zip(rows, padded, strict=True))
-        return cls(counts, padded, tuple(-(-end // BLOCK_TOKENS) for end in ends))
+    def of(cls, rows: Sequence[Rows], threads: int) -> Layout:
+        spans: list[tuple[int, int, int]] = []
+        for i, r in enumerate(rows):
+            count = len(r.ids)
+            spans += [(i, 0, count)] if count > ROWS_APART else [(i, offset, 1) for offset in range(count)]
+        blocks = tuple(-(-(rows[i].start + offset + n) // BLOCK_TOKENS) for i, offset, n in spans)
+        return cls(tuple(len(r.ids) for r in rows), tuple(spans), blocks, max(threads, len(spans)))
 
     @property
     def key(self) -> tuple[int, int, int]:
         """Passes with the same key have arrays of the same shapes."""
-        return sum(self.padded), len(self.padded), sum(self.blocks)
+        return sum(self.counts), self.sequences, sum(self.blocks)
 
 
 class Feed:
@@ -64,28 +72,32 @@ class Feed:
     def fill(self, rows: Sequence[Rows], layout: Layout) -> None:
         """Write ids, positions and places of these rows."""
         a = self.arrays
-        at = block = longest = 0
-        for i, (r, count, padded, blocks) in enumerate(zip(rows, layout.counts, layout.padded, layout.blocks, strict=True)):
-            end = at + padded
+        at = 0
+        for r, count in zip(rows, layout.counts, strict=True):
             a["input_ids"][0, at : at + count] = r.ids
             a["position_ids"][0, at : at + count] = range(r.start, r.start + count)
-            if padded > count:
-                a["input_ids"][0, end - 1] = r.ids[0]
-                a["position_ids"][0, end - 1] = r.start  # the model may have no position after this one
-            a["past_lens"][i] = r.start
-            a["block_indices"][block : block + blocks] = r.cache.blocks[:blocks]
-            at, block, longest = end, block + blocks, max(longest, r.start + padded)
-            a["subsequence_begins"][i + 1], a["block_indices_begins"][i + 1] = at, block
+            at += count
+        at = block = longest = 0
+        for j, ((i, offset, n), blocks) in enumerate(zip(layout.spans, layout.blocks, strict=True)):
+            past = rows[i].start + offset
+            a["past_lens"][j] = past
+            a["block_indices"][block : block + blocks] = rows[i].cache.blocks[:blocks]
+            at, block, longest = at + n, block + blocks, max(longest, past + n)
+            a["subsequence_begins"][j + 1], a["block_indices_begins"][j + 1] = at, block
+        used = len(layout.spans)
+        a["past_lens"][used:] = 0
+        a["subsequence_begins"][used + 1 :] = at
+        a["block_indices_begins"][used + 1 :] = block
         a["max_context_len"][()] = longest
 
     def fill_state(self, name: str, rows: Sequence[Rows], layout: Layout) -> None:
         """Write the states that enter a pass into the array ``name``."""
         array, at = self.arrays[name], 0
-        for r, count, padded in zip(rows, layout.counts, layout.padded, strict=True):
+        for r, count in zip(rows, layout.counts, strict=True):
             assert r.hidden_TD is not None, "blocks above the first need the states that enter them"
-            array[0, at : at + padded] = r.hidden_TD.detach().numpy()  # a lone row spreads over its double
-            at += padded
             assert r.hidden_TD.shape[0] == count, "one state for each id"
+            array[0, at : at + count] = r.hidden_TD.detach().numpy()
+            at += count
 
 
 def _shared(array: Any) -> Any:

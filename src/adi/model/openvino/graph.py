@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from adi.model.openvino.merge import merge_matrices
+
 BLOCK_TOKENS = 32  # positions in one block of KV memory: what the CPU plugin's paged attention is written for
 
 # What PagedAttentionExtension takes after its first thirteen inputs in OpenVINO 2026.4: parts of it that are not used here
@@ -66,6 +68,7 @@ def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
         node.set_partial_shape(_partial(shape))
     graph.validate_nodes_and_infer_types()
     _count_rows_by_positions(graph)
+    merge_matrices(graph)
 
 
 def _count_rows_by_positions(graph: Any) -> None:

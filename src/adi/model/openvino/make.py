@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adi.model.openvino import store
+from adi.model.openvino.check import known_invariance
 from adi.model.openvino.compress import PRECISIONS
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 
@@ -20,7 +22,6 @@ def make(
     precision: str = "int8",
     weights: str | None = None,
     source: Path | None = None,
-    stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
     notice: Notice = lambda _: None,
@@ -35,7 +36,7 @@ def make(
         precision: "fp32", "int8" or "int4".
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
         source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
-        stops, kv_bytes, threads: as for ``OpenVinoBackbone.open``.
+        kv_bytes, threads: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.
 
     Raises:
@@ -53,14 +54,13 @@ def make(
         export(HfBackbone(model, name, weights), folder, precision, notice)
     if source is not None:
         store.remember(source, precision, key)
-    return OpenVinoBackbone.open(folder, stops=stops, kv_bytes=kv_bytes, threads=threads)
+    return _opened(folder, kv_bytes, threads)
 
 
 def opened_before(
     source: Path,
     *,
     precision: str = "int8",
-    stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
 ) -> OpenVinoBackbone | None:
@@ -69,4 +69,10 @@ def opened_before(
     An edited folder, another precision or another version of OpenVINO, NNCF or transformers needs a new export.
     """
     folder = store.recall(source, precision)
-    return None if folder is None else OpenVinoBackbone.open(folder, stops=stops, kv_bytes=kv_bytes, threads=threads)
+    return None if folder is None else _opened(folder, kv_bytes, threads)
+
+
+def _opened(folder: Path, kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
+    backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
+    backbone.spec = replace(backbone.spec, row_invariant=known_invariance(backbone, folder))
+    return backbone

@@ -50,7 +50,12 @@ class Pool:
         return self.capacity - self.blocks + len(self._free)
 
     def add(self, name: str, port: Any) -> None:
-        """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen."""
+        """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen.
+
+        Pieces that share a block of the model share its memory.
+        """
+        if name in self._ports:
+            return
         assert not self.blocks, "the pool is in use"
         kind, shape = port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]]
         self._ports[name] = (kind, shape)

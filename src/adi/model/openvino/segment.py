@@ -56,19 +56,27 @@ def _sizes(port: Any) -> list[int | None]:
 
 
 class Head:
-    """The model's own norm and head: states ``[T, D]`` to logits ``[T, V]`` and the likeliest tokens."""
+    """The model's own norm and head: states ``[T, D]`` to logits ``[1, T, V]`` and the likeliest tokens ``[1, T]``."""
 
     def __init__(self, core: Any, graph: Any, config: Config) -> None:
         compiled = core.compile_model(graph, "CPU", config)
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self._request = compiled.create_infer_request()
-        self._names = [port.get_any_name() for port in compiled.inputs]
-        self._feed: Feed | None = None
+        self._counts_rows = any(port.get_any_name() == "position_ids" for port in compiled.inputs)
+        self._rows = 0
 
-    def run(self, feed: Feed) -> tuple[Any, Any]:
-        """Arrays ``logits [1, T, V]`` and ``token [1, T]`` for the feed's ``state.0``, valid until the next run."""
-        if self._feed is not feed:
-            for name in self._names:
-                self._request.set_tensor(name, feed.tensors["state.0" if name == "hidden" else name])
-            self._feed = feed
+    def run(self, hidden_TD: Any) -> tuple[Any, Any]:
+        """Arrays of logits and tokens, valid until the next run."""
+        import numpy as np
+        import openvino as ov
+
+        rows = hidden_TD.shape[0]
+        if rows != self._rows:
+            self._hidden = np.zeros((1, *hidden_TD.shape), np.float32)
+            self._request.set_tensor("hidden", ov.Tensor(self._hidden, shared_memory=True))
+            if self._counts_rows:
+                self._request.set_tensor("position_ids", ov.Tensor(np.zeros((1, rows), np.int64)))
+            self._rows = rows
+        self._hidden[0] = hidden_TD
         self._request.infer()
         return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data

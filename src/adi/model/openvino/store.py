@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from adi.files import cache_folder, read_json, whole_folder, write_json
 from adi.model.backbone import ReadOut
 from adi.model.openvino.graph import Attention
 
-FORMAT = 1
+FORMAT = 2
 MADE_WITH = ("openvino", "nncf", "transformers")
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
 NAMES = ("gain_D", "shift_D", "weight_VD", "bias_V")
@@ -129,11 +128,3 @@ def recall(source: Path, precision: str) -> Path | None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def default_stops(layers: int, asked: Sequence[int] = ()) -> tuple[int, ...]:
-    """About eight depths, half of the layers, all of them, and those asked for; ValueError for depths that do not exist."""
-    if bad := [depth for depth in asked if not 0 < depth <= layers]:
-        raise ValueError(f"stops {bad} do not exist; depths are 1 to {layers}.")
-    step = max(1, round(layers / 8))
-    return tuple(sorted({*range(step, layers, step), max(1, layers // 2), layers, *asked}))
