@@ -26,6 +26,7 @@ exits.triggers exits.heads
 exits.reading exits.artifact
 decoding.frontier decoding.policies decoding.records
 decoding.sequence decoding.stops
+decoding.lookup
 decoding.session
 decoding.stream
 training.answers
