@@ -34,7 +34,12 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.contestants
+measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.sweep
+measure.contestants
+measure.peers
+measure.process
+measure.scores measure.partial
 measure.headroom measure.shootout measure.plot measure.bench
 cli
 __main__

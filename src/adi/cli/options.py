@@ -81,7 +81,7 @@ class Source:
                 else:
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-            settings = {"backend": self.backend, "precision": self.precision, "device": self.device}
+            settings: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "device": self.device}
             return load(self.model, **settings, stops=stops, notice=notice)
 
 
