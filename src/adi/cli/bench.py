@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -124,16 +125,17 @@ def _shown(console: Console) -> Iterator[Told]:
 
 
 def _print(out: Console, found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['prompts']} prompts, {found['max_new_tokens']} tokens at most", title_justify="left")
-    columns = ("", "tokens/s", "first token, s", "tokens a round", "accepted", "same text", "same start", "peak MiB")
+    title = f"{found['prompts']} prompts, {found['max_new_tokens']} tokens at most"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ("", "tokens\n/s", "first\nms", "a\nround", "drafts\nkept", "same\ntext", "same\nstart", "peak\nMiB")
     for name in columns:
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for run in found["runs"]:
         if run["error"] is None:
             table.add_row(
                 run["name"],
                 f"{run['tokens_per_second']:.1f}",
-                f"{run['ttft_seconds']:.3f}",
+                f"{1e3 * run['ttft_seconds']:.0f}",
                 "" if run["tokens_per_round"] is None else f"{run['tokens_per_round']:.2f}",
                 _percent(run["accepted_share"]),
                 _percent(run["match"]),
@@ -150,10 +152,8 @@ def _print(out: Console, found: dict[str, Any]) -> None:
     for ratio in found["ratios"]:
         if ratio["b"].startswith("adi:") and not ratio["b"].startswith("adi:full:"):
             continue  # in the file; here what is compared with full depth and with other tools
-        speed = f"{ratio['median']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        out.print(
-            f"{ratio['a']} / {ratio['b']}: {speed}, first token {ratio['ttft_median']:.2f} x", markup=False, soft_wrap=True
-        )
+        times = f"{ratio['median']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}), first token {ratio['ttft_median']:.2f} x"
+        out.print(f"{ratio['a']} / {ratio['b']}: {times}", markup=False, soft_wrap=True)
 
 
 def _percent(share: float | None) -> str:

@@ -126,6 +126,7 @@ def _swept(name: str, setting: Setting) -> dict[str, Any]:
     sweeper = Contestant(name, replace(setting, static=None))
     try:
         sweeper.start()
+        sweeper.ready()
         prompts = [sweeper.ask("encode", item.prompt) for item in items]
         found: dict[str, Any] | None = sweeper.ask("sweep", prompts, SWEEP_TOKENS)
     finally:
@@ -140,9 +141,7 @@ def _start(
 ) -> list[Task]:
     """Load everybody and warm up; adi's modes first, since one of them encodes the prompts and knows how long they are."""
     own = [c for c in contestants if c.name.startswith("adi:")]
-    for contestant in own:
-        tell(f"loading {contestant.name}")
-        contestant.start()
+    _load(own, tell)
     speaker = next((c for c in own if c.error is None), None)
     if speaker is None:
         raise ValueError(f"{own[0].name} cannot run, and it gives the others their tokens: {own[0].error}")
@@ -157,15 +156,23 @@ def _start(
     encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in items]
     tasks = [Task(ids, extent.max_new_tokens, speaker.ends) for ids in encoded]
     context = max(len(ids) for ids in encoded) + extent.max_new_tokens + SPARE
-    for contestant in contestants:
-        if contestant not in own:
-            tell(f"loading {contestant.name}")
-            contestant.setting = replace(contestant.setting, context=context)
-            contestant.start()
+    others = [c for c in contestants if c not in own]
+    for contestant in others:
+        contestant.setting = replace(contestant.setting, context=context)
+    _load(others, tell)
     for contestant in contestants:
         tell(f"warming up {contestant.name}")
         contestant.run(replace(tasks[0], max_new_tokens=min(WARM_UP_TOKENS, extent.max_new_tokens)))
     return tasks
+
+
+def _load(contestants: Sequence[Contestant], tell: Callable[[str], None]) -> None:
+    """Everybody at once: nothing is measured yet."""
+    for contestant in contestants:
+        contestant.start()
+    for contestant in contestants:
+        tell(f"loading {contestant.name}")
+        contestant.ready()
 
 
 def _run(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.measure.contestants import Runner, Setting, adi_model, adi_runner, backend_for
-from adi.measure.peers import build_peer
+from adi.measure.peers import HOW, build_peer
 from adi.measure.stateful import export
 from adi.measure.timing import Outcome, Task
 from adi.model.checkpoint import source_folder
@@ -39,13 +39,16 @@ class Contestant:
     sweep: dict[str, Any] | None = None
 
     def start(self) -> None:
-        """Load it in a process of its own; afterwards ``error`` tells whether it can run. One that failed before stays out."""
-        if self.error is not None:
-            return
-        self._process, self._pipe = _spawned(serve, self.name, self.setting)
-        ready = self._receive()
-        if ready is not None:
-            self.details, self.ends = ready
+        """Begin to load it in a process of its own. One that failed before stays out."""
+        if self.error is None:
+            self._process, self._pipe = _spawned(serve, self.name, self.setting)
+
+    def ready(self) -> bool:
+        """Wait until it is loaded; where it cannot run, ``error`` tells why."""
+        loaded = self._receive() if self.error is None else None
+        if loaded is not None:
+            self.details, self.ends = loaded
+        return loaded is not None
 
     def ask(self, *order: Any) -> Any:
         """Send an order and wait for its answer; None once something went wrong, which ``error`` then tells."""
@@ -85,7 +88,10 @@ class Contestant:
 
 def prepare(names: Sequence[str], setting: Setting) -> None:
     """Make, in a process of its own, what is made once and then kept, so that it counts in nobody's memory."""
-    process, pipe = _spawned(_prepare, names, setting)
+    jobs = list(dict.fromkeys(job for name in names if (job := _first_use(name, setting)) is not None))
+    if not jobs:
+        return
+    process, pipe = _spawned(_prepare, jobs, setting)
     with suppress(EOFError):  # the contestants will say what is wrong
         pipe.recv()
     process.join()
@@ -147,23 +153,24 @@ def _answer(runner: Runner, what: str, *given: Any) -> Any:
     return runner.sweep(*given).to_json()
 
 
-def _prepare(connection: Connection, names: Sequence[str], setting: Setting) -> None:
+def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: Setting) -> None:
     _settle(setting)
-    for job in dict.fromkeys(filter(None, (_first_use(name, setting) for name in names))):
+    for job, precision in jobs:
         try:
-            _JOBS[job[0]](job[1], setting)
+            _JOBS[job](precision, setting)
         except Exception:  # the contestant that needs it will meet the same and say so
             continue
     connection.send(("ready", None))
 
 
 def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
+    """What a contestant would have to make if it came first, None if there is nothing."""
     kind, _, rest = name.partition(":")
     if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) == "openvino":
-        return ("adi", precision)
-    if kind.startswith("openvino-genai") and rest in ("int4", "int8"):
-        return ("genai", rest)
-    return ("source", "")
+        return "adi", precision
+    if kind.startswith("openvino-genai") and rest in HOW:
+        return "genai", rest
+    return None if Path(setting.model).is_dir() else ("source", "")
 
 
 _JOBS: dict[str, Callable[[str, Setting], object]] = {

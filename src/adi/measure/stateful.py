@@ -5,9 +5,7 @@ Made once per model, kept in adi's cache folder; only the benchmark of OpenVINO 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from adi.files import cache_folder, whole_folder
 from adi.model.checkpoint import quiet_transformers
+from adi.model.openvino.compress import quiet_nncf
 
 FORMAT = 1
 MADE_WITH = ("openvino", "nncf", "openvino-tokenizers", "transformers")
@@ -160,7 +159,7 @@ def _compressed(graph: Any, weights: str, group: int | None) -> Any:
     import nncf
 
     mode = nncf.CompressWeightsMode
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet_nncf():
         if weights == "int4":
             return nncf.compress_weights(graph, mode=mode.INT4_ASYM, group_size=group, ratio=1.0)
         return nncf.compress_weights(graph, mode=mode.INT8_ASYM)
