@@ -41,6 +41,7 @@ measure.peers
 measure.process
 measure.scores measure.partial
 measure.headroom measure.shootout measure.plot measure.bench
+measure.standings
 cli
 __main__
 """

@@ -19,7 +19,7 @@ from adi.measure.scores import ratio_entries, run_entry
 from adi.measure.timing import Task
 from adi.prompts import PromptItem, read_prompts, spread
 
-FORMAT, VERSION = "adi-bench", 1
+FORMAT, VERSION = "adi-bench", 2
 WARM_UP_TOKENS = 8
 SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "builtin", 4, 48  # the set that exits are trained on
 SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot

@@ -24,6 +24,7 @@ def run_entry(contestant: Contestant, all_: Sequence[Contestant], items: Sequenc
     every = [o for p in prompts for o in contestant.outcomes[p]]
     rounds = [len(o.token_ids) / o.rounds for o in every if o.rounds]
     reference = _reference(contestant, all_)
+    interval = bootstrap_median([speed(contestant, p) for p in prompts], seed=contestant.setting.seed)
     return {
         **known,
         "error": None,
@@ -31,6 +32,8 @@ def run_entry(contestant: Contestant, all_: Sequence[Contestant], items: Sequenc
         "tokens_per_round": median(rounds) if rounds else None,
         "accepted_share": accepted_share(every),
         **_figures(contestant, reference, prompts),
+        "tokens_per_second_low": interval.low,
+        "tokens_per_second_high": interval.high,
         "match_with": reference.name if reference else None,
         "per_category": {name: _figures(contestant, reference, mine) for name, mine in _categories(items, prompts).items()},
         **({"sweep": contestant.sweep} if contestant.sweep else {}),
