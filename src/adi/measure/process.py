@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -100,21 +101,20 @@ def prepare(names: Sequence[str], setting: Setting) -> None:
 def serve(connection: Connection, name: str, setting: Setting) -> None:
     """Load, then answer ("encode", text), ("run", task), ("sweep", prompts, n) and ("peak",) until the pipe is closed."""
     _settle(setting)
-    try:
-        runner = build(name, setting)
-        connection.send(("ready", (dict(runner.details), runner.ends)))
-    except Exception as error:  # whatever keeps a contestant from running is its result
-        connection.send(("error", told(error)))
-        return
-    while True:
+    with suppress(EOFError, OSError):  # nobody is there any more
         try:
-            order = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            connection.send(("ok", _answer(runner, *order)))
-        except Exception as error:
+            runner = build(name, setting)
+        except Exception as error:  # whatever keeps a contestant from running is its result
             connection.send(("error", told(error)))
+            return
+        connection.send(("ready", (dict(runner.details), runner.ends)))
+        while True:
+            order = connection.recv()
+            try:
+                answer = ("ok", _answer(runner, *order))
+            except Exception as error:
+                answer = ("error", told(error))
+            connection.send(answer)
 
 
 def build(name: str, setting: Setting) -> Runner:
@@ -160,7 +160,8 @@ def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: S
             _JOBS[job](precision, setting)
         except Exception:  # the contestant that needs it will meet the same and say so
             continue
-    connection.send(("ready", None))
+    with suppress(OSError):
+        connection.send(("ready", None))
 
 
 def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
@@ -183,7 +184,6 @@ _JOBS: dict[str, Callable[[str, Setting], object]] = {
 def _settle(setting: Setting) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the benchmark's own business
     torch.set_num_threads(setting.threads)
     torch.manual_seed(setting.seed)
 
@@ -192,10 +192,21 @@ def _spawned(target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=True)
-    with _environment(QUIET):
+    with _environment(QUIET), _uninterrupted():
         process.start()
     theirs.close()
     return process, ours
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started meanwhile never sees Ctrl-C: an interruption is the benchmark's own business."""
+    resource_tracker.ensure_running()  # it would be started with the first process, and unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
