@@ -26,6 +26,7 @@ exits.triggers exits.heads
 exits.reading exits.artifact
 decoding.frontier decoding.policies decoding.records
 decoding.sequence decoding.stops
+decoding.lookup
 decoding.session
 decoding.stream
 training.answers
@@ -33,8 +34,14 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.contestants
+measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.sweep
+measure.contestants
+measure.peers
+measure.process
+measure.scores measure.partial
 measure.headroom measure.shootout measure.plot measure.bench
+measure.standings
 cli
 __main__
 """

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adi.exits.signals import SIGNALS
-from adi.exits.triggers import AllOf, AnyOf, Never, Threshold, Trigger, Weighted, trigger_from_json, with_thresholds
+from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted, trigger_from_json, with_thresholds
 
 NUMBER = st.floats(-10, 10)
 AT = st.one_of(NUMBER, st.dictionaries(st.integers(1, 9), NUMBER, min_size=1, max_size=4))
@@ -18,6 +18,7 @@ SIMPLE = st.one_of(
     st.builds(Threshold, st.sampled_from(list(SIGNALS)), AT, st.integers(0, 9)),
     st.builds(Weighted, st.dictionaries(st.sampled_from(list(SIGNALS)), NUMBER, min_size=1), NUMBER, AT, st.integers(0, 9)),
     st.just(Never()),
+    st.builds(lambda at: Always(tuple(at)), st.lists(st.integers(1, 9), min_size=1)),
 )
 TRIGGERS = st.recursive(
     SIMPLE,
@@ -111,3 +112,11 @@ def test_other_thresholds() -> None:
 def test_damaged_triggers_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"\w{4,}"):
         trigger_from_json(value)
+
+
+def test_always_fires_where_it_was_told_to_and_reads_nothing() -> None:
+    trigger = Always((4,))
+    assert [d for d in range(1, 9) if trigger.may_fire(d)] == [4] == [d for d in range(1, 9) if trigger.fires({}, d)]
+    for at in ((), (1.5,), (True,)):
+        with pytest.raises(ValueError, match="whole numbers"):
+            Always(at)

@@ -54,39 +54,31 @@ def triggers_table() -> str:
 
 
 def bench_table() -> str:
-    """Speed of every contestant, and its ratio to full depth."""
+    """Where adi stands: every contestant by speed, and how many times faster adi's full depth is; errors as a footnote."""
     found: dict[str, Any] = json.loads((RESULTS / "bench.json").read_text())
-    base = found["runs"][0]["name"]
-    ratios = {r["b"]: r for r in found["ratios"] if r["a"] == base} | {r["a"]: r for r in found["ratios"] if r["b"] == base}
+    ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
+    full = [run["name"] for run in ran if run["name"].startswith("adi:full:")]
+    bases = [name for name in ("adi:full:int4", "adi:full:int8") if name in full] or full[:1]
+    ratios = {(ratio["a"], ratio["b"]): ratio for ratio in found["ratios"]}
     rows = [
-        f"| | tokens/s | against {base} (95% interval) | tokens a round | drafts accepted | same text | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | tokens/s | first token, ms | " + "".join(f"`{base}` / this | " for base in bases) + "same text | peak MiB |",
+        "|---|---:|---:|" + "---:|" * len(bases) + "---:|---:|",
     ]
-    for run in found["runs"]:
+    for run in ran:
         name = run["name"]
-        if run["error"] is not None:
-            rows.append(f"| {name} | did not run: {run['error']} | | | | | |")
-            continue
-        ratio = "1"
-        if name != base:
-            r = ratios[name]
-            low, mid, high = r["low"], r["median"], r["high"]
-            if r["a"] == base:  # the file has full depth over the other; turn it round
-                low, mid, high = 1 / high, 1 / mid, 1 / low
-            ratio = f"{mid:.2f} ({low:.2f} to {high:.2f})"
-        cells = (
-            f"{run['tokens_per_second']:.1f}",
-            ratio,
-            "" if run["tokens_per_round"] is None else f"{run['tokens_per_round']:.2f}",
-            "" if run["accepted_share"] is None else f"{run['accepted_share']:.0%}",
-            "" if run["match"] is None else f"{run['match']:.0%}",
-            f"{run['peak_bytes'] / 2**20:.0f}",
-        )
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return (
-        "\n".join(rows)
-        + f"\n\n`{found['command']}`: {found['prompts']} prompts, {found['machine']}, {found['threads']} threads."
-    )
+        cells = [f"{run['tokens_per_second']:.1f}", f"{1e3 * run['ttft_seconds']:.0f}"]
+        for base in bases:
+            ratio = ratios.get((base, name))
+            cells.append("" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
+        cells.append("" if run["match"] is None else f"{run['match']:.0%}")
+        cells.append("" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**20:.0f}")
+        rows.append(f"| {'**' * (name in bases)}{name}{'**' * (name in bases)} | " + " | ".join(cells) + " |")
+    where = ", ".join(filter(None, (found.get("processor"), found["machine"], f"{found['threads']} threads")))
+    how = "Ratios of tokens/s: medians over prompts, 95% interval."
+    failed = [run for run in found["runs"] if run["error"] is not None]
+    notes = [f"`{found['command']}`: {found['prompts']} prompts, {where}. {how}"]
+    notes += [f"{run['name']} did not run: {' '.join(run['error'].split()).rstrip('.')}." for run in failed]
+    return "\n".join(rows) + "\n\n" + "\n".join(notes)
 
 
 def demo_block() -> str:

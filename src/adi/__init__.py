@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adi.decoding.policies import FullDepth, Policy, Reflex, Verified
+    from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
     from adi.decoding.session import Session
     from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
-    from adi.exits.triggers import AllOf, AnyOf, Never, Threshold, Trigger, Weighted
+    from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
     from adi.measure.headroom import inspect
     from adi.measure.plot import write_page as plot
     from adi.measure.shootout import study_triggers
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from adi.training.tune import TuneOptions, tune
 
 _HOMES = {
-    "adi.decoding.policies": ("FullDepth", "Policy", "Reflex", "Verified"),
+    "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
     "adi.decoding.session": ("Session",),
     "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
-    "adi.exits.triggers": ("AllOf", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
+    "adi.exits.triggers": ("AllOf", "Always", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
     "adi.measure.headroom": ("inspect",),
     "adi.measure.shootout": ("study_triggers",),
     "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
@@ -61,11 +61,13 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "write_trace",
     "plot",
     "AllOf",
+    "Always",
     "AnyOf",
     "Backbone",
     "Exits",
     "FullDepth",
     "Generation",
+    "Lookup",
     "Model",
     "Never",
     "Policy",

@@ -40,6 +40,12 @@ def read_prompts(source: str | Path) -> list[PromptItem]:
     return items
 
 
+def spread(items: Sequence[PromptItem], count: int) -> list[PromptItem]:
+    """``count`` prompts (all, where there are not so many), evenly over the set, so that every category is there."""
+    count = min(count, len(items))
+    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
+
+
 def prompts_hash(items: Sequence[PromptItem]) -> str:
     """A short name for exactly these prompts in this order."""
     return hashlib.blake2b(repr([(i.turns, i.category) for i in items]).encode(), digest_size=8).hexdigest()

@@ -36,7 +36,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            console.print("\nstopped. Files that were finished are kept; adi tune goes on where it was.")
+            console.print("\nstopped. Files that were finished are kept; adi tune and adi bench --json go on where they were.")
             raise typer.Exit(130) from None
 
     return run_guarded

@@ -4,94 +4,157 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adi.cli.options import MODES, ModelArgument
+from adi.cli.options import BackendOption, ModelArgument
 from adi.files import require_writable, write_json
-from adi.prompts import read_prompts
+from adi.prompts import PromptItem, read_prompts, spread
+
+if TYPE_CHECKING:
+    from adi.measure.bench import Progress as Told
+
+MODES_HELP = "Of adi: full, verified, reflex, lookup, static."
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+OWN_SETS = ("builtin", "bench")
 
 
 def bench(
     model: ModelArgument = "smollm2-135m",
-    prompts: Annotated[str, typer.Option("--prompts", help="A JSONL prompt file, 'bench' or 'builtin'.")] = "bench",
-    modes: Annotated[str, typer.Option("--modes", help=f"Of adi: {', '.join(MODES)}.")] = "full,verified",
-    peers: Annotated[str, typer.Option("--peers", help="Other tools, such as hf:fp32,hf:bf16,hf-lookup:fp32.")] = "",
+    prompts: Annotated[str, typer.Option("--prompts", help="A JSONL file; 'builtin' or 'bench', the 80 built in.")] = "bench",
+    modes: Annotated[str, typer.Option("--modes", help=MODES_HELP)] = "full,verified",
+    peers: Annotated[str, typer.Option("--peers", help="Other tools, such as llama.cpp,hf:fp32; or 'all'.")] = "",
     precision: Annotated[str, typer.Option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
+    backend: BackendOption = "auto",
     exits: Annotated[str | None, typer.Option("--exits", "-e", help="Trained exits; by default those shipped.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="For reflex mode.")] = None,
+    static: Annotated[str | None, typer.Option("--static", metavar="DEPTH,K", help="For static mode.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Find static mode's depth and draft length first.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Make every prompt exactly so long.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Use so many prompts, spread over the file.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs of every prompt.")] = 1,
     threads: Annotated[int, typer.Option("--threads", help="Processor threads for everybody.")] = 2,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the whole result here.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result here; an interrupted run resumes.")
+    ] = None,
 ) -> None:
     """Compare modes and tools on the same prompts, in turn, in one run; ratios are medians over prompts."""
-    from adi.exits.artifact import shipped
-    from adi.measure.bench import bench as measure
-    from adi.measure.contestants import Setting
-
-    items = read_prompts(prompts)
-    for name, value in (("--limit", limit if limit is not None else 1), ("--repeats", repeats), ("--threads", threads)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    if limit is not None and limit < len(items):
-        items = [items[int((i + 0.5) * len(items) / limit)] for i in range(limit)]
-    chosen = [m.strip() for m in modes.split(",") if m.strip()]
-    if unknown := [m for m in chosen if m not in MODES]:
-        raise ValueError(f"mode {unknown[0]!r} is not known; choose among {', '.join(MODES)}.")
-    names = [f"adi:{mode}:{p.strip()}" for p in precision.split(",") for mode in chosen]
-    names += [peer.strip() for peer in peers.split(",") if peer.strip()]
+    items = _prompts(prompts, limit)
+    _at_least_one(repeats=repeats, threads=threads, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
+    chosen, pair = _listed(modes), None if static is None else _pair(static)
     if not chosen:
         raise ValueError("--modes is empty; at least one of adi's modes must run.")
+    if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
+        raise ValueError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+    precisions = _known("precision", _listed(precision), PRECISIONS)
+    from adi.exits.artifact import shipped
+    from adi.measure.bench import Extent, finished
+    from adi.measure.bench import bench as measure
+    from adi.measure.contestants import MODES, Setting
+    from adi.measure.peers import PEERS
+
+    names = [f"adi:{mode}:{p}" for p in precisions for mode in _known("mode", chosen, MODES)]
+    names += list(PEERS) if peers == "all" else _known("peer", _listed(peers), tuple(PEERS))
+    trained = exits if exits is not None else (model if model in shipped() else None)
+    setting = Setting(model, trained, threshold, threads, seed, backend, pair)
     if json_out is not None:
         require_writable(json_out)
-    trained = exits if exits is not None else (model if model in shipped() else None)
-    errors = Console(stderr=True)
-    with Progress(
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=errors
-    ) as bar:
-        task = bar.add_task("loading", total=None)
+    with _shown(Console(stderr=True)) as tell:
         found = measure(
             names,
             items,
-            Setting(model, trained, threshold, threads, seed),
-            max_new_tokens=max_new_tokens,
-            repeats=repeats,
+            setting,
+            Extent(max_new_tokens, repeats, prompt_tokens, sweep),
             command=shlex.join(["adi", *sys.argv[1:]]),
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+            result=json_out,
+            progress=tell,
         )
     if json_out is not None:
         write_json(json_out, found)
+        finished(json_out)
     _print(Console(highlight=False), found)
 
 
+def _prompts(source: str, limit: int | None) -> list[PromptItem]:
+    _at_least_one(limit=limit)
+    items = read_prompts("bench" if source in OWN_SETS else source)
+    return items if limit is None else spread(items, limit)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _known(what: str, given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{what} {unknown[0]!r} is not known; choose among {', '.join(known)}.")
+    return given
+
+
+def _at_least_one(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        depth, draft_tokens = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
+    _at_least_one(static=min(depth, draft_tokens))
+    return depth, draft_tokens
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Told]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total or None, description=what)
+
+
 def _print(out: Console, found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['prompts']} prompts, {found['max_new_tokens']} tokens at most", title_justify="left")
-    for name in ("", "tokens/s", "first token, s", "tokens a round", "accepted", "same text", "peak MiB"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{found['prompts']} prompts, {found['max_new_tokens']} tokens at most"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ("", "tokens\n/s", "first\nms", "a\nround", "drafts\nkept", "same\ntext", "same\nstart", "peak\nMiB")
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for run in found["runs"]:
-        if run["error"] is not None:
-            continue
-        table.add_row(
-            run["name"],
-            f"{run['tokens_per_second']:.1f}",
-            f"{run['ttft_seconds']:.2f}",
-            "" if run["tokens_per_round"] is None else f"{run['tokens_per_round']:.2f}",
-            "" if run["accepted_share"] is None else f"{run['accepted_share']:.0%}",
-            "" if run["match"] is None else f"{run['match']:.0%}",
-            f"{(run['peak_bytes'] or 0) / 2**20:.0f}",
-        )
+        if run["error"] is None:
+            table.add_row(
+                run["name"],
+                f"{run['tokens_per_second']:.1f}",
+                f"{1e3 * run['ttft_seconds']:.0f}",
+                "" if run["tokens_per_round"] is None else f"{run['tokens_per_round']:.2f}",
+                _percent(run["accepted_share"]),
+                _percent(run["match"]),
+                _percent(run["match_tokens"]),
+                f"{run['peak_bytes'] / 2**20:.0f}",
+            )
     out.print(table)
     for run in found["runs"]:
         if run["error"] is not None:
-            out.print(f"{run['name']} did not run: {run['error']}", markup=False)
+            out.print(f"{run['name']} did not run: {run['error']}", markup=False, soft_wrap=True)
+        elif "static" in run:
+            depth, draft_tokens = run["static"]
+            out.print(f"{run['name']} drafts {draft_tokens} tokens from depth {depth}", markup=False)
     for ratio in found["ratios"]:
-        low, high = ratio["low"], ratio["high"]
-        out.print(f"{ratio['a']} / {ratio['b']}: {ratio['median']:.2f} x ({low:.2f} to {high:.2f})", markup=False)
+        if ratio["b"].startswith("adi:") and not ratio["b"].startswith("adi:full:"):
+            continue  # in the file; here what is compared with full depth and with other tools
+        times = f"{ratio['median']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}), first token {ratio['ttft_median']:.2f} x"
+        out.print(f"{ratio['a']} / {ratio['b']}: {times}", markup=False, soft_wrap=True)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

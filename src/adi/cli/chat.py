@@ -41,7 +41,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.paint import Painter, legend
-    from adi.decoding.policies import FullDepth
+    from adi.decoding.policies import depths_of
     from adi.decoding.records import Step
     from adi.decoding.session import Session
 
@@ -50,7 +50,7 @@ def chat(
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
-    depths = () if isinstance(policy, FullDepth) else policy.exits.depths
+    depths = depths_of(policy)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if out.is_terminal:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adi.model.checkpoint import Model
 
 MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file."
-MODES = ("verified", "reflex", "full")
+MODES = ("verified", "reflex", "full", "lookup")
 DEMO_PROMPT = "Why is the sky blue?"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -45,7 +45,7 @@ TriggerOption = Annotated[
     str | None, typer.Option("--trigger", metavar="JSON", help="Replace the trigger: JSON text or a file holding it.")
 ]
 DraftOption = Annotated[
-    int | None, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified (6 if not given).")
+    int | None, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified (6; in lookup mode 10).")
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
@@ -74,7 +74,7 @@ class Source:
                 else:
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-            settings = {"backend": self.backend, "precision": self.precision, "device": self.device}
+            settings: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "device": self.device}
             return load(self.model, **settings, notice=notice)
 
 
@@ -104,7 +104,7 @@ def policy_for(
     model: Model, mode: str, exits: str | None, threshold: float | None, trigger: str | None, draft_tokens: int | None
 ) -> Policy:
     """The policy that the options describe; ValueError for a combination that cannot be meant."""
-    from adi.decoding.policies import FullDepth, Reflex, Verified
+    from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified
     from adi.exits.triggers import with_thresholds
 
     if mode not in MODES:
@@ -112,11 +112,18 @@ def policy_for(
     if threshold is not None and trigger is not None:
         raise ValueError("give --threshold or --trigger, not both.")
     given = {"--exits": exits, "--threshold": threshold, "--trigger": trigger, "--draft-tokens": draft_tokens}
-    unused: dict[str, tuple[str, ...]] = {"full": tuple(given), "reflex": ("--draft-tokens",), "verified": ()}
+    unused: dict[str, tuple[str, ...]] = {
+        "full": tuple(given),
+        "lookup": ("--exits", "--threshold", "--trigger"),
+        "reflex": ("--draft-tokens",),
+        "verified": (),
+    }
     if wrong := [name for name in unused[mode] if given[name] is not None]:
         raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
     if mode == "full":
         return FullDepth()
+    if mode == "lookup":
+        return Lookup() if draft_tokens is None else Lookup(draft_tokens)
     chosen = exits_for(model, exits)
     rule = read_trigger(trigger) if trigger is not None else None
     if mode == "verified":

@@ -1,4 +1,4 @@
-"""``adi trace`` and ``adi plot``: record a generation, look at it in a browser."""
+"""``adi trace`` and ``adi plot``: record a generation, look at it (or at a benchmark) in a browser."""
 
 from __future__ import annotations
 
@@ -63,15 +63,25 @@ def trace(
 
 
 def plot(
-    file: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, from adi trace or adi run --trace.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write; by default TRACE with .html.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace (adi trace, adi run --trace) or an adi bench --json.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write; by default FILE with .html.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Of a benchmark: show ratios against this mode of adi's.")] = None,
 ) -> None:
-    """Turn a trace into one self-contained HTML page: the text as a depth heat map, and all that was looked at."""
+    """Turn a trace or a benchmark into one self-contained HTML page.
+
+    A trace shows the text as a depth heat map, and all that was looked at; a benchmark speeds, ratios and categories.
+    """
     from adi.measure.plot import write_page
+    from adi.measure.standings import is_result, read_result, write_standings
     from adi.measure.trace import read_trace
 
     target = out or file.with_suffix(".html")
     if target.resolve() == file.resolve():
-        raise ValueError(f"--out {target} is the trace itself; choose another name.")
-    write_page(read_trace(file), target)
+        raise ValueError(f"--out {target} is the file itself; choose another name.")
+    if is_result(file):
+        write_standings(read_result(file), target, base)
+    elif base is not None:
+        raise ValueError("--base means something for a benchmark only; leave it out.")
+    else:
+        write_page(read_trace(file), target)
     Console(stderr=True, highlight=False).print(f"page written to {target}", markup=False, soft_wrap=True)

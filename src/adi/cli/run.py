@@ -126,11 +126,11 @@ def _quiet(model: Model, text: str, policy: Policy | None, options: dict[str, An
 def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out: Console) -> Generation:
     """Generate with the text painted as it comes."""
     from adi.cli.paint import Painter, legend
-    from adi.decoding.policies import FullDepth
+    from adi.decoding.policies import depths_of
     from adi.decoding.session import Session
 
     session = Session(model, text, policy, **options)
-    depths = () if isinstance(policy, FullDepth) else policy.exits.depths
+    depths = depths_of(policy)
     if depths and out.is_terminal:
         out.print(legend(depths, model.backbone.spec.layers))
     return session.generation(list(Painter(out, depths).follow(session)))

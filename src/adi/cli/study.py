@@ -24,7 +24,7 @@ from adi.cli.options import (
     Source,
     exits_for,
 )
-from adi.prompts import PromptItem, read_prompts
+from adi.prompts import PromptItem, read_prompts, spread
 
 if TYPE_CHECKING:
     from adi.measure.headroom import Headroom
@@ -145,8 +145,7 @@ def _spread(source: str, limit: int) -> list[PromptItem]:
     items = read_prompts(source)
     if limit < 1:
         raise ValueError(f"--limit is {limit}; it must be at least 1.")
-    count = min(limit, len(items))
-    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
+    return spread(items, limit)
 
 
 def _circumstances(items: list[PromptItem]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adi.exits.artifact import Exits
-from adi.exits.triggers import Trigger, with_thresholds
+from adi.exits.triggers import Never, Trigger, with_thresholds
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,41 @@ class Reflex:
         _check(self.exits, trigger_of(self))
 
 
-Policy = FullDepth | Verified | Reflex
+@dataclass(frozen=True)
+class Lookup:
+    """Draft what followed the last tokens when they stood in the text before; verify at full depth: exactly its text.
+
+    Prompt lookup (Saxena 2023): the last ``ngram`` tokens are looked for first, then fewer, down to one; at most
+    ``draft_tokens`` tokens are drafted. Needs no exits.
+    """
+
+    draft_tokens: int = 10
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("draft_tokens", "ngram"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
-def trigger_of(policy: Verified | Reflex) -> Trigger:
-    """The rule that this policy asks."""
+Policy = FullDepth | Verified | Reflex | Lookup
+
+
+def depths_of(policy: Policy) -> tuple[int, ...]:
+    """The depths below the last one at which a token may be put forward; 0 is a memory of the text."""
+    match policy:
+        case FullDepth():
+            return ()
+        case Lookup():
+            return (0,)
+        case _:
+            return policy.exits.depths
+
+
+def trigger_of(policy: Policy) -> Trigger:
+    """The rule that this policy asks; one that never fires where it looks at no exit."""
+    if isinstance(policy, (FullDepth, Lookup)):
+        return Never()
     if policy.trigger is not None:
         return policy.trigger
     if isinstance(policy, Reflex) and policy.thresholds is not None:
@@ -70,10 +100,12 @@ def trigger_of(policy: Verified | Reflex) -> Trigger:
 
 
 def name_of(policy: Policy) -> str:
-    """The mode that a policy stands for: full, verified or reflex. ValueError for what is no policy."""
-    names: dict[type, str] = {FullDepth: "full", Verified: "verified", Reflex: "reflex"}
+    """The mode that a policy stands for: full, verified, reflex or lookup. ValueError for what is no policy."""
+    names: dict[type, str] = {FullDepth: "full", Verified: "verified", Reflex: "reflex", Lookup: "lookup"}
     if type(policy) not in names:
-        raise ValueError(f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits) or Reflex(exits, ...).")
+        raise ValueError(
+            f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()."
+        )
     return names[type(policy)]
 
 

@@ -42,10 +42,10 @@ class Draft:
 class Step:
     """One token of the output.
 
-    ``depth`` is the number of blocks that had run when the token was chosen and ``level`` says who chose it: "exit" or
-    "full". ``drafted``: it was put forward at an exit; ``accepted``: and full depth agreed. ``rejected`` are drafts thrown
-    away at this position and after it, the first of them replaced by this token. ``signals`` are those of the depth that
-    decided. ``seconds`` is wall-clock since the call, until the token was final.
+    ``depth`` is the number of blocks that had run when the token was chosen and ``level`` says who chose it: "memory" (the
+    text itself, depth 0), "exit" or "full". ``drafted``: it was put forward early; ``accepted``: and full depth agreed.
+    ``rejected`` are drafts thrown away at this position and after it, the first of them replaced by this token. ``signals``
+    are those of the depth that decided. ``seconds`` is wall-clock since the call, until the token was final.
     """
 
     index: int
@@ -137,7 +137,7 @@ class Summary:
 
     def __str__(self) -> str:
         share = ""
-        if self.drafted and self.mode == "verified":
+        if self.drafted and self.mode != "reflex":
             share = f"{self.accepted} of {self.drafted} drafts accepted ({self.accepted / self.drafted:.0%}), "
         saved = self.block_rows_full - self.block_rows
         return (

@@ -10,6 +10,7 @@ the draft is the same network, stopped early, and the frontier keeps what it com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,7 +49,10 @@ class Glance:
 
 @dataclass(frozen=True)
 class Proposed:
-    """A token put forward, with every depth looked at for it; the last is the one that was believed."""
+    """A token put forward, with every depth looked at for it; the last is the one that was believed.
+
+    ``depth`` 0 and no glance: no block ran for it, a memory said it.
+    """
 
     token: int
     depth: int
@@ -69,6 +73,8 @@ class Decided:
 
 Yields = Advance | Proposed | Decided
 SequenceLogic = Generator[Yields, Sequence[Reading], None]
+Proposal = tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]
+Proposing = Generator[Yields, Sequence[Reading], Proposal]
 
 
 @dataclass(frozen=True)
@@ -121,34 +127,39 @@ def immediate(plan: Plan) -> SequenceLogic:
 
 def verified(plan: Plan, draft_tokens: int) -> SequenceLogic:
     """Draft a block at exits, verify it in one pass, keep what full depth agrees with, add the token it gives next."""
+    return in_rounds(plan, draft_tokens, functools.partial(_propose_and_verify, plan))
+
+
+def in_rounds(plan: Plan, draft_tokens: int, propose: Callable[[Sequence[int], int], Proposing]) -> SequenceLogic:
+    """Rounds of at most ``draft_tokens`` drafts, whoever makes them; full depth has the last word on every token.
+
+    ``propose(text, most)`` gets all final tokens, of which the last has not entered the network. It gives at most ``most``
+    drafts, the glances of a last token that found no believer, and full depth's reading at every row.
+    """
     (reading,) = yield Advance(0, plan.prompt, plan.layers)
     yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
-    last, length, left, rounds = reading.token, len(plan.prompt), plan.budget - 1, 1
-    while left > 0 and not plan.ends(last):
+    text, left, rounds = [*plan.prompt, reading.token], plan.budget - 1, 1
+    while left > 0 and not plan.ends(text[-1]):
         rounds += 1
-        drafts, silent, readings = yield from _propose_and_verify(plan, length, last, min(draft_tokens, left - 1))
+        drafts, silent, readings = yield from propose(text, min(draft_tokens, left - 1))
         agreed = next((i for i, (d, r) in enumerate(zip(drafts, readings, strict=False)) if d.token != r.token), len(drafts))
         for draft, reading in zip(drafts[:agreed], readings, strict=False):
             yield Decided(draft.token, draft.depth, (*draft.glances, Glance(reading, False)), rounds, draft)
-        if agreed < len(readings):
+        text.extend(draft.token for draft in drafts[:agreed])
+        if agreed < len(readings):  # it is not where a draft ended the text and full depth agreed
             seen = drafts[agreed].glances if agreed < len(drafts) else silent
             reading = readings[agreed]
             glances = (*seen, Glance(reading, False))
             yield Decided(reading.token, plan.layers, glances, rounds, None, tuple(drafts[agreed:]))
-            last = reading.token
-        else:
-            last = drafts[-1].token  # the draft ended the text, and full depth agrees
+            text.append(reading.token)
         left -= agreed + 1
-        length += agreed + 1
 
 
-def _propose_and_verify(
-    plan: Plan, length: int, last: int, most: int
-) -> Generator[Yields, Sequence[Reading], tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]]:
-    """Drafts, the glances of a last token that found no believer, and full depth's reading at every row."""
+def _propose_and_verify(plan: Plan, text: Sequence[int], most: int) -> Proposing:
+    """Drafts from exits."""
     drafts: list[Proposed] = []
-    end = length
-    row: tuple[int, ...] = (last,)  # the token that has not entered the network yet
+    end = len(text) - 1
+    row: tuple[int, ...] = (text[-1],)  # the token that has not entered the network yet
     while len(drafts) < most and not (drafts and plan.ends(drafts[-1].token)):
         glances = yield from climb(plan, end, row)
         if glances:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from adi.decoding.frontier import Frontier
-from adi.decoding.policies import FullDepth, Policy, Reflex, Verified, name_of, trigger_of
+from adi.decoding.lookup import lookup
+from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
     Counters,
@@ -26,7 +27,7 @@ from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.reading import Reading
 from adi.exits.signals import SIGNALS, Prediction
-from adi.exits.triggers import Never, Trigger
+from adi.exits.triggers import Trigger
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
@@ -115,8 +116,8 @@ class Session:
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
-        if isinstance(self.policy, FullDepth):
-            return Never(), (), _no_reader
+        if isinstance(self.policy, (FullDepth, Lookup)):
+            return trigger_of(self.policy), (), _no_reader
         exits = self.policy.exits
         return trigger_of(self.policy), exits.depths, exits.reader(self.model.backbone)
 
@@ -173,29 +174,31 @@ class Session:
         return readings
 
     def _step(self, said: Decided) -> Step:
-        verified_ = isinstance(self.policy, Verified)
+        unverified = isinstance(self.policy, Reflex)
         self._rounds = said.round
         drafted = said.draft is not None
-        if drafted and not verified_:
+        if drafted and unverified:
             self._drafted += 1
-        self._accepted += drafted and verified_
+        accepted = drafted and not unverified
+        self._accepted += accepted
         text = self._detokenizer.push(said.token)
         if self._ends(said.token):
             self.finish = "eos"
         if self.finish == "eos" or self._index == self._budget - 1:
             text += self._detokenizer.finish()
-        decider = said.draft.glances[-1] if said.draft else said.glances[-1]
-        read = dict(getattr(decider.reading.signals, "seen", {}))  # before the looks, which ask for everything
+        deciders = said.draft.glances if said.draft else said.glances
+        seen = deciders[-1].reading.signals if deciders else {}
+        read = dict(getattr(seen, "seen", {}))  # before the looks, which ask for everything
         looks = tuple(self._look(glance) for glance in said.glances) if self._candidates else ()
         step = Step(
             index=self._index,
             token=said.token,
             text=text,
             depth=said.depth,
-            level="exit" if drafted else "full",
+            level="full" if not drafted else "exit" if said.depth else "memory",
             round=said.round,
             drafted=drafted,
-            accepted=drafted and verified_,
+            accepted=accepted,
             signals=read,
             looks=looks,
             rejected=tuple(self._draft(p) for p in said.rejected),
@@ -222,6 +225,8 @@ def _sequence_of(policy: Policy, plan: Plan) -> SequenceLogic:
     match policy:
         case Verified():
             return verified(plan, policy.draft_tokens)
+        case Lookup():
+            return lookup(plan, policy.draft_tokens, policy.ngram)
         case FullDepth() | Reflex():
             return immediate(plan)
 

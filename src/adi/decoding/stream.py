@@ -27,7 +27,7 @@ def stream(
     Args:
         model: from ``adi.load``.
         prompt: a string (one user message, in the model's chat template), a list of chat messages, or token ids.
-        policy: ``FullDepth()`` (the default), ``Verified(exits)`` or ``Reflex(exits, ...)``.
+        policy: ``FullDepth()`` (the default), ``Verified(exits)``, ``Reflex(exits, ...)`` or ``Lookup()``.
         max_new_tokens: at most so many tokens.
         stop: texts that end the output; they are not part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.

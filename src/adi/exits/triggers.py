@@ -186,6 +186,34 @@ class Never:
         return {"kind": "never"}
 
 
+@dataclass(frozen=True)
+class Always:
+    """Fires at these depths whatever the signals say, and reads none of them; it never fires elsewhere."""
+
+    at: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.at or not all(type(depth) is int for depth in self.at):
+            raise ValueError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def depths(self) -> frozenset[int]:
+        return frozenset(self.at)
+
+    def may_fire(self, depth: int) -> bool:
+        return depth in self.at
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        return depth in self.at
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "always", "at": list(self.at)}
+
+
 def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
     """The same rule at other thresholds; ValueError for a combination, whose parts have thresholds of their own."""
     if isinstance(trigger, (Threshold, Weighted)):
@@ -202,6 +230,8 @@ def trigger_from_json(value: Any) -> Trigger:
         raise ValueError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")
     if value["kind"] == "never":
         return Never()
+    if value["kind"] == "always":
+        return Always(tuple(value["at"]) if isinstance(value["at"], list) else ())
     if value["kind"] in ("all", "any"):
         if not isinstance(value["parts"], list):
             raise ValueError(f"'parts' of trigger {value['kind']!r} is a list of triggers.")
@@ -222,6 +252,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "any": ("parts",),
     "weighted": ("weights", "bias", "at", "min_depth"),
     "never": (),
+    "always": ("at",),
 }
 
 

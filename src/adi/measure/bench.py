@@ -6,183 +6,191 @@ machine whose speed drifts wrongs nobody.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import median
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from adi.measure.circumstances import circumstances
-from adi.measure.contestants import Outcome, Setting, serve
-from adi.measure.statistics import bootstrap_median
-from adi.prompts import PromptItem
+from adi.measure.contestants import Setting
+from adi.measure.partial import Partial
+from adi.measure.process import Contestant, prepare
+from adi.measure.scores import ratio_entries, run_entry
+from adi.measure.timing import Task
+from adi.prompts import PromptItem, read_prompts, spread
 
-FORMAT, VERSION = "adi-bench", 1
+FORMAT, VERSION = "adi-bench", 2
 WARM_UP_TOKENS = 8
+SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "builtin", 4, 48  # the set that exits are trained on
+SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass
-class Contestant:
-    """One process under test, what it gave for every prompt (several times), and why it stopped if it did."""
+@dataclass(frozen=True)
+class Extent:
+    """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting."""
 
-    name: str
-    setting: Setting
-    error: str | None = None
-    peak_bytes: int | None = None
-    outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.name, self.setting), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def ask(self, *order: Any) -> Any:
-        """Send an order and wait for its answer; None once something went wrong, which ``error`` then tells."""
-        if self.error is not None:
-            return None
-        self._pipe.send(order)
-        return self._receive()
-
-    def stop(self) -> None:
-        if self.error is None:
-            self._pipe.send(None)
-            self.peak_bytes = self._receive()
-        self._process.join(timeout=10)
-        self._process.terminate()
-
-    def _receive(self) -> Any:
-        try:
-            kind, value = self._pipe.recv()
-        except (EOFError, OSError):
-            kind, value = "error", "its process died"
-        if kind == "error":
-            self.error = value
-            return None
-        return value
+    max_new_tokens: int = 128
+    repeats: int = 1
+    prompt_tokens: int | None = None
+    sweep: bool = False
 
 
 def bench(
     names: Sequence[str],
     items: Sequence[PromptItem],
     setting: Setting,
+    extent: Extent,
     *,
-    max_new_tokens: int = 128,
-    repeats: int = 1,
     command: str = "",
+    result: Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> dict[str, Any]:
     """Run all contestants on all prompts (first turns) and return the result document.
 
-    The first name must be one of adi's modes: it encodes the prompts for everybody. A contestant that cannot run is
-    listed with its error.
+    At least one must be one of adi's modes: it encodes the prompts for everybody. A contestant that cannot run is listed
+    with its error. With ``result``, where the document will be written, prompts that are finished are kept beside it until
+    ``finished`` is called, and the same benchmark goes on with the rest.
     """
-    contestants = [Contestant(name, setting) for name in dict.fromkeys(names)]
-    total, done = len(items) * repeats * len(contestants), 0
+    names = list(dict.fromkeys(names))
+    facts = circumstances(command, items)
+    partial = _partial(names, facts, setting, extent, result)
+    sweeps = partial.sweeps() if partial else {}
+    progress(0, 0, "preparing")
+    prepare(names, setting)
+    for name in names:
+        if extent.sweep and name.startswith("adi:static:") and name not in sweeps:
+            progress(0, 0, f"sweeping for {name}")
+            sweeps[name] = _swept(name, setting)
+            if partial:
+                partial.save([], sweeps)
+    contestants = [Contestant(name, _own(setting, sweeps.get(name)), sweep=sweeps.get(name)) for name in names]
+    if partial:
+        partial.restore(contestants)
     try:
-        for contestant in contestants:
-            progress(done, total, f"loading {contestant.name}")
-            contestant.start()
-        encoded = [contestants[0].ask("encode", item.prompt) for item in items]
-        if contestants[0].error is not None:
-            raise ValueError(f"{contestants[0].name} cannot run, and it gives the others their tokens: {contestants[0].error}")
-        for contestant in contestants:
-            contestant.ask("run", encoded[0], min(WARM_UP_TOKENS, max_new_tokens))
-        for i, ids in enumerate(encoded):
-            for repeat in range(repeats):
-                turn = (i + repeat) % len(contestants)
-                for contestant in contestants[turn:] + contestants[:turn]:
-                    outcome = contestant.ask("run", ids, max_new_tokens)
-                    if outcome is not None:
-                        contestant.outcomes.setdefault(i, []).append(outcome)
-                    done += 1
-                    progress(done, total, contestant.name)
+        tasks = _start(contestants, items, extent, lambda what: progress(0, 0, what))
+        _run(contestants, tasks, extent, lambda: partial.save(contestants, sweeps) if partial else None, progress)
     finally:
         for contestant in contestants:
-            if hasattr(contestant, "_process"):
-                contestant.stop()
+            contestant.stop()
     return {
         "format": FORMAT,
         "version": VERSION,
-        **circumstances(command, items),
+        **facts,
         **asdict(setting),
-        "max_new_tokens": max_new_tokens,
-        "repeats": repeats,
-        "runs": [_run(c, _reference(c, contestants), items) for c in contestants],
-        "ratios": [_ratio(a, b, items, setting.seed) for a in contestants for b in contestants if _comparable(a, b)],
+        **asdict(extent),
+        "precision": list(dict.fromkeys(n.rpartition(":")[2] for n in names if n.startswith("adi:"))),
+        "device": "cpu",
+        "runs": [run_entry(c, contestants, items) for c in contestants],
+        "ratios": ratio_entries(contestants, items, setting.seed),
     }
 
 
-def _reference(contestant: Contestant, all_: Sequence[Contestant]) -> Contestant | None:
-    """Full depth at the same precision, which the contestant's tokens should equal."""
-    precision = contestant.name.rsplit(":", 1)[-1]
-    return next((c for c in all_ if c.name == f"adi:full:{precision}" and c.error is None), None)
+def finished(result: Path) -> None:
+    """The document is written: what was kept for resuming goes."""
+    Partial.beside(result, {}).discard()
 
 
-def _speed(contestant: Contestant, prompt: int) -> float:
-    """Tokens per second on one prompt: the median of its repeats."""
-    return median(len(o.token_ids) / o.seconds for o in contestant.outcomes[prompt])
+def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+    """The prompt as exactly ``tokens`` tokens: its own text repeated, cut before what the chat template ends with.
+
+    ValueError where the template alone is longer.
+    """
+    short, other = encode(prompt), encode("x")
+    tail = next((i for i, (a, b) in enumerate(zip(short[::-1], other[::-1], strict=False)) if a != b), len(other))
+    if tokens <= len(other):
+        raise ValueError(f"--prompt-tokens {tokens} is too short: the chat template alone takes {len(other)} tokens.")
+    text = prompt
+    while len(long := encode(text)) < tokens:
+        text = f"{text}\n{text}"
+    return long[: tokens - tail] + long[len(long) - tail :]
 
 
-def _run(contestant: Contestant, reference: Contestant | None, items: Sequence[PromptItem]) -> dict[str, Any]:
-    if contestant.error is not None or not contestant.outcomes:
-        return {"name": contestant.name, "error": contestant.error or "it gave no result"}
-    prompts = sorted(contestant.outcomes)
-    every = [o for p in prompts for o in contestant.outcomes[p]]
-    rounds = [len(o.token_ids) / o.rounds for o in every if o.rounds]
-    return {
-        "name": contestant.name,
-        "error": None,
-        "tokens_per_second": median(_speed(contestant, p) for p in prompts),
-        "ttft_seconds": median(o.ttft_seconds for o in every),
-        "peak_bytes": contestant.peak_bytes,
-        "tokens_per_round": median(rounds) if rounds else None,
-        "accepted_share": _share(every),
-        "match": _match(contestant, reference, prompts),
-        "per_category": {
-            category: {
-                "tokens_per_second": median(_speed(contestant, p) for p in mine),
-                "match": _match(contestant, reference, mine),
-            }
-            for category, mine in _categories(items, prompts).items()
-        },
-    }
-
-
-def _share(outcomes: Sequence[Outcome]) -> float | None:
-    drafted = sum(o.drafted or 0 for o in outcomes)
-    return sum(o.accepted or 0 for o in outcomes) / drafted if drafted else None
-
-
-def _match(contestant: Contestant, reference: Contestant | None, prompts: Sequence[int]) -> float | None:
-    """Share of prompts whose tokens are the reference's."""
-    if reference is None:
+def _partial(
+    names: Sequence[str], facts: dict[str, Any], setting: Setting, extent: Extent, result: Path | None
+) -> Partial | None:
+    if result is None:
         return None
-    same = [
-        contestant.outcomes[p][0].token_ids == reference.outcomes[p][0].token_ids for p in prompts if p in reference.outcomes
-    ]
-    return sum(same) / len(same) if same else None
+    kept = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
+    own = asdict(setting) | {"static": list(setting.static) if setting.static else None}
+    return Partial.beside(result, {"contestants": list(names), **kept, **own, **asdict(extent)})
 
 
-def _categories(items: Sequence[PromptItem], prompts: Sequence[int]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for p in prompts:
-        found.setdefault(items[p].category, []).append(p)
+def _own(setting: Setting, swept: dict[str, Any] | None) -> Setting:
+    return replace(setting, static=(swept["best"][0], swept["best"][1])) if swept else setting
+
+
+def _swept(name: str, setting: Setting) -> dict[str, Any]:
+    """The sweep for one static contestant, on prompts that the benchmark does not use."""
+    items = spread(read_prompts(SWEEP_SET), SWEEP_PROMPTS)
+    sweeper = Contestant(name, replace(setting, static=None))
+    try:
+        sweeper.start()
+        sweeper.ready()
+        prompts = [sweeper.ask("encode", item.prompt) for item in items]
+        found: dict[str, Any] | None = sweeper.ask("sweep", prompts, SWEEP_TOKENS)
+    finally:
+        sweeper.stop()
+    if found is None:
+        raise ValueError(f"the sweep for {name} failed: {sweeper.error}")
     return found
 
 
-def _comparable(a: Contestant, b: Contestant) -> bool:
-    """adi's modes against everybody else."""
-    return a is not b and a.name.startswith("adi:") and bool(a.outcomes) and bool(b.outcomes)
+def _start(
+    contestants: Sequence[Contestant], items: Sequence[PromptItem], extent: Extent, tell: Callable[[str], None]
+) -> list[Task]:
+    """Load everybody and warm up; adi's modes first, since one of them encodes the prompts and knows how long they are."""
+    own = [c for c in contestants if c.name.startswith("adi:")]
+    _load(own, tell)
+    speaker = next((c for c in own if c.error is None), None)
+    if speaker is None:
+        raise ValueError(f"{own[0].name} cannot run, and it gives the others their tokens: {own[0].error}")
+    length = extent.prompt_tokens
+
+    def encode(text: str) -> tuple[int, ...]:
+        ids: tuple[int, ...] | None = speaker.ask("encode", text)
+        if ids is None:
+            raise ValueError(f"{speaker.name} cannot encode the prompts: {speaker.error}")
+        return ids
+
+    encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in items]
+    tasks = [Task(ids, extent.max_new_tokens, speaker.ends) for ids in encoded]
+    context = max(len(ids) for ids in encoded) + extent.max_new_tokens + SPARE
+    others = [c for c in contestants if c not in own]
+    for contestant in others:
+        contestant.setting = replace(contestant.setting, context=context)
+    _load(others, tell)
+    for contestant in contestants:
+        tell(f"warming up {contestant.name}")
+        contestant.run(replace(tasks[0], max_new_tokens=min(WARM_UP_TOKENS, extent.max_new_tokens)))
+    return tasks
 
 
-def _ratio(a: Contestant, b: Contestant, items: Sequence[PromptItem], seed: int) -> dict[str, Any]:
-    both = [p for p in a.outcomes if p in b.outcomes]
-    ratios = {p: _speed(a, p) / _speed(b, p) for p in both}
-    found = bootstrap_median(list(ratios.values()), seed=seed)
-    categories = _categories(items, both)
-    per_category = {name: median(ratios[p] for p in mine) for name, mine in categories.items()}
-    return {"a": a.name, "b": b.name, **asdict(found), "per_category": per_category}
+def _load(contestants: Sequence[Contestant], tell: Callable[[str], None]) -> None:
+    """Everybody at once: nothing is measured yet."""
+    for contestant in contestants:
+        contestant.start()
+    for contestant in contestants:
+        tell(f"loading {contestant.name}")
+        contestant.ready()
+
+
+def _run(
+    contestants: Sequence[Contestant], tasks: Sequence[Task], extent: Extent, save: Callable[[], None], progress: Progress
+) -> None:
+    """Every prompt that is not finished, ``repeats`` times by everybody; ``save`` after each."""
+    finished_before = {p for c in contestants for p in c.outcomes}
+    each = extent.repeats * len(contestants)
+    total, done = len(tasks) * each, len(finished_before) * each
+    for i, task in enumerate(tasks):
+        if i in finished_before:
+            continue
+        for repeat in range(extent.repeats):
+            turn = (i + repeat) % len(contestants)
+            for contestant in [*contestants[turn:], *contestants[:turn]]:
+                outcome = contestant.run(task)
+                if outcome is not None:
+                    contestant.outcomes.setdefault(i, []).append(outcome)
+                done += 1
+                progress(done, total, contestant.name)
+        save()

@@ -20,17 +20,21 @@ from adi.decoding.records import Look, Step
 from adi.files import write_text
 from adi.measure.trace import Trace
 
-_MARK = re.compile(r"@@adi:(title|data)@@")
+_MARK = re.compile(r"@@adi:(title|data|body)@@")
 _ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 _TITLE_LENGTH = 70
 
 
 def page(trace: Trace) -> str:
     """The whole page as HTML text."""
-    template = files("adi").joinpath("data", "trace.html").read_text(encoding="utf-8")
-    values = {"title": html.escape(_title(trace)), "data": _embedded(_data(trace))}
+    return filled("trace.html", {"title": html.escape(_title(trace)), "data": _embedded(_data(trace))})
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A template of the package with its marks replaced; the values must be fit for HTML."""
+    text = files("adi").joinpath("data", template).read_text(encoding="utf-8")
     # One pass over the template: a text that happens to contain a mark is not filled in again.
-    return _MARK.sub(lambda found: values[found[1]], template)
+    return _MARK.sub(lambda found: values[found[1]], text)
 
 
 def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:

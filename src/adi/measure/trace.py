@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from adi.decoding.policies import FullDepth, Policy, trigger_of
+from adi.decoding.policies import FullDepth, Lookup, Policy, depths_of, trigger_of
 from adi.decoding.records import Generation, Step, Summary
 from adi.files import read_json, write_text
 
@@ -19,7 +19,7 @@ MAX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Trace:
-    """A generation as a trace file holds it. ``depths`` are the exits, ``trigger`` their rule in JSON (None at full depth)."""
+    """A generation as a trace file holds it. ``depths`` are the exits (0: memory), ``trigger`` their rule (or None)."""
 
     model: str
     backend: str
@@ -36,15 +36,15 @@ class Trace:
 
 def trace_of(generation: Generation, policy: Policy | None, prompt: str) -> Trace:
     """The trace of a finished generation; generate with ``candidates=5`` or so, or its steps hold no looks."""
-    exits = None if policy is None or isinstance(policy, FullDepth) else policy.exits
+    policy = policy if policy is not None else FullDepth()
     return Trace(
         model=generation.model,
         backend=generation.backend,
         precision=generation.precision,
         mode=generation.mode,
         layers=generation.layers,
-        depths=exits.depths if exits else (),
-        trigger=None if policy is None or isinstance(policy, FullDepth) else trigger_of(policy).to_json(),
+        depths=depths_of(policy),
+        trigger=None if isinstance(policy, (FullDepth, Lookup)) else trigger_of(policy).to_json(),
         prompt=prompt,
         text=generation.text,
         summary=generation.summary().to_json(),

@@ -71,6 +71,7 @@ def load(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
+    threads: int | None = None,
     notice: Notice = lambda _: None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
@@ -84,6 +85,7 @@ def load(
         precision: of "hf" fp32, bf16 or fp16, and "auto" is fp32 on a CPU, the checkpoint's own on a GPU; of "openvino" fp32,
             int8 or int4, and "auto" is int8.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
+        threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
         notice: is told in a sentence what takes long.
 
     Raises:
@@ -92,7 +94,7 @@ def load(
     _allowed("backend", backend, tuple(BACKENDS))
     _allowed("precision", precision, ("auto", *BACKENDS[backend]))
     if backend == "openvino":
-        return _load_openvino(source, tokenizer, precision, device, notice)
+        return _load_openvino(source, tokenizer, precision, device, threads, notice)
     if isinstance(source, (str, os.PathLike)):
         return _load_path(str(source), tokenizer, precision, device, notice)
     model = _wrap(source, tokenizer, type(source).__name__)
@@ -147,7 +149,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     return _wrap(model, tokenizer, source, name)
 
 
-def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
+def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, threads: int | None, notice: Notice) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
         raise ValueError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
@@ -161,12 +163,13 @@ def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, not
     if not folder.is_dir():
         raise ValueError("the openvino backend runs local models; download the hub model to a folder and give that.")
     chosen = "int8" if precision == "auto" else precision
-    backbone = opened_before(folder, precision=chosen)
+    backbone = opened_before(folder, precision=chosen, threads=threads)
     if backbone is None:
         loaded = _load_path(str(folder), tokenizer, "fp32", "cpu", notice)
         hf: Any = loaded.backbone
-        weights = loaded.backbone.spec.fingerprint
-        backbone = make(hf.model, name=str(source), precision=chosen, weights=weights, source=folder, notice=notice)
+        name, weights = str(source), loaded.backbone.spec.fingerprint
+        options: Any = {"source": folder, "threads": threads, "notice": notice}
+        backbone = make(hf.model, name=name, precision=chosen, weights=weights, **options)
     with quiet_transformers():
         tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, str(folder))
         stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
@@ -211,13 +214,11 @@ def _unreadable(source: str, error: Exception) -> str:
 
 def source_folder(source: str, notice: Notice) -> str:
     """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
-    if source == DEFAULT:
-        return str(_converted(_default_gguf(), notice))
+    if (gguf := gguf_file(source)) is not None:
+        return str(_converted(gguf, notice))
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
-        return str(_converted(path, notice))
+        raise ValueError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(f"the folder {source} holds no config.json, so it is not a model.")
@@ -229,6 +230,12 @@ def source_folder(source: str, notice: Notice) -> str:
             f"model {source!r} is not known; choose {DEFAULT!r}, a hub id such as 'org/name', a folder or a .gguf file."
         )
     return source
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source is, None where it is something else."""
+    path = _default_gguf() if source == DEFAULT else Path(source).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _default_gguf() -> Path:

@@ -22,7 +22,7 @@ def compress(blocks: Any, head: Any, precision: str) -> tuple[Any, Any]:
     import nncf
 
     mode = nncf.CompressWeightsMode
-    with _quiet():
+    with quiet_nncf():
         if precision == "int4":
             _check_groups(blocks)
             # the embedding first, alone: "all layers in 4 bits" below would take it too
@@ -44,7 +44,7 @@ def _check_groups(blocks: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_nncf() -> Iterator[None]:
     """NNCF prints tables and bars; they are nobody's business here."""
     logger = logging.getLogger("nncf")
     level = logger.level

@@ -34,8 +34,9 @@ class OpenVinoBackbone:
     """An exported decoder that stops between any two blocks.
 
     Graphs are compiled for the spans that are asked for: ``prepare`` compiles those between the stops of a policy, and a
-    pass takes the longest there are. Made by ``OpenVinoBackbone.open`` or ``make``. Rows of many sequences share a pass, whatever their lengths, and what a
-    row gives does not depend on the rows beside it, in any precision (``rows_are_invariant`` measures it).
+    pass takes the longest there are. Made by ``OpenVinoBackbone.open`` or ``make``. Rows of many sequences share a pass,
+    whatever their lengths, and what a row gives does not depend on the rows beside it, in any precision
+    (``rows_are_invariant`` measures it).
     """
 
     def __init__(

@@ -1,0 +1,72 @@
+"""What an interrupted benchmark had finished, in a file beside its result, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adi.files import read_json, write_json
+from adi.measure.process import Contestant
+from adi.measure.timing import Outcome
+
+FORMAT, VERSION = "adi-bench-partial", 1
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The side file of a result. ``terms`` are all that the outcomes depend on; other terms are another benchmark."""
+
+    path: Path
+    terms: Mapping[str, Any]
+
+    @staticmethod
+    def beside(result: Path, terms: Mapping[str, Any]) -> Partial:
+        return Partial(result.with_name(result.name + ".partial"), terms)
+
+    def sweeps(self) -> dict[str, Any]:
+        """The sweeps that were finished, by contestant."""
+        return dict(self._read().get("sweeps", {}))
+
+    def restore(self, contestants: Sequence[Contestant]) -> None:
+        """Give the contestants what they had, an error included."""
+        kept = self._read().get("contestants", {})
+        for contestant in contestants:
+            if contestant.name in kept:
+                mine = kept[contestant.name]
+                contestant.peak_bytes, contestant.error = mine["peak_bytes"], mine["error"]
+                for prompt, outcomes in mine["outcomes"].items():
+                    contestant.outcomes[int(prompt)] = [
+                        Outcome(**{**outcome, "token_ids": tuple(outcome["token_ids"])}) for outcome in outcomes
+                    ]
+
+    def save(self, contestants: Sequence[Contestant], sweeps: Mapping[str, Any]) -> None:
+        """Write all that is finished, whole or not at all."""
+        kept = {
+            c.name: {
+                "peak_bytes": c.peak_bytes,
+                "error": c.error,
+                "outcomes": {str(p): [asdict(o) for o in outcomes] for p, outcomes in c.outcomes.items()},
+            }
+            for c in contestants
+        }
+        stated = {"format": FORMAT, "version": VERSION, "terms": self.terms}
+        write_json(self.path, {**stated, "sweeps": dict(sweeps), "contestants": kept})
+
+    def discard(self) -> None:
+        """The result is written: nothing is left to resume."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        value = read_json(self.path, "unfinished benchmark")
+        if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
+            raise ValueError(f"{self.path} is not an unfinished benchmark of this adi; delete it or choose another --json.")
+        if other := sorted(name for name in self.terms if value["terms"].get(name) != self.terms[name]):
+            raise ValueError(
+                f"{self.path} is an unfinished benchmark with another {', '.join(other)}; "
+                "give that command again to finish it, delete the file, or choose another --json."
+            )
+        return value
