@@ -18,6 +18,7 @@ ORDER = """
 files
 prompts
 model.backbone model.tokenizer
+model.sources
 model.hf
 model.openvino
 model.checkpoint

@@ -74,3 +74,8 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("ADI_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adi"
+
+
+def package_data(name: str) -> Path:
+    """A folder of data that the package carries."""
+    return Path(__file__).parent / "data" / name

@@ -20,6 +20,7 @@ from adi.cli.options import (
     ThresholdOption,
     TokensOption,
     TriggerOption,
+    likely_stops,
     policy_for,
 )
 
@@ -46,7 +47,7 @@ def chat(
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
-    loaded = Source(model, backend, precision, device).load(Console(stderr=True))
+    loaded = Source(model, backend, precision, device).load(Console(stderr=True), likely_stops(model, mode, exits))
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,8 +34,11 @@ ExitsOption = Annotated[
         "By default those shipped for the model.",
     ),
 ]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, hf, or openvino (an extra; young).")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16; with openvino fp32, int8, int4.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto (openvino on a CPU, where it can), hf, or openvino.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", help="auto (int8 on openvino), fp32, int8, int4; of hf fp32, bf16, fp16."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
 ModeOption = Annotated[str, typer.Option("--mode", help=f"{', '.join(MODES)}.")]
 ThresholdOption = Annotated[
@@ -62,8 +66,8 @@ class Source:
     precision: str = "auto"
     device: str = "auto"
 
-    def load(self, console: Console) -> Model:
-        """The model, with what takes long told on ``console``."""
+    def load(self, console: Console, stops: Sequence[int] = ()) -> Model:
+        """The model, with what takes long told on ``console``; ready at once to stop at ``stops``."""
         from adi.model.checkpoint import load
 
         with console.status(f"Loading {escape(self.model)}") as status:
@@ -75,7 +79,23 @@ class Source:
                     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
             settings: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "device": self.device}
-            return load(self.model, **settings, notice=notice)
+            return load(self.model, **settings, stops=stops, notice=notice)
+
+
+def likely_stops(model: str, mode: str, exits: str | None) -> tuple[int, ...]:
+    """Where the trigger saved with the exits will look, read without torch: a hint, so anything unclear is no stop."""
+    from adi.files import package_data
+
+    shipped = package_data("exits")
+    folder = Path(exits).expanduser() if exits is not None else shipped / model
+    folder = shipped / exits if exits is not None and not folder.is_dir() else folder
+    if mode not in ("verified", "reflex"):
+        return ()
+    try:
+        at = json.loads((folder / "exits.json").read_text(encoding="utf-8"))["trigger"]["at"]
+        return tuple(sorted(int(depth) for depth in at))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def exits_for(model: Model, given: str | None) -> Exits:

@@ -27,6 +27,7 @@ from adi.cli.options import (
     ThresholdOption,
     TokensOption,
     TriggerOption,
+    likely_stops,
     policy_for,
 )
 from adi.files import require_writable
@@ -64,7 +65,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None:
         require_writable(trace)
-    loaded = Source(model, backend, precision, device).load(errors)
+    loaded = Source(model, backend, precision, device).load(errors, likely_stops(model, mode, exits))
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -12,7 +12,7 @@ from typing import Any
 from adi.measure.contestants import Runner, Setting
 from adi.measure.stateful import export, place
 from adi.measure.timing import Outcome, Task
-from adi.model.checkpoint import gguf_file, quiet_transformers, source_folder
+from adi.model.sources import gguf_file, quiet_transformers, source_folder
 
 DRAFT_TOKENS, NGRAM = 10, 3  # of prompt lookup, where a tool leaves the choice to its user
 LLAMA_DRAFT_TOKENS = 2  # what llama-cpp-python's documentation advises on a processor

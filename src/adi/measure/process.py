@@ -19,7 +19,7 @@ from adi.measure.contestants import Runner, Setting, adi_model, adi_runner, back
 from adi.measure.peers import HOW, build_peer
 from adi.measure.stateful import export
 from adi.measure.timing import Outcome, Task
-from adi.model.checkpoint import source_folder
+from adi.model.sources import source_folder
 
 # Threads that have nothing to do soon sleep instead of spinning where another contestant runs. Not at once: llama.cpp's threads
 # meet hundreds of times in a token, and without any spinning it runs at a third of its speed.

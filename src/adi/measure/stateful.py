@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adi.files import cache_folder, whole_folder
-from adi.model.checkpoint import quiet_transformers
 from adi.model.openvino.compress import quiet_nncf
+from adi.model.sources import quiet_transformers
 
 FORMAT = 1
 MADE_WITH = ("openvino", "nncf", "openvino-tokenizers", "transformers")

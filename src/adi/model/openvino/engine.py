@@ -6,10 +6,7 @@ import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adi.model.backbone import ReadOut, Rows, Spec, States
 from adi.model.openvino import store
@@ -18,6 +15,9 @@ from adi.model.openvino.graph import cut, fill_holes
 from adi.model.openvino.pool import PagedCache, Pool
 from adi.model.openvino.segment import Config, Head, Segment
 from adi.model.openvino.store import Page
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KV_BYTES = 2 << 30
 KEPT_ROWS = 64  # feeds of passes up to here are kept for the next pass of the same shape
@@ -161,6 +161,8 @@ class OpenVinoBackbone:
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own norm and head on states, ``[T, V]``."""
+        import torch
+
         with self._lock:
             logits, _ = self._head.run(hidden_TD.detach().numpy())
             return torch.from_numpy(logits[0].copy())
@@ -190,6 +192,8 @@ class OpenVinoBackbone:
 
 def _states(feed: Feed, layout: Layout, last: Segment, mlp: bool) -> list[States]:
     """Each sequence's rows out of the feed's arrays, as tensors of their own."""
+    import torch
+
     names = [f"state.{last.hi}", last.before, *([f"mlp.{last.hi}"] if mlp else [])]
     whole = [torch.from_numpy(feed.arrays[name].reshape(feed.rows, -1).copy()) for name in names]
     places = list(accumulate(layout.counts, initial=0))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adi.model.backbone import ReadOut, Rows
+from adi.model.backbone import NotExportableError, ReadOut, Rows
 from adi.model.hf import HfBackbone
 from adi.model.openvino import store
 from adi.model.openvino.compress import compress
@@ -23,8 +24,8 @@ CHECK_WINDOW = 1100  # windows up to here are left behind in the check
 TOLERANCE = 1e-3
 
 
-def export(hf: HfBackbone, folder: Path, precision: str, notice: Notice) -> None:
-    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``.
+def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Sequence[int]], notice: Notice) -> None:
+    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples`` are as for ``compress``.
 
     Raises ValueError, in one sentence that names the architecture, for a model that cannot be exported, or whose exported
     graph does not give the model's own logits.
@@ -33,7 +34,9 @@ def export(hf: HfBackbone, folder: Path, precision: str, notice: Notice) -> None
     try:
         page, blocks, head = _graphs(hf, precision)
         _check(hf, page, blocks.clone(), head.clone())
-        blocks, head = compress(blocks.clone(), head.clone(), precision)  # NNCF would follow what they share
+        blocks, head = compress(
+            blocks.clone(), head.clone(), precision, page.attentions, samples
+        )  # NNCF would follow what they share
     except Exception as error:  # tracer, converter and plugin meet foreign code and raise anything
         raise _refuse(hf.model, error) from error
     page, readout = _with_readout(hf, page)
@@ -95,8 +98,8 @@ def _check(hf: HfBackbone, page: Page, blocks: Any, head: Any) -> None:
         raise ValueError(f"run in parts its logits differ from its own forward by {error:.2g}")
 
 
-def _refuse(model: Any, error: Exception) -> ValueError:
+def _refuse(model: Any, error: Exception) -> NotExportableError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = next((line for line in lines if "No conversion rule" in line), None)  # the useful line of a long report
     reason = unknown or (lines[0] if lines else type(error).__name__)
-    return ValueError(f"{type(model).__name__} cannot be exported to OpenVINO: {reason.strip('-. ')}.")
+    return NotExportableError(f"{type(model).__name__} cannot be exported to OpenVINO: {reason.strip('-. ')}.")

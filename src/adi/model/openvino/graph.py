@@ -7,7 +7,7 @@ projection of block i reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,29 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
         attended = ops.reshape(paged.output(0), shape, special_zero=False)
         for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
             user.replace_source_output(attended.output(0))
+
+
+def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[tuple[str, int], str]) -> Any:
+    """A copy of the blocks with ordinary causal attention in the holes (windows left out), for whole texts of one sequence.
+
+    It gives what enters the product of each name in ``outputs``, in their order; keys of ``outputs`` are not looked at.
+    """
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    graph = blocks.clone()
+    inputs, results = _by_name(graph.get_parameters()), _by_name(graph.get_results())
+    for i, a in enumerate(attentions):
+        query, key, value = (results[f"{kind}.{i}"].input_value(0) for kind in ("query", "key", "value"))
+        repeat = ops.constant(np.repeat(np.arange(a.kv_heads), a.heads // a.kv_heads))
+        key, value = (ops.gather(x, repeat, ops.constant(np.int64(1))) for x in (key, value))
+        paid = ops.scaled_dot_product_attention(query, key, value, scale=ops.constant(np.float32(a.scale)), causal=True)
+        attended = ops.transpose(paid, ops.constant(np.array([0, 2, 1, 3], np.int64)))
+        for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
+            user.replace_source_output(attended.output(0))
+    nodes = _by_name(graph.get_ordered_ops())
+    ends = [ops.result(nodes[name].input_value(0)) for name in outputs.values()]
+    return ov.Model(ends, [inputs["input_ids"], inputs["position_ids"]], "attended_plainly")
 
 
 def cut(graph: Any, stops: Sequence[int], width: int) -> list[Piece]:

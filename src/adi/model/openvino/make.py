@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adi.model.openvino import store
 from adi.model.openvino.check import known_invariance
-from adi.model.openvino.compress import PRECISIONS
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 
 Notice = Callable[[str], None]
@@ -22,6 +21,8 @@ def make(
     precision: str = "int8",
     weights: str | None = None,
     source: Path | None = None,
+    samples: Sequence[Sequence[int]] = (),
+    stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
     notice: Notice = lambda _: None,
@@ -36,6 +37,8 @@ def make(
         precision: "fp32", "int8" or "int4".
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
         source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
+        samples: texts as token ids, on which 4-bit weights are fitted; without them they are only rounded.
+        stops: depths to be ready to stop at.
         kv_bytes, threads: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.
 
@@ -45,22 +48,23 @@ def make(
     from adi.model.hf.engine import HfBackbone, fingerprint  # here, because opening an export needs no transformers
     from adi.model.openvino.export import export
 
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(PRECISIONS)}.")
+    if precision not in store.PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(store.PRECISIONS)}.")
     weights = weights or fingerprint(model)
     key = store.key_of(model, weights)
     folder = store.place(key, precision)
     if not (folder / "model.json").exists():
-        export(HfBackbone(model, name, weights), folder, precision, notice)
+        export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
         store.remember(source, precision, key)
-    return _opened(folder, kv_bytes, threads)
+    return _opened(folder, stops, kv_bytes, threads)
 
 
 def opened_before(
     source: Path,
     *,
     precision: str = "int8",
+    stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
 ) -> OpenVinoBackbone | None:
@@ -69,10 +73,11 @@ def opened_before(
     An edited folder, another precision or another version of OpenVINO, NNCF or transformers needs a new export.
     """
     folder = store.recall(source, precision)
-    return None if folder is None else _opened(folder, kv_bytes, threads)
+    return None if folder is None else _opened(folder, stops, kv_bytes, threads)
 
 
-def _opened(folder: Path, kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
+def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
     backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
     backbone.spec = replace(backbone.spec, row_invariant=known_invariance(backbone, folder))
+    backbone.prepare(stops)
     return backbone

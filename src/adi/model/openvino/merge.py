@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 
 
+def is_linear(node: Any) -> bool:
+    """Whether this is a product with a constant matrix ``[N, K]``."""
+    if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
+        return False
+    given = node.get_attributes()
+    return bool(given["transpose_b"] and not given["transpose_a"] and len(node.input_value(1).get_shape()) == 2)
+
+
 def merge_matrices(graph: Any) -> None:
     """One product for all constant matrices ``[N, K]`` that multiply the same input, its result split again.
 
@@ -15,20 +23,13 @@ def merge_matrices(graph: Any) -> None:
     """
     groups: dict[tuple[str, int], list[Any]] = {}
     for node in graph.get_ordered_ops():
-        if _is_linear(node):
+        if is_linear(node):
             source = node.input_value(0)
             groups.setdefault((source.get_node().get_name(), source.get_index()), []).append(node)
     for group in groups.values():
         if len(group) > 1:
             _merge(group)
     graph.validate_nodes_and_infer_types()
-
-
-def _is_linear(node: Any) -> bool:
-    if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
-        return False
-    given = node.get_attributes()
-    return bool(given["transpose_b"] and not given["transpose_a"] and len(node.input_value(1).get_shape()) == 2)
 
 
 def _merge(group: list[Any]) -> None:

@@ -16,7 +16,8 @@ from adi.files import cache_folder, read_json, whole_folder, write_json
 from adi.model.backbone import ReadOut
 from adi.model.openvino.graph import Attention
 
-FORMAT = 2
+FORMAT = 4
+PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
 NAMES = ("gain_D", "shift_D", "weight_VD", "bias_V")
