@@ -29,7 +29,7 @@ decoding.frontier decoding.policies decoding.records
 decoding.sequence decoding.stops
 decoding.lookup
 decoding.session
-decoding.stream
+decoding.stream decoding.batch
 training.answers
 training.features
 training.fit

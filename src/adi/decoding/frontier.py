@@ -38,7 +38,7 @@ class Frontier:
         self.row_blocks = 0
         self.block_passes = 0
         self.last: States | None = None
-        self._mlp = mlp
+        self.mlp = mlp
         self._cache = backbone.new_cache()
         self._hidden_TD: Tensor | None = None
 
@@ -79,8 +79,14 @@ class Frontier:
     def advance(self, to: int) -> None:
         """Bring every position to depth ``to``: for each layer below it, the positions that layer has not seen."""
         while (ahead := self.next_pass(to)) is not None:
-            (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self._mlp)
+            (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self.mlp)
             self.absorb(ahead, states)
+
+    def close(self) -> None:
+        """Give back KV memory, where the engine wants it back; nothing can run afterwards."""
+        close = getattr(self._cache, "close", None)
+        if close is not None:
+            close()
 
     def hidden(self, start: int, end: int) -> Tensor:
         """The deepest states so far of positions [start, end), ``[T, D]``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from adi.decoding.frontier import Frontier
+from adi.decoding.frontier import Frontier, Pass
 from adi.decoding.lookup import lookup
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
 from adi.decoding.records import (
@@ -31,6 +33,13 @@ from adi.exits.triggers import Trigger
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
+
+
+@dataclass(frozen=True)
+class Score:
+    """A session's wish for the likeliest token of each of these states, by the model's own head."""
+
+    hidden_TD: Tensor
 
 
 class Session:
@@ -64,6 +73,7 @@ class Session:
         self._stop = StopText((stop,) if isinstance(stop, str) else tuple(stop))
         self._rounds = self._drafted = self._accepted = self._index = 0
         self._budget, self._begun, self._seconds = max_new_tokens, False, 0.0
+        self._answer: Any = None
         self._ends: Callable[[int], bool] = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
         _check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
@@ -83,13 +93,37 @@ class Session:
 
     def __iter__(self) -> Iterator[Event]:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
+        backbone = self.model.backbone
+        for item in self.work():
+            if isinstance(item, Pass):
+                (states,) = backbone.forward([item.rows], item.lo, item.hi, mlp=self.frontier.mlp)
+                self.answer((item, states))
+            elif isinstance(item, Score):
+                self.answer(backbone.greedy(item.hidden_TD))
+            else:
+                yield item
+
+    def work(self) -> Iterator[Pass | Score | Event]:
+        """Events, and between them what the session needs of the network, each to be met by ``answer`` before going on.
+
+        Who drives it may meet the needs of many sessions together. A ``Pass`` is answered with itself, or with a lower part
+        of it, and the states that this gave; a ``Score`` with a token for each of its rows.
+        """
         if self._begun:
             raise RuntimeError("a session runs once; make another for another generation.")
         self._begun = True
-        yield from self._stop.watch(self._events())
+        events: Iterator[Any] = self._events()
+        try:
+            yield from self._stop.watch(events)  # which lets pass what is no step
+        finally:
+            self.frontier.close()
         self._seconds = time.perf_counter() - self._started
         if self._stop.hit:
             self.finish = "stop"
+
+    def answer(self, value: Any) -> None:
+        """What was asked for last."""
+        self._answer = value
 
     @property
     def counters(self) -> Counters:
@@ -129,7 +163,7 @@ class Session:
                 "(experts, or another form); use entropy, margin, top_probability or stability."
             )
 
-    def _events(self) -> Iterator[Event]:
+    def _events(self) -> Iterator[Pass | Score | Event]:
         """Serve the sequence's requests, pass on what it says."""
         reply: Sequence[Reading] | None = None
         while True:
@@ -140,7 +174,7 @@ class Session:
             reply = None
             match said:
                 case Advance():
-                    reply = self._serve(said)
+                    reply = yield from self._serve(said)
                 case Proposed():
                     self._drafted += 1
                     yield Drafted(self._draft(said))
@@ -149,12 +183,14 @@ class Session:
                         yield TakenBack(len(said.rejected))
                     yield self._step(said)
 
-    def _serve(self, request: Advance) -> list[Reading]:
+    def _serve(self, request: Advance) -> Generator[Pass | Score, None, list[Reading]]:
         """Do one request on the frontier and read its last rows there."""
         frontier, spec = self.frontier, self.model.backbone.spec
         frontier.rollback(request.keep)
         frontier.append(request.ids)
-        frontier.advance(request.to)
+        while (ahead := frontier.next_pass(request.to)) is not None:
+            yield ahead
+            frontier.absorb(*self._answer)
         # A copy: readings are lazy, and the frontier writes deeper states over these.
         hidden_TD = frontier.hidden(frontier.length - request.read, frontier.length).clone()
         states = frontier.last
@@ -164,9 +200,9 @@ class Session:
         if request.to < spec.layers:
             predict = functools.partial(self._read, request.to, hidden_TD)
             return [Reading(request.to, predict, before_TD, hidden_TD, mlp_TF)]
-        tokens = self.model.backbone.greedy(hidden_TD)
+        yield Score(hidden_TD)
         readings = []
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(self._answer):
             row = slice(i, i + 1)
             mlp = None if mlp_TF is None else mlp_TF[row]
             predict = functools.partial(_full_prediction, self.model.backbone, hidden_TD[row])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from adi.decoding.records import Event, Step
+from adi.decoding.records import Step
+
+Other = TypeVar("Other")
 
 
 class StopText:
@@ -17,8 +20,8 @@ class StopText:
         self.stops = tuple(stops)
         self.hit: str | None = None
 
-    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
-        """The same events up to the first stop string, which is left out of the text."""
+    def watch(self, events: Iterable[Step | Other]) -> Iterator[Step | Other]:
+        """The same steps, and whatever is between them, up to the first stop string, which is left out of the text."""
         held: list[Step] = []
         for event in events:
             if not isinstance(event, Step):

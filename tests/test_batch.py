@@ -1,0 +1,103 @@
+"""Many sequences in shared passes: each as if it were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import adi
+from adi.model.hf import HfBackbone
+from families import VOCABULARY, tiny
+
+torch = pytest.importorskip("torch")
+LAYERS = 6
+RAGGED = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
+ENDING = frozenset({5, 9})
+
+
+@pytest.fixture(scope="module")
+def model() -> adi.Model:
+    return adi.Model(backbone=HfBackbone(tiny("llama"), "llama"), tokenizer=None, eos_ids=ENDING)
+
+
+def policies(model: adi.Model) -> list[Any]:
+    exits = adi.bare_exits(model, (2, 4))
+    return [
+        None,
+        adi.Verified(exits, adi.Always((2,)), draft_tokens=3),
+        adi.Verified(exits, RAGGED, draft_tokens=5),
+        adi.Reflex(exits, trigger=RAGGED),
+        adi.Lookup(),
+    ]
+
+
+def same(a: adi.Generation, b: adi.Generation) -> bool:
+    steps = [(s.token, s.depth, s.round, s.drafted, s.accepted, s.text) for s in a.steps]
+    counts = [(c.rounds, c.drafted, c.accepted, c.row_blocks) for c in (a.counters, b.counters)]
+    return (
+        steps == [(s.token, s.depth, s.round, s.drafted, s.accepted, s.text) for s in b.steps]
+        and counts[0] == counts[1]
+        and (a.finish, a.prompt_ids) == (b.finish, b.prompt_ids)
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=90), min_size=1, max_size=6),
+    budget=st.integers(1, 14),
+    kind=st.integers(0, 4),
+    most=st.integers(1, 7),
+)
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    model: adi.Model, prompts: list[list[int]], budget: int, kind: int, most: int
+) -> None:
+    policy = policies(model)[kind]
+    together = adi.generate_batch(model, prompts, policy, max_new_tokens=budget, most=most)
+    alone = [adi.generate(model, prompt, policy, max_new_tokens=budget) for prompt in prompts]
+    assert len(together) == len(alone)
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_passes_are_shared(model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = model.backbone.forward
+
+    def counted(rows: Any, lo: int, hi: int, **options: Any) -> Any:
+        calls.append(len(rows))
+        return forward(rows, lo, hi, **options)
+
+    monkeypatch.setattr(model.backbone, "forward", counted)
+    prompts = [[1, 2, 3], [4, 6], [7, 8, 10, 11]]
+    adi.generate_batch(model, prompts, max_new_tokens=6, stop_at_eos=False)
+    assert calls == [3] * 6
+    calls.clear()
+    adi.generate_batch(model, [[*range(64), 1, 2], [3]], max_new_tokens=3, stop_at_eos=False)
+    assert calls == [1, 2, 2, 1], "a long prompt runs alone, its tokens with the others"
+
+
+def test_bad_prompts_are_named_before_any_work(model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adi.generate_batch(model, []) == []
+    monkeypatch.setattr(model.backbone, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=r"prompt 1: .*empty"):
+        adi.generate_batch(model, [[1], []])
+    with pytest.raises(ValueError, match="most is 0"):
+        adi.generate_batch(model, [[1]], most=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
+    pytest.importorskip("openvino")
+    from adi.model.openvino import make
+
+    backbone = make(tiny("llama"), name="llama", precision=precision)
+    assert backbone.spec.row_invariant
+    model = adi.Model(backbone=backbone, tokenizer=None, eos_ids=ENDING)
+    prompts = [[(7 * i + j) % VOCABULARY for j in range(1 + 13 * i)] for i in range(7)]
+    for policy in policies(model):
+        together = adi.generate_batch(model, prompts, policy, max_new_tokens=12, most=4)
+        alone = [adi.generate(model, prompt, policy, max_new_tokens=12) for prompt in prompts]
+        assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert backbone.pool.free == backbone.pool.capacity, "every block came back"
