@@ -23,7 +23,7 @@ BARE_AGREEMENT = {16: 0.11, 20: 0.18, 24: 0.39, 28: 0.56}  # the model's own fin
 @pytest.fixture(scope="module")
 def model() -> adi.Model:
     torch.set_num_threads(2)
-    return adi.load("smollm2-135m")
+    return adi.load("smollm2-135m", backend="hf")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,25 @@ def test_full_depth_is_transformers_greedy(model: adi.Model) -> None:
     with torch.no_grad():
         wanted = hf.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
     assert list(adi.generate(model, "Why is the sky blue?", max_new_tokens=24).token_ids) == wanted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_on_the_compiled_engine(exits: adi.Exits, model: adi.Model, precision: str) -> None:
+    """In float32 the text of transformers' modules; in every precision verified, alone and in a batch, is full depth."""
+    pytest.importorskip("openvino")
+    compiled = adi.load("smollm2-135m", backend="openvino", precision=precision)
+    assert compiled.backbone.spec.row_invariant
+    prompts = [item.prompt for item in read_prompts("bench")[3::27]]
+    full = [adi.generate(compiled, prompt, max_new_tokens=32) for prompt in prompts]
+    if precision == "fp32":
+        assert full[0].token_ids == adi.generate(model, prompts[0], max_new_tokens=32).token_ids
+    policy = adi.Verified(exits)
+    for prompt, wanted in zip(prompts, full, strict=True):
+        got = adi.generate(compiled, prompt, policy, max_new_tokens=32)
+        assert got.token_ids == wanted.token_ids
+        assert got.counters.accepted > 0
+    together = adi.generate_batch(compiled, prompts, policy, max_new_tokens=32)
+    assert [g.token_ids for g in together] == [g.token_ids for g in full]
 
 
 @pytest.mark.parametrize("place", range(0, 80, 20))
@@ -96,4 +115,4 @@ def test_the_demo_says_identical() -> None:
     document = json.loads(done.stdout)
     assert document["identical"] is True
     assert document["drafted"] > 0
-    assert document["precision"] == "fp32"
+    assert document["precision"] == ("int8" if document["backend"] == "openvino" else "fp32")

@@ -38,7 +38,7 @@ def make(
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
         source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
         samples: texts as token ids, on which 4-bit weights are fitted; without them they are only rounded.
-        stops: depths to be ready to stop at.
+        stops: depths to be ready to stop at, as far as they exist.
         kv_bytes, threads: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.
 
@@ -79,5 +79,5 @@ def opened_before(
 def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
     backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
     backbone.spec = replace(backbone.spec, row_invariant=known_invariance(backbone, folder))
-    backbone.prepare(stops)
+    backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model
     return backbone
