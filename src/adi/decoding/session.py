@@ -198,8 +198,8 @@ class Session:
         before_TD = states.before_TD[-request.read :]
         mlp_TF = None if states.mlp_TF is None else states.mlp_TF[-request.read :]
         if request.to < spec.layers:
-            predict = functools.partial(self._read, request.to, hidden_TD)
-            return [Reading(request.to, predict, before_TD, hidden_TD, mlp_TF)]
+            read = functools.partial(self._read, request.to, hidden_TD)
+            return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF)]
         yield Score(hidden_TD)
         readings = []
         for i, token in enumerate(self._answer):

@@ -5,6 +5,7 @@ A saved folder holds ``exits.json`` and ``exits.safetensors``; loading runs no c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import weakref
@@ -17,8 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from adi.exits.heads import Adapter, Heads, predict, shortlist
-from adi.exits.signals import Prediction
+from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
+from adi.exits.signals import Measured, Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
 from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
@@ -30,7 +31,7 @@ JSON_TEXTS = ("base", "base_name")
 JSON_COUNTS = ("layers", "width", "vocabulary")
 JSON_FIELDS = {"format", *JSON_TEXTS, *JSON_COUNTS, "depths", "trigger", "tensors", "report", "made_by"}
 BARE_TRIGGER = Threshold("top_probability", 0.5)
-Reader = Callable[[int, Tensor], Prediction]
+Reader = Callable[[int, Tensor], Prediction | Measured]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,16 @@ class Exits:
         among = shortlist(backbone.readout(), heads.ids_S)
         device = among.weight_SD.device
         moved = {d: Adapter(**{n: t.to(device) for n, t in a.tensors().items()}) for d, a in heads.adapters.items()}
-        return lambda depth, hidden_TD: predict(moved[depth], among, hidden_TD)
+        compiled = {depth: backbone.light_head(light_head(adapter, among)) for depth, adapter in moved.items()}
+
+        def read(depth: int, hidden_TD: Tensor) -> Prediction | Measured:
+            head = compiled[depth]
+            if head is None:
+                return predict(moved[depth], among, hidden_TD)
+            whole = functools.partial(head.log_probs, hidden_TD)
+            return Measured(head.read(hidden_TD), among.ids_S, among.vocabulary - len(among.ids_S), whole)
+
+        return read
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: ValueError.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.signals import Prediction
-from adi.model.backbone import ReadOut, normalise
+from adi.model.backbone import LightHead, ReadOut, normalise
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,23 @@ def predict(adapter: Adapter, among: Shortlist, hidden_TD: Tensor) -> Prediction
     total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
     outside = among.vocabulary - among.ids_S.shape[0]
     return Prediction(logits_TS - total_T[:, None], among.ids_S, tail_T - total_T, outside)
+
+
+def light_head(adapter: Adapter, among: Shortlist) -> LightHead:
+    """The same head in plain parts, for an engine to compile."""
+    return LightHead(
+        norm=among.norm,
+        eps=among.eps,
+        gain_D=adapter.gain_D,
+        shift_D=adapter.shift_D,
+        down_DR=adapter.down_DR,
+        up_DR=adapter.up_DR,
+        weight_SD=among.weight_SD,
+        bias_S=among.bias_S,
+        tail_D=adapter.tail_D,
+        tail_bias=adapter.tail_bias,
+        outside=among.vocabulary - among.ids_S.shape[0],
+    )
 
 
 def merged(adapter: Adapter, readout: ReadOut) -> Tensor:

@@ -10,13 +10,15 @@ from functools import cached_property
 
 from torch import Tensor
 
-from adi.exits.signals import SIGNALS, Prediction, require_signal
+from adi.exits.signals import SIGNALS, Measured, Prediction, require_signal
 
 
 class Signals(Mapping[str, float]):
     """Names to values of one row, each measured on first use and kept in ``seen``."""
 
-    def __init__(self, predict: Callable[[], Prediction], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None) -> None:
+    def __init__(
+        self, predict: Callable[[], Prediction | Measured], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None
+    ) -> None:
         self.seen: dict[str, float] = {}
         self._predict = predict
         self._states = (before_TD, hidden_TD)
@@ -53,7 +55,7 @@ class Reading:
     def __init__(
         self,
         depth: int,
-        predict: Callable[[], Prediction],
+        predict: Callable[[], Prediction | Measured],
         before_TD: Tensor,
         hidden_TD: Tensor,
         mlp_TF: Tensor | None = None,
@@ -65,15 +67,16 @@ class Reading:
         self.signals: Mapping[str, float] = Signals(lambda: self.prediction, before_TD, hidden_TD, mlp_TF)
 
     @cached_property
-    def prediction(self) -> Prediction:
+    def prediction(self) -> Prediction | Measured:
         return self._predict()
 
     @property
     def token(self) -> int:
         """The likeliest token that the head can name."""
         if self._token is None:
-            best = int(self.prediction.log_probs_TS[0].argmax())
-            self._token = best if self.prediction.ids_S is None else int(self.prediction.ids_S[best])
+            said = self.prediction
+            best = int(said.rows.place_T[0] if isinstance(said, Measured) else said.log_probs_TS[0].argmax())
+            self._token = best if said.ids_S is None else int(said.ids_S[best])
         return self._token
 
     def candidates(self, count: int) -> tuple[tuple[int, float], ...]:

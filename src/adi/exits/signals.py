@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adi.model.backbone import HeadRows
+
 TOP_UNITS = 0.02
 
 
@@ -34,8 +36,24 @@ class Prediction:
     tail_size: int = 0
 
 
-def entropy(prediction: Prediction) -> Tensor:
+@dataclass(frozen=True)
+class Measured:
+    """A prediction whose usual measures an engine has taken already; the distribution itself is worked out when asked for."""
+
+    rows: HeadRows
+    ids_S: Tensor
+    tail_size: int
+    whole: Callable[[], Tensor]
+
+    @property
+    def log_probs_TS(self) -> Tensor:  # noqa: N802
+        return self.whole()
+
+
+def entropy(prediction: Prediction | Measured) -> Tensor:
     """Predictive entropy in nats, ``[T]``: an upper bound for a shortlist, whose tail counts as spread evenly."""
+    if isinstance(prediction, Measured):
+        return prediction.rows.entropy_T
     logs = prediction.log_probs_TS
     inside = -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(-1)
     if prediction.tail_T is None:
@@ -44,16 +62,21 @@ def entropy(prediction: Prediction) -> Tensor:
     return inside + tail.exp() * (math.log(max(prediction.tail_size, 1)) - tail)
 
 
-def top_probability(prediction: Prediction) -> Tensor:
+def top_probability(prediction: Prediction | Measured) -> Tensor:
     """Probability of the likeliest token, ``[T]``."""
+    if isinstance(prediction, Measured):
+        return prediction.rows.first_T.exp()
     return prediction.log_probs_TS.amax(-1).exp()
 
 
-def margin(prediction: Prediction) -> Tensor:
+def margin(prediction: Prediction | Measured) -> Tensor:
     """Lead of the likeliest token over the next, ``[T]``, in probability.
 
     With a shortlist the whole tail counts as one rival, so the lead is negative where the tail outweighs every token.
     """
+    if isinstance(prediction, Measured):
+        rows = prediction.rows
+        return rows.first_T.exp() - torch.maximum(rows.second_T, rows.tail_T).exp()
     logs = prediction.log_probs_TS
     top = logs.topk(min(2, logs.shape[-1]), -1).values.exp()
     rival = top[..., 1] if top.shape[-1] == 2 else torch.zeros_like(top[..., 0])

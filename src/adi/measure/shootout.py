@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.artifact import Exits, Reader
-from adi.exits.signals import SIGNALS, Prediction
+from adi.exits.signals import SIGNALS, Measured, Prediction
 from adi.measure.cost import seconds
 from adi.measure.walk import Walk, answer, walk
 from adi.model.backbone import Rows, States
@@ -129,7 +129,7 @@ def _rows(walks: Sequence[Walk], depth: int, read: Reader) -> Labelled:
     return Labelled({n: torch.cat(v) for n, v in collected.items()}, torch.cat(right), torch.cat(half))
 
 
-def signals_of(said: Prediction, states: States) -> dict[str, Tensor]:
+def signals_of(said: Prediction | Measured, states: States) -> dict[str, Tensor]:
     """Every signal at every row, ``[T]`` each; those of an MLP only where its activations are there."""
     values = {}
     for name, signal in SIGNALS.items():

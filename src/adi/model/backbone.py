@@ -90,6 +90,49 @@ class ReadOut:
     scale: float
 
 
+@dataclass(frozen=True)
+class LightHead:
+    """An exit head in plain parts, for an engine to compile: ``W (I + U V^T) norm(h) + b`` over a shortlist and a tail.
+
+    ``weight_SD`` and ``bias_S`` are the shortlist's rows of the model's head, ``tail_D`` and ``tail_bias`` give one more logit
+    for the ``outside`` tokens that are not in it.
+    """
+
+    norm: str
+    eps: float
+    gain_D: Tensor
+    shift_D: Tensor
+    down_DR: Tensor
+    up_DR: Tensor
+    weight_SD: Tensor
+    bias_S: Tensor | None
+    tail_D: Tensor
+    tail_bias: Tensor
+    outside: int
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """What a compiled light head says of T rows, ``[T]`` each: place of the likeliest token in the shortlist, its
+    log-probability, the next one's, the tail's, and the entropy in nats (the tail spread evenly)."""
+
+    place_T: Tensor
+    first_T: Tensor
+    second_T: Tensor
+    tail_T: Tensor
+    entropy_T: Tensor
+
+
+class CompiledHead(Protocol):
+    """A light head on an engine."""
+
+    def read(self, hidden_TD: Tensor) -> HeadRows: ...
+
+    def log_probs(self, hidden_TD: Tensor) -> Tensor:
+        """Of all the shortlist, ``[T, S]``; what ``read`` is a summary of."""
+        ...
+
+
 def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     """RMS or layer normalisation over the last axis, without gain."""
     import torch
@@ -128,6 +171,10 @@ class Backbone(Protocol):
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         """The likeliest next token of each of T states: the first of the largest ``logits``."""
+        ...
+
+    def light_head(self, head: LightHead) -> CompiledHead | None:
+        """The exit head as a graph of this engine, None where it has none better than torch."""
         ...
 
     def readout(self) -> ReadOut:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import ReadOut, Rows, Spec, States
+from adi.model.backbone import LightHead, ReadOut, Rows, Spec, States
 from adi.model.hf.blocks import Patch, Run, find_down_projections
 from adi.model.hf.cache import StaircaseCache
 from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
@@ -89,6 +89,9 @@ class HfBackbone:
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         """The likeliest next token of each state."""
         return self.logits(hidden_TD).argmax(-1).tolist()
+
+    def light_head(self, head: LightHead) -> None:
+        """None: exit heads run as torch modules do."""
 
     def prepare(self, stops: Sequence[int]) -> None:
         """Nothing to do: torch stops anywhere."""

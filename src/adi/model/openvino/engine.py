@@ -8,10 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adi.model.backbone import ReadOut, Rows, Spec, States
+from adi.model.backbone import LightHead, ReadOut, Rows, Spec, States
 from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
 from adi.model.openvino.graph import cut, fill_holes
+from adi.model.openvino.light import CompiledLightHead
 from adi.model.openvino.pool import PagedCache, Pool
 from adi.model.openvino.segment import Config, Head, Segment
 from adi.model.openvino.store import Page
@@ -171,6 +172,10 @@ class OpenVinoBackbone:
         with self._lock:
             _, token = self._head.run(hidden_TD.detach().numpy())
             return token[0].tolist()  # type: ignore[no-any-return]
+
+    def light_head(self, head: LightHead) -> CompiledLightHead:
+        """The exit head as a graph; its weights take 8 bits where the model's do."""
+        return CompiledLightHead(self._core, head, self._config, self.spec.precision != "fp32")
 
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""
