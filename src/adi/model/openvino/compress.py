@@ -17,7 +17,7 @@ import numpy as np
 
 from adi.model.openvino.gptq import GROUP, FourBits, quantise
 from adi.model.openvino.graph import Attention, attended_plainly
-from adi.model.openvino.merge import is_linear
+from adi.model.openvino.merge import is_linear, linears_before
 
 SPARED = 1 / 5  # of the weights that could take 4 bits, so many stay in 8: those with the largest error
 
@@ -45,7 +45,8 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
     import torch
 
     keys = {f"{kind}.{i}" for kind in ("query", "key", "value") for i in range(len(attentions))}
-    kept = _linears_before([node for node in blocks.get_results() if node.get_friendly_name() in keys])
+    before = linears_before([node for node in blocks.get_results() if node.get_friendly_name() in keys])
+    kept = {node.get_friendly_name() for node in before}
     chosen = [node for node in _linears(blocks) if node.get_friendly_name() not in kept]
     for node in chosen:
         if node.input_value(1).get_shape()[1] % GROUP:
@@ -86,22 +87,6 @@ def _hessians(blocks: Any, attentions: Sequence[Attention], nodes: Sequence[Any]
 
 def _linears(graph: Any) -> list[Any]:
     return [node for node in graph.get_ordered_ops() if is_linear(node)]
-
-
-def _linears_before(results: Sequence[Any]) -> set[str]:
-    """Names of the first such products met going back from these results."""
-    stack, seen, found = list(results), set(), set()
-    while stack:
-        node = stack.pop()
-        name = node.get_name()
-        if name in seen:
-            continue
-        seen.add(name)
-        if is_linear(node):
-            found.add(node.get_friendly_name())
-        else:
-            stack += [port.get_source_output().get_node() for port in node.inputs()]
-    return found
 
 
 def _source(node: Any) -> tuple[str, int]:

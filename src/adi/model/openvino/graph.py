@@ -68,7 +68,8 @@ def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
         node.set_partial_shape(_partial(shape))
     graph.validate_nodes_and_infer_types()
     _count_rows_by_positions(graph)
-    merge_matrices(graph)
+    kinds = ("query.", "key.", "value.")
+    merge_matrices(graph, [node for node in graph.get_results() if node.get_friendly_name().startswith(kinds)])
 
 
 def _count_rows_by_positions(graph: Any) -> None:

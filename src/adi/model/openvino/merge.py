@@ -1,7 +1,8 @@
-"""Matrices that read the same input become one: query, key and value; gate and up."""
+"""Matrices that read the same input become one: those that make query, key and value."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,33 @@ def is_linear(node: Any) -> bool:
     return bool(given["transpose_b"] and not given["transpose_a"] and len(node.input_value(1).get_shape()) == 2)
 
 
-def merge_matrices(graph: Any) -> None:
-    """One product for all constant matrices ``[N, K]`` that multiply the same input, its result split again.
+def linears_before(results: Sequence[Any]) -> list[Any]:
+    """The first such products met going back from these results."""
+    stack, seen, found = list(results), set(), []
+    while stack:
+        node = stack.pop()
+        name = node.get_name()
+        if name in seen:
+            continue
+        seen.add(name)
+        if is_linear(node):
+            found.append(node)
+        else:
+            stack += [port.get_source_output().get_node() for port in node.inputs()]
+    return found
 
-    A pass over few rows is bound by calls and by reading weights, so fewer and longer products are faster; measured on
-    SmolLM2-135M at int4: 16% of the time of all matrices. Where each product has a bias of its own, so has the merged one.
+
+def merge_matrices(graph: Any, results: Sequence[Any]) -> None:
+    """One product for all constant matrices before ``results`` that multiply the same input, its result split again.
+
+    A pass over few rows is bound by calls and by reading weights, so one long product is faster than three. (Gate and up
+    stay two: merged they save 2% of a token, and splitting what they give costs a long prompt a tenth of its time.) Where
+    each product has a bias of its own, so has the merged one.
     """
+    before = {node.get_name() for node in linears_before(results)}
     groups: dict[tuple[str, int], list[Any]] = {}
     for node in graph.get_ordered_ops():
-        if is_linear(node):
+        if node.get_name() in before:
             source = node.input_value(0)
             groups.setdefault((source.get_node().get_name(), source.get_index()), []).append(node)
     for group in groups.values():

@@ -16,7 +16,7 @@ from adi.files import cache_folder, read_json, whole_folder, write_json
 from adi.model.backbone import ReadOut
 from adi.model.openvino.graph import Attention
 
-FORMAT = 4
+FORMAT = 5
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
