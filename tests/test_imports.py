@@ -35,7 +35,7 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.quality measure.timing measure.stateful
 measure.sweep
 measure.contestants
 measure.peers

@@ -13,6 +13,7 @@ from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
 from adi.model.openvino.graph import BLOCK_TOKENS, cut, fill_holes
 from adi.model.openvino.light import CompiledLightHead
+from adi.model.openvino.pages import gather_pages
 from adi.model.openvino.pool import PagedCache, Pool
 from adi.model.openvino.segment import Config, Head, Segment
 from adi.model.openvino.store import Page
@@ -149,6 +150,7 @@ class OpenVinoBackbone:
             feed.room(f"state.{segment.lo}", (1, rows, self.spec.width))
             segment.run(feed, self.pool)
         given.cache.close()
+        gather_pages()
 
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist and, before anything has

@@ -52,7 +52,7 @@ class CompiledLightHead:
             self._hidden = np.zeros(given.shape, np.float32)
             self._request.set_input_tensor(ov.Tensor(self._hidden, shared_memory=True))
         self._hidden[:] = given
-        self._request.infer()
+        self._request.infer(share_outputs=True)
 
 
 def _graph(head: LightHead, eight_bits: bool) -> Any:

@@ -47,7 +47,7 @@ class Segment:
             for i, (name, sizes) in enumerate(self._outputs):
                 self._request.set_output_tensor(i, feed.room(name, [feed.rows if n is None else n for n in sizes]))
             self._feed = feed
-        self._request.infer()
+        self._request.infer(share_outputs=True)
 
 
 def _sizes(port: Any) -> list[int | None]:
@@ -78,5 +78,5 @@ class Head:
                 self._request.set_tensor("position_ids", ov.Tensor(np.zeros((1, rows), np.int64)))
             self._rows = rows
         self._hidden[0] = hidden_TD
-        self._request.infer()
+        self._request.infer(share_outputs=True)
         return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data
