@@ -50,7 +50,14 @@ results: $(READY)
 	$(BIN)/adi run --compare > docs/results/demo.txt
 	$(BIN)/adi triggers smollm2-135m --json > docs/results/triggers.json
 	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
-	$(BIN)/adi bench smollm2-135m --modes full,verified --peers hf:fp32,hf-lookup:fp32 --limit 16 --max-new-tokens 64 --json docs/results/bench.json
+	$(BIN)/python -m pip install --quiet '.[peers]'
+	$(BIN)/adi quality smollm2-135m --precision fp32,int8,int4 --json docs/results/quality.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --modes full,verified --precision int4,int8,fp32 \
+	  --peers llama.cpp,openvino-genai:int4,openvino-genai:int8,hf:fp32 --max-new-tokens 48 --json docs/results/bench.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 5 --prompt-tokens 512 --modes full --precision int4,int8 \
+	  --peers openvino-genai:int4,openvino-genai:int8,llama.cpp --max-new-tokens 2 --json docs/results/ttft.json
+	$(BIN)/python tools/batch.py docs/results/batch.json
+	$(BIN)/adi plot docs/results/bench.json --out docs/results/bench.html
 	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
 
 # Tables in README.md from the files that hold the results.

@@ -35,8 +35,8 @@ training.features
 training.fit
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.quality measure.timing measure.stateful
-measure.sweep
+measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.sweep measure.quality
 measure.contestants
 measure.peers
 measure.process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def triggers_table() -> str:
     return "\n".join(rows)
 
 
-def bench_table() -> str:
+def bench_table(file: str = "bench.json") -> str:
     """Where adi stands: every contestant by speed, and how many times faster adi's full depth is; errors as a footnote."""
-    found: dict[str, Any] = json.loads((RESULTS / "bench.json").read_text())
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text())
     ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
     full = [run["name"] for run in ran if run["name"].startswith("adi:full:")]
     bases = [name for name in ("adi:full:int4", "adi:full:int8") if name in full] or full[:1]
@@ -81,6 +82,32 @@ def bench_table() -> str:
     return "\n".join(rows) + "\n\n" + "\n".join(notes)
 
 
+def quality_table() -> str:
+    """Perplexity and predictions of each precision against float32."""
+    found: dict[str, Any] = json.loads((RESULTS / "quality.json").read_text())
+    rows = [
+        "| precision | perplexity | against float32 | KL divergence, nats | same likeliest token |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in found["precisions"]:
+        cells = f"{row['perplexity']:.2f} | {row['ratio'] - 1:+.2%} | {row['divergence']:.4f} | {row['same_token']:.1%}"
+        rows.append(f"| {row['precision']} | {cells} |")
+    return "\n".join(rows) + f"\n\n`{found['command']}`: {found['tokens']:,} tokens of the built-in bench prompts."
+
+
+def batch_table() -> str:
+    """Many prompts at once against one after the other."""
+    found: dict[str, Any] = json.loads((RESULTS / "batch.json").read_text())
+    rows = ["| precision | one at a time, tokens/s | together, tokens/s | ratio (lowest to highest pair) | same tokens |"]
+    rows.append("|---|---:|---:|---:|---:|")
+    for row in found["precisions"]:
+        ratio = f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        speeds = f"{row['one_tokens_per_second']:.1f} | {row['batch_tokens_per_second']:.1f}"
+        rows.append(f"| {row['precision']} | {speeds} | {ratio} | {'yes' if row['same'] else 'no'} |")
+    what = f"{found['prompts']} prompts, {found['max_new_tokens']} tokens each, {found['pairs']} pairs of runs in turn"
+    return "\n".join(rows) + f"\n\n`{found['command']}`: {what}."
+
+
 def demo_block() -> str:
     """What ``make demo`` printed."""
     return "```\n" + (RESULTS / "demo.txt").read_text().rstrip() + "\n```"
@@ -88,7 +115,16 @@ def demo_block() -> str:
 
 def filled(text: str) -> str:
     """The README with every table between its markers made anew."""
-    for name, table in (("exits", exits_table), ("triggers", triggers_table), ("bench", bench_table), ("demo", demo_block)):
+    tables: dict[str, Callable[[], str]] = {
+        "exits": exits_table,
+        "triggers": triggers_table,
+        "bench": bench_table,
+        "ttft": lambda: bench_table("ttft.json"),
+        "quality": quality_table,
+        "batch": batch_table,
+        "demo": demo_block,
+    }
+    for name, table in tables.items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, count=1, flags=re.DOTALL)
         assert count == 1, f"README.md has no table:{name}"
