@@ -57,6 +57,9 @@ results: $(READY)
 	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 5 --prompt-tokens 512 --modes full --precision int4,int8 \
 	  --peers openvino-genai:int4,openvino-genai:int8,llama.cpp --max-new-tokens 2 --json docs/results/ttft.json
 	$(BIN)/python tools/batch.py docs/results/batch.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 40 --modes full,verified,lookup --precision int8,int4 \
+	  --peers llama.cpp,openvino-genai:int8 --max-new-tokens 128 --json docs/results/ladder.json
+	$(BIN)/python tools/habit.py
 	$(BIN)/adi plot docs/results/bench.json --out docs/results/bench.html
 	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import adi
+from adi.exits.drafter import Drafter, fresh_drafter
 from adi.exits.heads import Adapter, Heads
 from families import tiny
 
@@ -104,3 +106,16 @@ def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger
     ids = torch.randperm(spec.vocabulary, generator=generator)[:size].sort().values
     base = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
     return adi.Exits(*base, depths, trigger, Heads(ids, adapters), {"note": "random"}, {"command": "none"})
+
+
+def random_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> Drafter:
+    """A drafter that was never trained, with every weight other than it begins, in half precision."""
+    spec, generator = model.backbone.spec, torch.Generator().manual_seed(2)
+    ids = torch.randperm(spec.vocabulary, generator=generator)[:size].sort().values
+    net = fresh_drafter(model.backbone.readout(), ids, hidden, generator)
+    return net.map(lambda w: (w + 0.1 * torch.randn(w.shape, generator=generator)).half().float())
+
+
+def exits_with_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> adi.Exits:
+    """Untrained exits with an untrained drafter."""
+    return replace(random_exits(model, (2, 4), adi.Never()), drafter=random_drafter(model, size, hidden))

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adi
+from adi.decoding.batch import _Member
 from adi.model.hf import HfBackbone
 from families import VOCABULARY, tiny
 
@@ -101,3 +102,78 @@ def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
         alone = [adi.generate(model, prompt, policy, max_new_tokens=12) for prompt in prompts]
         assert all(same(a, b) for a, b in zip(together, alone, strict=True))
     assert backbone.pool.free == backbone.pool.capacity, "every block came back"
+
+
+def small(blocks: int) -> adi.Model:
+    """The tiny llama on the compiled engine with KV memory for so many blocks of 32 positions."""
+    pytest.importorskip("openvino")
+    from adi.model.openvino import make
+
+    size = make(tiny("llama"), name="llama", precision="fp32", stops=(1,)).pool.block_bytes
+    backbone = make(tiny("llama"), name="llama", precision="fp32", kv_bytes=blocks * size)
+    return adi.Model(backbone=backbone, tokenizer=None, eos_ids=frozenset())
+
+
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every text that had to begin again: its prompt, and how many tokens it had said."""
+    seen: list[tuple[int, int]] = []
+    start_over = _Member.start_over
+
+    def noted(member: _Member) -> None:
+        seen.append((member.index, len(member.steps)))
+        start_over(member)
+
+    monkeypatch.setattr(_Member, "start_over", noted)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [0, 2, 4])
+def test_full_memory_loses_no_text(kind: int, restarts: list[tuple[int, int]]) -> None:
+    model = small(blocks=7)
+    policy = policies(model)[kind]
+    prompts = [[(7 * i + j) % VOCABULARY for j in range(20 + 9 * i)] for i in range(6)]
+    options: dict[str, Any] = {"max_new_tokens": 70, "stop_at_eos": False}
+    together = adi.generate_batch(model, prompts, policy, **options)
+    alone = [adi.generate(model, prompt, policy, **options) for prompt in prompts]
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert any(said for _, said in restarts), "a text that was running made room"
+    assert 0 not in {prompt for prompt, _ in restarts}, "the first to enter goes on"
+    assert len({prompt for prompt, _ in restarts}) == len(restarts), "nobody begins again twice"
+    assert model.backbone.pool.free == model.backbone.pool.capacity  # type: ignore[attr-defined]
+
+
+def test_new_texts_enter_where_memory_is_free(restarts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, most = small(blocks=7), 0
+    forward = model.backbone.forward
+
+    def counted(rows: Any, lo: int, hi: int, **options: Any) -> Any:
+        nonlocal most
+        most = max(most, len(rows))
+        return forward(rows, lo, hi, **options)
+
+    monkeypatch.setattr(model.backbone, "forward", counted)
+    together = adi.generate_batch(model, [[i] * 30 for i in range(8)], max_new_tokens=30)
+    assert len(together) == 8
+    assert (most, restarts) == (3, []), "three texts of two blocks each find room among seven"
+
+
+def test_who_has_said_nothing_makes_room_first(restarts: list[tuple[int, int]]) -> None:
+    model = small(blocks=7)
+    model.backbone.fits = lambda wanted: True  # type: ignore[method-assign]
+    adi.generate_batch(model, [[1] * 60, [2] * 60, [3] * 60, [4] * 60], max_new_tokens=4)
+    assert set(restarts) == {(3, 0)}, "only the last, whose prompt has not run"
+
+
+def test_a_text_that_cannot_fit_alone_is_named_and_costs_no_other(restarts: list[tuple[int, int]]) -> None:
+    model = small(blocks=4)
+    prompts = [[1, 2, 3], [4] * 100, [5] * 140, [6] * 30]
+    with pytest.raises(ValueError, match=r"^prompt 1: the KV memory of .* is full: 1 more blocks .* 0 of 4 are free") as caught:
+        adi.generate_batch(model, prompts, max_new_tokens=40)
+    error = caught.value
+    assert isinstance(error, adi.BatchMemoryError)
+    assert error.prompts == (1, 2)
+    assert sorted(error.finished) == [0, 3]
+    for i, found in error.finished.items():
+        assert same(found, adi.generate(model, prompts[i], max_new_tokens=40))
+    assert model.backbone.pool.free == 4  # type: ignore[attr-defined]

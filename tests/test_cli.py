@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,24 @@ def test_reflex_says_that_it_is_uncalibrated(model: list[str]) -> None:
     assert (
         json.loads(adi_("run", "hello", *model, *ALWAYS, "--mode", "reflex", "-n", 6, "--json").stdout)["calibrated"] is False
     )
+
+
+@pytest.mark.parametrize(
+    ("found", "mode", "said"),
+    [(False, "verified", 1), (False, "lookup", 1), (False, "full", 0), (True, "verified", 0), (None, "verified", 0)],
+)
+def test_rows_that_vary_are_told(
+    found: bool | None, mode: str, said: int, tiny_hf: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varying: Any = adi.load(tiny_hf, tokenizer=tiny_tokenizer)
+    varying.backbone.spec = replace(varying.backbone.spec, row_invariant=found)
+    monkeypatch.setattr("adi.cli.options.Source.load", lambda *_: varying)
+    drafting = ALWAYS if mode == "verified" else []
+    for more in ([], ["--compare"], ["--json"]):
+        done = adi_("run", "hello dog", "--mode", mode, *drafting, "-n", 4, *more)
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count("except where two tokens are as good as tied") == said
+        assert "tied" not in done.stdout
 
 
 def test_a_trace_becomes_a_page(model: list[str], tmp_path: Path) -> None:
@@ -150,7 +169,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "unknown model": (["run", "hi", "--model", "gpt-17"], "'gpt-17' is not known; choose 'smollm2-135m'"),
     "missing folder": (["run", "hi", "--model", "./nowhere"], "no file or folder ./nowhere"),
     "unknown mode": (["run", "hi", "--model", "{model}", "--mode", "fast"], "choose one of verified, reflex, full"),
-    "no exits": (["run", "hi", "--model", "{model}"], "adi tune"),
+    "no exits": (["run", "hi", "--model", "{model}", "--draft-tokens", "3"], "adi tune"),
     "unknown exits": (["run", "hi", "--model", "{model}", "--exits", "nothing"], "there are no exits 'nothing'"),
     "foreign exits": (["run", "hi", "--model", "{model}", "--exits", "smollm2-135m"], "belong to smollm2-135m"),
     "useless options": (

@@ -24,15 +24,24 @@ model.openvino
 model.checkpoint
 exits.signals
 exits.triggers exits.heads
+exits.drafter
+exits.memory
+exits.answers
+exits.parts
 exits.reading exits.artifact
-decoding.frontier decoding.policies decoding.records
-decoding.sequence decoding.stops
-decoding.lookup
+exits.ledger
+exits.habits
+decoding.frontier decoding.policies decoding.records decoding.costs
+decoding.controller
+decoding.sequence decoding.stops decoding.checks
+decoding.lookup decoding.ladder
+decoding.logic
 decoding.session
 decoding.stream decoding.batch
 training.answers
 training.features
-training.fit
+training.fit training.tracks
+training.drafting
 training.report
 training.tune
 measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
@@ -41,6 +50,7 @@ measure.contestants
 measure.peers
 measure.process
 measure.scores measure.partial
+measure.together
 measure.headroom measure.shootout measure.plot measure.bench
 measure.standings
 cli

@@ -1,4 +1,4 @@
-"""Prompt lookup: the memory against a slow twin, the logic against a script, the mode on a tiny model."""
+"""Prompt lookup: the logic against a script, the mode on a tiny model."""
 
 from __future__ import annotations
 
@@ -12,39 +12,13 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.decoding.lookup import Ngrams, lookup
+from adi.decoding.lookup import lookup
 from adi.decoding.records import Drafted, Step, TakenBack
 from adi.decoding.sequence import immediate
 from adi.decoding.session import Session
 from test_sequence import END, LAYERS, World, plan
 
 TOKENS = st.lists(st.integers(1, 3), min_size=30, max_size=30)
-
-
-def rescanned(text: list[int], longest: int, most: int) -> list[int]:
-    """What ``Ngrams`` gives, by looking through the whole text every time."""
-    for size in range(min(longest, len(text)), 0, -1):
-        for start in range(len(text) - size - 1, -1, -1):
-            if text[start : start + size] == text[-size:]:
-                grown = list(text)
-                for at in range(start + size, start + size + most):
-                    grown.append(grown[at])
-                return grown[len(text) :]
-    return []
-
-
-@given(TOKENS, st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 7))
-def test_the_memory_is_a_rescan_of_the_text(tokens, lengths, longest, most) -> None:
-    ngrams = Ngrams(longest)
-    for length in sorted(lengths):
-        assert ngrams.continuation(tokens[:length], most) == rescanned(tokens[:length], longest, most)
-
-
-def test_the_most_recent_of_the_longest_runs_goes_on() -> None:
-    assert Ngrams(3).continuation([1, 2, 7, 1, 2, 8, 9, 1, 2], 2) == [8, 9]
-    assert Ngrams(3).continuation([5, 1, 2, 7, 4, 1, 2, 8, 5, 1, 2], 2) == [7, 4], "three tokens back, though two are nearer"
-    assert Ngrams(2).continuation([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1], "a copy may overlap what it makes"
-    assert Ngrams(3).continuation([1, 2, 3], 5) == []
 
 
 def script(prompt: int, truth: list[int]) -> World:

@@ -21,6 +21,8 @@ from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
 from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
+from adi.model.openvino.check import settle_rows
+from adi.model.openvino.engine import LANES
 from adi.model.openvino.pool import Pool
 from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
 
@@ -118,11 +120,35 @@ def test_a_rows_bits_do_not_depend_on_its_company(made: Cached, precision: str) 
         assert torch.equal(backbone.logits(hidden[0]), logits_TV[:count])
 
 
-def test_the_check_notices_rows_that_vary(made: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_notices_rows_that_vary(made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     backbone = engine(made, "llama")
     logits = backbone.logits
     monkeypatch.setattr(backbone, "logits", lambda hidden_TD: logits(hidden_TD) + 1e-6 * (hidden_TD.shape[0] > 4))
     assert not rows_are_invariant(backbone)
+    assert not settle_rows(backbone, tmp_path)
+
+
+def test_lone_rows_run_in_company_where_another_kernel_takes_them(
+    made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone = engine(made, "llama")
+    monkeypatch.setattr(backbone, "least_rows", 1)
+    plain = backbone._forward
+
+    def lone_rows_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
+        states = plain(rows, lo, hi, mlp, lane)
+        lone = sum(len(r.ids) for r in rows) == 1
+        return [dataclasses.replace(s, hidden_TD=s.hidden_TD + 1e-3) for s in states] if lone else states
+
+    monkeypatch.setattr(backbone, "_forward", lone_rows_differ)
+    assert not rows_are_invariant(backbone)
+    assert settle_rows(backbone, tmp_path)
+    assert backbone.least_rows == 2
+    assert rows_are_invariant(backbone)
+    monkeypatch.setattr(backbone, "least_rows", 1)
+    monkeypatch.setattr("adi.model.openvino.check.rows_are_invariant", None)  # the note answers now
+    assert settle_rows(backbone, tmp_path)
+    assert backbone.least_rows == 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -252,7 +278,7 @@ def test_a_pool_hands_out_every_block_once() -> None:
     caches = [PagedCache(pool) for _ in range(50)]
     for cache in caches:
         pool.reserve([(cache, 32)])
-    assert sorted(b for cache in caches for b in cache.blocks) == list(range(50))
+    assert sorted(b for cache in caches for b in cache.blocks) == list(range(1, 51)), "the first is nobody's"
     assert pool.free == 0
 
 
@@ -293,3 +319,18 @@ def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
     before = snapshot()
     make(model, name="mine", precision="fp32")
     assert snapshot() == before
+
+
+def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
+    backbone = make(model_of("llama"), name="llama", precision="int8")
+    assert backbone._opening is None, "the check's note was there, so nothing has opened lanes yet"
+    cache = prefilled(backbone, IDS[:PROMPT])
+    counts = range(1, 10)
+    without = [backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)[0].hidden_TD for n in counts]
+    backbone.prepare((), drafts=True, wait=True)
+    assert backbone._open == list(LANES)
+    for n, wanted in zip(counts, without, strict=True):
+        (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)
+        assert torch.equal(states.hidden_TD, wanted)
+    lanes = {lane for _, _, lane in backbone._segments}
+    assert lanes == {0, *LANES}

@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import adi
+from adi.measure.bench import Extent, bench
+from adi.measure.contestants import Setting
 from adi.prompts import read_prompts, spread
 
 TOKENS, PAIRS, PROMPTS = 64, 3, 8
-
-
-def measured(precision: str, prompts: list[str]) -> dict[str, Any]:
-    model = adi.load(backend="openvino", precision=precision)
-    options: dict[str, Any] = {"max_new_tokens": TOKENS, "stop_at_eos": False}
-    adi.generate_batch(model, prompts, max_new_tokens=4)
-    one, many, same = [], [], True
-    for _ in range(PAIRS):
-        start = time.perf_counter()
-        alone = [adi.generate(model, prompt, **options) for prompt in prompts]
-        middle = time.perf_counter()
-        together = adi.generate_batch(model, prompts, **options)
-        one.append(middle - start)
-        many.append(time.perf_counter() - middle)
-        same &= [g.token_ids for g in alone] == [g.token_ids for g in together]
-    ratios = [a / b for a, b in zip(one, many, strict=True)]
-    return {
-        "precision": precision,
-        "one_tokens_per_second": PROMPTS * TOKENS / median(one),
-        "batch_tokens_per_second": PROMPTS * TOKENS / median(many),
-        "median": median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "same": same,
-    }
+PRECISIONS = ("int4", "int8", "fp32")
 
 
 def main(out: Path) -> None:
-    prompts = [item.prompt for item in spread(read_prompts("bench"), PROMPTS)]
-    found = [measured(precision, prompts) for precision in ("int4", "int8", "fp32")]
+    """What ``adi bench --batch`` finds, as the file that README's table is made of.
+
+    Of three pairs the interval is from the lowest to the highest.
+    """
+    items = spread(read_prompts("bench"), PAIRS * PROMPTS)
+    setting = Setting("smollm2-135m", None, None, threads=2, seed=0, backend="openvino")
+    found = bench([f"adi:full:{p}" for p in PRECISIONS], items, setting, Extent(TOKENS, batch=PROMPTS))
+    rows = [
+        {
+            "precision": entry["name"].rpartition(":")[2],
+            "one_tokens_per_second": entry["alone_tokens_per_second"],
+            **{name: entry[name] for name in ("batch_tokens_per_second", "median", "low", "high", "same")},
+        }
+        for entry in found["batches"]
+        if entry["error"] is None
+    ]
     about = {"command": f"python tools/batch.py {out}", "prompts": PROMPTS, "max_new_tokens": TOKENS, "pairs": PAIRS}
-    out.write_text(json.dumps({"format": "adi-batch", **about, "precisions": found}, indent=1) + "\n")
-    print(*found, sep="\n")
+    out.write_text(json.dumps({"format": "adi-batch", **about, "ends": True, "precisions": rows}, indent=1) + "\n")
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

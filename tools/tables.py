@@ -54,12 +54,12 @@ def triggers_table() -> str:
     return "\n".join(rows)
 
 
-def bench_table(file: str = "bench.json") -> str:
-    """Where adi stands: every contestant by speed, and how many times faster adi's full depth is; errors as a footnote."""
+def bench_table(file: str = "bench.json", mode: str = "full") -> str:
+    """Where adi stands: every contestant by speed, and how many times faster adi is in this mode; errors as a footnote."""
     found: dict[str, Any] = json.loads((RESULTS / file).read_text())
     ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
-    full = [run["name"] for run in ran if run["name"].startswith("adi:full:")]
-    bases = [name for name in ("adi:full:int4", "adi:full:int8") if name in full] or full[:1]
+    ours = [run["name"] for run in ran if run["name"].startswith(f"adi:{mode}:")]
+    bases = [name for name in (f"adi:{mode}:int4", f"adi:{mode}:int8") if name in ours] or ours[:1]
     ratios = {(ratio["a"], ratio["b"]): ratio for ratio in found["ratios"]}
     rows = [
         "| | tokens/s | first token, ms | " + "".join(f"`{base}` / this | " for base in bases) + "same text | peak MiB |",
@@ -80,6 +80,35 @@ def bench_table(file: str = "bench.json") -> str:
     notes = [f"`{found['command']}`: {found['prompts']} prompts, {where}. {how}"]
     notes += [f"{run['name']} did not run: {' '.join(run['error'].split()).rstrip('.')}." for run in failed]
     return "\n".join(rows) + "\n\n" + "\n".join(notes)
+
+
+def categories_table() -> str:
+    """Verified against full depth and against full depth with prompt lookup, by kind of prompt."""
+    found: dict[str, Any] = json.loads((RESULTS / "ladder.json").read_text())
+    ratios = {(ratio["a"], ratio["b"]): ratio for ratio in found["ratios"]}
+    pairs = [(f"adi:verified:{p}", f"adi:{mode}:{p}") for p in ("int4", "int8", "fp32") for mode in ("full", "lookup")]
+    shown = [pair for pair in pairs if pair in ratios]
+    kinds = sorted(ratios[shown[0]]["per_category"])
+    rows = ["| | " + " | ".join(f"`{a}` / `{b}`" for a, b in shown) + " |", "|---|" + "---:|" * len(shown)]
+    for kind in kinds:
+        rows.append(f"| {kind} | " + " | ".join(f"{_middle(ratios[pair]['per_category'][kind]):.2f}" for pair in shown) + " |")
+    return "\n".join(rows)
+
+
+def _middle(value: Any) -> float:
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def habits_table() -> str:
+    """Tokens per full pass as the same kinds of task come again, and of unrelated ones between them."""
+    found: dict[str, Any] = json.loads((RESULTS / "habits.json").read_text())
+    rows = ["| asked for the | same kind, with habits | same kind, without | unrelated, with | unrelated, without |"]
+    rows.append("|---|---:|---:|---:|---:|")
+    for row in found["by_time"]:
+        if row["time"] in (1, 2, 4, 8):
+            cells = [row[f"{kind}_{way}"] for kind in ("same", "unrelated") for way in ("habits", "none")]
+            rows.append(f"| {row['time']}. time | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(rows) + f"\n\n`python tools/habit.py`: {found['tokens']} tokens at most each, {found['precision']}."
 
 
 def quality_table() -> str:
@@ -104,7 +133,8 @@ def batch_table() -> str:
         ratio = f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         speeds = f"{row['one_tokens_per_second']:.1f} | {row['batch_tokens_per_second']:.1f}"
         rows.append(f"| {row['precision']} | {speeds} | {ratio} | {'yes' if row['same'] else 'no'} |")
-    what = f"{found['prompts']} prompts, {found['max_new_tokens']} tokens each, {found['pairs']} pairs of runs in turn"
+    limit = "at most" if found.get("ends") else "each"  # whether texts could end before
+    what = f"{found['prompts']} prompts, {found['max_new_tokens']} tokens {limit}, {found['pairs']} pairs of runs in turn"
     return "\n".join(rows) + f"\n\n`{found['command']}`: {what}."
 
 
@@ -120,6 +150,9 @@ def filled(text: str) -> str:
         "triggers": triggers_table,
         "bench": bench_table,
         "ttft": lambda: bench_table("ttft.json"),
+        "ladder": lambda: bench_table("ladder.json", "verified"),
+        "categories": categories_table,
+        "habits": habits_table,
         "quality": quality_table,
         "batch": batch_table,
         "demo": demo_block,

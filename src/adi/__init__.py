@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adi.decoding.batch import generate_batch
+    from adi.decoding.batch import BatchMemoryError, generate_batch
     from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
     from adi.decoding.session import Session
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from adi.training.tune import TuneOptions, tune
 
 _HOMES = {
-    "adi.decoding.batch": ("generate_batch",),
+    "adi.decoding.batch": ("BatchMemoryError", "generate_batch"),
     "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
     "adi.decoding.session": ("Session",),
@@ -67,6 +67,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "Always",
     "AnyOf",
     "Backbone",
+    "BatchMemoryError",
     "Exits",
     "FullDepth",
     "Generation",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import bench, chat, plot, quality, run, study, train
+from adi.cli import bench, chat, habits, plot, quality, run, study, train
 
 app = typer.Typer(
     name="adi",
@@ -50,6 +50,7 @@ app.command("inspect")(guarded(study.inspect))
 app.command("triggers")(guarded(study.triggers))
 app.command("bench")(guarded(bench.bench))
 app.command("quality")(guarded(quality.quality))
+app.command("habits")(guarded(habits.habits))
 app.command("tune")(guarded(train.tune))
 
 

@@ -42,6 +42,10 @@ def bench(
     prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Make every prompt exactly so long.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Use so many prompts, spread over the file.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs of every prompt.")] = 1,
+    restarts: Annotated[int, typer.Option("--restarts", help="Deal the prompts out to so many processes of each.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Of full depth, so many at once too, against one by one.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", help="Processor threads for everybody.")] = 2,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json_out: Annotated[
@@ -50,12 +54,11 @@ def bench(
 ) -> None:
     """Compare modes and tools on the same prompts, in turn, in one run; ratios are medians over prompts."""
     items = _prompts(prompts, limit)
-    _at_least_one(repeats=repeats, threads=threads, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
+    _at_least_one(
+        repeats=repeats, restarts=restarts, threads=threads, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens
+    )
     chosen, pair = _listed(modes), None if static is None else _pair(static)
-    if not chosen:
-        raise ValueError("--modes is empty; at least one of adi's modes must run.")
-    if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
-        raise ValueError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+    _check_modes(chosen, pair, sweep, batch)
     precisions = _known("precision", _listed(precision), PRECISIONS)
     from adi.exits.artifact import shipped
     from adi.measure.bench import Extent, finished
@@ -74,7 +77,7 @@ def bench(
             names,
             items,
             setting,
-            Extent(max_new_tokens, repeats, prompt_tokens, sweep),
+            Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch),
             command=shlex.join(["adi", *sys.argv[1:]]),
             result=json_out,
             progress=tell,
@@ -89,6 +92,15 @@ def _prompts(source: str, limit: int | None) -> list[PromptItem]:
     _at_least_one(limit=limit)
     items = read_prompts("bench" if source in OWN_SETS else source)
     return items if limit is None else spread(items, limit)
+
+
+def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool, batch: int | None) -> None:
+    if not chosen:
+        raise ValueError("--modes is empty; at least one of adi's modes must run.")
+    if batch is not None and "full" not in chosen:
+        raise ValueError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
+    if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
+        raise ValueError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
 
 
 def _listed(text: str) -> list[str]:
@@ -154,6 +166,24 @@ def _print(out: Console, found: dict[str, Any]) -> None:
             continue  # in the file; here what is compared with full depth and with other tools
         times = f"{ratio['median']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}), first token {ratio['ttft_median']:.2f} x"
         out.print(f"{ratio['a']} / {ratio['b']}: {times}", markup=False, soft_wrap=True)
+    _print_batches(out, found["batches"])
+
+
+def _print_batches(out: Console, batches: Sequence[dict[str, Any]]) -> None:
+    ran = [entry for entry in batches if entry["groups"]]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "at\nonce", "groups", "alone\ntokens/s", "batch\ntokens/s", "ratio", "same\ntokens"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for entry in ran:
+        speeds = [f"{entry[f'{how}_tokens_per_second']:.1f}" for how in ("alone", "batch")]
+        ratio = f"{entry['median']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})"
+        same = "yes" if entry["same"] else "no"
+        table.add_row(entry["name"], str(entry["batch"]), str(entry["groups"]), *speeds, ratio, same)
+    if ran:
+        out.print(table)
+    for entry in batches:
+        if entry["error"] is not None:
+            out.print(f"{entry['name']} in batches: {entry['error']}", markup=False, soft_wrap=True)
 
 
 def _percent(share: float | None) -> str:

@@ -13,6 +13,7 @@ from adi.cli.options import (
     DeviceOption,
     DraftOption,
     ExitsOption,
+    HabitsOption,
     ModelOption,
     ModeOption,
     PrecisionOption,
@@ -36,6 +37,7 @@ def chat(
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
+    habits: HabitsOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
@@ -47,8 +49,9 @@ def chat(
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
-    loaded = Source(model, backend, precision, device).load(Console(stderr=True), likely_stops(model, mode, exits))
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
+    loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     depths = depths_of(policy)

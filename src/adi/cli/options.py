@@ -15,6 +15,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
     from adi.exits.artifact import Exits
+    from adi.exits.habits import Habits
     from adi.exits.triggers import Trigger
     from adi.model.checkpoint import Model
 
@@ -54,6 +55,12 @@ DraftOption = Annotated[
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
+HabitsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--habits", metavar="FILE", help="Remember outputs here, and draft from them (off by default: it is private text)."
+    ),
+]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")]
 
 
@@ -82,8 +89,11 @@ class Source:
             return load(self.model, **settings, stops=stops, notice=notice)
 
 
-def likely_stops(model: str, mode: str, exits: str | None) -> tuple[int, ...]:
-    """Where the trigger saved with the exits will look, read without torch: a hint, so anything unclear is no stop."""
+def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool = True) -> tuple[int, ...]:
+    """Where the trigger saved with the exits will look, read without torch: a hint, so anything unclear is no stop.
+
+    Nowhere, where the controller decides (``by_controller``: no rule was given) and the exits have a drafter.
+    """
     from adi.files import package_data
 
     shipped = package_data("exits")
@@ -92,7 +102,10 @@ def likely_stops(model: str, mode: str, exits: str | None) -> tuple[int, ...]:
     if mode not in ("verified", "reflex"):
         return ()
     try:
-        at = json.loads((folder / "exits.json").read_text(encoding="utf-8"))["trigger"]["at"]
+        written = json.loads((folder / "exits.json").read_text(encoding="utf-8"))
+        if mode == "verified" and by_controller and "drafter" in written["report"]:
+            return ()
+        at = written["trigger"]["at"]
         return tuple(sorted(int(depth) for depth in at))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
@@ -121,9 +134,18 @@ def exits_for(model: Model, given: str | None) -> Exits:
 
 
 def policy_for(
-    model: Model, mode: str, exits: str | None, threshold: float | None, trigger: str | None, draft_tokens: int | None
+    model: Model,
+    mode: str,
+    exits: str | None,
+    threshold: float | None,
+    trigger: str | None,
+    draft_tokens: int | None,
+    habits: Path | None = None,
 ) -> Policy:
-    """The policy that the options describe; ValueError for a combination that cannot be meant."""
+    """The policy that the options describe; ValueError for a combination that cannot be meant.
+
+    Verified mode without exits of this model's own drafts from memory alone.
+    """
     from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified
     from adi.exits.triggers import with_thresholds
 
@@ -131,11 +153,17 @@ def policy_for(
         raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
     if threshold is not None and trigger is not None:
         raise ValueError("give --threshold or --trigger, not both.")
-    given = {"--exits": exits, "--threshold": threshold, "--trigger": trigger, "--draft-tokens": draft_tokens}
+    given = {
+        "--exits": exits,
+        "--threshold": threshold,
+        "--trigger": trigger,
+        "--draft-tokens": draft_tokens,
+        "--habits": habits,
+    }
     unused: dict[str, tuple[str, ...]] = {
         "full": tuple(given),
-        "lookup": ("--exits", "--threshold", "--trigger"),
-        "reflex": ("--draft-tokens",),
+        "lookup": ("--exits", "--threshold", "--trigger", "--habits"),
+        "reflex": ("--draft-tokens", "--habits"),
         "verified": (),
     }
     if wrong := [name for name in unused[mode] if given[name] is not None]:
@@ -144,18 +172,40 @@ def policy_for(
         return FullDepth()
     if mode == "lookup":
         return Lookup() if draft_tokens is None else Lookup(draft_tokens)
+    known = opened_habits(model, habits)
+    if mode == "verified" and exits is None and not _shipped_for(model) and (threshold, trigger, draft_tokens) == (None,) * 3:
+        return Verified(habits=known)
     chosen = exits_for(model, exits)
     rule = read_trigger(trigger) if trigger is not None else None
     if mode == "verified":
         if threshold is not None:
             rule = with_thresholds(chosen.trigger, threshold)
-        return Verified(chosen, trigger=rule, draft_tokens=6 if draft_tokens is None else draft_tokens)
+        return Verified(chosen, trigger=rule, draft_tokens=draft_tokens, habits=known)
     if rule is None and threshold is None:
         raise ValueError(
             "reflex mode lets drafts stand, so it needs a threshold of your choice: --threshold X (for the shipped exits, "
             "an entropy in nats such as 0.3) or --trigger JSON. Nothing calibrates it yet."
         )
     return Reflex(chosen, thresholds=threshold, trigger=rule)
+
+
+def _shipped_for(model: Model) -> bool:
+    from adi.exits.artifact import shipped
+
+    return model.source in shipped()
+
+
+def opened_habits(model: Model, path: Path | None) -> Habits | None:
+    """The habits in a file, made where there is none; ValueError for those of another tokenizer."""
+    if path is None:
+        return None
+    from adi.exits.habits import Habits
+    from adi.model.tokenizer import tokenizer_fingerprint
+
+    if model.tokenizer is None:
+        raise ValueError("--habits needs a model with a tokenizer, whose texts it remembers.")
+    vocabulary = model.backbone.spec.vocabulary
+    return Habits.open(path, fingerprint=tokenizer_fingerprint(model.tokenizer), vocabulary=vocabulary)
 
 
 def read_trigger(text: str) -> Trigger:

@@ -17,6 +17,7 @@ from adi.cli.options import (
     DeviceOption,
     DraftOption,
     ExitsOption,
+    HabitsOption,
     IgnoreEosOption,
     ModelOption,
     ModeOption,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 TRACED_CANDIDATES = 5
 WARM_UP_TOKENS = 4
+VERIFYING = ("verified", "lookup")  # the modes that promise the text of full depth and run many rows at once
 
 
 def run(
@@ -50,6 +52,7 @@ def run(
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
+    habits: HabitsOption = None,
     stop: StopOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
@@ -65,8 +68,10 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None:
         require_writable(trace)
-    loaded = Source(model, backend, precision, device).load(errors, likely_stops(model, mode, exits))
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
+    loaded = Source(model, backend, precision, device).load(errors, stops)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
+    _say_where_ties_may_fall(errors, loaded, mode)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "stop": tuple(stop or ()),
@@ -113,7 +118,21 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def _say_where_ties_may_fall(errors: Console, model: Model, mode: str) -> None:
+    """In a mode that verifies drafts: the engine's arithmetic was found to vary with the number of rows in a pass."""
+    if mode in VERIFYING and model.backbone.spec.row_invariant is False:
+        errors.print(
+            f"On this machine a token's arithmetic was found to vary with the number of rows beside it: {mode} mode gives "
+            "the text of full depth except where two tokens are as good as tied.",
+            style="dim",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:
+    model.backbone.prepare((), drafts=True, wait=True)  # what opens in the background otherwise, beside the first answer
     for each in (policy, None):
         _quiet(model, text, each, {**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +40,8 @@ def tune(
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 3,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")] = 3e-3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 160,
+    drafter_epochs: Annotated[int, typer.Option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4,
+    keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -47,6 +49,7 @@ def tune(
 
     Without --prompts and --text the 480 built-in prompts are used. Stop it when you like: the same command goes on.
     """
+    from adi.exits.artifact import load_exits
     from adi.training.tune import TuneOptions
     from adi.training.tune import tune as train
 
@@ -64,6 +67,7 @@ def tune(
         rank=rank,
         epochs=epochs,
         learning_rate=learning_rate,
+        drafter_epochs=drafter_epochs,
         seed=seed,
     )
     command = shlex.join(["adi", *sys.argv[1:]])
@@ -74,10 +78,13 @@ def tune(
             groups,
             options,
             texts=text or (),
+            keep=None if keep is None else load_exits(keep),
             made_by={"command": command, "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}},
             progress=_Teller(bar, _log(out)),
         )
     console.print(_table(exits.report))
+    if "drafter" in exits.report:
+        console.print(_drafter(exits.report["drafter"]), highlight=False)
     console.print(
         f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'",
         highlight=False,
@@ -109,6 +116,14 @@ def _log(out: Path) -> logging.Logger:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return logger
+
+
+def _drafter(judged: dict[str, Any]) -> str:
+    steps = ", ".join(f"{share:.1%}" for share in judged["agreement_by_step"])
+    return (
+        f"Drafter: agreement by step, those before it having agreed: {steps}; {judged['accepted_in_a_row']:.2f} accepted of 5 "
+        f"in a row, {judged['positions']} held-out tokens."
+    )
 
 
 def _table(report: object) -> Table:

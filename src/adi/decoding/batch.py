@@ -8,28 +8,46 @@ the cost of a pass over few rows, so eight sequences in one pass cost little mor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from adi.decoding.frontier import Pass
 from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.session import Score, Session
-from adi.model.backbone import Backbone
+from adi.model.backbone import Backbone, MemoryFullError
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
 
 MERGED_ROWS = 64  # a pass of more rows (a prompt) keeps the processor busy alone, and would make the others wait
+NEXT_TOKENS = 32  # of each text, for which KV memory should be free when another enters
 
 
-@dataclass
+class BatchMemoryError(MemoryFullError):
+    """A text of a batch for which KV memory does not suffice even while no other runs.
+
+    ``prompts`` are the indices of all such texts, ``finished`` the other texts of the batch by their indices.
+    """
+
+    def __init__(self, message: str, prompts: Sequence[int], finished: Mapping[int, Generation]) -> None:
+        super().__init__(message)
+        self.prompts, self.finished = tuple(prompts), dict(finished)
+
+
+@dataclass(eq=False)
 class _Member:
-    """A session in the batch, its steps so far and what it waits for."""
+    """One prompt of the batch: its session, its steps so far and what it waits for."""
 
+    index: int
+    make: Callable[[], Session]
     session: Session
-    work: Iterator[Pass | Score | Event]
+    work: Iterator[Pass | Score | Event] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     need: Pass | Score | None = None
+
+    def __post_init__(self) -> None:
+        self.work = self.session.work()
 
     def go_on(self) -> bool:
         """Run to the next need; False when the text is finished."""
@@ -41,6 +59,77 @@ class _Member:
                 self.steps.append(item)
         self.need = None
         return False
+
+    def start_over(self) -> None:
+        """Give back all KV memory; a new session will say the same again, since nothing is left to chance."""
+        self.close()
+        self.session, self.steps, self.need = self.make(), [], None
+        self.work = self.session.work()
+
+    def close(self) -> None:
+        self.work.close()  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Batch:
+    """Who waits, who runs (in the order in which they entered) and who cannot.
+
+    Where KV memory is full, the text that entered last makes room, those that have said nothing yet before others, and begins
+    again later. From then on a text enters only where all that run may become as long as ``budget`` allows: so none begins
+    again twice, and the oldest always goes on.
+    """
+
+    backbone: Backbone
+    most: int
+    budget: int
+    waiting: deque[_Member]
+    running: list[_Member] = field(default_factory=list)
+    unfit: list[tuple[_Member, MemoryFullError]] = field(default_factory=list)
+    crowded: bool = False
+
+    def run(self) -> None:
+        """Until nobody waits or runs."""
+        while self.waiting or self.running:
+            self._let_in()
+            for member in self._met():
+                if not member.go_on():
+                    self.running.remove(member)
+
+    def _met(self) -> list[_Member]:
+        """The members whose needs were met, after as many as must have made room."""
+        while True:
+            try:
+                return _meet(self.backbone, self.running)
+            except MemoryFullError as error:  # before anything has run, so the needs stand
+                self._make_room(error)
+
+    def _let_in(self) -> None:
+        while self.waiting and len(self.running) < self.most and self._has_room_for(self.waiting[0]):
+            member = self.waiting.popleft()
+            if member.go_on():
+                self.running.append(member)
+
+    def _has_room_for(self, member: _Member) -> bool:
+        if not self.running:
+            return True  # if it does not fit now, it never will
+        return self.backbone.fits([(m.session.frontier.cache, self._length(m)) for m in (*self.running, member)])
+
+    def _length(self, member: _Member) -> int:
+        """How long a text may become before another one ends: while memory was never full, a guess."""
+        prompt = len(member.session.prompt_ids)
+        longest = prompt + self.budget
+        return longest if self.crowded else min(longest, max(prompt, member.session.frontier.length) + NEXT_TOKENS)
+
+    def _make_room(self, error: MemoryFullError) -> None:
+        member = next((m for m in reversed(self.running) if not m.steps), self.running[-1])
+        self.running.remove(member)
+        if not self.running:
+            member.close()
+            self.unfit.append((member, error))
+            return
+        member.start_over()
+        self.waiting.appendleft(member)
+        self.crowded = True
 
 
 def generate_batch(
@@ -58,41 +147,38 @@ def generate_batch(
     """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
 
     On an engine whose rows do not depend on each other (``spec.row_invariant``) they are the same bit for bit, in every
-    precision.
+    precision. Where KV memory is full, the texts that came last begin again when others have ended, which costs time only.
 
     Args:
         prompts: each as for ``generate``; none gives an empty list.
-        most: so many sequences run at once at most; the others wait, and enter as texts end.
+        most: so many sequences run at once at most; the others wait, and enter as texts end and KV memory is free.
         model, policy, max_new_tokens, stop, stop_at_eos, raw, candidates: as for ``generate``.
 
     Raises:
-        ValueError: before any work, for an option or a prompt that cannot be meant (the prompt is named by its index); and
-            where KV memory is full: run fewer at once.
+        ValueError: before any work, for an option or a prompt that cannot be meant (the prompt is named by its index); and,
+            as ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
     """
     if most < 1:
         raise ValueError(f"most is {most}; it must be at least 1.")
     options = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw, "candidates": candidates}
     members = []
     for i, prompt in enumerate(prompts):
+        make = partial(Session, model, prompt, policy, stop=stop, **options)  # type: ignore[arg-type]
         try:
-            session = Session(model, prompt, policy, stop=stop, **options)  # type: ignore[arg-type]
+            members.append(_Member(i, make, make()))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
-        members.append(_Member(session, session.work()))
-    waiting, active = deque(members), list[_Member]()
+    batch = _Batch(model.backbone, most, max_new_tokens, deque(members))
     try:
-        while waiting or active:
-            while waiting and len(active) < most:
-                member = waiting.popleft()
-                if member.go_on():
-                    active.append(member)
-            for member in _meet(model.backbone, active):
-                if not member.go_on():
-                    active.remove(member)
+        batch.run()
     finally:
         for member in members:
-            member.work.close()  # type: ignore[attr-defined]
-    return [member.session.generation(member.steps) for member in members]
+            member.close()
+    unfit = [member.index for member, _ in batch.unfit]
+    texts = {m.index: m.session.generation(m.steps) for m in members if m.index not in unfit}
+    if unfit:
+        raise BatchMemoryError(f"prompt {unfit[0]}: {batch.unfit[0][1]}", unfit, texts)
+    return list(texts.values())
 
 
 def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:

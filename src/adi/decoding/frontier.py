@@ -39,7 +39,7 @@ class Frontier:
         self.block_passes = 0
         self.last: States | None = None
         self.mlp = mlp
-        self._cache = backbone.new_cache()
+        self.cache = backbone.new_cache()
         self._hidden_TD: Tensor | None = None
 
     @property
@@ -58,13 +58,15 @@ class Frontier:
 
     def next_pass(self, to: int) -> Pass | None:
         """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
-        lo = next((layer for layer in range(to) if self.filled[layer] < self.length), None)
-        if lo is None:
+        if self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
             return None
+        lo, hi = 0, to
+        if self.filled[0] != self.filled[to - 1]:
+            lo = next(layer for layer in range(to) if self.filled[layer] < self.length)
+            hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
         start = self.filled[lo]
-        hi = next((layer for layer in range(lo, to) if self.filled[layer] != start), to)
         hidden_TD = self._hidden_TD[start : self.length].clone() if lo and self._hidden_TD is not None else None
-        return Pass(Rows(self._cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
+        return Pass(Rows(self.cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
 
     def absorb(self, done: Pass, states: States) -> None:
         """Take in what a pass gave: its rows are now as deep as it went."""
@@ -84,7 +86,7 @@ class Frontier:
 
     def close(self) -> None:
         """Give back KV memory, where the engine wants it back; nothing can run afterwards."""
-        close = getattr(self._cache, "close", None)
+        close = getattr(self.cache, "close", None)
         if close is not None:
             close()
 

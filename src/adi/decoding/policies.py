@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adi.exits.artifact import Exits
+from adi.exits.habits import Habits
 from adi.exits.triggers import Never, Trigger, with_thresholds
 
 
@@ -16,22 +17,41 @@ class FullDepth:
 
 @dataclass(frozen=True)
 class Verified:
-    """Draft at exits, verify at full depth: exactly the full model's text.
+    """Draft cheaply, verify at full depth: exactly the full model's text.
 
-    Exactly, that is, in float32. In bfloat16 and float16 a pass of one row and of several may round differently, so that
-    tokens whose logits nearly tie can swap; ``adi run --compare`` shows whether it happened.
+    Exactly where the engine's rows do not depend on their company (``spec.row_invariant``), and in float32; else tokens whose
+    logits nearly tie can swap, and ``adi run --compare`` shows whether it happened.
 
-    ``trigger`` replaces the exits' own. At most ``draft_tokens`` tokens are drafted before they are verified; a token
-    for which the trigger stays silent at every exit ends the draft earlier.
+    By default a controller climbs the ladder: memory of the text (and of ``habits``, where given), the drafter of ``exits``
+    (where it has one), full depth; it drafts as far as measured costs and acceptance say. ``Verified()`` needs no training.
+    With a ``trigger`` or ``draft_tokens`` of your own, or with exits that have no drafter, drafts come from exits by that
+    rule alone: at most ``draft_tokens`` (6) are drafted before they are verified, and a token for which the trigger stays
+    silent at every exit ends the draft earlier.
     """
 
-    exits: Exits
+    exits: Exits | None = None
     trigger: Trigger | None = None
-    draft_tokens: int = 6
+    draft_tokens: int | None = None
+    habits: Habits | None = None
+    memory: bool = True
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the controller decides, not a rule."""
+        by_rule = self.trigger is not None or self.draft_tokens is not None
+        return not by_rule and (self.exits is None or self.exits.drafter is not None)
 
     def __post_init__(self) -> None:
-        if self.draft_tokens < 1:
+        if self.draft_tokens is not None and self.draft_tokens < 1:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be at least 1.")
+        if self.adaptive:
+            return
+        if self.exits is None:
+            raise ValueError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from memory.")
+        if self.habits is not None:
+            raise ValueError(
+                "habits are read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
+            )
         _check(self.exits, trigger_of(self))
 
 
@@ -82,20 +102,22 @@ def depths_of(policy: Policy) -> tuple[int, ...]:
     match policy:
         case FullDepth():
             return ()
-        case Lookup():
+        case Lookup() | Verified(adaptive=True):
             return (0,)
         case _:
+            assert policy.exits is not None
             return policy.exits.depths
 
 
 def trigger_of(policy: Policy) -> Trigger:
     """The rule that this policy asks; one that never fires where it looks at no exit."""
-    if isinstance(policy, (FullDepth, Lookup)):
+    if isinstance(policy, (FullDepth, Lookup)) or (isinstance(policy, Verified) and policy.adaptive):
         return Never()
     if policy.trigger is not None:
         return policy.trigger
     if isinstance(policy, Reflex) and policy.thresholds is not None:
         return with_thresholds(policy.exits.trigger, policy.thresholds)
+    assert policy.exits is not None
     return policy.exits.trigger
 
 

@@ -40,6 +40,16 @@ class Advance:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """A request: what the drafter expects after the token ``after``, which has entered no block. ``fresh``: it starts from the
+    deep state of the last of ``known`` positions, else from what it gave itself the time before."""
+
+    after: int
+    known: int
+    fresh: bool
+
+
+@dataclass(frozen=True)
 class Glance:
     """One depth looked at on the way: its reading, and whether the trigger believed it."""
 
@@ -51,12 +61,15 @@ class Glance:
 class Proposed:
     """A token put forward, with every depth looked at for it; the last is the one that was believed.
 
-    ``depth`` 0 and no glance: no block ran for it, a memory said it.
+    ``depth`` 0 and no glance: no block ran for it; ``level`` says whether a "memory" or the "drafter" said it, the latter with
+    a ``confidence``, its probability there.
     """
 
     token: int
     depth: int
     glances: tuple[Glance, ...]
+    level: str = "exit"
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Decided:
     rejected: tuple[Proposed, ...] = ()
 
 
-Yields = Advance | Proposed | Decided
+Yields = Advance | Guess | Proposed | Decided
 SequenceLogic = Generator[Yields, Sequence[Reading], None]
 Proposal = tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]
 Proposing = Generator[Yields, Sequence[Reading], Proposal]

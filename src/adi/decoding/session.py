@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from adi.decoding.checks import check_length, check_signals
+from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, Pass
-from adi.decoding.lookup import lookup
+from adi.decoding.logic import logic_of
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
@@ -24,15 +26,18 @@ from adi.decoding.records import (
     Step,
     TakenBack,
 )
-from adi.decoding.sequence import Advance, Decided, Glance, Plan, Proposed, SequenceLogic, immediate, verified
+from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, SequenceLogic
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
+from adi.exits.drafter import Guessed
 from adi.exits.reading import Reading
 from adi.exits.signals import SIGNALS, Prediction
 from adi.exits.triggers import Trigger
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
+
+COSTED_ROWS = MOST_DRAFTS + 1
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ class Session:
         self._budget, self._begun, self._seconds = max_new_tokens, False, 0.0
         self._answer: Any = None
         self._ends: Callable[[int], bool] = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
-        _check_length(model, len(self.prompt_ids), max_new_tokens)
+        check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
-        self._check_signals(trigger)
+        check_signals(model, trigger)
         plan = Plan(
             prompt=self.prompt_ids,
             budget=max_new_tokens,
@@ -87,13 +92,16 @@ class Session:
             ends=self._ends,
         )
         shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
-        model.backbone.prepare(plan.stops)
+        model.backbone.prepare(plan.stops, drafts=isinstance(self.policy, (Verified, Lookup)))
         self.frontier = Frontier(model.backbone, mlp=shows_mlp and model.backbone.has_mlp_tap)
-        self._sequence = _sequence_of(self.policy, plan)
+        self._logic = logic_of(self.policy, plan, model.backbone)
+        self._state: Tensor | None = None
+        self._said: list[int] = []
+        self._alone = False
 
     def __iter__(self) -> Iterator[Event]:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
-        backbone = self.model.backbone
+        backbone, self._alone = self.model.backbone, True
         for item in self.work():
             if isinstance(item, Pass):
                 (states,) = backbone.forward([item.rows], item.lo, item.hi, mlp=self.frontier.mlp)
@@ -120,6 +128,8 @@ class Session:
         self._seconds = time.perf_counter() - self._started
         if self._stop.hit:
             self.finish = "stop"
+        if isinstance(self.policy, Verified) and self.policy.habits is not None:
+            self.policy.habits.learn(self._said)
 
     def answer(self, value: Any) -> None:
         """What was asked for last."""
@@ -150,31 +160,39 @@ class Session:
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
-        if isinstance(self.policy, (FullDepth, Lookup)):
+        exits = getattr(self.policy, "exits", None)
+        if exits is None or (isinstance(self.policy, Verified) and self.policy.adaptive):
             return trigger_of(self.policy), (), _no_reader
-        exits = self.policy.exits
         return trigger_of(self.policy), exits.depths, exits.reader(self.model.backbone)
 
-    def _check_signals(self, trigger: Trigger) -> None:
-        blind = [n for n in trigger.needs if SIGNALS[n].reads == "mlp"]
-        if blind and not self.model.backbone.has_mlp_tap:
-            raise ValueError(
-                f"the trigger reads {blind[0]!r}, but {self.model.backbone.spec.family} models show no single MLP per block "
-                "(experts, or another form); use entropy, margin, top_probability or stability."
-            )
+    def _guess(self, request: Guess) -> Guessed:
+        """One step of the drafter."""
+        drafting, costs = self._logic.drafting, self._logic.costs
+        assert drafting is not None
+        assert costs is not None
+        started = time.perf_counter()
+        if request.fresh:
+            self._state = drafting.start(self.frontier.hidden(request.known - 1, request.known))
+        assert self._state is not None
+        guessed, self._state = drafting.step(request.after, self._state)
+        costs.drafted(time.perf_counter() - started)
+        return guessed
 
     def _events(self) -> Iterator[Pass | Score | Event]:
         """Serve the sequence's requests, pass on what it says."""
-        reply: Sequence[Reading] | None = None
+        sequence: SequenceLogic = self._logic.sequence
+        reply: Sequence[Any] | None = None
         while True:
             try:
-                said = next(self._sequence) if reply is None else self._sequence.send(reply)
+                said = next(sequence) if reply is None else sequence.send(reply)
             except StopIteration:
                 return
             reply = None
             match said:
                 case Advance():
                     reply = yield from self._serve(said)
+                case Guess():
+                    reply = [self._guess(said)]
                 case Proposed():
                     self._drafted += 1
                     yield Drafted(self._draft(said))
@@ -186,6 +204,7 @@ class Session:
     def _serve(self, request: Advance) -> Generator[Pass | Score, None, list[Reading]]:
         """Do one request on the frontier and read its last rows there."""
         frontier, spec = self.frontier, self.model.backbone.spec
+        started = time.perf_counter()
         frontier.rollback(request.keep)
         frontier.append(request.ids)
         while (ahead := frontier.next_pass(request.to)) is not None:
@@ -201,6 +220,8 @@ class Session:
             read = functools.partial(self._read, request.to, hidden_TD)
             return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF)]
         yield Score(hidden_TD)
+        if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
+            self._logic.costs.passed(len(request.ids), time.perf_counter() - started)
         readings = []
         for i, token in enumerate(self._answer):
             row = slice(i, i + 1)
@@ -225,13 +246,15 @@ class Session:
         deciders = said.draft.glances if said.draft else said.glances
         seen = deciders[-1].reading.signals if deciders else {}
         read = dict(getattr(seen, "seen", {}))  # before the looks, which ask for everything
+        if said.draft is not None and said.draft.confidence is not None:
+            read["top_probability"] = said.draft.confidence
         looks = tuple(self._look(glance) for glance in said.glances) if self._candidates else ()
         step = Step(
             index=self._index,
             token=said.token,
             text=text,
             depth=said.depth,
-            level="full" if not drafted else "exit" if said.depth else "memory",
+            level=said.draft.level if said.draft is not None else "full",
             round=said.round,
             drafted=drafted,
             accepted=accepted,
@@ -241,6 +264,7 @@ class Session:
             seconds=time.perf_counter() - self._started,
         )
         self._index += 1
+        self._said.append(said.token)
         return step
 
     def _draft(self, proposed: Proposed) -> Draft:
@@ -255,27 +279,6 @@ class Session:
 
     def _spell(self, token: int) -> str:
         return self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
-
-
-def _sequence_of(policy: Policy, plan: Plan) -> SequenceLogic:
-    match policy:
-        case Verified():
-            return verified(plan, policy.draft_tokens)
-        case Lookup():
-            return lookup(plan, policy.draft_tokens, policy.ngram)
-        case FullDepth() | Reflex():
-            return immediate(plan)
-
-
-def _check_length(model: Model, prompt: int, new: int) -> None:
-    if new < 1:
-        raise ValueError(f"max_new_tokens is {new}; it must be at least 1.")
-    context = model.backbone.spec.context
-    if context is not None and prompt + new > context:
-        raise ValueError(
-            f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
-            f"{context}; shorten the prompt to at most {max(context - new, 0)} tokens or lower max_new_tokens."
-        )
 
 
 def _full_prediction(backbone: Backbone, hidden_TD: Tensor) -> Prediction:

@@ -18,14 +18,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from adi.exits.answers import Answers
+from adi.exits.drafter import Drafter, Drafting
 from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
+from adi.exits.parts import answers_of, drafter_of, heads_of
 from adi.exits.signals import Measured, Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
 from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
-FORMAT = 1
+NOT_JSON = ("heads", "trigger", "drafter", "answers")
+FORMAT = 2
+READ = (1, 2)  # formats: the first knew no drafter
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
 JSON_TEXTS = ("base", "base_name")
 JSON_COUNTS = ("layers", "width", "vocabulary")
@@ -52,7 +57,12 @@ class Exits:
     heads: Heads | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    drafter: Drafter | None = None
+    answers: Answers | None = None
     _readers: WeakKeyDictionary[Backbone, Reader] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+    _draftings: WeakKeyDictionary[Backbone, Drafting] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
@@ -97,6 +107,21 @@ class Exits:
 
         return read
 
+    def drafting(self, backbone: Backbone) -> Drafting | None:
+        """The drafter at work beside this model, made once; None where there is none. Refuses another model."""
+        self.check(backbone)
+        if self.drafter is None:
+            return None
+        if backbone not in self._draftings:
+            self._draftings[backbone] = Drafting(self.drafter, backbone)
+        return self._draftings[backbone]
+
+    @property
+    def acceptance(self) -> Mapping[int, float]:
+        """How often full depth agreed on held-out text with drafts of each tenth of confidence, 0 to 9, if measured."""
+        known = self.report.get("drafter", {}).get("acceptance", {})
+        return {int(place): float(share) for place, share in known.items()}
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: ValueError.
 
@@ -110,6 +135,11 @@ class Exits:
         for depth, adapter in self.heads.adapters.items():
             for name, tensor in adapter.tensors().items():
                 tensors[f"{depth}.{name}"] = tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in self.drafter.tensors().items() if self.drafter is not None else ():
+            kind = torch.int32 if name == "ids_S" else torch.float16
+            tensors[f"drafter.{name}"] = tensor.detach().to(kind).contiguous()
+        for name, tensor in self.answers.tensors().items() if self.answers is not None else ():
+            tensors[f"answers.{name}"] = tensor.contiguous()
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         partial = place / ".exits.safetensors.tmp"
@@ -118,7 +148,11 @@ class Exits:
         write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
     def _json(self, tensors: str) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("heads", "trigger")}
+        plain = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.init and f.name not in ("heads", "trigger", "drafter", "answers")
+        }
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
         return {"format": FORMAT, **plain, **own}
 
@@ -161,7 +195,7 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
             "Make some with: adi tune MODEL --out DIR"
         )
     value = read_json(folder / "exits.json", "exits file")
-    if not isinstance(value, dict) or value.get("format") != FORMAT or set(value) != JSON_FIELDS:
+    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")
     try:
         return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
@@ -200,30 +234,16 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         raise ValueError(f"depths is {depths!r}, not a rising list of whole numbers")
     if not 0 < depths[0] <= depths[-1] < value["layers"]:
         raise ValueError(f"depths {depths} do not lie inside a model of {value['layers']} layers")
-    heads = _heads(depths, value["width"], value["vocabulary"], dict(tensors))
+    drafter = drafter_of(value["width"], value["vocabulary"], tensors)
+    answers = answers_of(value["vocabulary"], tensors)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers."))}
+    heads = heads_of(depths, value["width"], value["vocabulary"], own)
     known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
-    return Exits(**known, depths=tuple(depths), trigger=trigger_from_json(value["trigger"]), heads=heads)
-
-
-def _heads(depths: list[int], width: int, vocabulary: int, tensors: dict[str, Tensor]) -> Heads:
-    ids_S = tensors.pop("ids_S", None)
-    if ids_S is None or ids_S.dim() != 1 or ids_S.dtype != torch.int32 or ids_S.numel() == 0:
-        raise ValueError("the shortlist ids_S is missing or has another form")
-    if int(ids_S.min()) < 0 or int(ids_S.max()) >= vocabulary or ids_S.unique().numel() != ids_S.numel():
-        raise ValueError(f"the shortlist holds ids twice or outside the vocabulary [0, {vocabulary})")
-    adapters = {}
-    for depth in depths:
-        parts = {f.name: tensors.pop(f"{depth}.{f.name}", None) for f in fields(Adapter)}
-        if missing := [name for name, t in parts.items() if t is None]:
-            raise ValueError(f"depth {depth} lacks {', '.join(missing)}")
-        adapter = Adapter(**{name: t.float() for name, t in parts.items() if t is not None})
-        rank = adapter.up_DR.shape[-1]
-        shapes = {"gain_D": (width,), "shift_D": (width,), "up_DR": (width, rank), "down_DR": (width, rank)}
-        shapes |= {"tail_D": (width,), "tail_bias": (1,)}
-        for name, tensor in adapter.tensors().items():
-            if tuple(tensor.shape) != shapes[name] or not bool(tensor.isfinite().all()):
-                raise ValueError(f"depth {depth}, {name}: shape {tuple(tensor.shape)} or values are not what they must be")
-        adapters[depth] = adapter
-    if tensors:
-        raise ValueError(f"unknown tensors {sorted(tensors)[:3]}")
-    return Heads(ids_S.long(), adapters)
+    return Exits(
+        **known,
+        depths=tuple(depths),
+        trigger=trigger_from_json(value["trigger"]),
+        heads=heads,
+        drafter=drafter,
+        answers=answers,
+    )

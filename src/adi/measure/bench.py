@@ -15,8 +15,9 @@ from adi.measure.circumstances import circumstances
 from adi.measure.contestants import Setting
 from adi.measure.partial import Partial
 from adi.measure.process import Contestant, prepare
-from adi.measure.scores import ratio_entries, run_entry
+from adi.measure.scores import part_of, ratio_entries, run_entry
 from adi.measure.timing import Task
+from adi.measure.together import batch_entries, batching, groups_of, run_groups
 from adi.prompts import PromptItem, read_prompts, spread
 
 FORMAT, VERSION = "adi-bench", 2
@@ -28,12 +29,19 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting."""
+    """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting.
+
+    With ``restarts`` the prompts are dealt out to so many processes of each contestant, one after the other: what luck a
+    process has (where its memory lies may be worth a tenth of its speed) then shows in the intervals. With ``batch``, after
+    the paired runs, each of adi's full depths also meets groups of so many prompts in one batch and one by one.
+    """
 
     max_new_tokens: int = 128
     repeats: int = 1
     prompt_tokens: int | None = None
     sweep: bool = False
+    restarts: int = 1
+    batch: int | None = None
 
 
 def bench(
@@ -53,6 +61,7 @@ def bench(
     ``finished`` is called, and the same benchmark goes on with the rest.
     """
     names = list(dict.fromkeys(names))
+    _check(extent, len(items))
     facts = circumstances(command, items)
     partial = _partial(names, facts, setting, extent, result)
     sweeps = partial.sweeps() if partial else {}
@@ -67,12 +76,20 @@ def bench(
     contestants = [Contestant(name, _own(setting, sweeps.get(name)), sweep=sweeps.get(name)) for name in names]
     if partial:
         partial.restore(contestants)
-    try:
-        tasks = _start(contestants, items, extent, lambda what: progress(0, 0, what))
-        _run(contestants, tasks, extent, lambda: partial.save(contestants, sweeps) if partial else None, progress)
-    finally:
-        for contestant in contestants:
-            contestant.stop()
+
+    def save() -> None:
+        if partial:
+            partial.save(contestants, sweeps)
+
+    for part in _parts(contestants, len(items), extent):
+        try:
+            tasks = _start(contestants, items, extent, lambda what: progress(0, 0, what))
+            _run(contestants, tasks, part, extent, save, progress)
+            if extent.batch is not None:
+                run_groups(contestants, tasks, groups_of(part, extent.batch), save, lambda what: progress(0, 0, what))
+        finally:
+            for contestant in contestants:
+                contestant.stop()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -81,8 +98,9 @@ def bench(
         **asdict(extent),
         "precision": list(dict.fromkeys(n.rpartition(":")[2] for n in names if n.startswith("adi:"))),
         "device": "cpu",
-        "runs": [run_entry(c, contestants, items) for c in contestants],
-        "ratios": ratio_entries(contestants, items, setting.seed),
+        "runs": [run_entry(c, contestants, items, extent.restarts) for c in contestants],
+        "ratios": ratio_entries(contestants, items, setting.seed, extent.restarts),
+        "batches": batch_entries(contestants, extent.batch, extent.restarts, setting.seed),
     }
 
 
@@ -114,6 +132,33 @@ def _partial(
     kept = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
     own = asdict(setting) | {"static": list(setting.static) if setting.static else None}
     return Partial.beside(result, {"contestants": list(names), **kept, **own, **asdict(extent)})
+
+
+def _check(extent: Extent, prompts: int) -> None:
+    if not 1 <= extent.restarts <= prompts:
+        raise ValueError(
+            f"--restarts is {extent.restarts} and there are {prompts} prompts; it must be at least 1, and no more than these."
+        )
+    smallest = prompts // extent.restarts
+    if extent.batch is not None and not 2 <= extent.batch <= smallest:
+        raise ValueError(
+            f"--batch is {extent.batch}; it must be at least 2, and at most the {smallest} prompts that each process gets."
+        )
+
+
+def _parts(contestants: Sequence[Contestant], prompts: int, extent: Extent) -> list[list[int]]:
+    """The prompts of each restart that has something left to do; of the last one, if none has, to see who is there.
+
+    An interrupted part goes on in new processes, and still counts as one.
+    """
+    done = {p for c in contestants for p in c.outcomes}
+    parts = [[p for p in range(prompts) if part_of(p, extent.restarts) == i] for i in range(extent.restarts)]
+
+    def unfinished(part: list[int]) -> bool:
+        groups = groups_of(part, extent.batch) if extent.batch is not None else []
+        return not done.issuperset(part) or any(group[0] not in c.pairs for group in groups for c in batching(contestants))
+
+    return [part for part in parts if unfinished(part)] or parts[-1:]
 
 
 def _own(setting: Setting, swept: dict[str, Any] | None) -> Setting:
@@ -176,19 +221,24 @@ def _load(contestants: Sequence[Contestant], tell: Callable[[str], None]) -> Non
 
 
 def _run(
-    contestants: Sequence[Contestant], tasks: Sequence[Task], extent: Extent, save: Callable[[], None], progress: Progress
+    contestants: Sequence[Contestant],
+    tasks: Sequence[Task],
+    part: Sequence[int],
+    extent: Extent,
+    save: Callable[[], None],
+    progress: Progress,
 ) -> None:
-    """Every prompt that is not finished, ``repeats`` times by everybody; ``save`` after each."""
+    """Every prompt of this part that is not finished, ``repeats`` times by everybody; ``save`` after each."""
     finished_before = {p for c in contestants for p in c.outcomes}
     each = extent.repeats * len(contestants)
     total, done = len(tasks) * each, len(finished_before) * each
-    for i, task in enumerate(tasks):
+    for place, i in enumerate(part):
         if i in finished_before:
             continue
         for repeat in range(extent.repeats):
-            turn = (i + repeat) % len(contestants)
+            turn = (place + repeat) % len(contestants)
             for contestant in [*contestants[turn:], *contestants[:turn]]:
-                outcome = contestant.run(task)
+                outcome = contestant.run(tasks[i])
                 if outcome is not None:
                     contestant.outcomes.setdefault(i, []).append(outcome)
                 done += 1

@@ -13,7 +13,7 @@ from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
 from adi.exits.artifact import Exits, bare_exits, load_exits
 from adi.exits.triggers import Always
 from adi.measure.sweep import Sweep, sweep
-from adi.measure.timing import Outcome, Task, timed
+from adi.measure.timing import Outcome, Task, Together, timed, timed_together
 from adi.model.checkpoint import BACKENDS, Model, load
 
 MODES = ("full", "verified", "reflex", "lookup", "static")
@@ -41,20 +41,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Runner:
-    """A loaded contestant. ``details`` go into its entry of the result; adi's modes also encode, know what ends, and sweep."""
+    """A loaded contestant. ``details`` go into its entry of the result; adi's modes also encode, know what ends,
+    sweep, and run batches."""
 
     run: Callable[[Task], Outcome]
     details: Mapping[str, Any]
     encode: Callable[[str], tuple[int, ...]] | None = None
     ends: frozenset[int] = field(default=frozenset())
     sweep: Callable[[Sequence[tuple[int, ...]], int], Sweep] | None = None
+    batch: Callable[[Sequence[Task]], Together] | None = None
 
 
 def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
     """adi in one of its modes. Static mode without ``setting.static`` can only sweep for it."""
     model = adi_model(precision, setting)
-    exits = _exits(model, setting) if mode in LOOKING else None
+    exits = _exits(model, mode, setting) if mode in LOOKING else None
     policy = None if mode == "static" and setting.static is None else _policy(mode, exits, setting)
+    if mode not in ("full", "reflex"):
+        model.backbone.prepare((), drafts=True, wait=True)
     spec = model.backbone.spec
     raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
     bare = replace(model, tokenizer=None)  # tokens in, tokens out, as for everybody
@@ -70,6 +74,7 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
         lambda prompt: model.encode(prompt, raw=raw),
         model.eos_ids,
         None if exits is None else lambda prompts, most: sweep(bare, exits, prompts, most),
+        None if policy is None else lambda tasks: timed_together(bare, policy, tasks),
     )
 
 
@@ -84,9 +89,12 @@ def adi_model(precision: str, setting: Setting) -> Model:
     return load(setting.model, backend=backend, precision=precision, threads=setting.threads)
 
 
-def _exits(model: Model, setting: Setting) -> Exits:
+def _exits(model: Model, mode: str, setting: Setting) -> Exits | None:
+    """Those that were given, else none in verified mode (memory alone drafts), and a bare one for the others."""
     if setting.exits:
         return load_exits(setting.exits)
+    if mode == "verified":
+        return None
     spec = model.backbone.spec
     wanted = setting.static[0] if setting.static else BARE_SHARE * spec.layers
     return bare_exits(model, (min((d for d in spec.stops if d < spec.layers), key=lambda d: abs(d - wanted)),))
@@ -97,10 +105,10 @@ def _policy(mode: str, exits: Exits | None, setting: Setting) -> Policy:
         return FullDepth()
     if mode == "lookup":
         return Lookup()
-    if exits is None:
-        raise ValueError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     if mode == "verified":
         return Verified(exits)
+    if exits is None:
+        raise ValueError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     if mode == "static":
         assert setting.static is not None
         depth, draft_tokens = setting.static

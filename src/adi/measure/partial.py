@@ -9,9 +9,9 @@ from typing import Any
 
 from adi.files import read_json, write_json
 from adi.measure.process import Contestant
-from adi.measure.timing import Outcome
+from adi.measure.timing import Outcome, Pair
 
-FORMAT, VERSION = "adi-bench-partial", 1
+FORMAT, VERSION = "adi-bench-partial", 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Partial:
             if contestant.name in kept:
                 mine = kept[contestant.name]
                 contestant.peak_bytes, contestant.error = mine["peak_bytes"], mine["error"]
+                contestant.pairs = {int(first): Pair(**pair) for first, pair in mine["pairs"].items()}
                 for prompt, outcomes in mine["outcomes"].items():
                     contestant.outcomes[int(prompt)] = [
                         Outcome(**{**outcome, "token_ids": tuple(outcome["token_ids"])}) for outcome in outcomes
@@ -48,6 +49,7 @@ class Partial:
                 "peak_bytes": c.peak_bytes,
                 "error": c.error,
                 "outcomes": {str(p): [asdict(o) for o in outcomes] for p, outcomes in c.outcomes.items()},
+                "pairs": {str(first): asdict(pair) for first, pair in c.pairs.items()},
             }
             for c in contestants
         }

@@ -18,7 +18,7 @@ from typing import Any
 from adi.measure.contestants import Runner, Setting, adi_model, adi_runner, backend_for
 from adi.measure.peers import HOW, build_peer
 from adi.measure.stateful import export
-from adi.measure.timing import Outcome, Task
+from adi.measure.timing import Outcome, Pair, Task
 from adi.model.sources import source_folder
 
 # Threads that have nothing to do soon sleep instead of spinning where another contestant runs. Not at once: llama.cpp's threads
@@ -38,6 +38,8 @@ class Contestant:
     ends: frozenset[int] = field(default=frozenset())
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
+    pairs: dict[int, Pair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
+    batch_error: str | None = None
 
     def start(self) -> None:
         """Begin to load it in a process of its own. One that failed before stays out."""
@@ -99,7 +101,8 @@ def prepare(names: Sequence[str], setting: Setting) -> None:
 
 
 def serve(connection: Connection, name: str, setting: Setting) -> None:
-    """Load, then answer ("encode", text), ("run", task), ("sweep", prompts, n) and ("peak",) until the pipe is closed."""
+    """Load, then answer ("encode", text), ("run", task), ("batch", tasks), ("sweep", prompts, n) and ("peak",)
+    until the pipe is closed."""
     _settle(setting)
     with suppress(EOFError, OSError):  # nobody is there any more
         try:
@@ -148,6 +151,9 @@ def _answer(runner: Runner, what: str, *given: Any) -> Any:
     if what == "encode":
         assert runner.encode is not None, "only adi's modes encode"
         return runner.encode(*given)
+    if what == "batch":
+        assert runner.batch is not None, "only adi's modes run batches"
+        return runner.batch(*given)
     assert what == "sweep", what
     assert runner.sweep is not None, "only adi's modes with exits sweep"
     return runner.sweep(*given).to_json()

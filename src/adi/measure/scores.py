@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
 from adi.measure.process import Contestant
-from adi.measure.statistics import bootstrap_median
+from adi.measure.statistics import Interval, clustered_median
 from adi.measure.sweep import accepted_share
 from adi.prompts import PromptItem
 
 NUMBER_FORMAT = {"llama.cpp": "int4", "llama.cpp-lookup": "int4", "gguf": "int4", "economize": "fp32"}
 
 
-def run_entry(contestant: Contestant, all_: Sequence[Contestant], items: Sequence[PromptItem]) -> dict[str, Any]:
+def part_of(prompt: int, restarts: int) -> int:
+    """Which of the processes that a contestant had runs this prompt: they take turns, so that each has some of every kind."""
+    return prompt % restarts
+
+
+def interval(values: Mapping[int, float], restarts: int, seed: int) -> Interval:
+    """The median of figures by prompt, resampled by restart and then by prompt."""
+    groups = [[value for p, value in values.items() if part_of(p, restarts) == part] for part in range(restarts)]
+    return clustered_median(groups, seed=seed)
+
+
+def run_entry(
+    contestant: Contestant, all_: Sequence[Contestant], items: Sequence[PromptItem], restarts: int = 1
+) -> dict[str, Any]:
     """A contestant's figures, or its error. ``match`` compares with full depth, whose name is ``match_with``."""
     known = {"name": contestant.name, **contestant.details}
     if contestant.error is not None or not contestant.outcomes:
@@ -24,7 +37,7 @@ def run_entry(contestant: Contestant, all_: Sequence[Contestant], items: Sequenc
     every = [o for p in prompts for o in contestant.outcomes[p]]
     rounds = [len(o.token_ids) / o.rounds for o in every if o.rounds]
     reference = _reference(contestant, all_)
-    interval = bootstrap_median([speed(contestant, p) for p in prompts], seed=contestant.setting.seed)
+    found = interval({p: speed(contestant, p) for p in prompts}, restarts, contestant.setting.seed)
     return {
         **known,
         "error": None,
@@ -32,25 +45,27 @@ def run_entry(contestant: Contestant, all_: Sequence[Contestant], items: Sequenc
         "tokens_per_round": median(rounds) if rounds else None,
         "accepted_share": accepted_share(every),
         **_figures(contestant, reference, prompts),
-        "tokens_per_second_low": interval.low,
-        "tokens_per_second_high": interval.high,
+        "tokens_per_second_low": found.low,
+        "tokens_per_second_high": found.high,
         "match_with": reference.name if reference else None,
         "per_category": {name: _figures(contestant, reference, mine) for name, mine in _categories(items, prompts).items()},
         **({"sweep": contestant.sweep} if contestant.sweep else {}),
     }
 
 
-def ratio_entries(contestants: Sequence[Contestant], items: Sequence[PromptItem], seed: int) -> list[dict[str, Any]]:
+def ratio_entries(
+    contestants: Sequence[Contestant], items: Sequence[PromptItem], seed: int, restarts: int = 1
+) -> list[dict[str, Any]]:
     """adi's modes against everybody else, each pair on the prompts that both ran."""
     return [
-        ratio_entry(a, b, items, seed)
+        ratio_entry(a, b, items, seed, restarts)
         for a in contestants
         for b in contestants
         if a is not b and a.name.startswith("adi:") and set(a.outcomes) & set(b.outcomes)
     ]
 
 
-def ratio_entry(a: Contestant, b: Contestant, items: Sequence[PromptItem], seed: int) -> dict[str, Any]:
+def ratio_entry(a: Contestant, b: Contestant, items: Sequence[PromptItem], seed: int, restarts: int = 1) -> dict[str, Any]:
     """How many times faster ``a`` is: medians over prompts of paired ratios, with their interval; above 1 ``a`` wins.
 
     The figures named ``ttft`` say how many times sooner its first token comes.
@@ -58,7 +73,7 @@ def ratio_entry(a: Contestant, b: Contestant, items: Sequence[PromptItem], seed:
     both = sorted(set(a.outcomes) & set(b.outcomes))
     ratios = {p: speed(a, p) / speed(b, p) for p in both}
     sooner = {p: first(b, p) / first(a, p) for p in both}
-    found, waited = (bootstrap_median(list(values.values()), seed=seed) for values in (ratios, sooner))
+    found, waited = (interval(values, restarts, seed) for values in (ratios, sooner))
     return {
         "a": a.name,
         "b": b.name,

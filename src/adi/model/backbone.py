@@ -10,7 +10,7 @@ given, and trusts of a layer's KV memory only what lies before the first of thes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 class NotExportableError(ValueError):
     """A model that a compiled engine cannot run; the message says why, and another engine may."""
+
+
+class MemoryFullError(ValueError):
+    """A pass for which no KV memory is left; nothing of it has run, and it may be tried again when a sequence has ended."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,28 @@ class CompiledHead(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DraftNet:
+    """A drafter in plain parts, for an engine to compile; ``exits.drafter.Drafter`` says what each weight is.
+
+    ``norm`` and ``eps`` are those of its last norm, ``weight_SD`` and ``bias_S`` the shortlist's rows of the model's head.
+    """
+
+    weights: Mapping[str, Tensor]
+    norm: str
+    eps: float
+    weight_SD: Tensor
+    bias_S: Tensor | None
+
+
+class CompiledDraftNet(Protocol):
+    """A drafter on an engine."""
+
+    def step(self, x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, HeadRows]:
+        """One step at T rows: the next states ``[T, D]`` and what they say (``entropy_T`` spreads no tail)."""
+        ...
+
+
 def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     """RMS or layer normalisation over the last axis, without gain."""
     import torch
@@ -157,12 +183,22 @@ class Backbone(Protocol):
         """KV memory for one more sequence."""
         ...
 
-    def prepare(self, stops: Sequence[int]) -> None:
-        """Be ready for passes that stop at these depths; without stops, for passes through the whole model."""
+    def fits(self, wanted: Sequence[tuple[Any, int]]) -> bool:
+        """Whether these caches could all grow to so many positions now; always, where nothing limits KV memory."""
+        ...
+
+    def prepare(self, stops: Sequence[int], *, drafts: bool = False, wait: bool = False) -> None:
+        """Be ready for passes that stop at these depths; without stops, for passes through the whole model.
+
+        ``drafts``: for passes of a few rows too, which may take a while and so happens in the background, unless ``wait``.
+        """
         ...
 
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
-        """Run blocks ``[lo, hi)`` over rows of one or more sequences; one ``States`` per entry of ``rows``."""
+        """Run blocks ``[lo, hi)`` over rows of one or more sequences; one ``States`` per entry of ``rows``.
+
+        ``MemoryFullError``, before anything has run, where the engine limits its KV memory and too little is left.
+        """
         ...
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -175,6 +211,14 @@ class Backbone(Protocol):
 
     def light_head(self, head: LightHead) -> CompiledHead | None:
         """The exit head as a graph of this engine, None where it has none better than torch."""
+        ...
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What enters the first block for each of these tokens at position 0, ``[T, D]``."""
+        ...
+
+    def draft_net(self, net: DraftNet) -> CompiledDraftNet | None:
+        """The drafter as a graph of this engine, None where it has none better than torch."""
         ...
 
     def readout(self) -> ReadOut:

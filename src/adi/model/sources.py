@@ -136,6 +136,19 @@ def own_tokenizer(place: str) -> Any:
     return AutoTokenizer.from_pretrained(place)
 
 
+def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:
+    """The transformers tokenizer of a model that is named, without the model; ValueError where it has none."""
+    place = source_folder(source, notice)
+    try:
+        with quiet_transformers():
+            tokenizer = own_tokenizer(place)
+    except Exception as error:  # readers of foreign files raise what they like
+        raise ValueError(unreadable(source, error)) from None
+    if tokenizer is None:
+        raise ValueError(f"the model {source} has no tokenizer; name one that has.")
+    return tokenizer
+
+
 def unreadable(source: str, error: Exception) -> str:
     """The sentence for a source that could not be read."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

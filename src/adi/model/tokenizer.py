@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,3 +84,15 @@ class Detokenizer:
     def _remember(self, token: int) -> int:
         self._ids.append(token)
         return token
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """32 hexadecimal digits that say what every token id means: equal for equal vocabularies and added tokens.
+
+    How a text is cut into tokens (merges, normalisation) does not enter. About 0.1 s for 49,152 tokens; keep it.
+    """
+    ids = tokenizer.hf.get_vocab()
+    names = sorted(ids)  # the order of the mapping changes from call to call
+    added = sorted((int(i), str(token), bool(token.special)) for i, token in tokenizer.hf.added_tokens_decoder.items())
+    stated = json.dumps([names, [ids[name] for name in names], added])
+    return hashlib.blake2b(stated.encode(), digest_size=16).hexdigest()

@@ -59,14 +59,14 @@ def fit(
     parameters = [t.requires_grad_() for a in adapters.values() for n, t in a.tensors().items() if n not in fixed]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     total = options.epochs * len(shards)
-    done = _resume(checkpoint, parameters, optimizer)
+    done = resume_state(checkpoint, parameters, optimizer)
     for at in range(done, total):
         order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(options.seed + at // len(shards)))
         shard = read_shard(shards[int(order[at % len(shards)])])
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * _schedule(at / total)
+            group["lr"] = options.learning_rate * schedule(at / total)
         losses = [_step(adapters, among, depths, batch, optimizer) for batch in _batches(shard, options, at)]
-        _save(checkpoint, at + 1, parameters, optimizer)
+        save_state(checkpoint, at + 1, parameters, optimizer)
         mean = torch.tensor(losses).mean(0) if losses else torch.zeros(len(depths))
         progress(at + 1, total, dict(zip(depths, mean.tolist(), strict=True)))
     return {d: Adapter(**{n: t.detach() for n, t in a.tensors().items()}) for d, a in adapters.items()}
@@ -93,18 +93,18 @@ def _batches(shard: Shard, options: FitOptions, at: int) -> Iterator[Shard]:
         yield Shard(*(getattr(shard, name)[part] for name in Shard.__dataclass_fields__))
 
 
-def _schedule(share: float) -> float:
+def schedule(share: float) -> float:
     """A short rise, then half a cosine down to a tenth."""
     return min(1.0, share / 0.03 + 0.1) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _save(path: Path, done: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+def save_state(path: Path, done: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
     partial = path.with_suffix(".tmp")
     torch.save({"done": done, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, partial)
     partial.replace(path)
 
 
-def _resume(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+def resume_state(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
     if not path.exists():
         return 0
     state: dict[str, Any] = torch.load(path, weights_only=True)

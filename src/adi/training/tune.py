@@ -9,15 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adi.exits.answers import Answers
 from adi.exits.artifact import Exits
-from adi.exits.heads import Heads, shortlist
+from adi.exits.drafter import Drafter
+from adi.exits.heads import Heads, Shortlist, shortlist
 from adi.files import write_text
-from adi.model.backbone import ReadOut
+from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import Answer, collect, interleave, is_held_out
+from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, fit
 from adi.training.report import evaluate, report_json
+from adi.training.tracks import write_tracks
 
 TEXT_WINDOW = 256
 Progress = Callable[[str, int, int, str], None]
@@ -38,12 +42,15 @@ class TuneOptions:
     rank: int = 128
     epochs: int = 3
     learning_rate: float = 3e-3
+    drafter_epochs: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_new_tokens", "shortlist", "rank", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.drafter_epochs < 0:
+            raise ValueError(f"drafter_epochs is {self.drafter_epochs}; it must be at least 0.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
 
@@ -55,6 +62,7 @@ def tune(
     options: TuneOptions | None = None,
     *,
     texts: Sequence[str | os.PathLike[str]] = (),
+    keep: Exits | None = None,
     made_by: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total, note: None,
 ) -> Exits:
@@ -66,6 +74,7 @@ def tune(
         prompts: groups of prompts (one per file), shared out evenly.
         options: see ``TuneOptions``.
         texts: plain text files to learn from beside the answers.
+        keep: exits of this model whose heads and trigger stay as they are: only a drafter is trained.
         made_by: noted in the exits: the command and the data.
         progress: is told ``(stage, done, total, note)``.
 
@@ -83,10 +92,37 @@ def tune(
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
     _enough([a.held_out for a in answers])
     ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist)
-    shards = write_shards(backbone, train, depths, ids_S, work / "features", lambda d, t: progress("features", d, t, ""))
-    _fresh_checkpoint(work, [options, backbone.spec.fingerprint, ids_S.tolist(), [path.name for path in shards]])
-    checks = write_shards(backbone, held, depths, ids_S, work / "held-out", lambda d, t: progress("held-out", d, t, ""))
     among = shortlist(readout, ids_S)
+    made = {**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)}
+    if keep is None:
+        exits = _heads(backbone, readout, depths, (train, held), among, work, options, progress)
+        exits = replace(exits, made_by=made)
+    else:
+        keep.check(backbone)
+        exits = replace(keep, made_by={**keep.made_by, "drafter": made})
+    if options.drafter_epochs:
+        drafter, judged = train_drafter(backbone, readout, among, (train, held), work, options, progress)
+        spoken = Answers.of([a.ids[max(0, a.start - 2) :] for a in train])
+        exits = replace(exits, drafter=drafter, answers=spoken, report={**exits.report, "drafter": judged})
+    exits.save(out)
+    return exits
+
+
+def _heads(
+    backbone: Backbone,
+    readout: ReadOut,
+    depths: tuple[int, ...],
+    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    among: Shortlist,
+    work: Path,
+    options: TuneOptions,
+    progress: Progress,
+) -> Exits:
+    """Features of the answers (to train on, and held out), an adapter for every depth, thresholds and a report."""
+    (train, held), ids_S = answers, among.ids_S
+    shards = write_shards(backbone, train, depths, ids_S, work / "features", lambda d, t: progress("features", d, t, ""))
+    fresh_checkpoint(work / "checkpoint", [options, backbone.spec.fingerprint, ids_S.tolist(), [p.name for p in shards]])
+    checks = write_shards(backbone, held, depths, ids_S, work / "held-out", lambda d, t: progress("held-out", d, t, ""))
     fitting = FitOptions(epochs=options.epochs, learning_rate=options.learning_rate, rank=options.rank, seed=options.seed)
     note = lambda done, total, losses: progress("heads", done, total, _losses(losses))  # noqa: E731
     adapters = fit(readout, among, depths, shards, work / "checkpoint.pt", fitting, note)
@@ -94,7 +130,7 @@ def tune(
     reports, trigger, totals = evaluate(backbone, adapters, among, checks)
     progress("report", 1, 1, "")
     spec = backbone.spec
-    exits = Exits(
+    return Exits(
         base=spec.fingerprint,
         base_name=spec.name,
         layers=spec.layers,
@@ -104,10 +140,29 @@ def tune(
         trigger=trigger,
         heads=Heads(ids_S, adapters),
         report=report_json(reports, totals, sum(a.tokens for a in train)),
-        made_by={**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)},
     )
-    exits.save(out)
-    return exits
+
+
+def train_drafter(
+    backbone: Any,
+    readout: ReadOut,
+    among: Shortlist,
+    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    work: Path,
+    options: TuneOptions,
+    progress: Progress,
+) -> tuple[Drafter, dict[str, Any]]:
+    """A drafter that learned from the answers of the first part, and what it does on the second."""
+    train, held = answers
+    shards = write_tracks(backbone, train, work / "tracks", lambda d, t: progress("tracks", d, t, ""))
+    checks = write_tracks(backbone, held, work / "held-tracks", lambda d, t: progress("held-tracks", d, t, ""))
+    fitting = DraftOptions(epochs=options.drafter_epochs, seed=options.seed)
+    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), [p.name for p in shards]])
+    embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
+    note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
+    drafter = fit_drafter(readout, among, embed, shards, work / "drafter.pt", fitting, note, mlp)
+    judged = judge(as_halves(drafter), readout, among, embed, checks)
+    return drafter, {**judged, "answer_tokens": sum(a.tokens for a in train), "settings": asdict(fitting)}
 
 
 def _answers(
@@ -175,10 +230,10 @@ def _changed(note: Path, value: object) -> bool:
     return changed
 
 
-def _fresh_checkpoint(work: Path, value: object) -> None:
-    """A checkpoint only goes on with the options and the data that it was begun with."""
-    if _changed(work / "checkpoint.key", value):
-        (work / "checkpoint.pt").unlink(missing_ok=True)
+def fresh_checkpoint(place: Path, value: object) -> None:
+    """A checkpoint (``place`` with .pt) only goes on with the options and the data that it was begun with."""
+    if _changed(place.with_suffix(".key"), value):
+        place.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _on_cpu(r: ReadOut) -> ReadOut:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import LightHead, ReadOut, Rows, Spec, States
+from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States
 from adi.model.hf.blocks import Patch, Run, find_down_projections
 from adi.model.hf.cache import StaircaseCache
 from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
+from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.readout import take_apart
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +58,10 @@ class HfBackbone:
     def new_cache(self) -> StaircaseCache:
         return StaircaseCache(self.model.config)
 
+    def fits(self, wanted: Sequence[tuple[StaircaseCache, int]]) -> bool:
+        """True: KV memory grows as torch allows."""
+        return True
+
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for each entry of ``rows`` in turn (this engine merges nothing)."""
         if not 0 <= lo < hi <= self.spec.layers:
@@ -93,7 +98,28 @@ class HfBackbone:
     def light_head(self, head: LightHead) -> None:
         """None: exit heads run as torch modules do."""
 
-    def prepare(self, stops: Sequence[int]) -> None:
+    def draft_net(self, net: DraftNet) -> None:
+        """None: drafters run as torch code does."""
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What the first block is given; it runs once for nothing."""
+        run = Run(0, 1, None)
+        tokens = torch.tensor([tuple(ids)], device=self.model.device)
+        with self._patch.patched(run):
+            self.decoder(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False)
+        assert run.before is not None
+        return run.before[0]
+
+    def last_mlp(self) -> dict[str, Tensor] | None:
+        """The last block's gated MLP with its norm, ``gain_D``, ``gate_FD``, ``up_FD``, ``down_DF``; None where it has none."""
+        if self._patch.downs is None:
+            return None
+        layers = self.spec.layers
+        rows = Rows(self.new_cache(), 0, (0, 1), None)
+        return gated_mlp(self._patch.blocks[-1], self._patch.downs[-1], lambda: self._pass(rows, 0, layers, False))
+
+    def prepare(self, stops: Sequence[int], *, drafts: bool = False, wait: bool = False) -> None:
         """Nothing to do: torch stops anywhere."""
 
     def readout(self) -> ReadOut:

@@ -28,7 +28,7 @@ def take_apart(model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn
     if len(norms) != 1 or len(norms) + len(maps) != len(tail) or tail[0] is not norms[0] or maps[-1:] != [head]:
         names = ", ".join(type(m).__name__ for m, _, _ in tail)
         raise ValueError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
-    kind, gain, shift, eps = _norm(*norms[0])
+    kind, gain, shift, eps = norm_of(*norms[0])
     weight = maps[-1].weight.detach().float()
     for inner in reversed(maps[:-1]):
         if getattr(inner, "bias", None) is not None:
@@ -67,7 +67,7 @@ def _weight_dim(module: nn.Module) -> int:
     return weight.dim() if isinstance(weight, Tensor) else 0
 
 
-def _norm(module: Any, given: Tensor, out: Tensor) -> tuple[str, Tensor, Tensor, float]:
+def norm_of(module: Any, given: Tensor, out: Tensor) -> tuple[str, Tensor, Tensor, float]:
     """Which of the two normalisations this module is, with its gain and shift, judged by what it did to ``given``."""
     width = given.shape[-1]
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)

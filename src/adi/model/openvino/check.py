@@ -75,16 +75,32 @@ def _in_company(
     return hidden_TD
 
 
-def known_invariance(backbone: OpenVinoBackbone, folder: Path) -> bool:
-    """``rows_are_invariant`` with a stop half-way, found once on each kind of machine and kept beside the export."""
+def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
+    """Make rows invariant if that can be had, by running lone rows in company if need be; whether they are.
+
+    Found with a stop half-way, once on each kind of machine, and kept beside the export: ``least_rows``, or 0 where rows
+    depend on their company whatever their number.
+    """
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     machine = _machine(backbone.threads)
-    if machine not in found:
-        found[machine] = rows_are_invariant(backbone, stops=(max(1, backbone.spec.layers // 2),))
+    if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
+        found[machine] = _least_rows(backbone)
         with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
             write_json(note, found)
-    return bool(found[machine])
+    backbone.least_rows = max(1, found[machine])
+    return bool(found[machine] > 0)
+
+
+def _least_rows(backbone: OpenVinoBackbone) -> int:
+    """How many rows a pass must have for its rows not to depend on each other: 1, 2, or 0 for no number."""
+    half = (max(1, backbone.spec.layers // 2),)
+    for least in (1, 2):
+        backbone.least_rows = least
+        if rows_are_invariant(backbone, stops=half):
+            backbone.prepare((), drafts=True, wait=True)  # and with lanes, once for all
+            return least if rows_are_invariant(backbone, stops=half) else 0
+    return 0
 
 
 def _machine(threads: int) -> str:

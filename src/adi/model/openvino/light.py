@@ -63,10 +63,10 @@ def _graph(head: LightHead, eight_bits: bool) -> Any:
     shortlist, width = head.weight_SD.shape
     hidden = ops.parameter(ov.PartialShape([-1, width]), ov.Type.f32, name="hidden")
     x = _normalised(hidden, head)
-    x = ops.add(x, _product(_product(x, head.down_DR.T, eight_bits), head.up_DR, eight_bits))
-    rows = np.concatenate([_array(head.weight_SD), _array(head.tail_D)[None]])
-    bias = np.zeros(shortlist, np.float32) if head.bias_S is None else _array(head.bias_S)
-    logits = ops.add(_product(x, rows, eight_bits), ops.constant(np.concatenate([bias, _array(head.tail_bias).reshape(1)])))
+    x = ops.add(x, product(product(x, head.down_DR.T, eight_bits), head.up_DR, eight_bits))
+    rows = np.concatenate([array_of(head.weight_SD), array_of(head.tail_D)[None]])
+    bias = np.zeros(shortlist, np.float32) if head.bias_S is None else array_of(head.bias_S)
+    logits = ops.add(product(x, rows, eight_bits), ops.constant(np.concatenate([bias, array_of(head.tail_bias).reshape(1)])))
     logs = ops.log_softmax(logits, 1)
     last = ops.constant(np.int64(1))
     parts = ops.variadic_split(logs, last, ops.constant(np.array([shortlist, 1], np.int64)))
@@ -87,14 +87,14 @@ def _normalised(hidden: Any, head: LightHead) -> Any:
         hidden = ops.subtract(hidden, ops.reduce_mean(hidden, axis, True))
     square = ops.reduce_mean(ops.multiply(hidden, hidden), axis, True)
     x = ops.divide(hidden, ops.sqrt(ops.add(square, ops.constant(np.float32(head.eps)))))
-    return ops.add(ops.multiply(x, ops.constant(_array(head.gain_D)[None])), ops.constant(_array(head.shift_D)[None]))
+    return ops.add(ops.multiply(x, ops.constant(array_of(head.gain_D)[None])), ops.constant(array_of(head.shift_D)[None]))
 
 
-def _product(x: Any, matrix_NK: Any, eight_bits: bool) -> Any:
+def product(x: Any, matrix_NK: Any, eight_bits: bool) -> Any:
     """``x @ matrix.T``, the matrix rounded to 8 bits with a scale for each of its rows."""
     from openvino import opset13 as ops
 
-    matrix = matrix_NK if isinstance(matrix_NK, np.ndarray) else _array(matrix_NK)
+    matrix = matrix_NK if isinstance(matrix_NK, np.ndarray) else array_of(matrix_NK)
     if not eight_bits:
         return ops.matmul(x, ops.constant(matrix), False, True)
     scale = np.maximum(np.abs(matrix).max(1, keepdims=True) / 127, 1e-12).astype(np.float32)
@@ -102,5 +102,5 @@ def _product(x: Any, matrix_NK: Any, eight_bits: bool) -> Any:
     return ops.matmul(x, ops.multiply(codes, ops.constant(scale)), False, True)
 
 
-def _array(tensor: Any) -> Any:
+def array_of(tensor: Any) -> Any:
     return np.ascontiguousarray(tensor.detach().float().numpy())

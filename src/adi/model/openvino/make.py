@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.model.openvino import store
-from adi.model.openvino.check import known_invariance
+from adi.model.openvino.check import settle_rows
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 
 Notice = Callable[[str], None]
@@ -78,6 +78,6 @@ def opened_before(
 
 def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
     backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
-    backbone.spec = replace(backbone.spec, row_invariant=known_invariance(backbone, folder))
+    backbone.spec = replace(backbone.spec, row_invariant=settle_rows(backbone, folder))
     backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model
     return backbone

@@ -6,9 +6,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from adi.model.backbone import MemoryFullError
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 FIRST_BLOCKS = 16
+SPARE = 0
 
 
 class PagedCache:
@@ -26,6 +28,8 @@ class PagedCache:
 
 class Pool:
     """Blocks by number, in one tensor for each block's keys and values; it doubles on demand up to ``budget_bytes``.
+
+    One more, ``SPARE``, is nobody's: rows that count for nothing write there.
 
     ``version`` changes when the tensors do. ``block_bytes`` is what 32 positions of one sequence take, in all layers.
     """
@@ -61,38 +65,53 @@ class Pool:
         self._ports[name] = (kind, shape)
         self.block_bytes += _bytes(kind, shape)
 
+    def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
+        """Whether ``reserve`` would succeed."""
+        return sum(_missing(wanted).values()) <= self.free
+
     def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
-        """See to it that each cache holds so many positions; ValueError, with nothing changed, where the budget ends."""
-        missing = {id(cache): _blocks(tokens) - len(cache.blocks) for cache, tokens in wanted}
-        total = sum(max(0, count) for count in missing.values())
+        """See to it that each cache holds so many positions; MemoryFullError, with nothing changed, where the budget ends."""
+        missing = _missing(wanted)
+        total = sum(missing.values())
         if total > self.free:
-            raise ValueError(
+            raise MemoryFullError(
                 f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
                 f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
             )
         while total > len(self._free):
             self._grow()
         for cache, _ in wanted:
-            cache.blocks.extend(self._free.pop() for _ in range(max(0, missing.pop(id(cache), 0))))
+            cache.blocks.extend(self._free.pop() for _ in range(missing.pop(id(cache), 0)))
 
     def give_back(self, blocks: list[int]) -> None:
         """Take blocks back from a sequence that has ended."""
         self._free.extend(blocks)
         blocks.clear()
 
+    def begin(self) -> None:
+        """See to it that there are tensors at all, the spare block at least."""
+        if not self.version:
+            self._grow()
+
     def _grow(self) -> None:
         import openvino as ov
 
         size = min(self.capacity, max(FIRST_BLOCKS, 2 * self.blocks))
+        used = self.blocks + 1 if self.blocks else 0  # numbers begin after the spare one
         for name, (kind, shape) in self._ports.items():
-            grown = ov.Tensor(kind, ov.Shape([size, *shape]))
-            grown.data[self.blocks :] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
-            if self.blocks:
-                grown.data[: self.blocks] = self.tensors[name].data
+            grown = ov.Tensor(kind, ov.Shape([size + 1, *shape]))
+            grown.data[used:] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
+            if used:
+                grown.data[:used] = self.tensors[name].data
             self.tensors[name] = grown
-        self._free.extend(range(size - 1, self.blocks - 1, -1))
+        self._free.extend(range(size, self.blocks, -1))
         self.blocks = size
         self.version += 1
+
+
+def _missing(wanted: Sequence[tuple[PagedCache, int]]) -> dict[int, int]:
+    """How many blocks each cache, by its ``id``, lacks."""
+    return {id(cache): max(0, _blocks(tokens) - len(cache.blocks)) for cache, tokens in wanted}
 
 
 def _blocks(tokens: int) -> int:

@@ -1,0 +1,29 @@
+"""What a generation refuses before any work."""
+
+from __future__ import annotations
+
+from adi.exits.signals import SIGNALS
+from adi.exits.triggers import Trigger
+from adi.model.checkpoint import Model
+
+
+def check_length(model: Model, prompt: int, new: int) -> None:
+    """ValueError where so many tokens are none, or more than the model's context holds."""
+    if new < 1:
+        raise ValueError(f"max_new_tokens is {new}; it must be at least 1.")
+    context = model.backbone.spec.context
+    if context is not None and prompt + new > context:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
+            f"{context}; shorten the prompt to at most {max(context - new, 0)} tokens or lower max_new_tokens."
+        )
+
+
+def check_signals(model: Model, trigger: Trigger) -> None:
+    """ValueError where a trigger reads what this model does not show."""
+    blind = [n for n in trigger.needs if SIGNALS[n].reads == "mlp"]
+    if blind and not model.backbone.has_mlp_tap:
+        raise ValueError(
+            f"the trigger reads {blind[0]!r}, but {model.backbone.spec.family} models show no single MLP per block "
+            "(experts, or another form); use entropy, margin, top_probability or stability."
+        )

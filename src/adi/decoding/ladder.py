@@ -1,0 +1,87 @@
+"""The ladder: memory, the drafter, full depth; a controller climbs only as far as costs and acceptance say.
+
+One more way of proposing for ``sequence.in_rounds``, so full depth has the last word on every token here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from adi.decoding.controller import Controller
+from adi.decoding.sequence import Advance, Guess, Plan, Proposed, Proposing, Reading, SequenceLogic, Yields, in_rounds
+from adi.exits.memory import Ngrams, Recall
+
+
+class Past(Protocol):
+    """A memory beside the text's own; ``exits.habits.Habits`` is one."""
+
+    def find(self, text: Sequence[int], most: int) -> Recall | None: ...
+
+
+@dataclass
+class Recollection:
+    """The text's own memory, and others beside it."""
+
+    others: Sequence[Past] = ()
+    text: Ngrams | None = field(default_factory=Ngrams)
+
+    def find(self, text: Sequence[int], most: int) -> list[Recall]:
+        """What each of them says comes next, where it says anything."""
+        said = [past.find(text, most) for past in ((self.text,) if self.text is not None else ()) + tuple(self.others)]
+        return [recall for recall in said if recall is not None]
+
+
+def ladder(plan: Plan, controller: Controller, memory: Recollection, drafter: bool) -> SequenceLogic:
+    """Rounds in which whoever the controller names drafts, and full depth verifies."""
+    return in_rounds(plan, controller.drafts, Ladder(plan, controller, memory, drafter).propose)
+
+
+@dataclass
+class Ladder:
+    """``propose`` for rounds; what it remembers between them is what the controller must be told."""
+
+    plan: Plan
+    controller: Controller
+    memory: Recollection
+    drafter: bool
+
+    def propose(self, text: Sequence[int], most: int) -> Proposing:
+        choice = self.controller.choose(self.memory.find(text, most), self.drafter, most)
+        drafts: list[Proposed] = []
+        confidences: list[float] = []
+        if choice.recall is not None:
+            remembered = self._up_to_the_end(choice.recall.tokens[: choice.drafts])
+            drafts = [Proposed(token, 0, (), "memory") for token in remembered]
+            yield from drafts
+        elif choice.level == "drafter":
+            confidences = yield from self._guess(text, drafts, most)
+        rows = (text[-1], *(d.token for d in drafts if not self.plan.ends(d.token)))
+        readings = yield Advance(len(text) - 1, rows, self.plan.layers, len(rows))
+        if drafts:
+            agreed = next(
+                (i for i, (d, r) in enumerate(zip(drafts, readings, strict=False)) if d.token != r.token), len(drafts)
+            )
+            self.controller.judged(choice, confidences, len(drafts), agreed)
+        return drafts, (), readings
+
+    def _guess(
+        self, text: Sequence[int], drafts: list[Proposed], most: int
+    ) -> Generator[Yields, Sequence[Reading], list[float]]:
+        """Draft by the network, one token at a time, while the controller finds it worth its while; how sure each was."""
+        confidences: list[float] = []
+        last = text[-1]
+        while True:
+            (reading,) = yield Guess(last, len(text) - 1, fresh=not drafts)
+            last = reading.token
+            confidences.append(reading.signals["top_probability"])
+            drafts.append(Proposed(last, 0, (), "drafter", confidences[-1]))
+            yield drafts[-1]
+            if self.plan.ends(last) or len(drafts) >= most or not self.controller.goes_on(confidences):
+                return confidences
+
+    def _up_to_the_end(self, tokens: Sequence[int]) -> list[int]:
+        """Nothing follows a token that ends the text."""
+        end = next((i + 1 for i, token in enumerate(tokens) if self.plan.ends(token)), len(tokens))
+        return list(tokens[:end])

@@ -1,0 +1,52 @@
+"""From a policy to the logic that decodes by it, with what this logic works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adi.decoding.controller import Controller
+from adi.decoding.costs import Costs, costs_of
+from adi.decoding.ladder import Recollection, ladder
+from adi.decoding.lookup import lookup
+from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
+from adi.decoding.sequence import Plan, SequenceLogic, immediate, verified
+from adi.exits.memory import Ngrams
+
+if TYPE_CHECKING:
+    from adi.exits.drafter import Drafting
+    from adi.model.backbone import Backbone
+
+DRAFT_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Logic:
+    """One sequence's logic; the drafter that answers its guesses and the costs that its passes are told to, where it asks."""
+
+    sequence: SequenceLogic
+    drafting: Drafting | None = None
+    costs: Costs | None = None
+
+
+def logic_of(policy: Policy, plan: Plan, backbone: Backbone) -> Logic:
+    """The logic for one sequence of this model."""
+    match policy:
+        case Verified(adaptive=True):
+            return _climbing(policy, plan, backbone)
+        case Verified():
+            return Logic(verified(plan, policy.draft_tokens or DRAFT_TOKENS))
+        case Lookup():
+            return Logic(lookup(plan, policy.draft_tokens, policy.ngram))
+        case FullDepth() | Reflex():
+            return Logic(immediate(plan))
+
+
+def _climbing(policy: Verified, plan: Plan, backbone: Backbone) -> Logic:
+    exits = policy.exits
+    drafting = None if exits is None else exits.drafting(backbone)
+    costs = (costs_of(backbone) if drafting is None else costs_of(backbone, drafting.key, drafting.try_once)).copy()
+    controller = Controller(costs, bins={} if exits is None else exits.acceptance)
+    pasts = [past for past in (policy.habits, None if exits is None else exits.answers) if past is not None]
+    memory = Recollection(pasts, Ngrams() if policy.memory else None)
+    return Logic(ladder(plan, controller, memory, drafting is not None), drafting, costs)

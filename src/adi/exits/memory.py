@@ -1,0 +1,159 @@
+"""What followed the last tokens when they stood somewhere before: an exit that needs no block.
+
+``Ngrams`` remembers the text that is being written (prompt lookup, Saxena 2023). ``Runs`` and ``SortedRuns`` are what
+memories are made of: one grows by a token at a time, the other is sorted once, for many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+LONGEST = 8
+NODE_SHIFT = 32  # a token id takes no more bits than that
+ROOT = 0
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a memory says comes next.
+
+    ``tokens`` is the continuation, ``matched`` how many of the last tokens stood before it as well (at most the longest run
+    that the memory looks for), ``source`` whose memory it is: "context" or "habits".
+    """
+
+    tokens: tuple[int, ...]
+    matched: int
+    source: str
+
+
+class Runs:
+    """Where every run of up to ``longest`` tokens last stood; the text itself stays the caller's.
+
+    A trie of the runs read backwards, so that the deepest node on the way back from the end is the longest match, and
+    asking or adding hashes one number per token of it. A node that was met once has no children yet: the text at that one
+    place says how it goes on. So a token of new text costs two or three nodes and a repeated one at most ``longest``.
+    Ids lie in [0, 2**32).
+    """
+
+    def __init__(self, longest: int) -> None:
+        if longest < 1:
+            raise ValueError(f"longest is {longest}; it must be at least 1.")
+        self._longest = longest
+        self._child: dict[int, int] = {}
+        self._last = [0]  # of every node: what follows its most recent run
+        self._lone = [False]  # of every node: met only once, so it has no children yet
+
+    def add(self, text: Sequence[int], end: int) -> None:
+        """Note the runs of ``text`` that end before position ``end`` (at least 1). Later calls are the more recent ones."""
+        node, most = ROOT, min(self._longest, end)
+        for depth in range(1, most + 1):
+            key = node << NODE_SHIFT | text[end - depth]
+            child = self._child.get(key)
+            if child is None:
+                self._grow(key, end)
+                return
+            before, self._last[child] = self._last[child], end
+            if self._lone[child]:
+                self._lone[child] = False
+                if depth < min(self._longest, before):
+                    self._grow(child << NODE_SHIFT | text[before - depth - 1], before)
+            node = child
+
+    def _grow(self, key: int, end: int) -> None:
+        self._child[key] = len(self._last)
+        self._last.append(end)
+        self._lone.append(True)
+
+    def find(self, text: Sequence[int], query: Sequence[int]) -> tuple[int, int]:
+        """How many of the last tokens of ``query`` stood in ``text``, and the position after them, the most recent one.
+
+        (0, 0) where not even the last one did. ``text`` is the one that was given to ``add``.
+        """
+        node, depth, most = ROOT, 0, min(self._longest, len(query))
+        while depth < most and (child := self._child.get(node << NODE_SHIFT | query[-1 - depth])) is not None:
+            node, depth = child, depth + 1
+        at = self._last[node]
+        if self._lone[node]:
+            while depth < min(most, at) and text[at - depth - 1] == query[-1 - depth]:
+                depth += 1
+        return depth, at
+
+
+class Ngrams:
+    """A text that only grows, asked what followed its last tokens when they stood in it before."""
+
+    def __init__(self, longest: int = LONGEST) -> None:
+        self._runs = Runs(longest)
+        self._known = 1
+
+    def find(self, text: Sequence[int], most: int) -> Recall | None:
+        """``most`` tokens that followed the most recent earlier run of the last tokens, the longest run first.
+
+        What it copies may overlap what it makes: after "a b a b" it goes on as long as it is asked to. None where the
+        last token is new, and where nothing is asked for. ``text`` is the text of the call before, or a longer one that
+        begins with it; the work is in its new tokens, not in its length.
+        """
+        for end in range(self._known, len(text)):  # the run that ends the text has no continuation yet
+            self._runs.add(text, end)
+        self._known = max(self._known, len(text))
+        matched, start = self._runs.find(text, text)
+        if not matched or most < 1:
+            return None
+        period = text[start : start + most]
+        return Recall(tuple(period[i % len(period)] for i in range(most)), matched, "context")
+
+
+class SortedRuns:
+    """Where the runs of a fixed set of sequences stood: their contexts sorted, the last token first.
+
+    A suffix array (Manber and Myers 1990) of depth ``longest``, read backwards; no run crosses from one sequence into the
+    next. It takes 4 * (longest + 3) bytes per token, and ids in [0, 2**31 - 1).
+    """
+
+    def __init__(self, sequences: Sequence[Ids], longest: int = LONGEST, shortest: int = 2) -> None:
+        import numpy as np
+
+        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+        self._text: Ids = np.concatenate([*sequences, np.zeros(0, np.int32)])
+        stops = np.repeat(lengths.cumsum(), lengths).astype(np.int32)
+        offsets = np.arange(len(self._text)) - (stops - np.repeat(lengths, lengths))
+        places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found by
+        # Column d holds the token d + 1 back; before a sequence begins stands -1, which nobody asks for.
+        back = [np.where(offsets[places] > d, self._text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
+        wide = [column.astype(np.int64) for column in (*back, np.zeros_like(places))]
+        pairs = [(a << NODE_SHIFT) + b for a, b in zip(wide[:longest:2], wide[1::2], strict=False)]
+        order = np.lexsort(pairs[::-1])  # a pair in one number: half the sorts
+        self._columns: list[Ids] = [column[order] for column in back]
+        self._places, self._stops = places[order].astype(np.int32), stops
+        self._shortest = shortest
+
+    def find(self, query: Sequence[int]) -> tuple[int, int, int]:
+        """How many of the last tokens of ``query`` matched, the position after them, and where its sequence stops.
+
+        (0, 0, 0) where fewer than ``shortest`` did. Positions count through all sequences, one after the other.
+        """
+        import numpy as np
+
+        low, high, matched = 0, len(self._places), 0
+        first, last = low, high
+        for column, token in zip(self._columns, np.array(query[: -len(self._columns) - 1 : -1], np.int32), strict=False):
+            within = column[low:high]  # ids of the column's own type, or each search would convert all of it
+            low, high = low + int(within.searchsorted(token)), low + int(within.searchsorted(token, "right"))
+            if low == high:
+                break
+            matched, first, last = matched + 1, low, high
+        if matched < self._shortest:
+            return 0, 0, 0
+        at = int(self._places[first:last].max())
+        return matched, at, int(self._stops[at])
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """The tokens from position ``start`` to ``stop``."""
+        return tuple(self._text[start:stop].tolist())

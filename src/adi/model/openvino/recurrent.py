@@ -1,0 +1,136 @@
+"""Drafters as compiled graphs, and the model's embedding as a graph of its own."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adi.model.backbone import DraftNet, HeadRows
+from adi.model.openvino.light import array_of, product
+from adi.model.openvino.segment import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+NORM_EPS = 1e-5
+
+
+class CompiledDrafter:
+    """One step of a recurrent drafter over rows ``[T, D]``; compiled on first use. Matrices take 8 bits a weight if asked."""
+
+    def __init__(self, core: Any, net: DraftNet, config: Config, eight_bits: bool) -> None:
+        self._make = (core, net, config, eight_bits)
+        self._request: Any = None
+        self._given = [np.zeros((0, 0), np.float32)] * 2
+        self._lock = threading.Lock()
+
+    def step(self, x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, HeadRows]:
+        import torch
+
+        with self._lock:
+            self._run(x_TD.detach().numpy(), state_TD.detach().numpy())
+            place_T, values, state = (self._request.get_output_tensor(i).data for i in range(3))
+            logs = torch.from_numpy(values.copy())
+            places = torch.from_numpy(place_T.reshape(-1).astype(np.int64))
+            return torch.from_numpy(state.copy()), HeadRows(places, *logs.unbind(1))
+
+    def _run(self, *given: Any) -> None:
+        import openvino as ov
+
+        if self._request is None:
+            core, net, config, eight_bits = self._make
+            self._request = core.compile_model(_graph(net, eight_bits), "CPU", config).create_infer_request()
+        if self._given[0].shape != given[0].shape:
+            self._given = [np.zeros(each.shape, np.float32) for each in given]
+            for i, each in enumerate(self._given):
+                self._request.set_input_tensor(i, ov.Tensor(each, shared_memory=True))
+        for mine, each in zip(self._given, given, strict=True):
+            mine[:] = each
+        self._request.infer(share_outputs=True)
+
+
+class Embedding:
+    """What enters the first block for tokens at position 0: the part of the blocks' graph below ``state.0``."""
+
+    def __init__(self, core: Any, blocks: Any, config: Config) -> None:
+        self._make = (core, blocks, config)
+        self._request: Any = None
+
+    def run(self, ids: Sequence[int]) -> Any:
+        """States ``[T, D]``, a copy."""
+        import openvino as ov
+
+        if self._request is None:
+            core, blocks, config = self._make
+            self._request = core.compile_model(_embedding(blocks.clone()), "CPU", config).create_infer_request()
+        tokens = np.array([tuple(ids)], np.int64)
+        named = {"input_ids": tokens, "position_ids": np.zeros_like(tokens)}
+        for port in self._request.model_inputs:
+            self._request.set_tensor(port, ov.Tensor(named[port.get_any_name()]))
+        self._request.infer()
+        return self._request.get_output_tensor(0).data[0].copy()
+
+
+def _embedding(graph: Any) -> Any:
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    (state,) = (node for node in graph.get_results() if node.get_friendly_name() == "state.0")
+    result = ops.result(state.input_value(0))
+    inputs = [node for node in graph.get_parameters() if node.get_friendly_name() in ("input_ids", "position_ids")]
+    return ov.Model([result], _read_by(result, inputs), "embedding")
+
+
+def _read_by(result: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Those of the inputs that lead to ``result``."""
+    stack, seen = [result], set[str]()
+    while stack:
+        node = stack.pop()
+        if node.get_name() not in seen:
+            seen.add(node.get_name())
+            stack += [port.get_source_output().get_node() for port in node.inputs()]
+    return [node for node in inputs if node.get_name() in seen]
+
+
+def _graph(net: DraftNet, eight_bits: bool) -> Any:
+    """Inputs ``x`` and ``state``; outputs: place of the likeliest, first, second, tail and entropy ``[T, 4]``, next state."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    w = net.weights
+    shortlist, width = net.weight_SD.shape
+    x, state = (ops.parameter(ov.PartialShape([-1, width]), ov.Type.f32, name=name) for name in ("x", "state"))
+    given = ops.concat([_norm(x, "rms", NORM_EPS, array_of(w["shallow_D"])), state], 1)
+    u = product(given, w["mix_DE"], eight_bits)
+    n = _norm(u, "rms", NORM_EPS, array_of(w["gain_D"]))
+    gated = ops.multiply(ops.swish(product(n, w["gate_FD"], eight_bits)), product(n, w["up_FD"], eight_bits))
+    u = ops.add(u, product(gated, w["down_DF"], eight_bits))
+    out = ops.add(_norm(u, net.norm, net.eps, array_of(w["out_D"])), ops.constant(array_of(w["shift_D"])[None]))
+    rows = np.concatenate([array_of(net.weight_SD), array_of(w["tail_D"])[None]])
+    bias = np.zeros(shortlist, np.float32) if net.bias_S is None else array_of(net.bias_S)
+    logits = product(out, rows, eight_bits)
+    logits = ops.add(logits, ops.constant(np.concatenate([bias, array_of(w["tail_bias"]).reshape(1)])))
+    logs = ops.log_softmax(logits, 1)
+    parts = ops.variadic_split(logs, ops.constant(np.int64(1)), ops.constant(np.array([shortlist, 1], np.int64)))
+    inside, tail = parts.output(0), parts.output(1)
+    best = ops.topk(inside, np.int32(min(2, shortlist)), 1, "max", "value", index_element_type="i32")
+    pair = best.output(0) if shortlist > 1 else ops.concat([best.output(0), tail], 1)
+    entropy = ops.negative(ops.reduce_sum(ops.multiply(ops.exp(logs), logs), ops.constant(np.int64(1)), True))
+    values = ops.concat([pair, tail, entropy], 1)
+    first = ops.slice(best.output(1), *(np.array([n], np.int32) for n in (0, 1, 1, 1)))
+    return ov.Model([ops.result(first), ops.result(values), ops.result(out)], [x, state], "drafter")
+
+
+def _norm(x: Any, kind: str, eps: float, gain_D: Any) -> Any:
+    from openvino import opset13 as ops
+
+    axis = ops.constant(np.array([1], np.int64))
+    if kind == "layer":
+        x = ops.subtract(x, ops.reduce_mean(x, axis, True))
+    square = ops.reduce_mean(ops.multiply(x, x), axis, True)
+    x = ops.divide(x, ops.sqrt(ops.add(square, ops.constant(np.float32(eps)))))
+    return ops.multiply(x, ops.constant(gain_D[None]))

@@ -1,0 +1,188 @@
+"""Fit a drafter: steps in a row, each on its own state from the one before, towards the full model's distribution.
+
+From every position of a text the network drafts ``unrolled`` tokens ahead: the first step reads the true deep state of the
+position before, later ones what the drafter gave itself, and the tokens between are those of the text, which is what they
+are whenever drafts are accepted (training on own states: HASS, Zhang et al. 2024; EAGLE-3, Li et al. 2025). The loss of a
+step is the cross entropy with the full model's whole distribution over shortlist and tail, and a share of the distance
+from the true state (EAGLE, Li et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adi.exits.drafter import Drafter, advance, first_state, fresh_drafter, speak
+from adi.exits.heads import Shortlist
+from adi.exits.signals import Prediction
+from adi.model.backbone import ReadOut
+from adi.training.fit import resume_state, save_state, schedule
+from adi.training.tracks import Tracks, read_tracks
+
+PROMPT_WEIGHT = 0.3  # of positions in prompts, where the text is not the model's own
+LATER = 0.8  # weight of a step against the one before it
+DISTANCE = 0.3  # weight of the distance from the true state
+STEPS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """``hidden`` units of the MLP, ``unrolled`` steps, ``positions`` of an update, ``epochs``, learning rate, seed."""
+
+    hidden: int = 1536
+    unrolled: int = 2
+    positions: int = 192
+    epochs: int = 3
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tracks made ready: embeddings ``[N, D]`` and true states ``[N, D]`` as the drafter sees them."""
+
+    tracks: Tracks
+    x_ND: Tensor
+    state_ND: Tensor
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """One step at R rows that began at positions ``start_R``: it read the tokens at ``at_R`` and says what follows them."""
+
+    step: int
+    start_R: Tensor
+    at_R: Tensor
+    state_RD: Tensor
+    said: Prediction
+
+
+Embed = Callable[[Sequence[int]], Tensor]
+
+
+def read_text(path: Path, readout: ReadOut, embed: Embed) -> Text:
+    """A shard with its embeddings, each token's looked up once."""
+    tracks = read_tracks(path)
+    known, places = tracks.ids_N.unique(return_inverse=True)
+    return Text(tracks, embed(known.tolist()).float()[places], first_state(readout, tracks.deep_ND))
+
+
+def unroll(net: Drafter, readout: ReadOut, among: Shortlist, text: Text, starts: Tensor, steps: int) -> Iterator[Unrolled]:
+    """``steps`` drafts in a row from each of these positions, as far as its sequence goes."""
+    sequence = text.tracks.sequence_N
+    starts = starts[starts > 0]
+    starts = starts[sequence[starts - 1] == sequence[starts]]
+    state_RD = text.state_ND[starts - 1]
+    for step in range(1, steps + 1):
+        at = starts + step - 1
+        inside = at < len(sequence)
+        inside &= sequence[at.clamp(max=len(sequence) - 1)] == sequence[starts]
+        starts, at = starts[inside], at[inside]
+        state_RD = advance(net, readout, text.x_ND[at], state_RD[inside])
+        yield Unrolled(step, starts, at, state_RD, speak(net, among, state_RD))
+
+
+def teacher(among: Shortlist, text: Text, at_R: Tensor) -> tuple[Tensor, Tensor]:
+    """What the full model says at these positions: log-probabilities over the shortlist ``[R, S]`` and of the rest ``[R]``."""
+    logits_RS = torch.nn.functional.linear(text.state_ND[at_R], among.weight_SD, among.bias_S)
+    logs_RS = logits_RS - text.tracks.total_N[at_R][:, None]
+    return logs_RS, torch.log1p(-logs_RS.logsumexp(-1).exp().clamp(max=1 - 1e-6))
+
+
+def loss_of(text: Text, among: Shortlist, done: Unrolled) -> Tensor:
+    """Cross entropy and distance of one step, a weighted mean over its rows."""
+    with torch.no_grad():
+        logs_RS, tail_R = teacher(among, text, done.at_R)
+    assert done.said.tail_T is not None
+    entropy_R = -(logs_RS.exp() * done.said.log_probs_TS).sum(-1) - tail_R.exp() * done.said.tail_T
+    true_RD = text.state_ND[done.at_R]
+    distance_R = (done.state_RD - true_RD).square().mean(-1) / true_RD.square().mean(-1)
+    weight_R = torch.where(text.tracks.answer_N[done.at_R], 1.0, PROMPT_WEIGHT) * LATER ** (done.step - 1)
+    return ((entropy_R + DISTANCE * distance_R) * weight_R).sum() / max(1, len(weight_R))  # a span may hold no start
+
+
+def fit_drafter(
+    readout: ReadOut,
+    among: Shortlist,
+    embed: Embed,
+    shards: Sequence[Path],
+    checkpoint: Path,
+    options: DraftOptions,
+    progress: Callable[[int, int, float], None],
+    mlp: Mapping[str, Tensor] | None = None,
+) -> Drafter:
+    """Train a drafter on ``shards``, resuming from ``checkpoint`` if it is there; ``progress(shards done, of, loss)``.
+
+    ``mlp`` is the model's own to begin with (``hidden`` is then its own too).
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    net = fresh_drafter(readout, among.ids_S, options.hidden, generator, mlp)
+    net = net.map(lambda weight: weight.clone())
+    trained = {n: t.requires_grad_() for n, t in net.tensors().items() if n not in ("ids_S", "shift_D")}
+    optimizer = torch.optim.AdamW(list(trained.values()), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    total = options.epochs * len(shards)
+    for at in range(resume_state(checkpoint, list(trained.values()), optimizer), total):
+        order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(options.seed + at // len(shards)))
+        text = read_text(shards[int(order[at % len(shards)])], readout, embed)
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * schedule(at / total)
+        loss = _shard(net, readout, among, text, options, at, optimizer)
+        save_state(checkpoint, at + 1, list(trained.values()), optimizer)
+        progress(at + 1, total, loss)
+    return net.map(lambda weight: weight.detach())
+
+
+def _shard(
+    net: Drafter, readout: ReadOut, among: Shortlist, text: Text, options: DraftOptions, at: int, optimizer: Any
+) -> float:
+    """Updates over all positions of a shard, in spans that keep neighbours together; the mean loss."""
+    spans = torch.arange(len(text.tracks.ids_N)).split(options.positions)
+    losses = []
+    for i in torch.randperm(len(spans), generator=torch.Generator().manual_seed(options.seed + 7919 * at)).tolist():
+        steps = unroll(net, readout, among, text, spans[i], options.unrolled)
+        loss = torch.stack([loss_of(text, among, done) for done in steps]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / max(1, len(losses))
+
+
+@torch.no_grad()
+def judge(net: Drafter, readout: ReadOut, among: Shortlist, embed: Embed, shards: Sequence[Path]) -> dict[str, Any]:
+    """How drafts fare on answers: agreement with the full model's greedy token at each step, those before it having agreed;
+    accepted drafts in a row (of 5); and acceptance by tenth of confidence."""
+    right, asked = [0] * (STEPS_SHOWN + 1), [0] * (STEPS_SHOWN + 1)
+    bins = {place: [0, 0] for place in range(10)}
+    for path in shards:
+        text = read_text(path, readout, embed)
+        alive = text.tracks.answer_N.clone()
+        for done in unroll(net, readout, among, text, torch.arange(len(alive)), STEPS_SHOWN):
+            logs, places = done.said.log_probs_TS.max(-1)
+            live = alive[done.start_R]
+            agreed = (among.ids_S[places] == text.tracks.token_N[done.at_R]) & live
+            asked[done.step] += int(live.sum())
+            right[done.step] += int(agreed.sum())
+            for place, hit in zip((logs.exp()[live] * 10).clamp(0, 9).int().tolist(), agreed[live].tolist(), strict=True):
+                bins[place][0] += hit
+                bins[place][1] += 1
+            alive = torch.zeros_like(alive)
+            alive[done.start_R[agreed]] = True
+    steps = [right[k] / max(1, asked[k]) for k in range(1, STEPS_SHOWN + 1)]
+    return {
+        "agreement_by_step": steps,
+        "accepted_in_a_row": sum(right[1:]) / max(1, asked[1]),
+        "positions": asked[1],
+        "acceptance": {str(place): hit / of for place, (hit, of) in bins.items() if of >= 20},
+    }
+
+
+def as_halves(net: Drafter) -> Drafter:
+    """The drafter as it will be read back from a file."""
+    return replace(net.map(lambda weight: weight.half().float()), ids_S=net.ids_S)

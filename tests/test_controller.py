@@ -1,0 +1,136 @@
+"""The controller against scripted drafters: its promises about the worst case, and that it finds what pays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from adi.decoding.controller import Controller, bin_of
+from adi.decoding.costs import Costs
+from adi.exits.memory import Recall
+
+STEEP = {1: 20.0, 2: 20.2, 3: 23.8, 4: 25.4, 6: 33.7, 8: 42.6, 12: 48.5, 16: 57.5}  # measured, int8 on an AVX2 machine
+FLAT = {1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}
+TABLES = {"steep": Costs(STEEP, 1.2), "flat": Costs(FLAT, 1.5), "dear": Costs({1: 10.0, 2: 13.0, 4: 19.0, 8: 31.0}, 1.5)}
+
+
+@dataclass
+class Outcome:
+    """Of one simulated text: when each token was final, and the tokens of each round by level."""
+
+    seconds: list[float]
+    rounds: list[tuple[str, int, int]]
+
+    def worst_ratio(self, plain: float, window: int) -> float:
+        """Of full depth's time over this one's, over any ``window`` tokens."""
+        times = [0.0, *self.seconds]
+        return min(plain * window / (times[i + window] - times[i]) for i in range(len(times) - window))
+
+
+Right = Callable[[int], float]  # position to the chance that a draft there is right
+
+
+def simulate(
+    costs: Costs, right: Right, tokens: int, *, confidence: Callable[[int, bool], float], memory: bool = False, seed: int = 0
+) -> Outcome:
+    """Decode with a drafter (or a memory with long matches) that is right as ``right`` says."""
+    rng = random.Random(seed)
+    controller = Controller(costs.copy())
+    now, position, rounds, times = 0.0, 0, [], []
+    while position < tokens:
+        recalls = [Recall((1,) * 15, 8, "context")] if memory else []
+        choice = controller.choose(recalls, not memory, 15)
+        drafts, agreed, confidences = 0, 0, list[float]()
+        truths = [rng.random() < right(position + i) for i in range(16)]
+        if choice.level == "memory":
+            drafts = choice.drafts
+        elif choice.level == "drafter":
+            while True:
+                confidences.append(confidence(position + drafts, truths[drafts]))
+                drafts += 1
+                now += costs.draft_seconds
+                if drafts >= 15 or not controller.goes_on(confidences):
+                    break
+        agreed = next((i for i in range(drafts) if not truths[i]), drafts)
+        now += costs.rows(drafts + 1)
+        if drafts:
+            controller.judged(choice, confidences, drafts, agreed)
+        position += agreed + 1
+        times += [now] * (agreed + 1)
+        rounds.append((choice.level, drafts, agreed))
+    return Outcome(times[:tokens], rounds)
+
+
+def honest(rng: random.Random) -> Callable[[int, bool], float]:
+    return lambda _, right: rng.uniform(0.4, 1.0) if right else rng.uniform(0.1, 0.7)
+
+
+def boastful(_: int, right: bool) -> float:
+    return 0.95
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(table: str, memory: bool) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda _: 0.0, 1000, confidence=boastful, memory=memory)
+    assert got.worst_ratio(costs.rows(1), 200) >= 0.97
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("period", [40, 100, 300])
+def test_bursts_do_not_ruin_it(table: str, period: int) -> None:
+    costs = TABLES[table]
+    for seed in range(5):
+        got = simulate(
+            costs, lambda i: 0.95 if (i // period) % 2 else 0.0, 1500, confidence=honest(random.Random(seed)), seed=seed
+        )
+        assert got.worst_ratio(costs.rows(1), 200) >= 0.97
+        assert got.seconds[-1] < 1500 * costs.rows(1)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_drafter_that_is_always_right_is_used_in_full(table: str) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda _: 1.0, 400, confidence=boastful)
+    best = max((k + 1) / (costs.rows(k + 1) + k * costs.draft_seconds) for k in range(7))
+    assert 400 / got.seconds[-1] > 0.9 * best
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_it_recovers_within_50_tokens(table: str, memory: bool) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda i: float(i >= 600), 800, confidence=boastful, memory=memory)
+    best = max((k + 1) / (costs.rows(k + 1) + (0 if memory else k) * costs.draft_seconds) for k in range(16 if memory else 7))
+    later = got.seconds[749] - got.seconds[649]
+    assert 100 / later > 0.85 * best
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.65, 0.8])
+def test_it_is_near_the_best_fixed_length(table: str, share: float) -> None:
+    """Of chains with independent drafts, whose best length is known."""
+    costs = TABLES[table]
+    rates = [sum(share**i for i in range(k + 1)) / (costs.rows(k + 1) + k * costs.draft_seconds) for k in range(7)]
+    got = simulate(costs, lambda _: share, 4000, confidence=lambda *_: share)
+    assert 4000 / got.seconds[-1] > 0.92 * max(rates)
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    costs = Costs({1: 10.0, 4: 16.0, 8: 24.0}, 1.0)
+    assert [costs.rows(n) for n in (1, 2, 3, 4, 6, 8, 10)] == [10, 12, 14, 16, 20, 24, 28]
+    costs.passed(2, 12.0)
+    assert costs.rows(2) == 12
+    for _ in range(200):
+        costs.passed(2, 20.0)
+    assert 19 < costs.rows(2) <= 20
+    costs.passed(1, 1e9)
+    assert costs.rows(1) <= 10 * (1 + 2 * 0.05)
+
+
+def test_bins_are_tenths() -> None:
+    assert [bin_of(p) for p in (-1, 0, 0.05, 0.1, 0.55, 0.999, 1.0)] == [0, 0, 0, 1, 5, 9, 9]

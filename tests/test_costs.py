@@ -1,0 +1,89 @@
+"""Cost tables: measured once, kept, and measured again where the file is no table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adi
+from adi.decoding import costs as module
+from adi.decoding.costs import Costs, costs_of, measure
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
+    """One entry for every measurement; the cache folder is empty at first."""
+    calls: list[object] = []
+
+    def counted(backbone: object, draft: object = None) -> Costs:
+        calls.append(draft)
+        return Costs({1: 0.5, 4: 0.75}, 0.125 if draft else 0.0)
+
+    monkeypatch.setattr(module, "measure", counted)
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    return calls
+
+
+def test_a_table_is_measured_once(llama: adi.Model, measured: list[object], tmp_path: Path) -> None:
+    first = costs_of(llama.backbone, "a", lambda: None)
+    again = costs_of(llama.backbone, "a", lambda: None)
+    assert (first.pass_seconds, first.draft_seconds) == (again.pass_seconds, again.draft_seconds) == ({1: 0.5, 4: 0.75}, 0.125)
+    assert len(measured) == 1
+    assert costs_of(llama.backbone).draft_seconds == 0
+    assert len(measured) == 2, "another drafter, or none, is another table"
+    assert len(list((tmp_path / "costs").iterdir())) == 2
+
+
+DAMAGED: list[Any] = [
+    "",
+    "{",
+    "[]",
+    "null",
+    {},
+    {"pass_seconds": []},
+    {"pass_seconds": {}},
+    {"pass_seconds": {"2": 0.5}},
+    {"pass_seconds": {"one": 0.5}},
+    {"pass_seconds": {"1": None}},
+    {"pass_seconds": {"1": [0.5]}},
+    {"pass_seconds": {"1": 0}},
+    {"pass_seconds": {"1": -1}},
+    {"pass_seconds": {"1": float("nan")}},
+    {"pass_seconds": {"1": 0.5, "0": 0.5}},
+    {"pass_seconds": {"1": 0.5}, "draft": None},
+    {"pass_seconds": {"1": 0.5}, "draft": []},
+    {"pass_seconds": {"1": 0.5}, "draft": -1},
+    {"pass_seconds": {"1": 0.5}, "draft": float("nan")},
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=str)
+def test_a_damaged_table_is_measured_again(llama: adi.Model, measured: list[object], tmp_path: Path, content: Any) -> None:
+    costs_of(llama.backbone)
+    (note,) = (tmp_path / "costs").iterdir()
+    whole = note.read_text()
+    note.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert costs_of(llama.backbone).pass_seconds == {1: 0.5, 4: 0.75}
+    assert len(measured) == 2
+    assert note.read_text() == whole, "and written anew"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    llama: adi.Model, measured: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "file"))
+    assert costs_of(llama.backbone).rows(1) == costs_of(llama.backbone).rows(1) == 0.5
+    assert len(measured) == 2
+
+
+def test_what_is_measured_is_positive_and_covers_every_number_of_rows(llama: adi.Model) -> None:
+    steps: list[int] = []
+    costs = measure(llama.backbone, lambda: steps.append(1))
+    assert set(costs.pass_seconds) == set(module.ROWS)
+    assert len(steps) == module.REPEATS + 1
+    assert all(costs.rows(count) > 0 for count in range(1, 40))
+    assert costs.rows(40) >= costs.rows(16)

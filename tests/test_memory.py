@@ -1,0 +1,92 @@
+"""The memory of a text against a slow twin that scans it, and the sorted one against the one that grows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adi.exits.memory import Ngrams, Recall, Runs, SortedRuns
+
+TOKENS = st.lists(st.integers(0, 2), min_size=40, max_size=40)
+
+
+def rescanned(text: list[int], longest: int, most: int) -> Recall | None:
+    """What ``Ngrams`` gives, by looking through the whole text every time."""
+    for size in range(min(longest, len(text)), 0, -1):
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == text[-size:] and most > 0:
+                grown = list(text)
+                for at in range(start + size, start + size + most):
+                    grown.append(grown[at])
+                return Recall(tuple(grown[len(text) :]), size, "context")
+    return None
+
+
+@given(TOKENS, st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 9), st.integers(0, 7))
+def test_the_memory_is_a_rescan_of_the_text(tokens, lengths, longest, most) -> None:
+    ngrams = Ngrams(longest)
+    for length in sorted(lengths):
+        assert ngrams.find(tokens[:length], most) == rescanned(tokens[:length], longest, most)
+
+
+def test_the_most_recent_of_the_longest_runs_goes_on() -> None:
+    assert Ngrams().find([1, 2, 7, 1, 2, 8, 9, 1, 2], 2) == Recall((8, 9), 2, "context")
+    assert Ngrams().find([5, 1, 2, 7, 4, 1, 2, 8, 5, 1, 2], 2) == Recall((7, 4), 3, "context"), "longer, though less recent"
+    assert Ngrams(2).find([1, 2, 1, 2], 5) == Recall((1, 2, 1, 2, 1), 2, "context"), "a copy may overlap what it makes"
+    assert Ngrams().find([1, 2, 3], 5) is None
+    assert Ngrams().find([1, 1, 1], 0) is None
+
+
+def test_large_ids_are_not_mixed_up() -> None:
+    top = (1 << 32) - 1
+    assert Ngrams().find([top, 0, 3, 0, top, 4, top, 0], 1) == Recall((3,), 2, "context")
+
+
+class Counting(list[int]):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_a_step_costs_the_same_in_a_long_text() -> None:
+    costs = []
+    for length in (300, 30_000):
+        text = Counting([1, 2, 3, 4, 5] * (length // 5))
+        ngrams = Ngrams()
+        ngrams.find(text, 4)
+        text.append(1)
+        text.reads = 0
+        ngrams.find(text, 4)
+        costs.append(text.reads)
+    assert costs[0] == costs[1] < 40
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6), st.lists(st.integers(0, 2), max_size=10), st.integers(1, 9)
+)
+def test_the_sorted_runs_find_what_the_growing_ones_find(sequences, query, longest) -> None:
+    border = 99
+    grown, text, stops = Runs(longest), [], []
+    for sequence in sequences:
+        begin = len(text) + 1
+        text += [border, *sequence]
+        stops += [len(text)] * (len(text) - begin + 1)
+        for end in range(begin + 1, len(text)):
+            grown.add(text, end)
+    index = SortedRuns([np.array(s, np.int32) for s in sequences], longest, shortest=1)
+    matched, start, stop = index.find(query)
+    expected, at = grown.find(text, query)
+    assert matched == expected
+    if matched:
+        assert index.tokens(start, stop) == tuple(text[at : stops[at]])
+
+
+def test_a_run_has_a_length() -> None:
+    with pytest.raises(ValueError, match="longest is 0; it must be at least 1"):
+        Ngrams(0)
