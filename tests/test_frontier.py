@@ -140,6 +140,16 @@ def test_the_same_holds_on_real_architectures(actions: list[tuple[str, Any]], fa
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
+def test_to_advance_to_no_depth_is_nothing() -> None:
+    frontier = Frontier(SumBackbone())
+    frontier.append([1, 2])
+    frontier.advance(0)
+    assert frontier.row_blocks == 0
+    frontier.advance(2)
+    frontier.advance(0)
+    assert frontier.row_blocks == 4
+
+
 def test_a_rollback_beyond_the_end_is_our_own_mistake() -> None:
     frontier = Frontier(SumBackbone())
     frontier.append([1, 2])

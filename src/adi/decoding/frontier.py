@@ -58,7 +58,7 @@ class Frontier:
 
     def next_pass(self, to: int) -> Pass | None:
         """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
-        if self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
+        if to == 0 or self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
             return None
         lo, hi = 0, to
         if self.filled[0] != self.filled[to - 1]:
