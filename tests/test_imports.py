@@ -41,7 +41,8 @@ decoding.stream decoding.batch
 training.answers
 training.features
 training.fit training.tracks
-training.drafting
+training.talk training.drafting
+training.lessons
 training.report
 training.tune
 measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful

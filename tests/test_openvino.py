@@ -22,7 +22,7 @@ from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
 from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
 from adi.model.openvino.check import settle_rows
-from adi.model.openvino.engine import LANES
+from adi.model.openvino.pieces import LANES
 from adi.model.openvino.pool import Pool
 from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
 
@@ -321,16 +321,41 @@ def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
     assert snapshot() == before
 
 
-def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
+def unopened() -> OpenVinoBackbone:
+    """An engine that has opened no lane: the check of rows, which opens them, was done by one before it."""
+    make(model_of("llama"), name="llama", precision="int8")
     backbone = make(model_of("llama"), name="llama", precision="int8")
-    assert backbone._opening is None, "the check's note was there, so nothing has opened lanes yet"
+    assert backbone._pieces.open == []
+    return backbone
+
+
+def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
+    backbone = unopened()
+    pieces = backbone._pieces
+    backbone.prepare(())
+    assert pieces._opening is None, "nothing opens before there is a short pass"
     cache = prefilled(backbone, IDS[:PROMPT])
+    assert pieces._opening is None
     counts = range(1, 10)
+    pieces._wanted.clear()
     without = [backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)[0].hidden_TD for n in counts]
+    scores = [backbone.logits(hidden_TD) for hidden_TD in without]
+    assert pieces.open == []
     backbone.prepare((), drafts=True, wait=True)
-    assert backbone._open == list(LANES)
-    for n, wanted in zip(counts, without, strict=True):
+    assert pieces.open == list(LANES)
+    for n, wanted, logits_TV in zip(counts, without, scores, strict=True):
         (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)
         assert torch.equal(states.hidden_TD, wanted)
-    lanes = {lane for _, _, lane in backbone._segments}
-    assert lanes == {0, *LANES}
+        assert torch.equal(backbone.logits(wanted), logits_TV)
+        assert backbone.greedy(wanted) == logits_TV.argmax(-1).tolist()
+    assert {lane for _, _, lane in pieces._segments} == {0, *LANES}
+
+
+def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
+    backbone = unopened()
+    backbone.prepare((2,))
+    cache = prefilled(backbone, IDS[:PROMPT])
+    backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 1], None)], 0, LAYERS)
+    backbone._pieces.wait()
+    assert backbone._pieces.open == [1], "full depth needs a lane for lone rows only"
+    assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}

@@ -41,6 +41,9 @@ def tune(
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")] = 3e-3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 160,
     drafter_epochs: Annotated[int, typer.Option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4,
+    talk: Annotated[
+        int, typer.Option("--talk", help="Tokens of conversations with itself for the drafter; 0: it learns from the answers.")
+    ] = 0,
     keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     device: DeviceOption = "auto",
@@ -68,8 +71,10 @@ def tune(
         epochs=epochs,
         learning_rate=learning_rate,
         drafter_epochs=drafter_epochs,
+        talk_tokens=talk,
         seed=seed,
     )
+    voice = Source(model).load(console) if talk and drafter_epochs else None
     command = shlex.join(["adi", *sys.argv[1:]])
     with Progress(*COLUMNS, console=console) as bar:
         exits = train(
@@ -79,6 +84,7 @@ def tune(
             options,
             texts=text or (),
             keep=None if keep is None else load_exits(keep),
+            voice=voice,
             made_by={"command": command, "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}},
             progress=_Teller(bar, _log(out)),
         )

@@ -17,6 +17,7 @@ from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 REPEATS = 5
+ENGINES = 2  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST = 64
 LATELY = 0.05  # weight of one more measurement during use
 OUTLIER = 3.0
@@ -70,7 +71,7 @@ def costs_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | No
     ``draft`` makes one drafter step, ``key`` tells one drafter from another.
     """
     spec = backbone.spec
-    name = f"{spec.fingerprint}-{spec.backend}-{spec.precision}-{_machine(backbone)}-{key}"
+    name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{_machine(backbone)}-{key}"
     note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
     with contextlib.suppress(ValueError, OSError):
         if (found := _parsed(read_json(note, "cost table"))) is not None:

@@ -127,6 +127,15 @@ class HeadRows:
     entropy_T: Tensor
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """The likeliest next tokens of T rows, best first: ``logits_TK``, ``ids_TK``; ``total_T`` is the logsumexp over all."""
+
+    logits_TK: Tensor
+    ids_TK: Tensor
+    total_T: Tensor
+
+
 class CompiledHead(Protocol):
     """A light head on an engine."""
 
@@ -207,6 +216,10 @@ class Backbone(Protocol):
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         """The likeliest next token of each of T states: the first of the largest ``logits``."""
+        ...
+
+    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+        """The ``most`` likeliest next tokens of each of T states."""
         ...
 
     def light_head(self, head: LightHead) -> CompiledHead | None:

@@ -155,16 +155,25 @@ def _fast_copy(model: Any, note: Path) -> Any:
 
     The choice is noted in a file, so that a resumed run makes the same one.
     """
-    if not note.exists():
-        slow, quick = (_matmul_seconds(model.device, dtype) for dtype in (torch.float32, torch.bfloat16))
-        write_text(note, "bfloat16" if model.dtype == torch.float32 and quick < 0.8 * slow else "as it is")
-    if note.read_text() == "as it is":
+    if not quicker_in_bfloat16(note, lambda: model.dtype == torch.float32 and multiplies_faster_in_bfloat16(model.device)):
         return model
     with torch.random.fork_rng():
         fast = type(model)(model.config)
     fast.load_state_dict(model.state_dict())
     fast.generation_config = model.generation_config
     return fast.to(device=model.device, dtype=torch.bfloat16).eval()
+
+
+def quicker_in_bfloat16(note: Path, faster: Callable[[], bool]) -> bool:
+    """``faster()``, noted in a file, so that a run that goes on makes the same choice."""
+    if not note.exists():
+        write_text(note, "bfloat16" if faster() else "as it is")
+    return note.read_text() == "bfloat16"
+
+
+def multiplies_faster_in_bfloat16(device: torch.device) -> bool:
+    slow, quick = (_matmul_seconds(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return quick < 0.8 * slow
 
 
 def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:

@@ -32,14 +32,16 @@ STEPS_SHOWN = 5
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """``hidden`` units of the MLP, ``unrolled`` steps, ``positions`` of an update, ``epochs``, learning rate, seed."""
+    """``hidden`` units of the MLP, ``unrolled`` steps, ``positions`` of an update, ``epochs``, learning rate, seed;
+    ``bfloat16``: products in it, the rest in float32."""
 
     hidden: int = 1536
-    unrolled: int = 2
+    unrolled: int = 3
     positions: int = 192
     epochs: int = 3
     learning_rate: float = 1e-3
     seed: int = 0
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,18 +142,30 @@ def fit_drafter(
 def _shard(
     net: Drafter, readout: ReadOut, among: Shortlist, text: Text, options: DraftOptions, at: int, optimizer: Any
 ) -> float:
-    """Updates over all positions of a shard, in spans that keep neighbours together; the mean loss."""
-    spans = torch.arange(len(text.tracks.ids_N)).split(options.positions)
+    """Updates over the positions of a shard, in spans that keep neighbours together; the mean loss."""
+    spans = torch.nonzero(~opening(text.tracks)).flatten().split(options.positions)
     losses = []
     for i in torch.randperm(len(spans), generator=torch.Generator().manual_seed(options.seed + 7919 * at)).tolist():
-        steps = unroll(net, readout, among, text, spans[i], options.unrolled)
-        loss = torch.stack([loss_of(text, among, done) for done in steps]).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bfloat16):
+            steps = unroll(net, readout, among, text, spans[i], options.unrolled)
+            loss = torch.stack([loss_of(text, among, done) for done in steps]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
     return sum(losses) / max(1, len(losses))
+
+
+def opening(tracks: Tracks) -> Tensor:
+    """The positions, ``[N]``, of what all sequences begin with alike (a chat template's first words): there is one thing to
+    learn of them, and it would be learned once for every text."""
+    sequences = tracks.sequence_N.unique_consecutive(return_counts=True)[1].tolist()
+    parts = list(tracks.ids_N.split(sequences))
+    shortest = min(map(len, parts))
+    alike = torch.stack([part[:shortest] for part in parts]).eq(parts[0][:shortest]).all(0)
+    shared = int(alike.int().cumprod(0).sum()) if len(parts) > 1 else 0
+    return torch.cat([torch.arange(len(part)) < shared for part in parts])
 
 
 @torch.no_grad()

@@ -51,12 +51,17 @@ def write_tracks(
         path = folder / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.safetensors"
         if not path.exists():
             parts = [_track(backbone, answer, i) for i, answer in enumerate(group)]
-            partial = path.with_suffix(".tmp")
-            save_file({n: torch.cat([getattr(p, n) for p in parts]) for n in Tracks.__dataclass_fields__}, partial)
-            partial.replace(path)
+            write_shard(path, parts)
         paths.append(path)
         progress(min(at + SHARD_SEQUENCES, len(answers)), len(answers))
     return paths
+
+
+def write_shard(path: Path, parts: Sequence[Tracks]) -> None:
+    """Sequences end to end, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    save_file({n: torch.cat([getattr(p, n) for p in parts]) for n in Tracks.__dataclass_fields__}, partial)
+    partial.replace(path)
 
 
 def read_tracks(path: Path) -> Tracks:

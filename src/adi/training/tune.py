@@ -9,19 +9,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adi.exits.answers import Answers
+import torch
+from torch import Tensor
+
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
 from adi.exits.heads import Heads, Shortlist, shortlist
 from adi.files import write_text
 from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
-from adi.training.answers import Answer, collect, interleave, is_held_out
+from adi.training.answers import (
+    Answer,
+    collect,
+    interleave,
+    is_held_out,
+    multiplies_faster_in_bfloat16,
+    quicker_in_bfloat16,
+)
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, fit
+from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk
 from adi.training.report import evaluate, report_json
-from adi.training.tracks import write_tracks
+from adi.training.talk import TalkOptions
 
 TEXT_WINDOW = 256
 Progress = Callable[[str, int, int, str], None]
@@ -32,7 +42,8 @@ class TuneOptions:
     """How exits are made. ``depths`` None spreads seven over the model, denser towards its end.
 
     ``tokens`` counts answer tokens (the model's own) to train on; ``shortlist`` tokens that a head can name; ``rank`` of
-    the adapters.
+    the adapters. With ``talk_tokens`` the drafter learns from so many tokens of conversations that the model writes by itself
+    (see ``training.talk``), else from the answers.
     """
 
     depths: tuple[int, ...] | None = None
@@ -43,14 +54,16 @@ class TuneOptions:
     epochs: int = 3
     learning_rate: float = 3e-3
     drafter_epochs: int = 4
+    talk_tokens: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_new_tokens", "shortlist", "rank", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.drafter_epochs < 0:
-            raise ValueError(f"drafter_epochs is {self.drafter_epochs}; it must be at least 0.")
+        for name in ("drafter_epochs", "talk_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
 
@@ -63,6 +76,7 @@ def tune(
     *,
     texts: Sequence[str | os.PathLike[str]] = (),
     keep: Exits | None = None,
+    voice: Model | None = None,
     made_by: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total, note: None,
 ) -> Exits:
@@ -74,7 +88,9 @@ def tune(
         prompts: groups of prompts (one per file), shared out evenly.
         options: see ``TuneOptions``.
         texts: plain text files to learn from beside the answers.
-        keep: exits of this model whose heads and trigger stay as they are: only a drafter is trained.
+        keep: exits of this model whose heads, trigger and shortlist stay as they are: only a drafter is trained.
+        voice: the same model on the engine that drafts are for, to talk where ``options.talk_tokens`` asks for it; by
+            default ``model``.
         made_by: noted in the exits: the command and the data.
         progress: is told ``(stage, done, total, note)``.
 
@@ -86,12 +102,15 @@ def tune(
     depths = _depths(options.depths, backbone.spec.layers)
     readout = _on_cpu(backbone.readout())
     windows = [window for path in texts for window in _windows(model, Path(path))]
-    _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
+    talks = options.drafter_epochs > 0 and options.talk_tokens > 0
     work.mkdir(parents=True, exist_ok=True)
-    answers = _answers(model, work, prompts, options, progress) + windows
+    answers: list[Answer] = []
+    if keep is None or not talks:
+        _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
+        answers = _answers(model, work, prompts, options, progress) + windows
+        _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
-    _enough([a.held_out for a in answers])
-    ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist)
+    ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
     among = shortlist(readout, ids_S)
     made = {**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)}
     if keep is None:
@@ -101,11 +120,24 @@ def tune(
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": made})
     if options.drafter_epochs:
-        drafter, judged = train_drafter(backbone, readout, among, (train, held), work, options, progress)
-        spoken = Answers.of([a.ids[max(0, a.start - 2) :] for a in train])
-        exits = replace(exits, drafter=drafter, answers=spoken, report={**exits.report, "drafter": judged})
+        tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+        if talks:
+            talking = TalkOptions(options.talk_tokens, options.max_new_tokens, seed=options.seed)
+            given = [list(model.encode(p)) for p in interleave(prompts)]
+            lessons = lessons_from_talk(voice or model, given, work, talking, tell)
+        else:
+            lessons = lessons_from_answers(backbone, train, held, work, tell)
+        drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress)
+        exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
+
+
+def _kept(keep: Exits) -> Tensor:
+    """The shortlist that kept exits speak through."""
+    if keep.drafter is None and keep.heads is None:
+        raise ValueError("bare exits have no shortlist to keep; leave keep out.")
+    return keep.drafter.ids_S if keep.drafter is not None else keep.heads.ids_S  # type: ignore[union-attr]
 
 
 def _heads(
@@ -147,22 +179,21 @@ def train_drafter(
     backbone: Any,
     readout: ReadOut,
     among: Shortlist,
-    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    lessons: Lessons,
     work: Path,
     options: TuneOptions,
     progress: Progress,
 ) -> tuple[Drafter, dict[str, Any]]:
-    """A drafter that learned from the answers of the first part, and what it does on the second."""
-    train, held = answers
-    shards = write_tracks(backbone, train, work / "tracks", lambda d, t: progress("tracks", d, t, ""))
-    checks = write_tracks(backbone, held, work / "held-tracks", lambda d, t: progress("held-tracks", d, t, ""))
-    fitting = DraftOptions(epochs=options.drafter_epochs, seed=options.seed)
-    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), [p.name for p in shards]])
+    """A drafter that learned from the lessons, and what it does on those held out."""
+    quick = quicker_in_bfloat16(work / "drafter.dtype", lambda: multiplies_faster_in_bfloat16(torch.device("cpu")))
+    fitting = DraftOptions(epochs=options.drafter_epochs, seed=options.seed, bfloat16=quick)
+    names = [p.name for p in lessons.shards]
+    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), names])
     embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
     note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
-    drafter = fit_drafter(readout, among, embed, shards, work / "drafter.pt", fitting, note, mlp)
-    judged = judge(as_halves(drafter), readout, among, embed, checks)
-    return drafter, {**judged, "answer_tokens": sum(a.tokens for a in train), "settings": asdict(fitting)}
+    drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp)
+    judged = judge(as_halves(drafter), readout, among, embed, lessons.checks)
+    return drafter, {**judged, "answer_tokens": lessons.tokens, "settings": asdict(fitting)}
 
 
 def _answers(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States
 from adi.model.hf.blocks import Patch, Run, find_down_projections
 from adi.model.hf.cache import StaircaseCache
 from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
@@ -94,6 +94,11 @@ class HfBackbone:
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         """The likeliest next token of each state."""
         return self.logits(hidden_TD).argmax(-1).tolist()
+
+    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+        logits_TV = self.logits(hidden_TD)
+        best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
+        return Outlook(best.values, best.indices, logits_TV.logsumexp(-1))
 
     def light_head(self, head: LightHead) -> None:
         """None: exit heads run as torch modules do."""

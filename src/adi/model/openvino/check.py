@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from adi.files import read_json, write_json
 from adi.model.backbone import Rows
 from adi.model.openvino.engine import OpenVinoBackbone
+from adi.model.openvino.pieces import LANES
 from adi.model.openvino.pool import PagedCache
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _least_rows(backbone: OpenVinoBackbone) -> int:
 
 def _machine(threads: int) -> str:
     """The processor by name and abilities, and the number of threads."""
-    text = platform.processor() + platform.machine()
+    text = platform.processor() + platform.machine() + f"lanes {LANES}, fixed"
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         text += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States
 from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
-from adi.model.openvino.graph import cut, fill_holes
 from adi.model.openvino.light import CompiledLightHead
-from adi.model.openvino.pages import gather_pages
+from adi.model.openvino.outlook import Outlooks
+from adi.model.openvino.pieces import LANES, Pieces
 from adi.model.openvino.pool import SPARE, PagedCache, Pool
 from adi.model.openvino.recurrent import CompiledDrafter, Embedding
-from adi.model.openvino.segment import Config, Head, Segment
+from adi.model.openvino.segment import Config, Segment
 from adi.model.openvino.store import Page
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KV_BYTES = 2 << 30
-SETTLING_ROWS = 128
 KEPT_ROWS = 64  # feeds of passes up to here are kept for the next pass of the same shape
 KEPT_FEEDS = 48
-LANES = (4, 8)  # passes of up to so many rows, a lone one apart, are filled up to them and have compiled pieces of their own:
-# a graph that is given another number of rows than the time before works its shapes out anew, for 5 to 10 ms of a pass of 20
 CONFIG: Config = {
     "PERFORMANCE_HINT": "LATENCY",
     "INFERENCE_PRECISION_HINT": "f32",
@@ -72,7 +68,6 @@ class OpenVinoBackbone:
             device="cpu",
         )
         self._page, self._folder = page, folder
-        self._lock = threading.Lock()
         self._feeds: dict[tuple[int, int, int], Feed] = {}
         self.pool = Pool(kv_bytes)
         self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[page.precision]}
@@ -82,14 +77,10 @@ class OpenVinoBackbone:
         self._companion = PagedCache(self.pool)
         self._companion.blocks.append(SPARE)
         self._core = ov.Core()
-        self._blocks = blocks
-        self._segments: dict[tuple[int, int, int], Segment] = {}
-        self._paths: dict[tuple[int, int, int], list[Segment]] = {}
-        self._opening: threading.Thread | None = None
-        self._open: list[int] = []  # lanes, ascending
-        self._head = Head(self._core, head, self._config)
+        self._pieces = Pieces(self._core, blocks, head, page, self._config, self.pool)
+        self._outlooks = Outlooks(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
-        self.threads = self._head.threads
+        self.threads = self._pieces.threads
 
     @classmethod
     def open(cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None) -> OpenVinoBackbone:
@@ -124,68 +115,17 @@ class OpenVinoBackbone:
         """Compile one piece from each of these depths to the next, the beginning and the end included.
 
         One piece for the whole model is what full depth wants; every stop more costs a call, and buys the freedom to stop
-        there. Pieces that are there already stay. ``drafts`` opens the lanes too, in the background unless ``wait``; passes
-        do without a lane until it is open.
+        there. Pieces that are there already stay. Lanes for a lone row and, with ``drafts``, for a few open in the background
+        with the first such pass, or at once with ``wait``.
         """
-        with self._lock:
-            self._prepare(stops)
-            if drafts and self._opening is None:
-                self._opening = threading.Thread(target=self._open_lanes, args=(tuple(stops),), name="adi-lanes")
-                self._opening.start()
-        if wait and self._opening is not None:
-            self._opening.join()
-
-    def _open_lanes(self, stops: tuple[int, ...]) -> None:
-        for lane in LANES:
-            made = self._compiled(stops, lane)
-            with self._lock:
-                self._publish(made, lane)
-                self._open.append(lane)
-
-    def _prepare(self, stops: Sequence[int], lane: int = 0) -> None:
-        self._publish(self._compiled(stops, lane), lane)
-
-    def _compiled(self, stops: Sequence[int], lane: int) -> list[Segment]:
-        """The pieces between these depths that this lane lacks."""
-        layers = self.spec.layers
-        if bad := [depth for depth in stops if not 0 < depth <= layers]:
-            raise ValueError(f"stops {bad} do not exist; depths are 1 to {layers}.")
-        ends = tuple(sorted({*stops, layers}))
-        if all((*span, lane) in self._segments for span in zip((0, *ends), ends, strict=False)):
-            return []
-        graph = self._blocks.clone()  # cutting leaves a graph in pieces
-        fill_holes(graph, self._page.attentions)
-        pieces = cut(graph, ends, self.spec.width)
-        missing = [piece for piece in pieces if (piece.lo, piece.hi, lane) not in self._segments]
-        return [Segment(self._core, piece, self._config) for piece in missing]
-
-    def _publish(self, made: Sequence[Segment], lane: int) -> None:
-        for segment in made:
-            segment.add_to(self.pool)
-            self._segments[segment.lo, segment.hi, lane] = segment
-        if made:
-            self._settle(made)
-            self._paths.clear()
-
-    def _settle(self, segments: Sequence[Segment]) -> None:
-        """Run new pieces once over many rows, because the plugin lays weights out for the first pass it sees.
-
-        Measured on SmolLM2-135M at int4: a token takes 7.9 ms after a first pass of 128 rows, and 9.0 after one of a single
-        row; 512 rows take 302 ms against 360.
-        """
-        rows = min(SETTLING_ROWS, self.spec.context or SETTLING_ROWS)
-        nobody = PagedCache(self.pool)
-        nobody.blocks += [SPARE] * rows  # more than enough, and no memory that a sequence could want
-        given = Rows(nobody, 0, (0,) * rows, None)
-        layout = Layout.of([given], self.threads)
-        self.pool.begin()
-        feed = Feed(*layout.key, self.spec.width)
-        feed.fill([given], layout)
-        for segment in segments:
-            feed.room(f"state.{segment.lo}", (1, rows, self.spec.width))
-            segment.run(feed, self.pool)
-        nobody.blocks.clear()
-        gather_pages()
+        pieces = self._pieces
+        with pieces.lock:
+            pieces.ready(stops)
+            pieces.want(stops, [max(self.least_rows, lane) for lane in (LANES if drafts else LANES[:1])])
+            if wait:
+                pieces.start()
+        if wait:
+            pieces.wait()
 
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist, MemoryFullError, before
@@ -193,7 +133,10 @@ class OpenVinoBackbone:
         if not 0 <= lo < hi <= self.spec.layers:
             raise ValueError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         count = sum(len(r.ids) for r in rows)
-        lane = next((size for size in self._open if self.least_rows < count <= size), 0)
+        with self._pieces.lock:
+            if count <= LANES[-1]:
+                self._pieces.start()
+            lane = self._pieces.lane_for(count, self.least_rows, lo, hi)
         if (missing := max(self.least_rows, lane) - count) > 0:
             given = None if lo == 0 else rows[0].hidden_TD
             nothing = None if given is None else given.new_zeros(missing, self.spec.width)
@@ -203,8 +146,8 @@ class OpenVinoBackbone:
 
     def _forward(self, rows: Sequence[Rows], lo: int, hi: int, mlp: bool, lane: int) -> list[States]:
         layout = Layout.of(rows, self.threads)
-        with self._lock:
-            path = self._path(lo, hi, lane)
+        with self._pieces.lock:
+            path = self._pieces.path(lo, hi, lane)
             self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])
             feed = self._feed(layout.key)
             feed.fill(rows, layout)
@@ -215,36 +158,28 @@ class OpenVinoBackbone:
                 segment.run(feed, self.pool)
             return _states(feed, layout, path[-1], mlp and self.has_mlp_tap)
 
-    def _path(self, lo: int, hi: int, lane: int) -> list[Segment]:
-        """The longest pieces of this lane that lead from ``lo`` to ``hi``; compiled where there are none."""
-        if (lo, hi, lane) not in self._paths:
-            path: list[Segment] = []
-            while (at := path[-1].hi if path else lo) < hi:
-                ends = [end for begin, end, mine in self._segments if mine == lane and begin == at and end <= hi]
-                if not ends:
-                    self._prepare([depth for depth in (lo, hi) if depth], lane)
-                    return self._path(lo, hi, lane)
-                path.append(self._segments[at, max(ends), lane])
-            self._paths[lo, hi, lane] = path
-        return self._paths[lo, hi, lane]
-
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own norm and head on states, ``[T, V]``."""
         import torch
 
-        with self._lock:
-            logits, _ = self._head.run(self._paired(hidden_TD))
+        with self._pieces.lock:
+            logits, _ = self._scored(hidden_TD)
             return torch.from_numpy(logits[0, : len(hidden_TD)].copy())
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
-        with self._lock:
-            _, token = self._head.run(self._paired(hidden_TD))
+        with self._pieces.lock:
+            _, token = self._scored(hidden_TD)
             return token[0, : len(hidden_TD)].tolist()  # type: ignore[no-any-return]
 
-    def _paired(self, hidden_TD: Tensor) -> Any:
-        """The states as an array, a lone one twice where ``least_rows`` asks for it."""
+    def _scored(self, hidden_TD: Tensor) -> Any:
+        """The head's arrays; a lane's head gets states that count for nothing beside the true ones."""
         array = hidden_TD.detach().numpy()
-        return array.repeat(self.least_rows, 0) if len(array) < self.least_rows else array
+        lane = self._pieces.lane_for(len(array), self.least_rows)
+        return self._pieces.heads[lane].run(array, max(lane, self.least_rows))
+
+    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+        with self._pieces.lock:
+            return self._outlooks.run(hidden_TD, most)
 
     def light_head(self, head: LightHead) -> CompiledLightHead:
         """The exit head as a graph; its weights take 8 bits where the model's do."""
@@ -253,7 +188,7 @@ class OpenVinoBackbone:
     def embed(self, ids: Sequence[int]) -> Tensor:
         import torch
 
-        with self._lock:
+        with self._pieces.lock:
             return torch.from_numpy(self._embedding.run(ids))
 
     def draft_net(self, net: DraftNet) -> CompiledDrafter:

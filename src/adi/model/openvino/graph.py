@@ -186,6 +186,20 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[Piece]:
     return pieces
 
 
+def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
+    """Give a piece or a head one number of rows, and a piece one number of sequences, for good."""
+    fixed = {
+        "input_ids": [1, rows],
+        "position_ids": [1, rows],
+        "hidden": [1, rows, width],
+        "past_lens": [sequences],
+        "subsequence_begins": [sequences + 1],
+        "block_indices_begins": [sequences + 1],
+    }
+    names = [port.get_any_name() for port in graph.inputs]
+    graph.reshape({name: _partial(fixed[name]) for name in names if name in fixed})
+
+
 def _inject(result: Any, width: int) -> Any:
     """A new input that takes the place of what ``result`` reads, for everything but ``result``."""
     hidden = _parameter("hidden", [1, -1, width], np.float32)

@@ -65,18 +65,18 @@ class Head:
         self._counts_rows = any(port.get_any_name() == "position_ids" for port in compiled.inputs)
         self._rows = 0
 
-    def run(self, hidden_TD: Any) -> tuple[Any, Any]:
-        """Arrays of logits and tokens, valid until the next run."""
+    def run(self, hidden_TD: Any, least: int = 1) -> tuple[Any, Any]:
+        """Arrays of logits and tokens, valid until the next run; ``least``: run so many rows, of which the last are nothing."""
         import numpy as np
         import openvino as ov
 
-        rows = hidden_TD.shape[0]
+        rows = max(least, hidden_TD.shape[0])
         if rows != self._rows:
-            self._hidden = np.zeros((1, *hidden_TD.shape), np.float32)
+            self._hidden = np.zeros((1, rows, hidden_TD.shape[1]), np.float32)
             self._request.set_tensor("hidden", ov.Tensor(self._hidden, shared_memory=True))
             if self._counts_rows:
                 self._request.set_tensor("position_ids", ov.Tensor(np.zeros((1, rows), np.int64)))
             self._rows = rows
-        self._hidden[0] = hidden_TD
+        self._hidden[0, : len(hidden_TD)] = hidden_TD
         self._request.infer(share_outputs=True)
         return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data

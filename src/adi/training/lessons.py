@@ -1,0 +1,68 @@
+"""What a drafter is given to learn from: shards of tracks to train and to test on, and what the model said in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adi.exits.answers import Answers
+from adi.model.backbone import Backbone
+from adi.model.checkpoint import Model
+from adi.training.answers import Answer
+from adi.training.talk import TalkOptions, talk, tokens_in
+from adi.training.tracks import read_tracks, write_tracks
+
+HELD_SHARE = 30  # one shard in so many is held out
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Shards to train on, shards held out, what the model said in the first, and how many tokens that is."""
+
+    shards: list[Path]
+    checks: list[Path]
+    spoken: Answers
+    tokens: int
+
+
+def lessons_from_answers(
+    backbone: Backbone, train: Sequence[Answer], held: Sequence[Answer], work: Path, tell: Tell
+) -> Lessons:
+    """From answers that are there: one more pass over each."""
+    shards = write_tracks(backbone, train, work / "tracks", lambda d, t: tell("tracks", d, t))
+    checks = write_tracks(backbone, held, work / "held-tracks", lambda d, t: tell("held-tracks", d, t))
+    spoken = Answers.of([a.ids[max(0, a.start - 2) :] for a in train])
+    return Lessons(shards, checks, spoken, sum(a.tokens for a in train))
+
+
+def lessons_from_talk(voice: Model, prompts: Sequence[Sequence[int]], work: Path, options: TalkOptions, tell: Tell) -> Lessons:
+    """From texts that the model writes now, on the engine that drafts are for; the last shards are held out.
+
+    A longer talk goes on where a shorter one ended. The folder's name says what else it was written for.
+    """
+    stated = [voice.backbone.spec.fingerprint, voice.backbone.spec.precision, options.max_new_tokens, options.own_prompts]
+    text = repr([*stated, options.side_by_side, options.seed, [tuple(p) for p in prompts]])
+    folder = work / f"talk-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    paths = talk(voice, prompts, folder, options, lambda d, t: tell("talk", min(d, t), t))
+    held = max(1, len(paths) // HELD_SHARE)
+    if len(paths) <= held:
+        raise ValueError(
+            f"a talk of {options.tokens} tokens fills {len(paths)} shard: too little to train and test on; ask for more."
+        )
+    shards = paths[:-held]
+    return Lessons(shards, paths[-held:], _spoken(shards), tokens_in(shards))
+
+
+def _spoken(shards: Sequence[Path]) -> Answers:
+    """Every answer with the two tokens before it."""
+    said = []
+    for path in shards:
+        tracks = read_tracks(path)
+        counts = tracks.sequence_N.unique_consecutive(return_counts=True)[1].tolist()
+        for ids, answer in zip(tracks.ids_N.split(counts), tracks.answer_N.split(counts), strict=True):
+            start = int(answer.int().argmax())
+            said.append(ids[max(0, start - 1) :].tolist())
+    return Answers.of(said)

@@ -1,0 +1,103 @@
+"""Texts that a model writes by itself: what is noted of them is what a pass over them gives, and a stopped run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import adi
+from adi.model.backbone import Rows
+from adi.training import talk as module
+from adi.training.drafting import opening
+from adi.training.lessons import lessons_from_talk
+from adi.training.talk import TalkOptions, Template, talk, tokens_in
+from adi.training.tracks import Tracks, read_tracks
+
+OPTIONS = TalkOptions(tokens=60, max_new_tokens=8, side_by_side=5, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_SEQUENCES", 4)
+    monkeypatch.setattr(module, "LONGEST_PROMPT", 6)
+
+
+def texts(tracks: Tracks) -> list[Tracks]:
+    counts = tracks.sequence_N.unique_consecutive(return_counts=True)[1].tolist()
+    parts = {name: getattr(tracks, name).split(counts) for name in Tracks.__dataclass_fields__}
+    return [Tracks(**{name: part[i] for name, part in parts.items()}) for i in range(len(counts))]
+
+
+def test_what_is_noted_is_what_a_pass_over_the_text_gives(tiny_model: adi.Model, tmp_path: Path) -> None:
+    prompt = list(tiny_model.encode("the fox"))
+    backbone = tiny_model.backbone
+    paths = talk(tiny_model, [prompt], tmp_path, OPTIONS)
+    assert tokens_in(paths) >= OPTIONS.tokens > tokens_in(paths[:-1])
+    template, own = Template.of(tiny_model), 0
+    for text in [one for path in paths for one in texts(read_tracks(path))]:
+        ids = tuple(text.ids_N.tolist())
+        (states,) = backbone.forward([Rows(backbone.new_cache(), 0, ids, None)], 0, backbone.spec.layers)
+        logits_TV = backbone.logits(states.hidden_TD)
+        torch.testing.assert_close(text.deep_ND.float(), states.hidden_TD, atol=2e-2, rtol=2e-3)
+        torch.testing.assert_close(text.total_N, logits_TV.logsumexp(-1), atol=1e-4, rtol=0)
+        assert torch.equal(text.token_N, logits_TV.argmax(-1).int())
+        start = int(text.answer_N.int().argmax()) + 1
+        if list(ids[: len(prompt)]) != prompt or start != len(prompt):
+            own += 1
+            assert ids[: len(template.opening)] == template.opening
+            assert ids[start - len(template.between) : start] == template.between
+            assert start <= len(template.opening) + 6 + len(template.between)
+        assert len(ids) - start < OPTIONS.max_new_tokens
+        assert text.answer_N.tolist() == [at >= start - 1 for at in range(len(ids))]
+    assert own > 0, "the model wrote prompts too"
+
+
+def test_a_stopped_talk_goes_on_behind_its_last_shard(tiny_model: adi.Model, tmp_path: Path) -> None:
+    first = talk(tiny_model, [], tmp_path, OPTIONS)
+    kept = [path.read_bytes() for path in first]
+    assert talk(tiny_model, [], tmp_path, OPTIONS) == first, "there is nothing left to do"
+    longer = talk(tiny_model, [], tmp_path, TalkOptions(**{**OPTIONS.__dict__, "tokens": 100}))
+    assert longer[: len(first)] == first
+    assert len(longer) > len(first)
+    assert [path.read_bytes() for path in first] == kept
+    assert longer[len(first)].read_bytes() not in kept, "other dice than at the beginning"
+
+
+def test_half_the_answers_or_more_are_greedy(tiny_model: adi.Model, tmp_path: Path) -> None:
+    options = TalkOptions(tokens=250, max_new_tokens=8, side_by_side=5, own_prompts=0.0)
+    greedy = total = 0
+    for path in talk(tiny_model, [[5, 6, 7], [9, 9]], tmp_path, options):
+        for text in texts(read_tracks(path)):
+            start = int(text.answer_N.int().argmax()) + 1
+            said = text.ids_N[start:]
+            total += 1
+            greedy += bool((said == text.token_N[start - 1 : -1]).all())
+    assert 0.35 * total < greedy < total
+
+
+def test_lessons_hold_out_the_last_shards_and_keep_what_was_said(tiny_model: adi.Model, tmp_path: Path) -> None:
+    lessons = lessons_from_talk(tiny_model, [], tmp_path, OPTIONS, lambda *_: None)
+    assert lessons.checks
+    assert not set(lessons.checks) & set(lessons.shards)
+    assert lessons.tokens == tokens_in(lessons.shards)
+    assert int(lessons.spoken.lengths_M.sum()) >= lessons.tokens
+    with pytest.raises(ValueError, match="too little"):
+        lessons_from_talk(
+            tiny_model, [], tmp_path / "b", TalkOptions(tokens=1, max_new_tokens=8, side_by_side=4), lambda *_: None
+        )
+
+
+def test_without_a_template_the_model_needs_prompts(llama: adi.Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        talk(llama, [], tmp_path, OPTIONS)
+
+
+def test_what_all_texts_begin_with_is_found() -> None:
+    ids = torch.tensor([1, 2, 3, 4, 1, 2, 9, 1, 2, 3])
+    nothing = torch.zeros(10)
+    tracks = Tracks(ids, nothing, nothing, nothing, torch.tensor([0] * 4 + [1] * 3 + [2] * 3), nothing)
+    assert opening(tracks).tolist() == [True, True, False, False, True, True, False, True, True, False]
+    alone = Tracks(ids[:4], nothing, nothing, nothing, torch.zeros(4), nothing)
+    assert not opening(alone).any()
