@@ -23,7 +23,7 @@ model.hf
 model.openvino
 model.checkpoint
 exits.signals
-exits.triggers exits.heads
+exits.triggers exits.heads exits.probe
 exits.drafter
 exits.memory
 exits.answers
@@ -42,7 +42,7 @@ training.answers
 training.features
 training.fit training.tracks
 training.drafting
-training.report
+training.report training.probe
 training.tune
 measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
 measure.sweep measure.quality
