@@ -45,6 +45,9 @@ training.drafting
 training.report training.probe
 training.tune
 measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.calibration measure.rounds
+measure.readings
+measure.rules
 measure.sweep measure.quality
 measure.contestants
 measure.peers

@@ -152,11 +152,7 @@ class Exits:
         write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
     def _json(self, tensors: str) -> dict[str, Any]:
-        plain = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.init and f.name not in NOT_JSON
-        }
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in NOT_JSON}
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
         return {"format": FORMAT, **plain, **own}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from adi.exits.signals import Measured, Prediction, lumped_entropy
 
 KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they ask
-SAID = 4  # features of what a head says
+SAID = 6  # features of what a head says
 LEAST_LOG = -30.0
 
 
@@ -65,20 +65,21 @@ def state_features(hidden_TD: Tensor) -> Tensor:
 
 
 def joint_features(hidden_TD: Tensor, said: Prediction | Measured) -> Tensor:
-    """State and head side by side, ``[T, D + 4]``."""
+    """State and head side by side, ``[T, D + 6]``."""
     return torch.cat([state_features(hidden_TD), said_features(said)], -1)
 
 
 def said_features(said: Prediction | Measured) -> Tensor:
-    """What a head says, ``[T, 4]``: log-probabilities of its first and second token and of the tail, entropy with the tail
-    as one token."""
+    """What a head says, ``[T, 6]``: log-probabilities of its first and second token and of the tail, probabilities of the first
+    token and of the tail, entropy with the tail as one token."""
     if isinstance(said, Measured):
         logs = [said.rows.first_T, said.rows.second_T, said.rows.tail_T]
     else:
         top = said.log_probs_TS.topk(min(2, said.log_probs_TS.shape[-1]), -1).values
         none = torch.full_like(top[..., 0], LEAST_LOG)
         logs = [top[..., 0], top[..., 1] if top.shape[-1] == 2 else none, none if said.tail_T is None else said.tail_T]
-    return torch.stack([*(values.clamp_min(LEAST_LOG) for values in logs), lumped_entropy(said)], -1).float()
+    logs = [values.clamp_min(LEAST_LOG) for values in logs]
+    return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(said)], -1).float()
 
 
 def probe_of(depths: list[int], width: int, tensors: Mapping[str, Tensor]) -> Probe | None:

@@ -78,9 +78,7 @@ class Reading:
         self.depth = depth
         self._predict = predict
         self._token = token
-        self.signals: Mapping[str, float] = Signals(
-            depth, lambda: self.prediction, before_TD, hidden_TD, mlp_TF, probe
-        )
+        self.signals: Mapping[str, float] = Signals(depth, lambda: self.prediction, before_TD, hidden_TD, mlp_TF, probe)
 
     @cached_property
     def prediction(self) -> Prediction | Measured:

@@ -65,8 +65,7 @@ def entropy(prediction: Prediction | Measured) -> Tensor:
 def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
     """Entropy in nats with the whole tail as one token, ``[T]``: a lower bound for a shortlist.
 
-    Spread over tens of thousands of tokens, as ``entropy`` has it, a tail of probability q adds q log(tail size), ten nats
-    for one: then the value tells how much lies in the tail rather than how undecided the head is.
+    No signal of its own: a head that is sure of the tail, so of no token that it could name, looks sure to it.
     """
     if isinstance(prediction, Measured):
         spread = prediction.rows.tail_T.exp() * (math.log(max(prediction.tail_size, 1)) - prediction.rows.tail_T)
@@ -162,7 +161,6 @@ class Signal:
 
 SIGNALS: dict[str, Signal] = {
     "entropy": Signal(entropy, "head", False, "predictive entropy of the exit head, nats"),
-    "lumped_entropy": Signal(lumped_entropy, "head", False, "the same with the shortlist's tail as one token, nats"),
     "margin": Signal(margin, "head", True, "probability of the first token less the second's"),
     "top_probability": Signal(top_probability, "head", True, "probability of the first token"),
     "stability": Signal(stability, "states", True, "cosine between the last block's input and output"),

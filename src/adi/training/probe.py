@@ -28,16 +28,16 @@ class ProbeOptions:
     """Numbers of hidden units to try (0: logistic regression), passes over the rows at most, rows of a step, learning rate."""
 
     hidden: tuple[int, ...] = (0, 32)
-    epochs: int = 6
+    epochs: int = 8
     rows: int = 256
-    learning_rate: float = 2e-3
-    decay: float = 0.05
+    learning_rate: float = 5e-4
+    decay: float = 0.1
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N rows at one depth: state ``[N, D]``, what the head says ``[N, 4]``, whether its token is full depth's, whether the row
+    """N rows at one depth: state ``[N, D]``, what the head says ``[N, 6]``, whether its token is full depth's, whether the row
     belongs to a text that chooses."""
 
     state_ND: Tensor
@@ -77,8 +77,9 @@ def fit_probe(
     examples = gather(backbone, exits, texts, progress)
     for depth, rows in examples.items():
         for kind, mine in nets.items():
-            x_NF = rows.state_ND.float() if kind == "state" else torch.cat([rows.state_ND.float(), rows.said_NF], -1)
-            tried = [_fit(x_NF, rows, hidden, options) for hidden in options.hidden]
+            said = 0 if kind == "state" else rows.said_NF.shape[1]
+            x_NF = torch.cat([rows.state_ND.float(), rows.said_NF], -1) if said else rows.state_ND.float()
+            tried = [_fit(x_NF, said, rows, hidden, options) for hidden in options.hidden]
             net, epochs, loss = min(tried, key=lambda one: one[2])
             mine[depth] = net
             found.append(Fitted(kind, depth, len(net.out_H), epochs, loss, _constant_loss(rows)))
@@ -114,18 +115,19 @@ def gather(
     return {depth: Examples(*(torch.cat(column) for column in zip(*rows, strict=True))) for depth, rows in parts.items()}
 
 
-def _fit(x_NF: Tensor, rows: Examples, hidden: int, options: ProbeOptions) -> tuple[Net, int, float]:
-    """AdamW on the learning texts; the network as it was after the pass that did best on the choosing ones."""
+def _fit(x_NF: Tensor, said: int, rows: Examples, hidden: int, options: ProbeOptions) -> tuple[Net, int, float]:
+    """AdamW on the learning texts, from a logistic regression on the last ``said`` features; the network as it was after the
+    pass that did best on the choosing ones."""
     learn, choose = ~rows.choosing_N, rows.choosing_N
     mean_F, spread_F = x_NF[learn].mean(0), x_NF[learn].std(0).clamp_min(LEAST_SPREAD)
     x_NF, y_N = (x_NF - mean_F) / spread_F, rows.right_N.float()
     generator = torch.Generator().manual_seed(options.seed)
-    net = _fresh(x_NF.shape[1], hidden, y_N[learn].mean(), generator)
+    net = _fresh(x_NF[learn], y_N[learn], said, hidden, generator)
     weights = [tensor.requires_grad_() for tensor in net.tensors().values()]
     optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.decay)
     best, places = (net, 0, float("inf")), learn.nonzero()[:, 0]
     for epoch in range(options.epochs + 1):
-        if epoch:  # the first look is at a network that says the same of every row
+        if epoch:  # the first look is at a network that has not learned from the state
             for part in places[torch.randperm(len(places), generator=generator)].split(options.rows):
                 optimizer.zero_grad(set_to_none=True)
                 torch.nn.functional.binary_cross_entropy_with_logits(net.logit(x_NF[part]), y_N[part]).backward()
@@ -137,11 +139,23 @@ def _fit(x_NF: Tensor, rows: Examples, hidden: int, options: ProbeOptions) -> tu
     return _on_raw(best[0], mean_F, spread_F), best[1], best[2]
 
 
-def _fresh(features: int, hidden: int, share: Tensor, generator: torch.Generator) -> Net:
-    """Says the share of right rows everywhere."""
+def _fresh(x_NF: Tensor, y_N: Tensor, said: int, hidden: int, generator: torch.Generator) -> Net:
+    """Says what a logistic regression on the last ``said`` features does; without any, the share of right rows everywhere."""
+    features = x_NF.shape[1]
+    x_NS = torch.cat([x_NF[:, features - said :], torch.ones(len(x_NF), 1)], 1)
+    weight_S = torch.zeros(said + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_S], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x_NS @ weight_S, y_N) + 1e-3 * weight_S.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    skip_F = torch.cat([torch.zeros(features - said), weight_S.detach()[:said]])
     in_HF = torch.randn((hidden, features), generator=generator) / features**0.5
-    bias = share.clamp(1e-3, 1 - 1e-3).logit().reshape(1)
-    return Net(torch.zeros(features), in_HF, torch.zeros(hidden), torch.zeros(hidden), bias)
+    return Net(skip_F, in_HF, torch.zeros(hidden), torch.zeros(hidden), weight_S.detach()[said:].clone())
 
 
 def _on_raw(net: Net, mean_F: Tensor, spread_F: Tensor) -> Net:
