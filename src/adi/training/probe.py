@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adi.exits.artifact import Exits
 from adi.exits.probe import Net, Probe, said_features, state_features
+from adi.exits.signals import Measured
 from adi.model.backbone import Backbone, Rows
 from adi.training.answers import Answer
 
@@ -107,7 +108,7 @@ def gather(
             close()
         for depth, state_ND in seen.items():
             said = read(depth, state_ND)
-            best_N = said.log_probs_TS.argmax(-1)
+            best_N = said.rows.place_T if isinstance(said, Measured) else said.log_probs_TS.argmax(-1)
             right_N = (best_N if said.ids_S is None else said.ids_S[best_N]).cpu() == token_N
             choosing_N = torch.full_like(right_N, i % CHOOSING == 0)
             parts[depth].append((state_features(state_ND).half().cpu(), said_features(said).cpu(), right_N, choosing_N))
