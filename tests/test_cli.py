@@ -156,7 +156,7 @@ def test_inspect_and_triggers_print_tables(tiny_folder: Path, tmp_path: Path) ->
     done = adi_("triggers", tiny_folder, *prompts, "--exits", "bare:3", "--calibrate", prompts[1])
     assert done.exit_code == 2
     assert "6 prompts would calibrate and test" in done.output
-    assert "go together" in adi_("triggers", tiny_folder, *prompts, "--exits", "bare:3", "--save", tmp_path / "x").output
+    assert "needs --save" in adi_("triggers", tiny_folder, "--exits", "bare:3", "--fit-probe", prompts[1]).output
 
 
 def test_a_probe_is_fitted_kept_and_studied(tiny_folder: Path, model: list[str], tiny_model: adi.Model, tmp_path: Path) -> None:
@@ -172,7 +172,9 @@ def test_a_probe_is_fitted_kept_and_studied(tiny_folder: Path, model: list[str],
     assert exits.probe is not None
     assert exits.report["probe"]["texts"] == 10
     given = ["--exits", tmp_path / "probed", "-n", 6, "--prompts", prompts, "--calibrate", fitting, "--calibrate-limit", 3]
-    found = json.loads(adi_("triggers", tiny_folder, *given, "--json").stdout)
+    found = json.loads(adi_("triggers", tiny_folder, *given, "--json", "--save", tmp_path / "chosen").stdout)
+    best = next(one for one in found["estimates"] if one["trigger"] is not None)
+    assert adi.load_exits(tmp_path / "chosen").trigger.to_json() == best["trigger"]
     assert {"state_probe", "joint_probe"} <= {score["signal"] for score in found["scores"]}
     assert found["probe"] == exits.report["probe"]
     rule = json.dumps({"kind": "threshold", "signal": "joint_probe", "at": 0.5, "min_depth": 0})

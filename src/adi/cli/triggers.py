@@ -36,7 +36,12 @@ def triggers(
         typer.Option("--fit-probe", metavar="PROMPTS", help="Instead of the study: fit a learned probe on answers to these."),
     ] = None,
     fit_limit: Annotated[int, typer.Option("--fit-limit", help="Use so many of them.")] = 160,
-    save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Where the exits with their probe go.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save", metavar="DIR", help="Where the exits go, with their probe or else with the fastest rule as their trigger."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answers.")] = 96,
     json_out: JsonOption = False,
     backend: BackendOption = "auto",
@@ -45,11 +50,11 @@ def triggers(
 ) -> None:
     """How well each signal, at each exit, predicts that the exit's token is the full model's; what asking costs; what pays.
 
-    Prompts of the benchmark only test. With --fit-probe and --save, a probe is fitted and kept with the exits instead.
+    Prompts of the benchmark only test. With --fit-probe, a probe is fitted and saved with the exits instead.
     """
     errors, out = Console(stderr=True), Console(highlight=False)
-    if (fit_probe is None) != (save is None):
-        raise ValueError("--fit-probe PROMPTS and --save DIR go together: the probe is kept with a copy of the exits.")
+    if fit_probe is not None and save is None:
+        raise ValueError("--fit-probe needs --save DIR: the probe is kept with a copy of the exits.")
     source = Source(model, backend, precision, device)
     if fit_probe is not None and save is not None:
         loaded = source.load(errors)
@@ -74,12 +79,17 @@ def triggers(
             max_new_tokens=max_new_tokens,
             progress=tell,
         )
+    if save is not None and json_out:
+        _save(found, study, save)
     if json_out:
         spec = loaded.backbone.spec
         engine = {"model": model, "backend": spec.backend, "precision": spec.precision, "layers": spec.layers}
         print(json.dumps({**made_of(items), **engine, "probe": found.report.get("probe"), **study.to_json()}))
         return
     _show(study, out)
+    if save is not None:
+        _save(found, study, save)
+        out.print(f"Saved to {save} with the fastest rule as their trigger.", markup=False, soft_wrap=True)
 
 
 def _fit(
@@ -117,6 +127,15 @@ def _fit(
         table.add_row(str(net["depth"]), "state" if net["kind"] == "state" else "state and head", *numbers)
     consoles[1].print(table)
     consoles[1].print(f"Saved to {folder}. Compare: adi triggers {model.source} --exits {folder}", markup=False)
+
+
+def _save(exits: Exits, study: Study, folder: Path) -> None:
+    """The exits under the rule that was estimated fastest; how many drafts it was chosen with is in their report."""
+    from adi.exits.triggers import trigger_from_json
+
+    best = next(one for one in study.estimates if one.trigger is not None)
+    chosen = {"rule": best.rule, "draft_tokens": best.draft_tokens, "ratio": best.ratio}
+    replace(exits, trigger=trigger_from_json(best.trigger), report={**exits.report, "trigger": chosen}).save(folder)
 
 
 def _show(study: Study, out: Console) -> None:

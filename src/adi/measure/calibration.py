@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 BINS = 10
-TEMPERATURES = tuple(round(2 ** (step / 6), 4) for step in range(-9, 13))  # 0.35 to 4, twelve per cent apart
+TEMPERATURES = tuple(round(2 ** (step / 4), 4) for step in range(-5, 6))  # 0.42 to 2.4, a fifth apart
 CHUNK = 256
 
 

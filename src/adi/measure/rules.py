@@ -7,6 +7,7 @@ turns into a threshold of the signal for each depth.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +22,7 @@ from adi.measure.calibration import Rising, isotonic
 from adi.measure.readings import Readings, reads_head
 from adi.measure.rounds import PassSeconds, Recorded, Rounds, drafting
 
-CHANCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CHANCES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAFTS = (1, 2, 3, 4, 6)
 FIRST_DRAFTS = 2  # with which stops are compared first
 GATE = 0.5  # of the chance asked for: from there on the state alone is worth a look of the head
@@ -113,12 +114,12 @@ def _best(field: Field, rule: str) -> Estimate:
 
 
 def _subsets(field: Field, rule: str) -> Iterator[tuple[int, ...]]:
-    """One exit, two, or a chain from each on; a fixed depth is one."""
+    """One exit, two of every other one, or a chain of every other one; a fixed depth is one."""
     depths = sorted(field.readings)
     yield from ((depth,) for depth in depths)
     if rule != STATIC:
-        yield from ((a, b) for a in depths for b in depths if a < b)
-        yield from (tuple(depths[i::2]) for i in range(len(depths) - 4))
+        yield from itertools.combinations(depths[::2], 2)
+        yield from (tuple(depths[i::2]) for i in (0, 1) if len(depths[i::2]) > 2)
 
 
 class _Seen:
