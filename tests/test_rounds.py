@@ -15,7 +15,7 @@ from adi.measure.cost import Cost
 from adi.measure.rounds import PassSeconds, Recorded, drafting
 
 LAYERS, STOPS, WRONG = 10, (2, 5, 8), 0
-PASSES = PassSeconds((1, 2, 4, 8), (1.0, 1.1, 1.3, 2.0), (0.2, 0.25, 0.3, 0.5), (0.7, 0.8, 0.9, 1.0))
+PASSES = PassSeconds((1, 2, 4, 8), 1.0, (0.2, 0.25, 0.3, 0.5), (0.7, 0.8, 0.9, 1.0))
 ROW = st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([0.0, 0.01, 0.5])), min_size=3, max_size=3)
 TEXTS = st.lists(ROW, min_size=1, max_size=30)
 
@@ -99,3 +99,8 @@ def test_pass_seconds_come_from_two_depths() -> None:
     assert passes.through(5, 1) == pytest.approx(6.0)
     assert passes.through(10, 2) == pytest.approx(12.0)
     assert passes.full(10, 5) == pytest.approx(15.0 + 0.7), "along the last slope"
+    noisy = PassSeconds.of(Cost((1, 2, 4, 8), (1.0,) * 4, (10.0, 14.0, 12.0, 16.0), (0.5, 0.4, 0.6, 0.7)), 10)
+    assert noisy.entry == 0
+    assert noisy.block == pytest.approx((1.0, 1.3, 1.3, 1.6)), "more rows never cost less"
+    assert noisy.head == pytest.approx((0.45, 0.45, 0.6, 0.7))
+    assert PassSeconds.of(Cost((1,), (1.0,), (1.0,), (0.5,)), 1).through(1, 3) == 1.0

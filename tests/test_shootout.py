@@ -71,7 +71,7 @@ def field(turned: bool = False, block: float = 1e-3) -> Field:
     told = {"margin": shown.float(), "top_probability": noise, "stability": noise}
     lost = {"margin": noise, "top_probability": noise, "stability": noise}
     at = {2: readings(right, calibrates, **told), 5: readings(noise < 0.1, calibrates, **lost)}
-    passes = PassSeconds((1, 8), (0.0, 0.0), (block, block), (1e-3, 1e-3))
+    passes = PassSeconds((1, 8), 0.0, (block, block), (1e-3, 1e-3))
     asking = {depth: {"head": 1e-4, "margin": 1e-4, "top_probability": 1e-4, "stability": 1e-5} for depth in (2, 5)}
     marks = [i < 15 for i in range(30)]
     return Field(at, [each] * 30, marks, asking, passes, LAYERS)

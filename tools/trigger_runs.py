@@ -23,7 +23,7 @@ from adi.measure.timing import Outcome, timed
 from adi.prompts import read_prompts, spread
 
 STUDY = Path(__file__).resolve().parent.parent / "docs" / "results" / "triggers.json"
-PROMPTS, NEW_TOKENS, RULES, WARM_UP = 12, 64, 3, 12
+PROMPTS, NEW_TOKENS, RULES, WARM_UP = 20, 64, 3, 12
 
 
 def policies(exits: adi.Exits, study: dict[str, Any]) -> dict[str, tuple[adi.Policy, float | None]]:

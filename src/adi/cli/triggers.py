@@ -69,27 +69,22 @@ def triggers(
 
     loaded = source.load(errors)
     found = exits_for(loaded, exits)
-    chosen = [item.prompt for item in items]
+    test, calibrating = ([item.prompt for item in some] for some in (items, others))
     with progress(errors, "texts") as tell:
-        study = study_triggers(
-            loaded,
-            found,
-            chosen,
-            calibrate=[item.prompt for item in others],
-            max_new_tokens=max_new_tokens,
-            progress=tell,
-        )
-    if save is not None and json_out:
+        study = study_triggers(loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=tell)
+    if save is not None:
         _save(found, study, save)
     if json_out:
-        spec = loaded.backbone.spec
-        engine = {"model": model, "backend": spec.backend, "precision": spec.precision, "layers": spec.layers}
-        print(json.dumps({**made_of(items), **engine, "probe": found.report.get("probe"), **study.to_json()}))
+        print(json.dumps({**made_of(items), **_engine(model, loaded), "probe": found.report.get("probe"), **study.to_json()}))
         return
     _show(study, out)
     if save is not None:
-        _save(found, study, save)
         out.print(f"Saved to {save} with the fastest rule as their trigger.", markup=False, soft_wrap=True)
+
+
+def _engine(name: str, model: Model) -> dict[str, Any]:
+    spec = model.backbone.spec
+    return {"model": name, "backend": spec.backend, "precision": spec.precision, "layers": spec.layers}
 
 
 def _fit(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 
 from adi.measure.cost import Cost
 
@@ -19,27 +20,28 @@ Flags = Sequence[Sequence[bool]]
 class PassSeconds:
     """A pass over so many blocks and rows: ``entry`` for going in, ``block`` for each; and the model's own head.
 
-    Each by number of rows, on straight lines between measured ones and beyond them.
+    The last two by number of rows, on straight lines between measured ones and beyond them.
     """
 
     rows: tuple[int, ...]
-    entry: tuple[float, ...]
+    entry: float
     block: tuple[float, ...]
     head: tuple[float, ...]
 
     @classmethod
     def of(cls, cost: Cost, layers: int) -> PassSeconds:
-        """From the times of all blocks and of the first half of them."""
+        """From the times of all blocks and of the first half of them.
+
+        More rows never cost less, whatever the clock of a busy machine says: or choices would be made by its noise.
+        """
         half = max(1, layers // 2)
-        if half == layers:
-            return cls(cost.rows, (0.0,) * len(cost.rows), cost.block_seconds, cost.head_seconds)
-        shallow = [half * one for one in cost.block_seconds]
-        block = [max(0.0, (a - b) / (layers - half)) for a, b in zip(cost.blocks_seconds, shallow, strict=True)]
-        entry = [max(0.0, b - half * one) for b, one in zip(shallow, block, strict=True)]
-        return cls(cost.rows, tuple(entry), tuple(block), cost.head_seconds)
+        deep = layers - half
+        pairs = zip(cost.blocks_seconds, cost.block_seconds, strict=True)
+        entry = max(0.0, median((layers * half * one - half * whole) / deep for whole, one in pairs)) if deep else 0.0
+        return cls(cost.rows, entry, _rising([(t - entry) / layers for t in cost.blocks_seconds]), _rising(cost.head_seconds))
 
     def through(self, blocks: int, rows: int) -> float:
-        return _at(self.rows, self.entry, rows) + blocks * _at(self.rows, self.block, rows)
+        return self.entry + blocks * _at(self.rows, self.block, rows)
 
     def full(self, blocks: int, rows: int) -> float:
         """The same with the model's head."""
@@ -121,6 +123,16 @@ def _climb(
         filled[piece : last + 1] = [rows] * (last + 1 - piece)
         piece = last + 1
     return spent
+
+
+def _rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The nearest values that never fall, neighbours that do being pooled (isotonic regression)."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and mean(groups[-2]) > mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return tuple(mean(group) for group in groups for _ in group)
 
 
 def _at(rows: Sequence[int], values: Sequence[float], count: int) -> float:

@@ -25,6 +25,7 @@ COMBINATION = "weighted"
 STATES_A_CHANCE = ("top_probability", "state_probe", "joint_probe", COMBINATION)
 TAIL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 COSTED_ROWS = (1, 2, 3, 4, 6, 8)
+COST_REPEATS = 31
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def study_triggers(
     readings = gather(model, exits, texts, marks, progress)
     asking = asking_seconds(model, exits, texts[0])
     layers = model.backbone.spec.layers
-    passes = PassSeconds.of(measure_cost(model.backbone, COSTED_ROWS), layers)
+    passes = PassSeconds.of(measure_cost(model.backbone, COSTED_ROWS, COST_REPEATS), layers)
     lengths = [len(text.ids) - text.start for text in texts]
     field = Field(readings, lengths, marks, asking, passes, layers)
     testing = ~next(iter(readings.values())).calibrates_N
