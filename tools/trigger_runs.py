@@ -71,6 +71,8 @@ def main(folder: str, out: Path) -> None:
                 "tokens_per_second": median(o.tokens_per_second for o in mine),
                 "ratios": ratios,
                 "estimated_ratio": chosen[name][1],
+                "trigger": trigger_of(chosen[name][0]).to_json(),
+                "draft_tokens": getattr(chosen[name][0], "draft_tokens", None),
                 "tokens_per_round": sum(len(o.token_ids) for o in mine) / sum(o.rounds or 1 for o in mine),
                 "accepted_share": sum(o.accepted or 0 for o in mine) / drafted if drafted else None,
                 "same_text": all(a.token_ids == b.token_ids for a, b in zip(mine, full, strict=True)),
