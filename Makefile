@@ -46,9 +46,15 @@ clean:
 # The measurements that README.md shows; let nothing else run meanwhile.
 .PHONY: results
 results: $(READY)
-	mkdir -p docs/results
+	mkdir -p docs/results out
 	$(BIN)/adi run --compare > docs/results/demo.txt
-	$(BIN)/adi triggers smollm2-135m --json > docs/results/triggers.json
+	$(BIN)/python tools/prompts.py > out/topics.jsonl
+	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
+	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed
+	$(BIN)/adi triggers smollm2-135m --exits out/probed --calibrate out/calibrate.jsonl --calibrate-limit 20 --json \
+	  > docs/results/triggers.json
+	$(BIN)/python tools/trigger_runs.py out/probed docs/results/trigger_runs.json
+	$(BIN)/python tools/triggers.py
 	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
 	$(BIN)/python -m pip install --quiet '.[peers]'
 	$(BIN)/adi quality smollm2-135m --precision fp32,int8,int4 --json docs/results/quality.json

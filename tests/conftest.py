@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import adi
 from adi.exits.drafter import Drafter, fresh_drafter
 from adi.exits.heads import Adapter, Heads
+from adi.exits.probe import SAID, Net, Probe
 from families import tiny
 
 settings.register_profile("adi", deadline=None)  # how long a case takes is the machine's business
@@ -119,3 +120,19 @@ def random_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> Drafte
 def exits_with_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> adi.Exits:
     """Untrained exits with an untrained drafter."""
     return replace(random_exits(model, (2, 4), adi.Never()), drafter=random_drafter(model, size, hidden))
+
+
+def random_probe(width: int, depths: tuple[int, ...], hidden: int = 3) -> Probe:
+    """A probe that was never trained."""
+    generator = torch.Generator().manual_seed(5)
+
+    def net(features: int) -> Net:
+        shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
+        return Net(**{name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+
+    return Probe({depth: net(width) for depth in depths}, {depth: net(width + SAID) for depth in depths})
+
+
+def probed_exits(model: adi.Model, depths: tuple[int, ...]) -> adi.Exits:
+    """Untrained exits with an untrained probe."""
+    return replace(random_exits(model, depths, adi.Never()), probe=random_probe(model.backbone.spec.width, depths))

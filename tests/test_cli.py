@@ -140,7 +140,7 @@ def test_an_interruption_ends_the_answer_and_not_the_conversation(
     assert second in done.stdout
 
 
-def test_inspect_and_triggers_print_tables(tiny_folder: Path, tmp_path: Path) -> None:
+def test_inspect_prints_tables(tiny_folder: Path, tmp_path: Path) -> None:
     prompts = ["--prompts", tmp_path / "p.jsonl"]
     prompts[1].write_text("\n".join(json.dumps({"prompt": f"the fox number {i}"}) for i in range(6)))
     done = adi_("inspect", tiny_folder, *prompts, "--limit", 2, "-n", 6)
@@ -148,9 +148,6 @@ def test_inspect_and_triggers_print_tables(tiny_folder: Path, tmp_path: Path) ->
     assert "Speed-up ceiling" in done.stdout
     found = json.loads(adi_("inspect", tiny_folder, *prompts, "--limit", 1, "-n", 4, "--json").stdout)
     assert found["spec"]["layers"] == 6
-    done = adi_("triggers", tiny_folder, *prompts, "--exits", "bare:3", "--limit", 4, "-n", 8)
-    assert done.exit_code == 0, done.output
-    assert "AUROC" in done.stdout
 
 
 def test_tune_makes_exits_that_run(tiny_folder: Path, model: list[str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ model.hf
 model.openvino
 model.checkpoint
 exits.signals
-exits.triggers exits.heads
+exits.triggers exits.heads exits.probe
 exits.drafter
 exits.memory
 exits.answers
@@ -43,9 +43,12 @@ training.features
 training.fit training.tracks
 training.talk training.drafting
 training.lessons
-training.report
+training.report training.probe
 training.tune
 measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.calibration measure.rounds
+measure.readings
+measure.rules
 measure.sweep measure.quality
 measure.contestants
 measure.peers

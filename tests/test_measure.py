@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import adi
 from adi.measure.cost import Cost, measure_cost
 from adi.measure.headroom import ceiling, speedup
-from adi.measure.shootout import Labelled, _calibration_error, auroc, expected_calibration_error, signals_of
+from adi.measure.readings import signals_of
 from adi.measure.walk import Text, answer, walk
 from conftest import random_exits
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
-def test_auroc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[int, bool]]) -> None:
-    good, bad = [s for s, right in rows if right], [s for s, right in rows if not right]
-    got = auroc(torch.tensor([float(s) for s, _ in rows]), torch.tensor([right for _, right in rows]))
-    if not good or not bad:
-        assert got is None
-    else:
-        pairs = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
-        assert got == pytest.approx(pairs / (len(good) * len(bad)))
-
-
-def test_calibration_error_of_a_liar_and_of_an_honest_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    chance = torch.rand(20_000, generator=generator)
-    honest = torch.rand(20_000, generator=generator) < chance
-    assert expected_calibration_error(chance, honest) < 0.02
-    assert expected_calibration_error(torch.full((100,), 0.9), torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
-
-
-def test_a_signal_that_never_changes_is_not_blamed_for_bad_calibration() -> None:
-    """Equal values get one chance, however they are sorted among themselves."""
-    generator = torch.Generator().manual_seed(0)
-    right = torch.rand(4000, generator=generator) < 0.4
-    rows = Labelled({}, right, torch.arange(4000) % 2 == 0)
-    found = _calibration_error(torch.ones(4000), rows)
-    assert found is not None
-    assert found < 0.05
 
 
 @pytest.mark.parametrize(("a", "k"), [(0.0, 3), (0.5, 1), (0.8, 4), (1.0, 6)])
@@ -115,27 +83,3 @@ def test_inspect_reports_cost_agreement_and_ceiling(tiny_model: adi.Model) -> No
 def test_cost_of_a_single_row_count(tiny_model: adi.Model) -> None:
     cost = measure_cost(tiny_model.backbone, rows=(1,), repeats=3)
     assert cost.full_seconds == cost.blocks_seconds[0] + cost.head_seconds[0]
-
-
-def test_the_trigger_study_scores_every_signal_at_every_depth(tiny_model: adi.Model) -> None:
-    prompts = [f"the {n} quick foxes and the dog" for n in range(6)]
-    for exits in (adi.bare_exits(tiny_model, (2, 5)), random_exits(tiny_model, (2, 5), adi.Never())):
-        scores = adi.study_triggers(tiny_model, exits, prompts, max_new_tokens=24)
-        signals = {"entropy", "margin", "top_probability", "stability", "hoyer", "top_energy", "weighted"}
-        assert {(s.depth, s.signal) for s in scores} == {(d, n) for d in (2, 5) for n in signals}
-        for score in scores:
-            assert score.auroc is None or 0 <= score.auroc <= 1
-            assert score.calibration_error is None or 0 <= score.calibration_error <= 1
-            assert score.microseconds > 0
-            assert math.isfinite(score.share_of_block)
-    with pytest.raises(ValueError, match="at least 4"):
-        adi.study_triggers(tiny_model, exits, prompts[:3])
-
-
-def test_the_study_finds_a_signal_that_tells(tiny_model: adi.Model) -> None:
-    """Before the last block the head is nearly the model's own, so its probability must say more than chance does."""
-    prompts = [f"the {n} quick foxes" for n in range(4)]
-    deep = adi.study_triggers(tiny_model, adi.bare_exits(tiny_model, (5,)), prompts, max_new_tokens=32)
-    by_name = {s.signal: s for s in deep}
-    assert by_name["top_probability"].auroc is not None
-    assert by_name["top_probability"].auroc > 0.55

@@ -94,7 +94,7 @@ def test_shipped_exits_clearly_beat_the_bare_head(exits: adi.Exits) -> None:
 def test_the_report_holds_on_other_prompts(model: adi.Model, exits: adi.Exits) -> None:
     """Agreement on prompts that training never saw, here and now: well above the bare head's at every depth."""
     prompts = [item.prompt for item in read_prompts("bench")[5::16]]
-    scores = adi.study_triggers(model, exits, prompts, max_new_tokens=32)
+    scores = adi.study_triggers(model, exits, prompts, max_new_tokens=32).scores
     seen = {score.depth: score.agreement for score in scores}
     for depth, bare in BARE_AGREEMENT.items():
         assert seen[depth] > bare + 0.08, seen

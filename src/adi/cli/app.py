@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import bench, chat, habits, plot, quality, run, study, train
+from adi.cli import bench, chat, habits, plot, quality, run, study, train, triggers
 
 app = typer.Typer(
     name="adi",
@@ -47,7 +47,7 @@ app.command("chat")(guarded(chat.chat))
 app.command("trace")(guarded(plot.trace))
 app.command("plot")(guarded(plot.plot))
 app.command("inspect")(guarded(study.inspect))
-app.command("triggers")(guarded(study.triggers))
+app.command("triggers")(guarded(triggers.triggers))
 app.command("bench")(guarded(bench.bench))
 app.command("quality")(guarded(quality.quality))
 app.command("habits")(guarded(habits.habits))

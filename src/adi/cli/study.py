@@ -1,4 +1,4 @@
-"""``adi inspect`` and ``adi triggers``."""
+"""``adi inspect``, and what it shares with ``adi triggers``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from rich.table import Table
 from adi.cli.options import (
     BackendOption,
     DeviceOption,
-    ExitsOption,
     ModelArgument,
     PrecisionOption,
     Source,
-    exits_for,
 )
 from adi.prompts import PromptItem, read_prompts, spread
 
@@ -48,13 +46,13 @@ def inspect(
     from adi.measure.headroom import inspect as measure
 
     errors, out = Console(stderr=True), Console(highlight=False)
-    items = _spread(prompts, limit)
+    items = chosen_prompts(prompts, limit)
     chosen = [item.prompt for item in items]
     loaded = Source(model, backend, precision, device).load(errors)
-    with _progress(errors, "answers") as tell:
+    with progress(errors, "answers") as tell:
         found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=tell)
     if json_out:
-        print(json.dumps({**_circumstances(items), **asdict(found)}))
+        print(json.dumps({**made_of(items), **asdict(found)}))
         return
     spec, cost = found.spec, found.cost
     out.print(
@@ -93,54 +91,7 @@ def _ceilings(found: Headroom) -> Table:
     return table
 
 
-def triggers(
-    model: ModelArgument = "smollm2-135m",
-    exits: ExitsOption = None,
-    prompts: PromptsOption = "bench",
-    limit: LimitOption = 24,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answers.")] = 96,
-    json_out: JsonOption = False,
-    device: DeviceOption = "auto",
-) -> None:
-    """How well each signal, at each exit, predicts that the exit's token is the full model's; and what asking costs."""
-    from adi.measure.shootout import study_triggers
-
-    errors, out = Console(stderr=True), Console(highlight=False)
-    items = _spread(prompts, limit)
-    chosen = [item.prompt for item in items]
-    loaded = Source(model, "hf", "auto", device).load(errors)
-    found = exits_for(loaded, exits)
-    with _progress(errors, "answers") as tell:
-        scores = study_triggers(loaded, found, chosen, max_new_tokens=max_new_tokens, progress=tell)
-    if json_out:
-        print(json.dumps({**_circumstances(items), "model": model, "scores": [asdict(score) for score in scores]}))
-        return
-    table = Table(
-        title=f"Signals against the full model's token: {len(chosen)} prompts, half calibrate, half test",
-        title_justify="left",
-    )
-    for name in ("depth", "exit right", "signal", "AUROC", "calibration error", "µs", "of a block"):
-        table.add_column(name, justify="left" if name == "signal" else "right")
-    last = None
-    for score in scores:
-        if last is not None and score.depth != last:
-            table.add_section()
-        first = score.depth != last
-        table.add_row(
-            str(score.depth) if first else "",
-            f"{score.agreement:.1%}" if first else "",
-            score.signal,
-            "-" if score.auroc is None else f"{score.auroc:.3f}",
-            "-" if score.calibration_error is None else f"{score.calibration_error:.3f}",
-            f"{score.microseconds:.0f}",
-            f"{score.share_of_block:.0%}",
-        )
-        last = score.depth
-    out.print(table)
-    out.print("weighted: logistic combination of all signals, fitted on the calibration half.")
-
-
-def _spread(source: str, limit: int) -> list[PromptItem]:
+def chosen_prompts(source: str, limit: int) -> list[PromptItem]:
     """``limit`` prompts, evenly over the file, so that every category is there."""
     items = read_prompts(source)
     if limit < 1:
@@ -148,14 +99,14 @@ def _spread(source: str, limit: int) -> list[PromptItem]:
     return spread(items, limit)
 
 
-def _circumstances(items: list[PromptItem]) -> dict[str, Any]:
+def made_of(items: list[PromptItem]) -> dict[str, Any]:
     from adi.measure.circumstances import circumstances
 
     return circumstances(shlex.join(["adi", *sys.argv[1:]]), items)
 
 
 @contextmanager
-def _progress(console: Console, what: str) -> Iterator[Any]:
+def progress(console: Console, what: str) -> Iterator[Any]:
     with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from adi.exits.artifact import Exits
 from adi.exits.habits import Habits
+from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Never, Trigger, with_thresholds
 
 
@@ -132,6 +133,8 @@ def name_of(policy: Policy) -> str:
 
 
 def _check(exits: Exits, trigger: Trigger) -> None:
-    """ValueError where a trigger names a depth that is no exit: there it would never be asked."""
+    """ValueError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
     if stray := sorted(trigger.depths - set(exits.depths)):
         raise ValueError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
+    if exits.probe is None and (asked := [name for name in trigger.needs if SIGNALS[name].reads == "probe"]):
+        raise ValueError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")

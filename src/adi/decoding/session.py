@@ -79,6 +79,7 @@ class Session:
         self._rounds = self._drafted = self._accepted = self._index = 0
         self._budget, self._begun, self._seconds = max_new_tokens, False, 0.0
         self._answer: Any = None
+        self._probe = getattr(getattr(self.policy, "exits", None), "probe", None)
         self._ends: Callable[[int], bool] = (lambda token: token in model.eos_ids) if stop_at_eos else (lambda _: False)
         check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
@@ -218,7 +219,7 @@ class Session:
         mlp_TF = None if states.mlp_TF is None else states.mlp_TF[-request.read :]
         if request.to < spec.layers:
             read = functools.partial(self._read, request.to, hidden_TD)
-            return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF)]
+            return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF, probe=self._probe)]
         yield Score(hidden_TD)
         if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
             self._logic.costs.passed(len(request.ids), time.perf_counter() - started)

@@ -22,13 +22,14 @@ from adi.exits.answers import Answers
 from adi.exits.drafter import Drafter, Drafting
 from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
 from adi.exits.parts import answers_of, drafter_of, heads_of
+from adi.exits.probe import Probe, probe_of
 from adi.exits.signals import Measured, Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
 from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
-NOT_JSON = ("heads", "trigger", "drafter", "answers")
+NOT_JSON = ("heads", "trigger", "drafter", "answers", "probe")
 FORMAT = 2
 READ = (1, 2)  # formats: the first knew no drafter
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
@@ -59,6 +60,7 @@ class Exits:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
     answers: Answers | None = None
+    probe: Probe | None = None
     _readers: WeakKeyDictionary[Backbone, Reader] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -140,6 +142,8 @@ class Exits:
             tensors[f"drafter.{name}"] = tensor.detach().to(kind).contiguous()
         for name, tensor in self.answers.tensors().items() if self.answers is not None else ():
             tensors[f"answers.{name}"] = tensor.contiguous()
+        for name, tensor in self.probe.tensors().items() if self.probe is not None else ():
+            tensors[f"probe.{name}"] = tensor.detach().contiguous()
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         partial = place / ".exits.safetensors.tmp"
@@ -148,11 +152,7 @@ class Exits:
         write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
     def _json(self, tensors: str) -> dict[str, Any]:
-        plain = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.init and f.name not in ("heads", "trigger", "drafter", "answers")
-        }
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in NOT_JSON}
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
         return {"format": FORMAT, **plain, **own}
 
@@ -236,7 +236,7 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         raise ValueError(f"depths {depths} do not lie inside a model of {value['layers']} layers")
     drafter = drafter_of(value["width"], value["vocabulary"], tensors)
     answers = answers_of(value["vocabulary"], tensors)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers."))}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers.", "probe."))}
     heads = heads_of(depths, value["width"], value["vocabulary"], own)
     known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
     return Exits(
@@ -246,4 +246,5 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         heads=heads,
         drafter=drafter,
         answers=answers,
+        probe=probe_of(depths, value["width"], tensors),
     )

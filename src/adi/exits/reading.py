@@ -10,17 +10,25 @@ from functools import cached_property
 
 from torch import Tensor
 
-from adi.exits.signals import SIGNALS, Measured, Prediction, require_signal
+from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
 
 
 class Signals(Mapping[str, float]):
     """Names to values of one row, each measured on first use and kept in ``seen``."""
 
     def __init__(
-        self, predict: Callable[[], Prediction | Measured], before_TD: Tensor, hidden_TD: Tensor, mlp_TF: Tensor | None
+        self,
+        depth: int,
+        predict: Callable[[], Prediction | Measured],
+        before_TD: Tensor,
+        hidden_TD: Tensor,
+        mlp_TF: Tensor | None,
+        probe: Asked | None = None,
     ) -> None:
         self.seen: dict[str, float] = {}
+        self._depth = depth
         self._predict = predict
+        self._probe = probe
         self._states = (before_TD, hidden_TD)
         self._mlp_TF = mlp_TF
 
@@ -30,7 +38,8 @@ class Signals(Mapping[str, float]):
         return self.seen[name]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, signal in SIGNALS.items() if signal.reads != "mlp" or self._mlp_TF is not None)
+        there = {"mlp": self._mlp_TF is not None, "probe": self._probe is not None}
+        return (name for name, signal in SIGNALS.items() if there.get(signal.reads, True))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -41,6 +50,10 @@ class Signals(Mapping[str, float]):
             return float(signal.measure(self._predict()))
         if signal.reads == "states":
             return float(signal.measure(*self._states))
+        if signal.reads == "probe":
+            if self._probe is None:
+                raise ValueError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
+            return float(signal.measure(self._probe, self._depth, self._states[1], self._predict))
         if self._mlp_TF is None:
             raise ValueError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
         return float(signal.measure(self._mlp_TF))
@@ -60,11 +73,12 @@ class Reading:
         hidden_TD: Tensor,
         mlp_TF: Tensor | None = None,
         token: int | None = None,
+        probe: Asked | None = None,
     ) -> None:
         self.depth = depth
         self._predict = predict
         self._token = token
-        self.signals: Mapping[str, float] = Signals(lambda: self.prediction, before_TD, hidden_TD, mlp_TF)
+        self.signals: Mapping[str, float] = Signals(depth, lambda: self.prediction, before_TD, hidden_TD, mlp_TF, probe)
 
     @cached_property
     def prediction(self) -> Prediction | Measured:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,11 +55,28 @@ def entropy(prediction: Prediction | Measured) -> Tensor:
     if isinstance(prediction, Measured):
         return prediction.rows.entropy_T
     logs = prediction.log_probs_TS
-    inside = -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(-1)
+    inside = _own_entropy(logs).sum(-1)
     if prediction.tail_T is None:
         return inside
     tail = prediction.tail_T
     return inside + tail.exp() * (math.log(max(prediction.tail_size, 1)) - tail)
+
+
+def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
+    """Entropy in nats with the whole tail as one token, ``[T]``: a lower bound for a shortlist.
+
+    No signal of its own: a head that is sure of the tail, so of no token that it could name, looks sure to it.
+    """
+    if isinstance(prediction, Measured):
+        spread = prediction.rows.tail_T.exp() * (math.log(max(prediction.tail_size, 1)) - prediction.rows.tail_T)
+        return prediction.rows.entropy_T - spread + _own_entropy(prediction.rows.tail_T)
+    logs = prediction.log_probs_TS
+    inside = _own_entropy(logs).sum(-1)
+    return inside if prediction.tail_T is None else inside + _own_entropy(prediction.tail_T)
+
+
+def _own_entropy(log_T: Tensor) -> Tensor:
+    return -(log_T.exp() * log_T.clamp_min(torch.finfo(log_T.dtype).min))
 
 
 def top_probability(prediction: Prediction | Measured) -> Tensor:
@@ -109,9 +126,28 @@ def top_energy(mlp_TF: Tensor) -> Tensor:
     return torch.where(total > 0, top / total.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(total))
 
 
+Predict = Callable[[], Prediction | Measured]
+
+
+class Asked(Protocol):
+    """A learned probe; ``exits.probe.Probe`` is the real one."""
+
+    def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor: ...
+
+
+def state_probe(probe: Asked, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor:
+    """What a learned probe thinks of the state alone, ``[T]``."""
+    return probe.chance("state_probe", depth, hidden_TD, predict)
+
+
+def joint_probe(probe: Asked, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor:
+    """What a learned probe thinks of state and head, ``[T]``."""
+    return probe.chance("joint_probe", depth, hidden_TD, predict)
+
+
 @dataclass(frozen=True)
 class Signal:
-    """One measure: what it reads ("head", "states" or "mlp"), and whether sure means a high or a low value."""
+    """One measure: what it reads ("head", "states", "mlp" or "probe"), and whether sure means a high or a low value."""
 
     measure: Callable[..., Tensor]
     reads: str
@@ -130,6 +166,8 @@ SIGNALS: dict[str, Signal] = {
     "stability": Signal(stability, "states", True, "cosine between the last block's input and output"),
     "hoyer": Signal(hoyer, "mlp", True, "Hoyer sparsity of the last block's MLP activations"),
     "top_energy": Signal(top_energy, "mlp", True, "share of MLP energy in the top 2% of units"),
+    "state_probe": Signal(state_probe, "probe", True, "chance of being right, learned from the state"),
+    "joint_probe": Signal(joint_probe, "probe", True, "chance of being right, learned from the state and the head"),
 }
 
 

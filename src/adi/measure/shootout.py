@@ -1,33 +1,42 @@
-"""``triggers``: how well each signal tells, at each depth, whether the exit's token is the full model's."""
+"""``triggers``: how well each signal tells, at each exit, whether its token is full depth's; and which rule pays.
+
+Rows of some texts calibrate (and choose), rows of others test; texts are split by prompt.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adi.exits.artifact import Exits, Reader
-from adi.exits.signals import SIGNALS, Measured, Prediction
-from adi.measure.cost import seconds
-from adi.measure.walk import Walk, answer, walk
-from adi.model.backbone import Rows, States
+from adi.exits.artifact import Exits
+from adi.measure.calibration import TEMPERATURES, auroc, expected_calibration_error, isotonic
+from adi.measure.cost import measure_cost
+from adi.measure.readings import Readings, asking_seconds, block_seconds, gather, reads_head
+from adi.measure.rounds import PassSeconds
+from adi.measure.rules import Estimate, Field, compare, sure
+from adi.measure.walk import answers
 from adi.model.checkpoint import Model
 
-BINS = 10
 COMBINATION = "weighted"
+STATES_A_CHANCE = ("top_probability", "state_probe", "joint_probe", COMBINATION)
+TAIL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+COSTED_ROWS = (1, 2, 3, 4, 6, 8)
+COST_REPEATS = 31
 
 
 @dataclass(frozen=True)
 class Score:
-    """One signal at one depth, on held-out rows.
+    """One signal at one depth, on testing rows.
 
     ``auroc`` is the chance that a row where the exit is right looks surer than one where it is wrong (None when all rows
-    are alike). ``calibration_error`` is the expected calibration error (Naeini et al. 2015) of the chance of being right
-    that the signal implies, after isotonic regression on other sequences. ``microseconds`` is what asking costs for one
-    row, the head included where the signal reads one; ``share_of_block`` that as a share of one block.
+    are alike). ``calibration_error`` is the expected calibration error of the chance of being right that the signal implies
+    after isotonic regression on calibrating rows, ``raw_calibration_error`` that of the signal itself where it states a chance.
+    ``microseconds`` is what asking costs for one row, the head included where it is read; ``share_of_block`` that as a
+    share of one block.
     """
 
     signal: str
@@ -37,15 +46,59 @@ class Score:
     calibration_error: float | None
     microseconds: float
     share_of_block: float
+    raw_calibration_error: float | None = None
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """All rows at one depth: signals ``[N]`` by name, whether the exit was right, and which half they belong to."""
+class Calibration:
+    """The head's own confidence at one depth: expected calibration error on testing rows as it is, at the temperature that
+    surprises calibrating rows least, and after isotonic regression on them."""
 
-    signals: dict[str, Tensor]
-    right_N: Tensor
-    fit_N: Tensor
+    depth: int
+    temperature: float
+    before: float
+    scaled: float
+    isotonic: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Entropy at one depth with the tail as if spread over ``tokens`` tokens, from one to all there are (``entropy``), and its
+    AUROC."""
+
+    depth: int
+    tokens: float
+    auroc: float | None
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a trigger that knows could do, on testing rows: ``settled`` is the share of rows where this exit and all deeper
+    ones say full depth's token, and no shallower one does; under full depth where none does. ``mean_depth`` would suffice then.
+    ``first_right`` and ``mean_first_depth`` are the same where deeper exits may disagree again."""
+
+    settled: Mapping[int, float]
+    mean_depth: float
+    first_right: Mapping[int, float]
+    mean_first_depth: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """All of it; ``full_tokens_per_second`` is full depth's, worked out from the same costs as the ``estimates``."""
+
+    scores: list[Score]
+    calibrations: list[Calibration]
+    tails: list[Tail]
+    oracle: Oracle
+    estimates: list[Estimate]
+    full_tokens_per_second: float
+    passes: PassSeconds
+    calibrating_tokens: int
+    testing_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def study_triggers(
@@ -53,99 +106,92 @@ def study_triggers(
     exits: Exits,
     prompts: Sequence[str],
     *,
+    calibrate: Sequence[str] = (),
     max_new_tokens: int = 96,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Score]:
-    """Score every signal, and their logistic combination, at every exit, on the model's own answers to ``prompts``.
+) -> Study:
+    """Score every signal at every exit on the model's own answers to ``prompts``, and rules by the tokens per second they give.
 
-    Needs at least four prompts (half of them calibrate, half test) and scipy (the extra ``stats``): ValueError.
+    ``calibrate`` are other prompts, on which calibrations, thresholds and stops are chosen; without any, every other one of
+    ``prompts`` is taken. Needs at least two of each kind (four prompts) and scipy (the extra ``stats``): ValueError.
     """
-    if len(prompts) < 4:
-        raise ValueError(f"{len(prompts)} prompts are too few: half calibrate and half test, so give at least 4.")
+    marks = [True] * len(calibrate) + [False] * len(prompts)
+    if not calibrate:
+        marks = [i % 2 == 0 for i in range(len(prompts))]
+    if sum(marks) < 2 or len(marks) - sum(marks) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(calibrate)} to calibrate on are too few: some calibrate and some test, so give "
+            "at least 4, or 2 of each."
+        )
     _require_scipy()
-    read = exits.reader(model.backbone)
-    walks: list[Walk] = []
-    for i, prompt in enumerate(prompts):
-        walks.append(walk(model, answer(model, prompt, max_new_tokens), exits.depths))
-        progress(i + 1, len(prompts))
+    texts = answers(model, [*calibrate, *prompts], max_new_tokens)
+    readings = gather(model, exits, texts, marks, progress)
+    asking = asking_seconds(model, exits, texts[0])
+    layers = model.backbone.spec.layers
+    passes = PassSeconds.of(measure_cost(model.backbone, COSTED_ROWS, COST_REPEATS), layers)
+    lengths = [len(text.ids) - text.start for text in texts]
+    field = Field(readings, lengths, marks, asking, passes, layers)
+    testing = ~next(iter(readings.values())).calibrates_N
+    return Study(
+        scores=[score for depth in readings for score in _scores(model, depth, readings[depth], asking[depth])],
+        calibrations=[_calibration(depth, rows) for depth, rows in readings.items()],
+        tails=[tail for depth, rows in readings.items() for tail in _tails(depth, rows, _tail_size(exits))],
+        oracle=oracle({depth: rows.right_N[testing] for depth, rows in readings.items()}, layers),
+        estimates=compare(field),
+        full_tokens_per_second=1 / passes.full(layers, 1),
+        passes=passes,
+        calibrating_tokens=int((~testing).sum()),
+        testing_tokens=int(testing.sum()),
+    )
+
+
+def oracle(right: Mapping[int, Tensor], layers: int) -> Oracle:
+    """From whether each exit was right, ``[N]`` by depth."""
+    depths = sorted(right)
+    right_NE = torch.stack([right[depth] for depth in depths], 1)
+    lasting_NE = right_NE.flip(1).cumprod(1).flip(1).bool()
+
+    def spread(first_NE: Tensor) -> tuple[dict[int, float], float]:
+        none_N = ~first_NE.any(1)
+        place_N = first_NE.int().argmax(1)
+        shares = {depth: float(((place_N == i) & ~none_N).float().mean()) for i, depth in enumerate(depths)}
+        shares[layers] = float(none_N.float().mean())
+        return shares, sum(depth * share for depth, share in shares.items())
+
+    return Oracle(*spread(lasting_NE), *spread(right_NE))
+
+
+def _scores(model: Model, depth: int, rows: Readings, asking: Mapping[str, float]) -> list[Score]:
+    """Every signal, and the logistic combination of those that are not learned."""
+    plain = {name: values for name, values in rows.signals.items() if not name.endswith("_probe")}
+    values = {**rows.signals, COMBINATION: combined(plain, rows)}
+    heads = [asking[name] - asking["head"] for name in plain if reads_head(name)]
+    whole = asking["head"] + sum(heads) + sum(asking[name] for name in plain if not reads_head(name))
+    costs, block = {**asking, COMBINATION: whole}, block_seconds(model, depth)
+    test_N = ~rows.calibrates_N
     scores = []
-    for depth in exits.depths:
-        rows = _rows(walks, depth, read)
-        cost = _costs(model, read, depth, walks[0].at[depth])
-        block = _block_seconds(model, depth)
-        rows.signals[COMBINATION] = _combined(rows)
-        for name, values_N in rows.signals.items():
-            high = name == COMBINATION or SIGNALS[name].sure_is_high
-            sure_N = values_N if high else -values_N
-            scores.append(
-                Score(
-                    signal=name,
-                    depth=depth,
-                    agreement=float(rows.right_N.float().mean()),
-                    auroc=auroc(sure_N[~rows.fit_N], rows.right_N[~rows.fit_N]),
-                    calibration_error=_calibration_error(sure_N, rows),
-                    microseconds=1e6 * cost[name],
-                    share_of_block=cost[name] / block,
-                )
+    for name, values_N in values.items():
+        raw = expected_calibration_error(values_N[test_N], rows.right_N[test_N]) if name in STATES_A_CHANCE else None
+        scores.append(
+            Score(
+                signal=name,
+                depth=depth,
+                agreement=float(rows.right_N[test_N].float().mean()),
+                auroc=auroc(sure(name, values_N)[test_N], rows.right_N[test_N]),
+                calibration_error=_isotonic_error(sure(name, values_N), rows),
+                microseconds=1e6 * costs[name],
+                share_of_block=costs[name] / block,
+                raw_calibration_error=raw,
             )
+        )
     return scores
 
 
-def auroc(sure_N: Tensor, right_N: Tensor) -> float | None:
-    """Area under the ROC curve by rank sums (Mann-Whitney), ties counting half; None when only one class is there."""
-    from scipy.stats import rankdata
-
-    positives = int(right_N.sum())
-    negatives = len(right_N) - positives
-    if not positives or not negatives:
-        return None
-    ranks = rankdata(sure_N.double().numpy())
-    above = float(ranks[right_N.numpy()].sum()) - positives * (positives + 1) / 2
-    return above / (positives * negatives)
-
-
-def expected_calibration_error(chance_N: Tensor, right_N: Tensor, bins: int = BINS) -> float:
-    """Mean distance between stated chance and observed rate over equal-width bins, weighted by their rows."""
-    place_N = (chance_N * bins).long().clamp(0, bins - 1)
-    total = 0.0
-    for b in range(bins):
-        here = place_N == b
-        if here.any():
-            total += float((chance_N[here].mean() - right_N[here].float().mean()).abs() * here.sum())
-    return total / len(chance_N)
-
-
-def _rows(walks: Sequence[Walk], depth: int, read: Reader) -> Labelled:
-    collected: dict[str, list[Tensor]] = {}
-    right, half = [], []
-    for i, seen in enumerate(walks):
-        said = read(depth, seen.at[depth].hidden_TD)
-        for name, values_N in signals_of(said, seen.at[depth]).items():
-            collected.setdefault(name, []).append(values_N.float().cpu())
-        best = said.log_probs_TS.argmax(-1)
-        tokens = best if said.ids_S is None else said.ids_S[best]
-        right.append((tokens == seen.token_N).cpu())
-        half.append(torch.full((len(seen.token_N),), i % 2 == 0))
-    return Labelled({n: torch.cat(v) for n, v in collected.items()}, torch.cat(right), torch.cat(half))
-
-
-def signals_of(said: Prediction | Measured, states: States) -> dict[str, Tensor]:
-    """Every signal at every row, ``[T]`` each; those of an MLP only where its activations are there."""
-    values = {}
-    for name, signal in SIGNALS.items():
-        if signal.reads == "head":
-            values[name] = signal.measure(said)
-        elif signal.reads == "states":
-            values[name] = signal.measure(states.before_TD, states.hidden_TD)
-        elif states.mlp_TF is not None:
-            values[name] = signal.measure(states.mlp_TF)
-    return values
-
-
-def _combined(rows: Labelled) -> Tensor:
-    """The chance of being right from all signals together: logistic regression on the fitting half."""
-    x = torch.stack([v.double() for v in rows.signals.values()], 1)
-    x = (x - x[rows.fit_N].mean(0)) / x[rows.fit_N].std(0).clamp_min(1e-9)
+def combined(signals: Mapping[str, Tensor], rows: Readings) -> Tensor:
+    """The chance of being right from these signals together: logistic regression on the calibrating rows."""
+    fit_N = rows.calibrates_N
+    x = torch.stack([v.double() for v in signals.values()], 1)
+    x = (x - x[fit_N].mean(0)) / x[fit_N].std(0).clamp_min(1e-9)
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     y = rows.right_N.double()
     weights = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
@@ -153,7 +199,7 @@ def _combined(rows: Labelled) -> Tensor:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(x[rows.fit_N] @ weights, y[rows.fit_N])
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x[fit_N] @ weights, y[fit_N])
         value = value + 1e-3 * weights.square().sum()
         value.backward()
         return value
@@ -162,45 +208,35 @@ def _combined(rows: Labelled) -> Tensor:
     return (x @ weights.detach()).sigmoid().float()
 
 
-def _calibration_error(sure_N: Tensor, rows: Labelled) -> float | None:
-    """Isotonic regression of being right on the signal (fitting half), then its calibration error (testing half)."""
-    import numpy as np
-    from scipy.optimize import isotonic_regression
-
-    fit, test = rows.fit_N, ~rows.fit_N
-    if not fit.any() or not test.any():
-        return None
-    known, place, rows_at = np.unique(sure_N[fit].double().numpy(), return_inverse=True, return_counts=True)
-    right = np.bincount(place, weights=rows.right_N[fit].double().numpy())
-    levels = isotonic_regression(right / rows_at, weights=rows_at).x  # equal signals get one chance
-    chance = torch.from_numpy(np.interp(sure_N[test].double().numpy(), known, levels))
+def _isotonic_error(sure_N: Tensor, rows: Readings) -> float:
+    fit, test = rows.calibrates_N, ~rows.calibrates_N
+    chance = isotonic(sure_N[fit], rows.right_N[fit]).of(sure_N[test])
     return expected_calibration_error(chance, rows.right_N[test])
 
 
-def _costs(model: Model, read: Reader, depth: int, states: States) -> dict[str, float]:
-    """Seconds to ask each signal about one row, the head included where it is read."""
-    one = slice(0, 1)
-    row = States(states.hidden_TD[one], states.before_TD[one], None if states.mlp_TF is None else states.mlp_TF[one])
-    said = read(depth, row.hidden_TD)
-    head = seconds(lambda: read(depth, row.hidden_TD), 15)
-    costs = {}
-    for name, signal in SIGNALS.items():
-        if signal.reads == "head":
-            costs[name] = head + seconds(functools.partial(signal.measure, said), 15)
-        elif signal.reads == "states":
-            costs[name] = seconds(functools.partial(signal.measure, row.before_TD, row.hidden_TD), 15)
-        elif row.mlp_TF is not None:
-            costs[name] = seconds(functools.partial(signal.measure, row.mlp_TF), 15)
-    others = sum(c for n, c in costs.items() if SIGNALS[n].reads != "head")
-    costs[COMBINATION] = head + others + sum(c - head for n, c in costs.items() if SIGNALS[n].reads == "head")
-    return costs
+def _calibration(depth: int, rows: Readings) -> Calibration:
+    fit, test = rows.calibrates_N, ~rows.calibrates_N
+    best = int(rows.heat.surprise_GN[:, fit].mean(1).argmin())
+    return Calibration(
+        depth=depth,
+        temperature=TEMPERATURES[best],
+        before=expected_calibration_error(rows.signals["top_probability"][test], rows.right_N[test]),
+        scaled=expected_calibration_error(rows.heat.top_GN[best, test], rows.right_N[test]),
+        isotonic=_isotonic_error(rows.signals["top_probability"], rows),
+    )
 
 
-def _block_seconds(model: Model, depth: int) -> float:
-    """One block, for one row: the first ``depth`` of them over their number."""
-    backbone, cache = model.backbone, model.backbone.new_cache()
-    backbone.forward([Rows(cache, 0, tuple(i % backbone.spec.vocabulary for i in range(64)), None)], 0, depth)
-    return seconds(lambda: backbone.forward([Rows(cache, 64, (0,), None)], 0, depth), 9) / depth
+def _tails(depth: int, rows: Readings, size: int) -> list[Tail]:
+    """A tail of probability q adds ``q log k`` to the entropy when spread over k tokens rather than kept as one."""
+    test_N, found = ~rows.calibrates_N, []
+    for share in TAIL_SHARES if size > 1 else ():
+        value_N = rows.lumped_N + share * (rows.signals["entropy"] - rows.lumped_N)
+        found.append(Tail(depth, size**share, auroc(-value_N[test_N], rows.right_N[test_N])))
+    return found
+
+
+def _tail_size(exits: Exits) -> int:
+    return 0 if exits.heads is None else exits.vocabulary - len(exits.heads.ids_S)
 
 
 def _require_scipy() -> None:

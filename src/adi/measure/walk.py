@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adi.decoding.batch import generate_batch
 from adi.decoding.policies import FullDepth
 from adi.decoding.stream import generate
 from adi.model.backbone import Rows, States
 from adi.model.checkpoint import Model
+
+TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -46,4 +49,13 @@ def walk(model: Model, text: Text, depths: Sequence[int]) -> Walk:
         mlp_TF = None if states.mlp_TF is None else states.mlp_TF[rows]
         at[hi] = States(states.hidden_TD[rows], states.before_TD[rows], mlp_TF)
         hidden_TD, lo = states.hidden_TD, hi
+    if (close := getattr(cache, "close", None)) is not None:
+        close()
     return Walk(at, backbone.logits(at.pop(backbone.spec.layers).hidden_TD).argmax(-1))
+
+
+def answers(model: Model, prompts: Sequence[str], max_new_tokens: int) -> list[Text]:
+    """The model's greedy answers at full depth, all together."""
+    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
+    found = generate_batch(model, prompts, FullDepth(), max_new_tokens=max_new_tokens, raw=raw, most=TOGETHER)
+    return [Text(given.prompt_ids + given.token_ids, len(given.prompt_ids)) for given in found]

@@ -1,0 +1,108 @@
+"""``Probe``: a small network per exit that has learned when going deeper would not change the token.
+
+Its target is the oracle's: the exit's token against full depth's. ``state`` networks read the state alone, so they may be
+asked before any head has run; ``joint`` ones read what the head says as well. Learned halting: ACT (Graves 2016), PonderNet
+(Banino et al. 2021); a classifier on the state that stops a decoder early: CALM (Schuster et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from adi.exits.signals import Measured, Prediction, lumped_entropy
+
+KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they ask
+SAID = 6  # features of what a head says
+LEAST_LOG = -30.0
+
+
+@dataclass(frozen=True)
+class Net:
+    """``skip_F . x + out_H . relu(in_HF x + inner_H) + bias``, the logit of being right; without hidden units a logistic
+    regression."""
+
+    skip_F: Tensor
+    in_HF: Tensor
+    inner_H: Tensor
+    out_H: Tensor
+    bias: Tensor
+
+    def logit(self, x_TF: Tensor) -> Tensor:
+        """Log-odds, ``[T]``."""
+        hidden_TH = torch.nn.functional.linear(x_TF, self.in_HF, self.inner_H).relu()
+        return x_TF @ self.skip_F + hidden_TH @ self.out_H + self.bias
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Networks by depth: those on the state, and those on the state and the head."""
+
+    state: Mapping[int, Net]
+    joint: Mapping[int, Net]
+
+    def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Callable[[], Prediction | Measured]) -> Tensor:
+        """The chance that the exit's token at T rows is full depth's, ``[T]``; ``predict`` is asked where the head is read."""
+        x = state_features(hidden_TD) if name == "state_probe" else joint_features(hidden_TD, predict())
+        return getattr(self, KINDS[name])[depth].logit(x).sigmoid()  # type: ignore[no-any-return]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, named ``kind.depth.weight``."""
+        nets = {f"{kind}.{depth}": net for kind in KINDS.values() for depth, net in getattr(self, kind).items()}
+        return {f"{place}.{name}": tensor for place, net in nets.items() for name, tensor in net.tensors().items()}
+
+
+def state_features(hidden_TD: Tensor) -> Tensor:
+    """The states at root mean square 1, ``[T, D]``."""
+    x = hidden_TD.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def joint_features(hidden_TD: Tensor, said: Prediction | Measured) -> Tensor:
+    """State and head side by side, ``[T, D + 6]``."""
+    return torch.cat([state_features(hidden_TD), said_features(said)], -1)
+
+
+def said_features(said: Prediction | Measured) -> Tensor:
+    """What a head says, ``[T, 6]``: log-probabilities of its first and second token and of the tail, probabilities of the first
+    token and of the tail, entropy with the tail as one token."""
+    if isinstance(said, Measured):
+        logs = [said.rows.first_T, said.rows.second_T, said.rows.tail_T]
+    else:
+        top = said.log_probs_TS.topk(min(2, said.log_probs_TS.shape[-1]), -1).values
+        none = torch.full_like(top[..., 0], LEAST_LOG)
+        logs = [top[..., 0], top[..., 1] if top.shape[-1] == 2 else none, none if said.tail_T is None else said.tail_T]
+    logs = [values.clamp_min(LEAST_LOG) for values in logs]
+    return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(said)], -1).float()
+
+
+def probe_of(depths: list[int], width: int, tensors: Mapping[str, Tensor]) -> Probe | None:
+    """The probe out of a file's tensors (those that begin with ``probe.``), None where there are none.
+
+    ValueError for what cannot be a probe for these depths and this width.
+    """
+    own = {name.removeprefix("probe."): t for name, t in tensors.items() if name.startswith("probe.")}
+    if not own:
+        return None
+    names = [f.name for f in fields(Net)]
+    wanted = {f"{kind}.{depth}.{name}" for kind in KINDS.values() for depth in depths for name in names}
+    if set(own) != wanted:
+        raise ValueError(f"the probe's tensors are not those of depths {depths}: {sorted(set(own) ^ wanted)[:3]} differ")
+
+    def net(kind: str, depth: int) -> Net:
+        parts = {name: own[f"{kind}.{depth}.{name}"] for name in names}
+        features = width + (SAID if kind == "joint" else 0)
+        hidden = parts["out_H"].shape[0] if parts["out_H"].dim() == 1 else -1
+        shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
+        for name, tensor in parts.items():
+            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"the probe at depth {depth}, {name}: shape or values are not what they must be")
+        return Net(**{name: tensor.float() for name, tensor in parts.items()})
+
+    return Probe({d: net("state", d) for d in depths}, {d: net("joint", d) for d in depths})
