@@ -202,13 +202,21 @@ class Controller:
         return self._shares[key]
 
     def goes_on(self, confidences: Sequence[float]) -> bool:
-        """Whether one more step of the drafter is worth its time and its row, after drafts of these confidences."""
+        """Whether one more step of the drafter is worth its time and its row, after drafts of these confidences.
+
+        Or several more: where passes cost the same up to some number of rows, the first beyond it pays for all that follow.
+        """
         drafts, reach = len(confidences), 1.0
         for confidence in confidences:
             reach *= self.believed(confidence)
-        gain = reach * self._guessed(drafts + 1)
-        seconds = self.costs.rows(drafts + 2) - self.costs.rows(drafts + 1) + self.costs.draft_seconds
-        return gain > self._rate * seconds and self._affords("drafter", drafts + 1)
+        gain = 0.0
+        for more in range(1, max(1, LONGEST_CHAIN - drafts) + 1):
+            reach *= self._guessed(drafts + more)
+            gain += reach
+            seconds = self.costs.rows(drafts + more + 1) - self.costs.rows(drafts + 1) + more * self.costs.draft_seconds
+            if gain > self._rate * seconds:
+                return self._affords("drafter", drafts + more)
+        return False
 
     def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
         """Full depth has spoken: ``agreed`` of ``drafts`` stand. What lies behind the first wrong one says nothing."""

@@ -15,7 +15,7 @@ from typing import Any
 from adi.files import cache_folder, read_json, write_json
 from adi.model.backbone import Backbone, Rows
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 5
 ENGINES = 2  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST = 64

@@ -17,40 +17,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORM_EPS = 1e-5
+KEPT_TOKENS = 4096
 
 
 class CompiledDrafter:
-    """One step of a recurrent drafter over rows ``[T, D]``; compiled on first use. Matrices take 8 bits a weight if asked."""
+    """One step of a recurrent drafter over rows ``[T, D]``; compiled on first use, for each number of rows with fixed shapes.
+
+    Matrices take 8 bits a weight if asked.
+    """
 
     def __init__(self, core: Any, net: DraftNet, config: Config, eight_bits: bool) -> None:
         self._make = (core, net, config, eight_bits)
-        self._request: Any = None
-        self._given = [np.zeros((0, 0), np.float32)] * 2
+        self._ready: dict[int, tuple[Any, list[Any]]] = {}
         self._lock = threading.Lock()
 
     def step(self, x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, HeadRows]:
         import torch
 
         with self._lock:
-            self._run(x_TD.detach().numpy(), state_TD.detach().numpy())
-            place_T, values, state = (self._request.get_output_tensor(i).data for i in range(3))
+            request, given = self._for(len(state_TD))
+            for mine, each in zip(given, (x_TD, state_TD), strict=True):
+                mine[:] = each.detach().numpy()
+            request.infer(share_outputs=True)
+            place_T, values, state = (request.get_output_tensor(i).data for i in range(3))
             logs = torch.from_numpy(values.copy())
             places = torch.from_numpy(place_T.reshape(-1).astype(np.int64))
             return torch.from_numpy(state.copy()), HeadRows(places, *logs.unbind(1))
 
-    def _run(self, *given: Any) -> None:
+    def _for(self, rows: int) -> tuple[Any, list[Any]]:
+        """The request for so many rows, and the arrays that it reads."""
         import openvino as ov
 
-        if self._request is None:
+        if rows not in self._ready:
             core, net, config, eight_bits = self._make
-            self._request = core.compile_model(_graph(net, eight_bits), "CPU", config).create_infer_request()
-        if self._given[0].shape != given[0].shape:
-            self._given = [np.zeros(each.shape, np.float32) for each in given]
-            for i, each in enumerate(self._given):
-                self._request.set_input_tensor(i, ov.Tensor(each, shared_memory=True))
-        for mine, each in zip(self._given, given, strict=True):
-            mine[:] = each
-        self._request.infer(share_outputs=True)
+            request = core.compile_model(_graph(net, eight_bits, rows), "CPU", config).create_infer_request()
+            given = [np.zeros((rows, net.weight_SD.shape[1]), np.float32) for _ in range(2)]
+            for i, each in enumerate(given):
+                request.set_input_tensor(i, ov.Tensor(each, shared_memory=True))
+            self._ready[rows] = request, given
+        return self._ready[rows]
 
 
 class Embedding:
@@ -59,9 +64,19 @@ class Embedding:
     def __init__(self, core: Any, blocks: Any, config: Config) -> None:
         self._make = (core, blocks, config)
         self._request: Any = None
+        self._lately: dict[int, Any] = {}
 
     def run(self, ids: Sequence[int]) -> Any:
-        """States ``[T, D]``, a copy."""
+        """States ``[T, D]``, a copy; a lone token's is remembered, since drafters ask for the same ones again and again."""
+        if len(ids) > 1:
+            return self._infer(ids)
+        if (known := self._lately.get(ids[0])) is None:
+            if len(self._lately) >= KEPT_TOKENS:
+                self._lately.clear()
+            known = self._lately[ids[0]] = self._infer(ids)
+        return known.copy()
+
+    def _infer(self, ids: Sequence[int]) -> Any:
         import openvino as ov
 
         if self._request is None:
@@ -96,23 +111,23 @@ def _read_by(result: Any, inputs: Sequence[Any]) -> list[Any]:
     return [node for node in inputs if node.get_name() in seen]
 
 
-def _graph(net: DraftNet, eight_bits: bool) -> Any:
+def _graph(net: DraftNet, eight_bits: bool, rows: int) -> Any:
     """Inputs ``x`` and ``state``; outputs: place of the likeliest, first, second, tail and entropy ``[T, 4]``, next state."""
     import openvino as ov
     from openvino import opset13 as ops
 
     w = net.weights
     shortlist, width = net.weight_SD.shape
-    x, state = (ops.parameter(ov.PartialShape([-1, width]), ov.Type.f32, name=name) for name in ("x", "state"))
+    x, state = (ops.parameter(ov.PartialShape([rows, width]), ov.Type.f32, name=name) for name in ("x", "state"))
     given = ops.concat([_norm(x, "rms", NORM_EPS, array_of(w["shallow_D"])), state], 1)
     u = product(given, w["mix_DE"], eight_bits)
     n = _norm(u, "rms", NORM_EPS, array_of(w["gain_D"]))
     gated = ops.multiply(ops.swish(product(n, w["gate_FD"], eight_bits)), product(n, w["up_FD"], eight_bits))
     u = ops.add(u, product(gated, w["down_DF"], eight_bits))
     out = ops.add(_norm(u, net.norm, net.eps, array_of(w["out_D"])), ops.constant(array_of(w["shift_D"])[None]))
-    rows = np.concatenate([array_of(net.weight_SD), array_of(w["tail_D"])[None]])
+    words = np.concatenate([array_of(net.weight_SD), array_of(w["tail_D"])[None]])
     bias = np.zeros(shortlist, np.float32) if net.bias_S is None else array_of(net.bias_S)
-    logits = product(out, rows, eight_bits)
+    logits = product(out, words, eight_bits)
     logits = ops.add(logits, ops.constant(np.concatenate([bias, array_of(w["tail_bias"]).reshape(1)])))
     logs = ops.log_softmax(logits, 1)
     parts = ops.variadic_split(logs, ops.constant(np.int64(1)), ops.constant(np.array([shortlist, 1], np.int64)))

@@ -21,14 +21,14 @@ class Segment:
         self.lo, self.hi = piece.lo, piece.hi
         compiled = core.compile_model(piece.graph, "CPU", config)
         self._request = compiled.create_infer_request()
-        names = [port.get_any_name() for port in compiled.inputs]
+        names = [_name(port) for port in compiled.inputs]
         self._inputs = {name: f"state.{self.lo}" if name == "hidden" else name for name in names if "_cache." not in name}
         renamed = {"hidden": f"state.{self.hi}", "before": f"before.{self.hi}", "mlp": f"mlp.{self.hi}"}
         self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(piece.outputs, compiled.outputs, strict=True)]
         self.before = f"before.{self.hi}" if "before" in piece.outputs else f"state.{self.lo}"
         self._feed: Feed | None = None
         self._version = -1
-        self._ports = {name: compiled.input(name) for name in names if "_cache." in name}
+        self._ports = {name: port for name, port in zip(names, compiled.inputs, strict=True) if "_cache." in name}
 
     def add_to(self, pool: Pool) -> None:
         """Ask the pool for room for these blocks' keys and values."""
@@ -48,6 +48,11 @@ class Segment:
                 self._request.set_output_tensor(i, feed.room(name, [feed.rows if n is None else n for n in sizes]))
             self._feed = feed
         self._request.infer(share_outputs=True)
+
+
+def _name(port: Any) -> str:
+    """The name that this package gave an input; the plugin may add others, numbers."""
+    return next(name for name in sorted(port.get_names()) if not name.isdigit())
 
 
 def _sizes(port: Any) -> list[int | None]:
