@@ -31,9 +31,10 @@ exits.parts
 exits.reading exits.artifact
 exits.ledger
 exits.habits
-decoding.frontier decoding.policies decoding.records decoding.costs
+decoding.frontier decoding.policies decoding.records decoding.costs decoding.sampling
 decoding.controller
 decoding.sequence decoding.stops decoding.checks
+decoding.drawing
 decoding.lookup decoding.ladder
 decoding.logic
 decoding.session

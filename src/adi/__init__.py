@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adi.decoding.batch import BatchMemoryError, generate_batch
     from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
+    from adi.decoding.sampling import Sampling, prompt_seed
     from adi.decoding.session import Session
     from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
@@ -35,6 +36,7 @@ _HOMES = {
     "adi.decoding.batch": ("BatchMemoryError", "generate_batch"),
     "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
+    "adi.decoding.sampling": ("Sampling", "prompt_seed"),
     "adi.decoding.session": ("Session",),
     "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "generate",
     "generate_batch",
     "stream",
+    "prompt_seed",
     "inspect",
     "tune",
     "study_triggers",
@@ -76,6 +79,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "Never",
     "Policy",
     "Reflex",
+    "Sampling",
     "Session",
     "Step",
     "Threshold",

@@ -14,12 +14,18 @@ from adi.cli.options import (
     DraftOption,
     ExitsOption,
     HabitsOption,
+    MinPOption,
     ModelOption,
     ModeOption,
+    PenaltyOption,
     PrecisionOption,
+    SeedOption,
     Source,
+    TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
+    TopPOption,
     TriggerOption,
     likely_stops,
     policy_for,
@@ -38,6 +44,12 @@ def chat(
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
     habits: HabitsOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
@@ -46,9 +58,11 @@ def chat(
     from adi.cli.paint import Painter, legend
     from adi.decoding.policies import depths_of
     from adi.decoding.records import Step
+    from adi.decoding.sampling import Sampling
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
@@ -71,7 +85,9 @@ def chat(
         elif said:
             messages.append({"role": "user", "content": said})
             try:
-                session = Session(loaded, messages, policy, max_new_tokens=max_new_tokens)
+                session = Session(
+                    loaded, messages, policy, max_new_tokens=max_new_tokens, sampling=sampling.of_prompt(len(messages))
+                )
             except ValueError as error:
                 messages.pop()
                 out.print(f"{error} Say /reset to start over.", style="red", markup=False)
