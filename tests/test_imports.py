@@ -53,7 +53,7 @@ measure.process
 measure.scores measure.partial
 measure.together
 measure.headroom measure.shootout measure.plot measure.bench
-measure.standings
+measure.standings measure.audit
 cli
 __main__
 """

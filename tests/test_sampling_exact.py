@@ -333,10 +333,10 @@ def test_an_off_by_one_in_rollback_is_caught(kind: str) -> None:
 def small() -> adi.Model:
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    network = t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=V, max_position_embeddings=64)).eval()
+    network = t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=V, max_position_embeddings=64)).eval()
     for parameter in network.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.8)
     network.generation_config.eos_token_id = None
     return adi.load(network)
 
@@ -361,10 +361,10 @@ def drawn(model: adi.Model, policy: Any, sampling: Sampling, draws: int) -> Coun
 
 
 def test_the_law_through_a_real_network(small: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = Sampling(temperature=0.8, top_k=3, repetition_penalty=1.2, seed=0)
-    policy = adi.Verified(adi.bare_exits(small, (1, 2)), adi.Always((1,)), draft_tokens=2)
+    sampling = Sampling(temperature=1.0, top_k=3, seed=0)
+    policy = adi.Verified(adi.bare_exits(small, (1,)), adi.Always((1,)), draft_tokens=2)
     law = real_law(small, sampling)
-    assert off(drawn(small, policy, sampling, 800), law) < 1
+    assert off(drawn(small, policy, sampling, 400), law) < 1
     rollback = Frontier.rollback
     monkeypatch.setattr(Frontier, "rollback", lambda self, length: rollback(self, min(length + 1, self.length)))
-    assert off(drawn(small, policy, sampling, 800), law) > 1.2
+    assert off(drawn(small, policy, sampling, 400), law) > 1.2

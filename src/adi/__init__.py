@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
     from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
+    from adi.measure.audit.run import audit
     from adi.measure.headroom import inspect
     from adi.measure.plot import write_page as plot
     from adi.measure.shootout import study_triggers
@@ -41,6 +42,7 @@ _HOMES = {
     "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
     "adi.exits.triggers": ("AllOf", "Always", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
+    "adi.measure.audit.run": ("audit",),
     "adi.measure.headroom": ("inspect",),
     "adi.measure.shootout": ("study_triggers",),
     "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "stream",
     "prompt_seed",
     "inspect",
+    "audit",
     "tune",
     "study_triggers",
     "trace_of",

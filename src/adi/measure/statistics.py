@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -70,9 +70,9 @@ def variation_band(law: Mapping[Any, float], draws: int, risk: float = 1e-6) -> 
     return mean + math.sqrt(math.log(1 / risk) / (2 * draws))
 
 
-def leading(law: Mapping[tuple[Hashable, ...], Any], length: int) -> dict[tuple[Hashable, ...], Any]:
+def leading(law: Mapping[tuple[int, ...], Any], length: int) -> dict[tuple[int, ...], Any]:
     """The law (or the counts) of the first ``length`` members, from that of longer tuples."""
-    found: dict[tuple[Hashable, ...], Any] = {}
+    found: dict[tuple[int, ...], Any] = {}
     for said, mass in law.items():
         found[said[:length]] = found.get(said[:length], 0) + mass
     return found
