@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adi.decoding.policies import FullDepth, Policy, Verified
-from adi.decoding.sampling import Sampling
+from adi.decoding.sampling import Sampling, prompt_seed
 from adi.decoding.session import Session
 from adi.decoding.stream import generate
 from adi.exits.artifact import Exits
 from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
 from adi.measure.audit.replay import Replay, replay
-from adi.measure.audit.sampling import RESTRICTED, TOKENS, Drawing, Law, draws_of, likely_draft
+from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_draft
 from adi.measure.audit.ties import Divergence, divergence
 from adi.model.checkpoint import Model
 
@@ -205,7 +205,7 @@ def _sampling(
     model: Model, exits: Exits, policies: dict[str, Policy], ids: tuple[int, ...], size: Size, noise: float
 ) -> list[Drawing]:
     """The user's own way of drafting, exits always, and scripted drafts that full depth often takes."""
-    law = Law(model, ids[:SHORT], Sampling(**{**RESTRICTED.to_json(), "seed": size.seed}))
+    law = Law(model, ids[:SHORT])
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "stop_at_eos": False}
 
     def by(policy: Policy) -> Callable[[Sampling, int], Session]:
@@ -220,7 +220,11 @@ def _sampling(
         **{name: by(policy) for name, policy in list(policies.items())[:2]},
         "script": scripted,
     }
-    return [draws_of(law, name, make, drive, size.draws, noise) for name, make in ways.items()]
+    found = []
+    for way, (name, make) in enumerate(ways.items()):
+        seeds = [prompt_seed(size.seed, way * size.draws + i) for i in range(size.draws)]
+        found.append(draws_of(law, name, make, drive, seeds, noise))
+    return found
 
 
 def _violations(where: str, replayed: Sequence[Replay], tallies: Sequence[Tally], drawings: Sequence[Drawing]) -> list[str]:

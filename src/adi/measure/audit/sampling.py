@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adi.decoding.drawing import Sampler, distribution, draw
 from adi.decoding.records import Step
-from adi.decoding.sampling import Sampling, prompt_seed
+from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
 from adi.measure.audit.ties import logits_after
 from adi.measure.statistics import leading, total_variation, variation_band
@@ -94,13 +94,12 @@ def draws_of(
     drafts: str,
     make: Callable[[Sampling, int], Session],
     run: Callable[[Session], list[Step]],
-    draws: int,
+    seeds: Sequence[int],
     noise: float,
 ) -> Drawing:
-    """Draw ``draws`` texts, each from a seed of its own, and compare."""
+    """Draw a text from each seed, and compare."""
     found, drafted, accepted, foreseen, near = Counter[tuple[int, ...]](), 0, 0, 0, 0
-    for i in range(draws):
-        seed = prompt_seed(law.sampling.seed or 0, i)
+    for i, seed in enumerate(seeds):
         session = make(Sampling(**{**law.sampling.to_json(), "seed": seed}), i)
         said = tuple(step.token for step in run(session))
         found[said] += 1
@@ -114,8 +113,10 @@ def draws_of(
             near += at < min(len(said), TOKENS) and _rounded(law, seed, at, wanted[:at], noise)
     exact = law.joint(TOKENS)
     parts = [(leading(found, n), leading(exact, n)) for n in range(1, TOKENS + 1)]
-    worst = max(((total_variation(f, p), variation_band(p, draws, RISK)) for f, p in parts), key=lambda pair: pair[0] / pair[1])
-    return Drawing(drafts, draws, drafted, accepted, TOKENS, len(exact), *worst, foreseen, near)
+    worst = max(
+        ((total_variation(f, p), variation_band(p, len(seeds), RISK)) for f, p in parts), key=lambda pair: pair[0] / pair[1]
+    )
+    return Drawing(drafts, len(seeds), drafted, accepted, TOKENS, len(exact), *worst, foreseen, near)
 
 
 def _rounded(law: Law, seed: int, at: int, said: tuple[int, ...], noise: float) -> bool:
