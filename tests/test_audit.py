@@ -151,7 +151,7 @@ def test_scripted_drafts_are_right_as_often_as_the_script_says(llama: adi.Model)
         assert len(first[-1].rejected) == 3 - right
 
 
-def test_a_tie_explains_only_what_it_can(llama: adi.Model) -> None:
+def test_a_tie_explains_only_what_it_can(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     full = adi.generate(llama, [1, 2], max_new_tokens=6, stop_at_eos=False).token_ids
     assert divergence(llama, 0, [1, 2], full, full, 0.0) is None
     other = (*full[:3], (full[3] + 1) % VOCABULARY, *full[4:])
@@ -162,6 +162,10 @@ def test_a_tie_explains_only_what_it_can(llama: adi.Model) -> None:
     wide = divergence(llama, 0, [1, 2], full, other, found.gap)
     assert wide is not None
     assert wide.explained
+    monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, row_invariant=True))
+    sure = divergence(llama, 0, [1, 2], full, other, found.gap)
+    assert sure is not None
+    assert not sure.explained, "an engine whose rows do not depend on each other has no excuse"
     short = divergence(llama, 0, [1, 2], full, full[:4], 99.0)
     assert short is not None
     assert (short.at, short.explained) == (4, False)

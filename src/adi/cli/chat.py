@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,6 +31,11 @@ from adi.cli.options import (
     likely_stops,
     policy_for,
 )
+from adi.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from adi.decoding.records import Generation, Step
+    from adi.decoding.session import Session
 
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
 
@@ -55,10 +61,8 @@ def chat(
     device: DeviceOption = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
-    from adi.cli.paint import Painter, legend
+    from adi.cli.paint import legend
     from adi.decoding.policies import depths_of
-    from adi.decoding.records import Step
-    from adi.decoding.sampling import Sampling
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
@@ -92,13 +96,20 @@ def chat(
                 messages.pop()
                 out.print(f"{error} Say /reset to start over.", style="red", markup=False)
                 continue
-            steps: list[Step] = []
-            with contextlib.suppress(KeyboardInterrupt):
-                for step in Painter(out, depths).follow(session):
-                    steps.append(step)  # one by one: an interruption keeps what has come
-            generation = session.generation(steps)
+            generation = _answered(out, session, depths)
             messages.append({"role": "assistant", "content": generation.text})
             last = str(generation.summary())
+
+
+def _answered(out: Console, session: Session, depths: Sequence[int]) -> Generation:
+    """The answer, painted as it comes; an interruption keeps what has come."""
+    from adi.cli.paint import Painter
+
+    steps: list[Step] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for step in Painter(out, depths).follow(session):
+            steps.append(step)  # one by one
+    return session.generation(steps)
 
 
 def _ask(out: Console) -> str | None:

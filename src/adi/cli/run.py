@@ -37,6 +37,7 @@ from adi.cli.options import (
     likely_stops,
     policy_for,
 )
+from adi.decoding.sampling import Sampling
 from adi.files import require_writable
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Answer a prompt, each token at the depth it needs, and show where the depth went."""
-    from adi.decoding.sampling import Sampling
-
     errors, out = Console(stderr=True), Console(highlight=False)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
     text = sys.stdin.read() if prompt == "-" else prompt

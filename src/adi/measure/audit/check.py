@@ -14,7 +14,7 @@ from adi.decoding.stream import generate
 from adi.exits.artifact import Exits
 from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
-from adi.measure.audit.replay import Replay, replay
+from adi.measure.audit.replay import MOST, Replay, replay
 from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_draft
 from adi.measure.audit.ties import Divergence, divergence
 from adi.model.checkpoint import Model
@@ -100,7 +100,8 @@ def check(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], size: 
 
 
 def _replay(model: Model, exits: Exits, ids: tuple[int, ...], text: tuple[int, ...], seed: int) -> Replay:
-    whole = (ids + text)[:REPLAYED]
+    context = model.backbone.spec.context
+    whole = (ids + text)[: REPLAYED if context is None else max(2, min(REPLAYED, context - MOST))]
     return replay(model.backbone, whole, max(1, min(len(ids), len(whole) // 3)), exits.depths, seed)
 
 

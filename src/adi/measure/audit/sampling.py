@@ -81,7 +81,10 @@ class Law:
 
     def cut(self, said: tuple[int, ...]) -> float:
         """How far, in logits, the last token kept by the filter is from the first left out."""
-        top = self._logits(said).topk((self.sampling.top_k or 0) + 1).values
+        logits_V, kept = self._logits(said), self.sampling.top_k
+        if kept is None or kept >= len(logits_V):
+            return float("inf")
+        top = logits_V.topk(kept + 1).values
         return float(top[-2] - top[-1])
 
 

@@ -50,7 +50,7 @@ def divergence(
         a, b = (x[at] if at < len(x) else -1 for x in (full, said))
         return Divergence(prompt, at, a, b, 0.0, 0.0, noise, False)
     logits_V = logits_after(model, (*ids, *full[:at]))
-    top = logits_V.topk(2).values
+    top = logits_V.topk(min(2, len(logits_V))).values
     gap = float(top[0] - min(logits_V[full[at]], logits_V[said[at]]))
     explained = model.backbone.spec.row_invariant is not True and gap <= 2 * noise
-    return Divergence(prompt, at, full[at], said[at], float(top[0] - top[1]), gap, noise, explained)
+    return Divergence(prompt, at, full[at], said[at], float(top[0] - top[-1]), gap, noise, explained)
