@@ -44,7 +44,7 @@ def audit(
     Args:
         source: as for ``load``, once for each of ``precisions``; or a ``Model``, checked as it is.
         exits: trained exits or their folder, or a function of the model; None takes those shipped for it, else bare ones.
-        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts.
+        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts. What the context cannot hold is cut.
         max_new_tokens, draws: how long the texts are, and how many draws each way of drafting makes.
 
     Raises:
@@ -64,7 +64,7 @@ def audit(
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
         found = _exits(model, exits)
         found.check(model.backbone)
-        engines.append(check(model, found, _encoded(model, chosen), Size(max_new_tokens, draws, seed), notice))
+        engines.append(check(model, found, _encoded(model, chosen, max_new_tokens), Size(max_new_tokens, draws, seed), notice))
         name, texts = model.backbone.spec.name, found.base_name
         del model, found
         gc.collect()
@@ -107,6 +107,9 @@ def _exits(model: Model, given: Given) -> Exits:
     return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
 
 
-def _encoded(model: Model, prompts: Sequence[Any]) -> list[tuple[int, ...]]:
+def _encoded(model: Model, prompts: Sequence[Any], new: int) -> list[tuple[int, ...]]:
+    """Token ids, cut to what the context leaves beside ``new`` tokens."""
     raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
-    return [model.encode(prompt, raw=raw and isinstance(prompt, str)) for prompt in prompts]
+    context = model.backbone.spec.context
+    room = None if context is None else max(1, context - new)
+    return [model.encode(prompt, raw=raw and isinstance(prompt, str))[:room] for prompt in prompts]
