@@ -68,7 +68,7 @@ def test_json_is_one_document(model: list[str], tiny_model: adi.Model) -> None:
 
 def test_run_and_chat_draw(model: list[str], tiny_model: adi.Model) -> None:
     hot = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.2"]
-    done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--compare", "--json", *hot, "--seed", 7)
+    done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--backend", "hf", "--compare", "--json", *hot, "--seed", 7)
     document = json.loads(done.stdout)
     options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
     assert document["sampling"] == options
