@@ -55,7 +55,7 @@ def _replay(engine: Entry) -> str:
         for i, found in enumerate(engine["replay"])
         for d in found["drifts"]
     ]
-    return _table(("", "depth", "prompt", "drafted", "plain", "allowed", "largest value", ""), rows)
+    return _table(("", "depth", "prompt", "drafted", "plain", "allowed", "typical value", ""), rows)
 
 
 def _texts(title: str, tallies: Sequence[Entry]) -> list[str]:
