@@ -66,6 +66,26 @@ def test_json_is_one_document(model: list[str], tiny_model: adi.Model) -> None:
     assert sum(document["depth_histogram"].values()) == document["tokens"] == len(document["token_ids"])
 
 
+def test_run_and_chat_draw(model: list[str], tiny_model: adi.Model) -> None:
+    hot = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.2"]
+    done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--backend", "hf", "--compare", "--json", *hot, "--seed", 7)
+    document = json.loads(done.stdout)
+    options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
+    assert document["sampling"] == options
+    assert document["token_ids"] == list(adi.generate(tiny_model, "hello dog", max_new_tokens=12, **options).token_ids)
+    assert document["identical"] is True, "full depth draws the same from the same seed"
+    unseeded = adi_("run", "hello dog", *model, *ALWAYS, "-n", 6, "-t", "1.5", "--compare")
+    seed = int(unseeded.stdout.split("--seed ")[1].split()[0])
+    again = adi_("run", "hello dog", *model, *ALWAYS, "-n", 6, "-t", "1.5", "--seed", seed)
+    assert "identical: yes" in unseeded.stdout
+    assert again.stdout.splitlines()[0] == unseeded.stdout.splitlines()[0]
+    refused = adi_("run", "hello dog", *model, "--top-k", 5)
+    assert (refused.exit_code, "top_k=5 means nothing at temperature 0" in refused.stderr) == (2, True)
+    talks = [adi_("chat", *model, *ALWAYS, "-n", 5, "-t", "2", "--seed", 3, text="hello\n/bye\n") for _ in range(2)]
+    assert talks[0].exit_code == 0, talks[0].output
+    assert talks[0].stdout == talks[1].stdout
+
+
 def test_run_reads_standard_input(model: list[str], tiny_model: adi.Model) -> None:
     document = json.loads(adi_("run", "-", *model, "--mode", "full", "-n", 4, "--json", text="the fox").stdout)
     assert document["text"] == adi.generate(tiny_model, "the fox", max_new_tokens=4).text

@@ -31,9 +31,10 @@ exits.parts
 exits.reading exits.artifact
 exits.ledger
 exits.habits
-decoding.frontier decoding.policies decoding.records decoding.costs
+decoding.frontier decoding.policies decoding.records decoding.costs decoding.sampling
 decoding.controller
 decoding.sequence decoding.stops decoding.checks
+decoding.drawing
 decoding.lookup decoding.ladder
 decoding.logic
 decoding.session
@@ -56,7 +57,7 @@ measure.process
 measure.scores measure.partial
 measure.together
 measure.headroom measure.shootout measure.plot measure.bench
-measure.standings
+measure.standings measure.audit
 cli
 __main__
 """

@@ -69,6 +69,20 @@ def test_verified_with_the_shipped_exits_is_full_depth(model: adi.Model, exits: 
     assert got.counters.accepted > 0
 
 
+def test_a_seed_draws_the_same_text_verified_and_at_full_depth(model: adi.Model, exits: adi.Exits) -> None:
+    options = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1}
+    prompt, accepted, texts = read_prompts("bench")[7].prompt, 0, set()
+    for seed in range(3):
+        full = adi.generate(model, prompt, seed=seed, **options)
+        for policy in (adi.Verified(exits), adi.Verified(exits, adi.Threshold("top_probability", 0.2), draft_tokens=4)):
+            got = adi.generate(model, prompt, policy, seed=seed, **options)
+            assert got.token_ids == full.token_ids
+            accepted += got.counters.accepted
+        texts.add(full.token_ids)
+    assert len(texts) == 3
+    assert accepted > 0
+
+
 def test_every_kind_of_trigger_keeps_the_text(model: adi.Model, exits: adi.Exits) -> None:
     full = adi.generate(model, "List three colours.", max_new_tokens=20)
     for trigger in (

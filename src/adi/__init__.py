@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from adi.decoding.batch import BatchMemoryError, generate_batch
     from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
+    from adi.decoding.sampling import Sampling, prompt_seed
     from adi.decoding.session import Session
     from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
     from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
+    from adi.measure.audit.run import audit
     from adi.measure.headroom import inspect
     from adi.measure.plot import write_page as plot
     from adi.measure.shootout import study_triggers
@@ -35,10 +37,12 @@ _HOMES = {
     "adi.decoding.batch": ("BatchMemoryError", "generate_batch"),
     "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
+    "adi.decoding.sampling": ("Sampling", "prompt_seed"),
     "adi.decoding.session": ("Session",),
     "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
     "adi.exits.triggers": ("AllOf", "Always", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
+    "adi.measure.audit.run": ("audit",),
     "adi.measure.headroom": ("inspect",),
     "adi.measure.shootout": ("study_triggers",),
     "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
@@ -56,7 +60,9 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "generate",
     "generate_batch",
     "stream",
+    "prompt_seed",
     "inspect",
+    "audit",
     "tune",
     "study_triggers",
     "trace_of",
@@ -76,6 +82,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "Never",
     "Policy",
     "Reflex",
+    "Sampling",
     "Session",
     "Step",
     "Threshold",

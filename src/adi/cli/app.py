@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import bench, chat, habits, plot, quality, run, study, train, triggers
+from adi.cli import audit, bench, chat, habits, plot, quality, run, study, train, triggers
 
 app = typer.Typer(
     name="adi",
@@ -49,6 +49,7 @@ app.command("plot")(guarded(plot.plot))
 app.command("inspect")(guarded(study.inspect))
 app.command("triggers")(guarded(triggers.triggers))
 app.command("bench")(guarded(bench.bench))
+app.command("audit")(guarded(audit.audit))
 app.command("quality")(guarded(quality.quality))
 app.command("habits")(guarded(habits.habits))
 app.command("tune")(guarded(train.tune))

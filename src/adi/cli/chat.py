@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,16 +15,27 @@ from adi.cli.options import (
     DraftOption,
     ExitsOption,
     HabitsOption,
+    MinPOption,
     ModelOption,
     ModeOption,
+    PenaltyOption,
     PrecisionOption,
+    SeedOption,
     Source,
+    TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
+    TopPOption,
     TriggerOption,
     likely_stops,
     policy_for,
 )
+from adi.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from adi.decoding.records import Generation, Step
+    from adi.decoding.session import Session
 
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
 
@@ -38,17 +50,23 @@ def chat(
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
     habits: HabitsOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
-    from adi.cli.paint import Painter, legend
+    from adi.cli.paint import legend
     from adi.decoding.policies import depths_of
-    from adi.decoding.records import Step
     from adi.decoding.session import Session
 
     out = Console(highlight=False)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
@@ -71,18 +89,27 @@ def chat(
         elif said:
             messages.append({"role": "user", "content": said})
             try:
-                session = Session(loaded, messages, policy, max_new_tokens=max_new_tokens)
+                session = Session(
+                    loaded, messages, policy, max_new_tokens=max_new_tokens, sampling=sampling.of_prompt(len(messages))
+                )
             except ValueError as error:
                 messages.pop()
                 out.print(f"{error} Say /reset to start over.", style="red", markup=False)
                 continue
-            steps: list[Step] = []
-            with contextlib.suppress(KeyboardInterrupt):
-                for step in Painter(out, depths).follow(session):
-                    steps.append(step)  # one by one: an interruption keeps what has come
-            generation = session.generation(steps)
+            generation = _answered(out, session, depths)
             messages.append({"role": "assistant", "content": generation.text})
             last = str(generation.summary())
+
+
+def _answered(out: Console, session: Session, depths: Sequence[int]) -> Generation:
+    """The answer, painted as it comes; an interruption keeps what has come."""
+    from adi.cli.paint import Painter
+
+    steps: list[Step] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for step in Painter(out, depths).follow(session):
+            steps.append(step)  # one by one
+    return session.generation(steps)
 
 
 def _ask(out: Console) -> str | None:

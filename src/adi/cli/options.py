@@ -61,6 +61,14 @@ HabitsOption = Annotated[
         "--habits", metavar="FILE", help="Remember outputs here, and draft from them (off by default: it is private text)."
     ),
 ]
+TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy; 1 draws as the model believes.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw among so many likeliest tokens.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens that have this much together.")]
+MinPOption = Annotated[float, typer.Option("--min-p", help="Draw among tokens with this share of the likeliest's chance.")]
+PenaltyOption = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1: tokens that stood in the text before become less likely.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Draw the same again; by default another one every time.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")]
 
 

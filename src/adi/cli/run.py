@@ -19,18 +19,25 @@ from adi.cli.options import (
     ExitsOption,
     HabitsOption,
     IgnoreEosOption,
+    MinPOption,
     ModelOption,
     ModeOption,
+    PenaltyOption,
     PrecisionOption,
     RawOption,
+    SeedOption,
     Source,
     StopOption,
+    TemperatureOption,
     ThresholdOption,
     TokensOption,
+    TopKOption,
+    TopPOption,
     TriggerOption,
     likely_stops,
     policy_for,
 )
+from adi.decoding.sampling import Sampling
 from adi.files import require_writable
 
 if TYPE_CHECKING:
@@ -53,6 +60,12 @@ def run(
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
     habits: HabitsOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
     stop: StopOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
@@ -65,6 +78,7 @@ def run(
 ) -> None:
     """Answer a prompt, each token at the depth it needs, and show where the depth went."""
     errors, out = Console(stderr=True), Console(highlight=False)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
     text = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None:
         require_writable(trace)
@@ -77,6 +91,7 @@ def run(
         "stop": tuple(stop or ()),
         "stop_at_eos": not ignore_eos,
         "raw": raw,
+        "sampling": sampling,
     }
     if compare:
         _warm_up(loaded, text, policy, options)
@@ -98,6 +113,7 @@ def run(
 def document(generation: Generation, full: Generation | None) -> dict[str, Any]:
     """What ``--json`` prints: text, tokens and summary, and with ``full`` the comparison."""
     value = {"text": generation.text, "token_ids": list(generation.token_ids), **generation.summary().to_json()}
+    value["sampling"] = generation.sampling
     if full is not None:
         value["full"] = {"text": full.text, "token_ids": list(full.token_ids), **full.summary().to_json()}
         value["identical"] = generation.token_ids == full.token_ids
@@ -138,9 +154,11 @@ def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -
 
 
 def _quiet(model: Model, text: str, policy: Policy | None, options: dict[str, Any]) -> Generation:
-    from adi.decoding.stream import generate
+    from adi.decoding.records import Step
+    from adi.decoding.session import Session
 
-    return generate(model, text, policy, **options)
+    session = Session(model, text, policy, **options)
+    return session.generation([event for event in session if isinstance(event, Step)])
 
 
 def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out: Console) -> Generation:
@@ -162,6 +180,10 @@ def _closing(out: Console, generation: Generation, full: Generation | None) -> N
     out.print(f"{summary.mode}: {summary}", soft_wrap=True)
     where = ", ".join(f"{depth}: {count}" for depth, count in summary.depth_histogram.items())
     out.print(f"tokens by depth (of {generation.layers}): {where}")
+    if generation.sampling is not None:
+        out.print(
+            f"drawn at temperature {generation.sampling['temperature']:g}; --seed {generation.sampling['seed']} draws it again"
+        )
     if not summary.calibrated:
         out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth", soft_wrap=True)
     if full is None:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from adi.decoding.frontier import Pass
+from adi.decoding.frontier import Pass, Score
 from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
-from adi.decoding.session import Score, Session
+from adi.decoding.sampling import Sampling
+from adi.decoding.session import Session
 from adi.model.backbone import Backbone, MemoryFullError
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
@@ -61,7 +62,7 @@ class _Member:
         return False
 
     def start_over(self) -> None:
-        """Give back all KV memory; a new session will say the same again, since nothing is left to chance."""
+        """Give back all KV memory; a new session will say the same again, from its own seed too."""
         self.close()
         self.session, self.steps, self.need = self.make(), [], None
         self.work = self.session.work()
@@ -143,6 +144,12 @@ def generate_batch(
     raw: bool = False,
     candidates: int = 0,
     most: int = 32,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
 ) -> list[Generation]:
     """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
 
@@ -152,7 +159,9 @@ def generate_batch(
     Args:
         prompts: each as for ``generate``; none gives an empty list.
         most: so many sequences run at once at most; the others wait, and enter as texts end and KV memory is free.
-        model, policy, max_new_tokens, stop, stop_at_eos, raw, candidates: as for ``generate``.
+        seed: each prompt draws with its own, ``prompt_seed(seed, its index)``: what ``generate`` says alone from that one.
+        model, policy, max_new_tokens, stop, stop_at_eos, raw, candidates, temperature, top_k, top_p, min_p,
+            repetition_penalty: as for ``generate``.
 
     Raises:
         ValueError: before any work, for an option or a prompt that cannot be meant (the prompt is named by its index); and,
@@ -160,10 +169,11 @@ def generate_batch(
     """
     if most < 1:
         raise ValueError(f"most is {most}; it must be at least 1.")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
     options = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw, "candidates": candidates}
     members = []
     for i, prompt in enumerate(prompts):
-        make = partial(Session, model, prompt, policy, stop=stop, **options)  # type: ignore[arg-type]
+        make = partial(Session, model, prompt, policy, stop=stop, sampling=sampling.of_prompt(i), **options)  # type: ignore[arg-type]
         try:
             members.append(_Member(i, make, make()))
         except ValueError as error:
@@ -183,7 +193,8 @@ def generate_batch(
 
 def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
     """Meet the needs of some members; those may go on."""
-    scores = [(member, member.need) for member in active if isinstance(member.need, Score)]
+    wished = [(member, member.need) for member in active if isinstance(member.need, Score)]
+    scores = [(member, need) for member, need in wished if need.whole == wished[0][1].whole]
     if scores:
         _score(backbone, scores)
         return [member for member, _ in scores]
@@ -208,10 +219,10 @@ def _score(backbone: Backbone, scores: Sequence[tuple[_Member, Score]]) -> None:
 
     if not backbone.spec.row_invariant:
         for member, need in scores:
-            member.session.answer(backbone.greedy(need.hidden_TD))
+            member.session.answer(need.met(backbone))
         return
-    tokens = backbone.greedy(torch.cat([need.hidden_TD for _, need in scores]))
+    said = replace(scores[0][1], hidden_TD=torch.cat([need.hidden_TD for _, need in scores])).met(backbone)
     for member, need in scores:
         count = need.hidden_TD.shape[0]
-        member.session.answer(tokens[:count])
-        tokens = tokens[count:]
+        member.session.answer(said[:count])
+        said = said[count:]

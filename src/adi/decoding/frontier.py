@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ class Pass:
     rows: Rows
     lo: int
     hi: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A session's wish for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits."""
+
+    hidden_TD: Tensor
+    whole: bool = False
+
+    def met(self, backbone: Backbone) -> Any:
+        """A token per row, or ``logits_TV``."""
+        return backbone.logits(self.hidden_TD) if self.whole else backbone.greedy(self.hidden_TD)
 
 
 class Frontier:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adi.decoding.controller import Controller
+from adi.decoding.controller import Choice, Controller
 from adi.decoding.sequence import Advance, Guess, Plan, Proposed, Proposing, Reading, SequenceLogic, Yields, in_rounds
 from adi.exits.memory import Ngrams, Recall
 
@@ -35,7 +35,8 @@ class Recollection:
 
 def ladder(plan: Plan, controller: Controller, memory: Recollection, drafter: bool) -> SequenceLogic:
     """Rounds in which whoever the controller names drafts, and full depth verifies."""
-    return in_rounds(plan, controller.drafts, Ladder(plan, controller, memory, drafter).propose)
+    rungs = Ladder(plan, controller, memory, drafter)
+    return in_rounds(plan, controller.drafts, rungs.propose, rungs.hear)
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Ladder:
     controller: Controller
     memory: Recollection
     drafter: bool
+    _tried: tuple[Choice, list[float], int] | None = None
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
         choice = self.controller.choose(self.memory.find(text, most), self.drafter, most)
@@ -59,12 +61,15 @@ class Ladder:
             confidences = yield from self._guess(text, drafts, most)
         rows = (text[-1], *(d.token for d in drafts if not self.plan.ends(d.token)))
         readings = yield Advance(len(text) - 1, rows, self.plan.layers, len(rows))
-        if drafts:
-            agreed = next(
-                (i for i, (d, r) in enumerate(zip(drafts, readings, strict=False)) if d.token != r.token), len(drafts)
-            )
-            self.controller.judged(choice, confidences, len(drafts), agreed)
+        self._tried = (choice, confidences, len(drafts))
         return drafts, (), readings
+
+    def hear(self, agreed: int) -> None:
+        """So many drafts of the last proposal stand."""
+        assert self._tried is not None
+        choice, confidences, drafts = self._tried
+        if drafts:
+            self.controller.judged(choice, confidences, drafts, agreed)
 
     def _guess(
         self, text: Sequence[int], drafts: list[Proposed], most: int

@@ -152,7 +152,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text."""
+    """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text. ``sampling`` holds the options
+    that draw it again, seed included; None where it is greedy."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -165,6 +166,7 @@ class Generation:
     layers: int
     finish: str
     counters: Counters
+    sampling: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -13,9 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adi.exits.triggers import Trigger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reading(Protocol):
@@ -62,7 +65,7 @@ class Proposed:
     """A token put forward, with every depth looked at for it; the last is the one that was believed.
 
     ``depth`` 0 and no glance: no block ran for it; ``level`` says whether a "memory" or the "drafter" said it, the latter with
-    a ``confidence``, its probability there.
+    a ``confidence``, its probability there. ``density_V`` is what it was drawn from, None where nothing was left to chance.
     """
 
     token: int
@@ -70,6 +73,7 @@ class Proposed:
     glances: tuple[Glance, ...]
     level: str = "exit"
     confidence: float | None = None
+    density_V: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,24 @@ Proposal = tuple[list[Proposed], tuple[Glance, ...], Sequence[Reading]]
 Proposing = Generator[Yields, Sequence[Reading], Proposal]
 
 
+class Rule(Protocol):
+    """The token that follows ``text``, of which ``reading`` is the last row; where one was drafted, it stands if it is that.
+
+    ``likeliest`` here is greedy; ``drawing.Sampler`` draws. It is asked once for every final token, in order.
+    """
+
+    def __call__(self, text: Sequence[int], reading: Reading, draft: Proposed | None = None, /) -> int: ...
+
+
+def likeliest(text: Sequence[int], reading: Reading, draft: Proposed | None = None, /) -> int:
+    """Greedy: whatever is likeliest."""
+    return reading.token
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What both ways of decoding need to know. ``stops`` are the depths to look at, ``ends`` says which tokens end it."""
+    """What both ways of decoding need to know. ``stops`` are the depths to look at, ``ends`` says which tokens end it, ``rule``
+    how a final token comes of what was read."""
 
     prompt: tuple[int, ...]
     budget: int
@@ -100,6 +119,7 @@ class Plan:
     stops: tuple[int, ...]
     trigger: Trigger
     ends: Callable[[int], bool]
+    rule: Rule = likeliest
 
 
 def climb(plan: Plan, keep: int, ids: tuple[int, ...]) -> Generator[Yields, Sequence[Reading], tuple[Glance, ...]]:
@@ -121,21 +141,21 @@ def immediate(plan: Plan) -> SequenceLogic:
     when a later token goes deeper.
     """
     (reading,) = yield Advance(0, plan.prompt, plan.layers)
-    yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
-    last, length, rounds = reading.token, len(plan.prompt), 1
+    text, rounds = [*plan.prompt, plan.rule(plan.prompt, reading)], 1
+    yield Decided(text[-1], plan.layers, (Glance(reading, False),), 1)
     for _ in range(plan.budget - 1):
-        if plan.ends(last):
+        if plan.ends(text[-1]):
             return
-        glances = yield from climb(plan, length, (last,))
+        glances = yield from climb(plan, len(text) - 1, (text[-1],))
         if not (glances and glances[-1].fired):
-            rest = (last,) if not glances else ()
-            (reading,) = yield Advance(length + 1 - len(rest), rest, plan.layers)
+            rest = (text[-1],) if not glances else ()
+            (reading,) = yield Advance(len(text) - len(rest), rest, plan.layers)
             glances = (*glances, Glance(reading, False))
             rounds += 1
-        length += 1
-        last, depth = glances[-1].reading.token, glances[-1].reading.depth
-        draft = Proposed(last, depth, glances) if depth < plan.layers else None
-        yield Decided(last, depth, glances, rounds, draft)
+        token, depth = plan.rule(text, glances[-1].reading), glances[-1].reading.depth
+        text.append(token)
+        draft = Proposed(token, depth, glances) if depth < plan.layers else None
+        yield Decided(token, depth, glances, rounds, draft)
 
 
 def verified(plan: Plan, draft_tokens: int) -> SequenceLogic:
@@ -143,29 +163,49 @@ def verified(plan: Plan, draft_tokens: int) -> SequenceLogic:
     return in_rounds(plan, draft_tokens, functools.partial(_propose_and_verify, plan))
 
 
-def in_rounds(plan: Plan, draft_tokens: int, propose: Callable[[Sequence[int], int], Proposing]) -> SequenceLogic:
+def in_rounds(
+    plan: Plan,
+    draft_tokens: int,
+    propose: Callable[[Sequence[int], int], Proposing],
+    hear: Callable[[int], None] = lambda agreed: None,
+) -> SequenceLogic:
     """Rounds of at most ``draft_tokens`` drafts, whoever makes them; full depth has the last word on every token.
 
     ``propose(text, most)`` gets all final tokens, of which the last has not entered the network. It gives at most ``most``
-    drafts, the glances of a last token that found no believer, and full depth's reading at every row.
+    drafts, the glances of a last token that found no believer, and full depth's reading at every row. ``hear`` is told how
+    many of them stand.
     """
     (reading,) = yield Advance(0, plan.prompt, plan.layers)
-    yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
-    text, left, rounds = [*plan.prompt, reading.token], plan.budget - 1, 1
-    while left > 0 and not plan.ends(text[-1]):
+    text, rounds = [*plan.prompt, plan.rule(plan.prompt, reading)], 1
+    yield Decided(text[-1], plan.layers, (Glance(reading, False),), 1)
+    while (left := plan.budget - len(text) + len(plan.prompt)) > 0 and not plan.ends(text[-1]):
         rounds += 1
         drafts, silent, readings = yield from propose(text, min(draft_tokens, left - 1))
-        agreed = next((i for i, (d, r) in enumerate(zip(drafts, readings, strict=False)) if d.token != r.token), len(drafts))
-        for draft, reading in zip(drafts[:agreed], readings, strict=False):
-            yield Decided(draft.token, draft.depth, (*draft.glances, Glance(reading, False)), rounds, draft)
-        text.extend(draft.token for draft in drafts[:agreed])
-        if agreed < len(readings):  # it is not where a draft ended the text and full depth agreed
-            seen = drafts[agreed].glances if agreed < len(drafts) else silent
-            reading = readings[agreed]
-            glances = (*seen, Glance(reading, False))
-            yield Decided(reading.token, plan.layers, glances, rounds, None, tuple(drafts[agreed:]))
-            text.append(reading.token)
-        left -= agreed + 1
+        decided = _judged(plan, text, drafts, silent, readings, rounds)
+        hear(sum(said.draft is not None for said in decided))
+        text.extend(said.token for said in decided)
+        yield from decided
+
+
+def _judged(
+    plan: Plan,
+    text: Sequence[int],
+    drafts: Sequence[Proposed],
+    silent: tuple[Glance, ...],
+    readings: Sequence[Reading],
+    rounds: int,
+) -> list[Decided]:
+    """The drafts that stand and the token that full depth gives after them: none where a draft ended the text and stands."""
+    known, decided = list(text), list[Decided]()
+    for place, reading in enumerate(readings):
+        draft = drafts[place] if place < len(drafts) else None
+        token = plan.rule(known, reading, draft)
+        glances = (*(silent if draft is None else draft.glances), Glance(reading, False))
+        if draft is None or token != draft.token:
+            return [*decided, Decided(token, plan.layers, glances, rounds, None, tuple(drafts[place:]))]
+        decided.append(Decided(token, draft.depth, glances, rounds, draft))
+        known.append(token)
+    return decided
 
 
 def _propose_and_verify(plan: Plan, text: Sequence[int], most: int) -> Proposing:

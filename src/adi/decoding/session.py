@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from adi.decoding.checks import check_length, check_signals
 from adi.decoding.controller import MOST_DRAFTS
-from adi.decoding.frontier import Frontier, Pass
+from adi.decoding.drawing import Sampler
+from adi.decoding.frontier import Frontier, Pass, Score
 from adi.decoding.logic import logic_of
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
 from adi.decoding.records import (
@@ -26,7 +26,8 @@ from adi.decoding.records import (
     Step,
     TakenBack,
 )
-from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, SequenceLogic
+from adi.decoding.sampling import Sampling
+from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, SequenceLogic, likeliest
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.drafter import Guessed
@@ -38,13 +39,6 @@ from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
 
 COSTED_ROWS = MOST_DRAFTS + 1
-
-
-@dataclass(frozen=True)
-class Score:
-    """A session's wish for the likeliest token of each of these states, by the model's own head."""
-
-    hidden_TD: Tensor
 
 
 class Session:
@@ -65,6 +59,7 @@ class Session:
         stop_at_eos: bool = True,
         raw: bool = False,
         candidates: int = 0,
+        sampling: Sampling | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self.model, self.policy = model, policy if policy is not None else FullDepth()
@@ -84,13 +79,15 @@ class Session:
         check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
         check_signals(model, trigger)
-        plan = Plan(
+        self.sampling = None if sampling is None or sampling.plain else sampling.settled()
+        self.plan = plan = Plan(
             prompt=self.prompt_ids,
             budget=max_new_tokens,
             layers=model.backbone.spec.layers,
             stops=tuple(d for d in depths if trigger.may_fire(d)),
             trigger=trigger,
             ends=self._ends,
+            rule=likeliest if self.sampling is None else Sampler(self.sampling),
         )
         shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
         model.backbone.prepare(plan.stops, drafts=isinstance(self.policy, (Verified, Lookup)))
@@ -108,7 +105,7 @@ class Session:
                 (states,) = backbone.forward([item.rows], item.lo, item.hi, mlp=self.frontier.mlp)
                 self.answer((item, states))
             elif isinstance(item, Score):
-                self.answer(backbone.greedy(item.hidden_TD))
+                self.answer(item.met(backbone))
             else:
                 yield item
 
@@ -116,7 +113,7 @@ class Session:
         """Events, and between them what the session needs of the network, each to be met by ``answer`` before going on.
 
         Who drives it may meet the needs of many sessions together. A ``Pass`` is answered with itself, or with a lower part
-        of it, and the states that this gave; a ``Score`` with a token for each of its rows.
+        of it, and the states that this gave; a ``Score`` with what it gives for each of its rows.
         """
         if self._begun:
             raise RuntimeError("a session runs once; make another for another generation.")
@@ -158,6 +155,7 @@ class Session:
             layers=spec.layers,
             finish=self.finish,
             counters=self.counters,
+            sampling=None if self.sampling is None else self.sampling.to_json(),
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
@@ -220,15 +218,15 @@ class Session:
         if request.to < spec.layers:
             read = functools.partial(self._read, request.to, hidden_TD)
             return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF, probe=self._probe)]
-        yield Score(hidden_TD)
+        yield Score(hidden_TD, whole=self.sampling is not None)
         if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
             self._logic.costs.passed(len(request.ids), time.perf_counter() - started)
         readings = []
-        for i, token in enumerate(self._answer):
-            row = slice(i, i + 1)
+        for i, said in enumerate(self._answer):
+            row, (token, logits_V) = slice(i, i + 1), (said, None) if self.sampling is None else (None, said)
             mlp = None if mlp_TF is None else mlp_TF[row]
             predict = functools.partial(_full_prediction, self.model.backbone, hidden_TD[row])
-            readings.append(Reading(request.to, predict, before_TD[row], hidden_TD[row], mlp, token))
+            readings.append(Reading(request.to, predict, before_TD[row], hidden_TD[row], mlp, token, logits_V))
         return readings
 
     def _step(self, said: Decided) -> Step:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from adi.decoding.policies import Policy
 from adi.decoding.records import Generation, Step
+from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
@@ -21,6 +22,12 @@ def stream(
     stop_at_eos: bool = True,
     raw: bool = False,
     candidates: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
 ) -> Iterator[Step]:
     """Generate token by token; one ``Step`` for each as soon as it is final.
 
@@ -33,6 +40,9 @@ def stream(
         stop_at_eos: False generates on past the model's end-of-text tokens.
         raw: leave the chat template out.
         candidates: record, at every depth looked at, this many candidate tokens and all signals (slower).
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, as ``Sampling`` describes; greedy by
+            default. A seed says the same text again, at full depth and verified alike; verified, the distribution is the
+            full model's (docs/exactness.md).
 
     Raises:
         ValueError: before any work, for a prompt or option that cannot be meant.
@@ -46,6 +56,7 @@ def stream(
         stop_at_eos=stop_at_eos,
         raw=raw,
         candidates=candidates,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     )
     return (event for event in session if isinstance(event, Step))
 
@@ -60,6 +71,12 @@ def generate(
     stop_at_eos: bool = True,
     raw: bool = False,
     candidates: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
 ) -> Generation:
     """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``."""
     session = Session(
@@ -71,5 +88,6 @@ def generate(
         stop_at_eos=stop_at_eos,
         raw=raw,
         candidates=candidates,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     )
     return session.generation([event for event in session if isinstance(event, Step)])

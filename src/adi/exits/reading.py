@@ -62,7 +62,7 @@ class Signals(Mapping[str, float]):
 class Reading:
     """One row at one depth: its likeliest token, its candidates and its signals.
 
-    ``token`` may be given where it is known without the whole distribution.
+    ``token`` may be given where it is known without the whole distribution, ``logits_V`` where they are at hand.
     """
 
     def __init__(
@@ -73,16 +73,26 @@ class Reading:
         hidden_TD: Tensor,
         mlp_TF: Tensor | None = None,
         token: int | None = None,
+        logits_V: Tensor | None = None,
         probe: Asked | None = None,
     ) -> None:
         self.depth = depth
+        self._logits_V = logits_V
         self._predict = predict
         self._token = token
         self.signals: Mapping[str, float] = Signals(depth, lambda: self.prediction, before_TD, hidden_TD, mlp_TF, probe)
 
     @cached_property
     def prediction(self) -> Prediction | Measured:
-        return self._predict()
+        return self._predict() if self._logits_V is None else Prediction(self._logits_V[None].log_softmax(-1))
+
+    @property
+    def scores(self) -> tuple[Tensor, Tensor | None]:
+        """What sampling starts from, ``[S]``, and the tokens that they belong to (None: all of the vocabulary): the model's own
+        logits, or an exit's log-probabilities."""
+        if self._logits_V is not None:
+            return self._logits_V, None
+        return self.prediction.log_probs_TS[0], self.prediction.ids_S
 
     @property
     def token(self) -> int:

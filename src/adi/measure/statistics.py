@@ -1,11 +1,13 @@
-"""Medians with an honest interval."""
+"""Medians with an honest interval; how far counts are from a law, and how far chance alone takes them."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,27 @@ def clustered_median(groups: Sequence[Sequence[float]], *, seed: int = 0, resamp
 def _interval(values: Sequence[float], resampled: Sequence[float]) -> Interval:
     medians, last = sorted(resampled), len(resampled) - 1
     return Interval(median(values), medians[round(0.025 * last)], medians[round(0.975 * last)])
+
+
+def total_variation(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:
+    """Half the sum of differences between the shares of ``counts`` and the chances of ``law``; in [0, 1]."""
+    draws = sum(counts.values())
+    return 0.5 * sum(abs(counts.get(x, 0) / draws - law.get(x, 0.0)) for x in {*counts, *law})
+
+
+def variation_band(law: Mapping[Any, float], draws: int, risk: float = 1e-6) -> float:
+    """What the total variation of ``draws`` independent draws of ``law`` from it exceeds with a chance of at most ``risk``.
+
+    Its mean is at most ``1/2 sum sqrt(p (1 - p) / draws)`` (Jensen), and one draw more or less moves it by ``1 / draws`` at
+    most, so it passes its mean by ``sqrt(ln(1 / risk) / (2 draws))`` that rarely (McDiarmid 1989).
+    """
+    mean = 0.5 * sum(math.sqrt(p * (1 - p) / draws) for p in law.values() if 0 < p < 1)
+    return mean + math.sqrt(math.log(1 / risk) / (2 * draws))
+
+
+def leading(law: Mapping[tuple[int, ...], Any], length: int) -> dict[tuple[int, ...], Any]:
+    """The law (or the counts) of the first ``length`` members, from that of longer tuples."""
+    found: dict[tuple[int, ...], Any] = {}
+    for said, mass in law.items():
+        found[said[:length]] = found.get(said[:length], 0) + mass
+    return found

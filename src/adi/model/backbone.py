@@ -196,6 +196,11 @@ class Backbone(Protocol):
         """Whether these caches could all grow to so many positions now; always, where nothing limits KV memory."""
         ...
 
+    def peek(self, cache: Any, block: int, length: int) -> Tensor | None:
+        """Keys and values that KV memory holds of the first ``length`` positions in one block, in any form that is the same for
+        every cache; None where the block keeps none that can be read. For audits."""
+        ...
+
     def prepare(self, stops: Sequence[int], *, drafts: bool = False, wait: bool = False) -> None:
         """Be ready for passes that stop at these depths; without stops, for passes through the whole model.
 

@@ -77,6 +77,15 @@ class StaircaseCache(DynamicCache):  # type: ignore[misc]
                 return f"block {i} keeps a {type(layer).__name__}, which adi does not know how to roll back"
         return None
 
+    def peek(self, block: int, length: int) -> Tensor | None:
+        """Keys and values of the first ``length`` positions in one block, where it has that many."""
+        layer = self.layers[block] if block < len(self.layers) else None
+        if not isinstance(layer, GrowingLayer) or layer.keys is None or layer.values is None or layer.length < length:
+            return None
+        if layer.keys.shape != layer.values.shape:
+            return torch.cat([part[..., :length, :].flatten() for part in (layer.keys, layer.values)])
+        return torch.stack([layer.keys[..., :length, :], layer.values[..., :length, :]])
+
     def rewind(self, lo: int, hi: int, start: int) -> None:
         """Forget, in blocks [lo, hi), everything from position ``start`` on."""
         self.start = start

@@ -62,6 +62,10 @@ class HfBackbone:
         """True: KV memory grows as torch allows."""
         return True
 
+    def peek(self, cache: StaircaseCache, block: int, length: int) -> Tensor | None:
+        """Keys and values of the first positions, ``[2, 1, heads, T, size]``; None for a block that keeps none of its own."""
+        return cache.peek(block, length)
+
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for each entry of ``rows`` in turn (this engine merges nothing)."""
         if not 0 <= lo < hi <= self.spec.layers:

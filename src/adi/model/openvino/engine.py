@@ -127,6 +127,10 @@ class OpenVinoBackbone:
         if wait:
             pieces.wait()
 
+    def peek(self, cache: PagedCache, block: int, length: int) -> Tensor | None:
+        """Keys and values of the first positions as the plugin stores them; None where it packs them otherwise."""
+        return self.pool.peek(cache, block, length)  # type: ignore[no-any-return]
+
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist, MemoryFullError, before
         anything has run, where KV memory is full."""

@@ -83,6 +83,21 @@ class Pool:
         for cache, _ in wanted:
             cache.blocks.extend(self._free.pop() for _ in range(missing.pop(id(cache), 0)))
 
+    def peek(self, cache: PagedCache, block: int, length: int) -> Any:
+        """A copy of what one block of the model holds of the first ``length`` positions, as a flat float32 torch tensor; None
+        where the plugin's layout does not go position by position."""
+        import numpy as np
+        import torch
+
+        found = []
+        for name in (f"key_cache.{block}", f"value_cache.{block}"):
+            if name not in self.tensors or self._ports[name][1][1] != BLOCK_TOKENS:
+                return None
+            pages = self.tensors[name].data[cache.blocks].astype(np.float32)  # [blocks, heads, 32, size]
+            rows = pages.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1] * pages.shape[3])
+            found.append(rows[:length].ravel())
+        return torch.from_numpy(np.concatenate(found))
+
     def give_back(self, blocks: list[int]) -> None:
         """Take blocks back from a sequence that has ended."""
         self._free.extend(blocks)

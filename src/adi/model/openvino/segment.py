@@ -52,7 +52,7 @@ class Segment:
 
 def _name(port: Any) -> str:
     """The name that this package gave an input; the plugin may add others, numbers."""
-    return next(name for name in sorted(port.get_names()) if not name.isdigit())
+    return str(next(name for name in sorted(port.get_names()) if not name.isdigit()))
 
 
 def _sizes(port: Any) -> list[int | None]:

@@ -1,0 +1,73 @@
+"""``Sampling``: how tokens are drawn, as a frozen value; ``decoding/drawing`` draws by it. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The default is greedy: ``temperature`` 0, the limit in which the likeliest token has all the mass.
+
+    ``temperature`` divides the logits. ``top_k`` keeps that many likeliest tokens (and what ties with the last of them),
+    ``top_p`` the fewest likeliest tokens that together have at least that probability (Holtzman et al. 2020), ``min_p`` those
+    with at least that share of the likeliest one's (Nguyen et al. 2024). ``repetition_penalty`` divides positive logits of
+    tokens that stand in the text so far, prompt included, and multiplies negative ones (Keskar et al. 2019); it acts on
+    greedy decoding too. ``seed`` starts the sequence's own dice; None takes one that nobody knew before. What cannot be meant
+    raises ValueError.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _number(self.temperature, "temperature", "0 (greedy) or more, such as 0.7", lambda t: t >= 0)
+        _number(self.top_p, "top_p", "above 0 and at most 1 (1 keeps every token)", lambda p: 0 < p <= 1)
+        _number(self.min_p, "min_p", "from 0 (keeps every token) to 1", lambda p: 0 <= p <= 1)
+        _number(self.repetition_penalty, "repetition_penalty", "above 0 (1 changes nothing)", lambda p: p > 0)
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
+        cut = {"top_k": (self.top_k, None), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
+        if self.temperature == 0 and (idle := [f"{name}={v}" for name, (v, rest) in cut.items() if v != rest]):
+            raise ValueError(
+                f"{', '.join(idle)} means nothing at temperature 0, which is greedy; give a temperature, such as 1."
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is ordinary greedy decoding, for which nobody needs whole logits."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+    def settled(self) -> Sampling:
+        """The same with a seed: its own, or a new one from the system where it had none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
+
+    def of_prompt(self, index: int) -> Sampling:
+        """The same for one prompt of a batch, under that prompt's own seed (``prompt_seed``)."""
+        return self if self.seed is None else replace(self, seed=prompt_seed(self.seed, index))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """The seed of prompt ``index`` of a batch: ``generate(..., seed=prompt_seed(seed, i))`` says alone what the batch says."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "big") % SEEDS
+
+
+def _number(value: Any, name: str, allowed: str, fits: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{name} is {value!r}; it must be a number {allowed}.")

@@ -1,0 +1,115 @@
+"""``audit``: loads a model at each precision, checks it, joins the report."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from adi.exits.artifact import Exits, bare_exits, load_exits, shipped
+from adi.measure.audit.check import Size, check
+from adi.measure.circumstances import circumstances
+from adi.measure.contestants import backend_for
+from adi.model.checkpoint import Model, load
+from adi.prompts import PromptItem, read_prompts, spread
+
+FORMAT, VERSION = "adi-audit", 1
+BARE = (0.5, 0.75)  # shares of the depth at which exits are put where a model has none
+Given = Exits | str | os.PathLike[str] | Callable[[Model], Exits] | None
+
+
+def audit(
+    source: Any = "smollm2-135m",
+    exits: Given = None,
+    *,
+    precisions: Sequence[str] = ("auto",),
+    backend: str = "auto",
+    device: str = "auto",
+    prompts: Sequence[Any] | None = None,
+    limit: int = 4,
+    max_new_tokens: int = 48,
+    draws: int = 400,
+    seed: int = 0,
+    command: str = "",
+    notice: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Check on this machine that verified decoding changes nothing; the report, whose ``passed`` says whether it held.
+
+    (a) Replay: states, KV memory and logits of a drafted and rolled-back run against one full pass. (b) Greedy: verified texts
+    against full depth's, with the margin at each divergence and whether a tie explains it. (c) Sampling: draws over a
+    restricted vocabulary against their exact law. (d) Faults: wrong drafts, rollbacks to every length, interruptions, then the
+    same text. docs/exactness.md says what each would catch.
+
+    Args:
+        source: as for ``load``, once for each of ``precisions``; or a ``Model``, checked as it is.
+        exits: trained exits or their folder, or a function of the model; None takes those shipped for it, else bare ones.
+        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts. What the context cannot hold is cut.
+        max_new_tokens, draws: how long the texts are, and how many draws each way of drafting makes.
+
+    Raises:
+        ValueError: for options that cannot be meant, and whatever ``load`` and ``load_exits`` raise.
+    """
+    for name, value in (("limit", limit), ("max_new_tokens", max_new_tokens), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if not precisions:
+        raise ValueError("precisions is empty; give at least one, such as fp32.")
+    items = spread(read_prompts("bench"), limit) if prompts is None else []
+    chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
+    if not chosen:
+        raise ValueError("there are no prompts; give at least one.")
+    engines = []
+    for precision in precisions if not isinstance(source, Model) else ("auto",):
+        model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
+        found = _exits(model, exits)
+        found.check(model.backbone)
+        engines.append(check(model, found, _encoded(model, chosen, max_new_tokens), Size(max_new_tokens, draws, seed), notice))
+        name, texts = model.backbone.spec.name, found.base_name
+        del model, found
+        gc.collect()
+    return _report(command, items, name, texts, engines, {"max_new_tokens": max_new_tokens, "draws": draws, "seed": seed})
+
+
+def _report(
+    command: str, items: Sequence[PromptItem], name: str, exits: str, engines: list[dict[str, Any]], size: dict[str, int]
+) -> dict[str, Any]:
+    violations = [said for engine in engines for said in engine["violations"]]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **circumstances(command, items),
+        "model": name,
+        "exits": exits,
+        **size,
+        "passed": not violations,
+        "violations": violations,
+        "engines": engines,
+    }
+
+
+def _loaded(source: Any, backend: str, precision: str, device: str, notice: Callable[[str], None]) -> Model:
+    return load(source, backend=backend_for(backend, precision), precision=precision, device=device, notice=notice)
+
+
+def _exits(model: Model, given: Given) -> Exits:
+    if isinstance(given, Exits):
+        return given
+    if callable(given):
+        return given(model)
+    if given is not None:
+        return load_exits(given)
+    if model.source in shipped():
+        return load_exits(model.source)
+    layers = model.backbone.spec.layers
+    if layers < 2:
+        raise ValueError("a model of one block has nowhere to stop early; there is nothing to audit.")
+    return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
+
+
+def _encoded(model: Model, prompts: Sequence[Any], new: int) -> list[tuple[int, ...]]:
+    """Token ids, cut to what the context leaves beside ``new`` tokens."""
+    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
+    context = model.backbone.spec.context
+    room = None if context is None else max(1, context - new)
+    return [model.encode(prompt, raw=raw and isinstance(prompt, str))[:room] for prompt in prompts]

@@ -1,0 +1,220 @@
+"""The audit on a tiny model: it passes, and it fails where the engine, the rule or the rollback is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import adi
+from adi.cli.app import app
+from adi.decoding.costs import Costs
+from adi.decoding.drawing import Sampler
+from adi.decoding.frontier import Frontier
+from adi.measure.audit.faults import Scripted, drive
+from adi.measure.audit.page import page
+from adi.measure.audit.replay import Drift, replay
+from adi.measure.audit.sampling import Law
+from adi.measure.audit.ties import divergence
+from adi.model.hf import HfBackbone
+from conftest import random_exits
+from families import VOCABULARY
+
+PROMPTS = [[1, 2, 3], [(7 * i) % VOCABULARY for i in range(20)]]
+
+
+@pytest.fixture(autouse=True)
+def _known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adi.decoding.logic.costs_of", lambda *_: Costs({1: 26.0, 4: 28.0, 16: 40.0}, 0.5))
+
+
+def small(model: adi.Model, **options: Any) -> dict[str, Any]:
+    exits = adi.bare_exits(model, (2, 4))
+    return adi.audit(model, exits, **{"prompts": PROMPTS[:1], "max_new_tokens": 10, "draws": 16, **options})
+
+
+def test_it_passes_and_says_what_it_tried(llama: adi.Model) -> None:
+    report = small(llama, prompts=PROMPTS)
+    assert report["passed"], report["violations"]
+    (engine,) = report["engines"]
+    assert {d["of"] for found in engine["replay"] for d in found["drifts"]} == {"states", "memory", "logits"}
+    assert {d["depth"] for d in engine["replay"][0]["drifts"]} == {2, 4, 6}
+    assert {int(n) for found in engine["replay"] for n in found["rollbacks"]} >= {0, 1, 2, 3}
+    assert all(t["divergences"] == [] for t in (*engine["greedy"], *engine["faults"]))
+    assert [t["name"] for t in engine["faults"]] == ["random rejections", "rollbacks to every length", "interruptions"]
+    for tally in engine["faults"][:2]:
+        assert 0 < tally["accepted"] < tally["drafted"]
+    assert [d["drafts"] for d in engine["sampling"]] == ["full depth", "as the exits are", "always at depth 4", "script"]
+    assert all(d["foreseen"] + d["near"] == d["draws"] == 16 for d in engine["sampling"])
+    assert 0 < engine["sampling"][-1]["accepted"] < engine["sampling"][-1]["drafted"]
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_trained_exits_and_every_way_to_name_them(llama: adi.Model, tmp_path: Path) -> None:
+    exits = random_exits(llama, (2, 4), adi.Threshold("entropy", 9.0))
+    exits.save(tmp_path / "exits")
+    for given in (str(tmp_path / "exits"), lambda _: exits, None):
+        assert adi.audit(llama, given, prompts=PROMPTS[:1], max_new_tokens=6, draws=4)["passed"]
+
+
+def _tail(rollback: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, length: rollback(self, min(length + 1, self.length))
+
+
+def _gullible(call: Callable[..., int]) -> Callable[..., int]:
+    def stands(self: Any, text: Sequence[int], reading: Any, draft: Any = None) -> int:
+        token = call(self, text, reading, draft)
+        return token if draft is None else draft.token  # type: ignore[no-any-return]
+
+    return stands
+
+
+def _stale(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine that forgets to roll its KV memory back in one block: it goes on after what was rejected."""
+
+    def wrong(self: Any, rows: Any, lo: int, hi: int, **options: Any) -> Any:
+        states = forward(self, rows, lo, hi, **options)
+        return [
+            replace(s, hidden_TD=s.hidden_TD + (0.05 if len(r.ids) > 1 and r.start > 8 else 0.0))
+            for s, r in zip(states, rows, strict=True)
+        ]
+
+    return wrong
+
+
+SABOTAGE: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
+    "rollback is off by one": (Frontier, "rollback", _tail, "parts from full depth|are off by"),
+    "every sampled draft stands": (Sampler, "__call__", _gullible, "not what their seeds say"),
+    "rows beside others are wrong": (HfBackbone, "forward", _stale, "are off by"),
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, name, wrong, words = SABOTAGE[what]
+    monkeypatch.setattr(home, name, wrong(getattr(home, name)))
+    report = small(llama)
+    assert not report["passed"]
+    assert any(re.search(words, said) for said in report["violations"]), report["violations"]
+
+
+def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "adi.decoding.session.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
+    )
+    said = small(llama)["violations"]
+    for check in ("always at depth 4", "random rejections", "rollbacks to every length"):
+        assert any(f"{check}: prompt 0 parts from full depth" in text for text in said)
+
+
+def test_a_biased_stop_rule_is_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at the token that is about to stand, and has another one drawn where it dislikes it."""
+    call = Sampler.__call__
+
+    def peeking(self: Any, text: Sequence[int], reading: Any, draft: Any = None) -> int:
+        token = call(self, text, reading, draft)
+        return call(self, text, reading) if draft is not None and token == draft.token else token
+
+    monkeypatch.setattr(Sampler, "__call__", peeking)
+    assert any("not what their seeds say" in said for said in small(llama)["violations"])
+
+
+def test_the_law_is_that_of_transformers(llama: adi.Model) -> None:
+    law, network = Law(llama, [1, 2, 3]), llama.backbone.model  # type: ignore[attr-defined]
+    joint = law.joint(2)
+    assert sum(joint.values()) == pytest.approx(1)
+    for (a, b), chance in list(joint.items())[:5]:
+        with torch.no_grad():
+            one, two = (network(torch.tensor([[1, 2, 3, *said]])).logits[0, -1] for said in ((), (a,)))
+        p, q = (torch.where(x >= x.topk(4).values[-1], x, -torch.inf).div(1.3).softmax(-1) for x in (one, two))
+        assert chance == pytest.approx(float(p[a] * q[b]), rel=1e-4)
+
+
+def test_scripted_drafts_are_right_as_often_as_the_script_says(llama: adi.Model) -> None:
+    text = adi.generate(llama, [1, 2, 3], max_new_tokens=13, stop_at_eos=False).token_ids
+    known = (1, 2, 3, *text)
+    for right in range(4):
+        options: dict[str, Any] = {"depths": (2, 4), "drafts": 3, "seed": right, "max_new_tokens": 13}
+        session = Scripted(llama, [1, 2, 3], lambda said: known[len(said)], lambda most, n=right: min(n, most), **options)
+        steps = drive(session)
+        assert tuple(s.token for s in steps) == text
+        first = [s for s in steps if s.round == 2]
+        assert [s.drafted for s in first] == [True] * right + [False]
+        assert len(first[-1].rejected) == 3 - right
+
+
+def test_a_tie_explains_only_what_it_can(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = adi.generate(llama, [1, 2], max_new_tokens=6, stop_at_eos=False).token_ids
+    assert divergence(llama, 0, [1, 2], full, full, 0.0) is None
+    other = (*full[:3], (full[3] + 1) % VOCABULARY, *full[4:])
+    found = divergence(llama, 0, [1, 2], full, other, 1e-6)
+    assert found is not None
+    assert (found.at, found.full, found.said, found.explained) == (3, full[3], other[3], False)
+    assert found.gap >= found.margin > 0
+    wide = divergence(llama, 0, [1, 2], full, other, found.gap)
+    assert wide is not None
+    assert wide.explained
+    monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, row_invariant=True))
+    sure = divergence(llama, 0, [1, 2], full, other, found.gap)
+    assert sure is not None
+    assert not sure.explained, "an engine whose rows do not depend on each other has no excuse"
+    short = divergence(llama, 0, [1, 2], full, full[:4], 99.0)
+    assert short is not None
+    assert (short.at, short.explained) == (4, False)
+
+
+def test_differences_that_are_no_numbers_are_not_within() -> None:
+    assert Drift("states", 2, 3.9e-3, 1e-3, 1.0).within
+    assert not Drift("states", 2, 4.1e-3, 1e-3, 1.0).within
+    assert not Drift("states", 2, float("nan"), 1e-3, 1.0).within
+
+
+def test_memory_is_read(llama: adi.Model) -> None:
+    found = replay(llama.backbone, list(range(1, 30)), 5, (2, 4), 0)
+    assert [d.of for d in found.drifts].count("memory") == 3
+    assert all(d.size > 0 for d in found.drifts)
+
+
+@pytest.mark.parametrize("bad", [{"limit": 0}, {"draws": 0}, {"max_new_tokens": 0}, {"precisions": ()}, {"prompts": []}])
+def test_what_cannot_be_meant_is_refused(bad: dict[str, Any], llama: adi.Model) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        small(llama, **bad)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+
+
+def test_the_command_writes_both_reports_and_says_1_on_a_violation(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, size = [str(tiny_folder), "--backend", "hf", "--exits", "bare:2,4"], ["--limit", "1", "-n", "8", "--draws", "10"]
+    files = ["--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]
+    done = CliRunner().invoke(app, ["audit", *where, *size, *files])
+    assert done.exit_code == 0, done.output
+    assert "passed: verified is full depth" in done.stdout
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["passed"]
+    assert "passed" in (tmp_path / "a.html").read_text()
+    monkeypatch.setattr(Frontier, "rollback", _tail(Frontier.rollback))
+    bad = CliRunner().invoke(app, ["audit", *where, *size, "--json", "-"])
+    assert bad.exit_code == 1, bad.output
+    assert json.loads(bad.stdout)["violations"]
+    assert CliRunner().invoke(app, ["audit", *where, "--draws", "0"]).exit_code == 2
+    report["model"], report["violations"] = "<script>alert(1)</script>", ["<img src=x>"]
+    found = Tags()
+    found.feed(page(report))
+    assert not found.tags & {"script", "img"}
