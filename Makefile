@@ -56,7 +56,7 @@ results: $(READY)
 	$(BIN)/python tools/trigger_runs.py out/probed docs/results/trigger_runs.json
 	$(BIN)/python tools/triggers.py
 	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
-	$(BIN)/python -m pip install --quiet '.[peers]'
+	$(BIN)/python -m pip install --quiet --editable '.[peers]'
 	$(BIN)/adi quality smollm2-135m --precision fp32,int8,int4 --json docs/results/quality.json
 	$(BIN)/adi bench smollm2-135m --prompts builtin --modes full,verified --precision int4,int8,fp32 \
 	  --peers llama.cpp,openvino-genai:int4,openvino-genai:int8,hf:fp32 --max-new-tokens 48 --json docs/results/bench.json

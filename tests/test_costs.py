@@ -84,6 +84,19 @@ def test_what_is_measured_is_positive_and_covers_every_number_of_rows(llama: adi
     steps: list[int] = []
     costs = measure(llama.backbone, lambda: steps.append(1))
     assert set(costs.pass_seconds) == set(module.ROWS)
-    assert len(steps) == module.REPEATS + 1
+    assert len(steps) == 2 * (module.REPEATS + 1), "after every round of passes a first step and a further one"
+    assert costs.further_seconds is not None
+    assert costs.drafting(3) == pytest.approx(costs.draft_seconds + 2 * costs.further_seconds)
     assert all(costs.rows(count) > 0 for count in range(1, 40))
     assert costs.rows(40) >= costs.rows(16)
+
+
+def test_first_and_further_steps_of_the_drafter_follow_use_apart() -> None:
+    costs = Costs({1: 1.0}, 0.5, 0.25)
+    assert (costs.drafting(0), costs.drafting(1), costs.drafting(3)) == (0, 0.5, 1.0)
+    for _ in range(200):
+        costs.drafted(0.8)
+        costs.drafted(0.1, first=False)
+    assert (costs.draft_seconds, costs.further_seconds) == (pytest.approx(0.8), pytest.approx(0.1))
+    assert costs.copy() == costs
+    assert Costs({1: 1.0}, 0.5).drafting(3) == 1.5, "where a further one is not known it takes as long as the first"

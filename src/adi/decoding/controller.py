@@ -23,9 +23,9 @@ PATIENCE = 48  # rounds after which such a draft is made even if it costs more
 LOSS = 4.0  # passes that drafting may have cost more than it gave, ...
 FORGIVEN = 0.01  # ... of which so many are forgiven with every token: over 200 tokens at most 6 passes, 3%, can be lost
 HOPELESS = 0.03  # a chance below which no more drafts are thought of
-WEIGHT = 6.0  # of a prior, in drafts
+WEIGHT = 12.0  # of a prior, in drafts
 MEMORY = 0.985  # what counts of an observation after the next one
-TRUST_WEIGHT, TRUST_MEMORY = 1.5, 0.9
+TRUST_WEIGHT, TRUST_MEMORY = 6.0, 0.95
 
 # How often the next token was what a memory says after a run of so many matched tokens, and, that one right, the next: of the
 # text at hand on 300 answers of SmolLM2-135M to training prompts; of other texts on those to the benchmark's (first tokens
@@ -132,7 +132,7 @@ class Controller:
     def _price(self, source: str, drafts: int) -> float:
         """Seconds that this many drafts cost if none of them is right."""
         steps = drafts if source == "drafter" else 0
-        return self.costs.rows(drafts + 1) - self.costs.rows(1) + steps * self.costs.draft_seconds
+        return self.costs.rows(drafts + 1) - self.costs.rows(1) + self.costs.drafting(steps)
 
     def _affords(self, source: str, drafts: int) -> bool:
         return self._lost + self._price(source, drafts) <= LOSS * self.costs.rows(1)
@@ -151,10 +151,9 @@ class Controller:
     def _plan(self, offer: Choice) -> tuple[int, float]:
         """The number of drafts that gives most, and the tokens per second that it gives."""
         best, most, tokens, reach = 0, 0.0, 1.0, 1.0
-        step = self.costs.draft_seconds if offer.recall is None else 0.0
         limit = LOSS * self.costs.rows(1) - self._lost + self.costs.rows(1)
         for drafts, share in zip(range(1, offer.drafts + 1), self._acceptances(offer), strict=False):
-            seconds = self.costs.rows(drafts + 1) + drafts * step
+            seconds = self.costs.rows(drafts + 1) + self.costs.drafting(drafts if offer.recall is None else 0)
             reach *= share
             if seconds > limit or (reach < HOPELESS and drafts > 1):
                 break
@@ -213,7 +212,8 @@ class Controller:
         for more in range(1, max(1, LONGEST_CHAIN - drafts) + 1):
             reach *= self._guessed(drafts + more)
             gain += reach
-            seconds = self.costs.rows(drafts + more + 1) - self.costs.rows(drafts + 1) + more * self.costs.draft_seconds
+            steps = self.costs.drafting(drafts + more) - self.costs.drafting(drafts)
+            seconds = self.costs.rows(drafts + more + 1) - self.costs.rows(drafts + 1) + steps
             if gain > self._rate * seconds:
                 return self._affords("drafter", drafts + more)
         return False

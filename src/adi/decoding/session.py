@@ -174,7 +174,7 @@ class Session:
             self._state = drafting.start(self.frontier.hidden(request.known - 1, request.known))
         assert self._state is not None
         guessed, self._state = drafting.step(request.after, self._state)
-        costs.drafted(time.perf_counter() - started)
+        costs.drafted(time.perf_counter() - started, request.fresh)
         return guessed
 
     def _events(self) -> Iterator[Pass | Score | Event]:
