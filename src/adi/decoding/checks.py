@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adi.decoding.policies import Policy, Reflex
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Trigger
 from adi.model.checkpoint import Model
@@ -27,3 +28,9 @@ def check_signals(model: Model, trigger: Trigger) -> None:
             f"the trigger reads {blind[0]!r}, but {model.backbone.spec.family} models show no single MLP per block "
             "(experts, or another form); use entropy, margin, top_probability or stability."
         )
+
+
+def check_certificate(model: Model, policy: Policy) -> None:
+    """ValueError where a reflex relies on a certificate of another model or precision."""
+    if isinstance(policy, Reflex) and policy.certificate is not None:
+        policy.certificate.check(model.backbone.spec)

@@ -10,23 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
-from adi.decoding.checks import check_length, check_signals
+from adi.decoding.checks import check_certificate, check_length, check_signals
 from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, Pass
 from adi.decoding.logic import logic_of
-from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
+from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, in_force, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
     Counters,
     Draft,
     Drafted,
+    DriftFound,
     Event,
     Generation,
     Look,
     Step,
     TakenBack,
 )
-from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, SequenceLogic
+from adi.decoding.reflex import Fell, told_of
+from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.drafter import Guessed
@@ -67,8 +69,10 @@ class Session:
         candidates: int = 0,
     ) -> None:
         self._started = time.perf_counter()
-        self.model, self.policy = model, policy if policy is not None else FullDepth()
-        self.mode = name_of(self.policy)
+        self._asked = policy if policy is not None else FullDepth()
+        self.mode = name_of(self._asked)
+        self.model, self.policy = model, in_force(self._asked)
+        check_certificate(model, self._asked)
         if candidates < 0:
             raise ValueError(f"candidates is {candidates}; it must be at least 0.")
         self.prompt_ids = model.encode(prompt, raw=raw)
@@ -98,6 +102,7 @@ class Session:
         self._state: Tensor | None = None
         self._said: list[int] = []
         self._alone = False
+        self._fell_at: int | None = 0 if self.policy is not self._asked else None
 
     def __iter__(self) -> Iterator[Event]:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
@@ -145,6 +150,7 @@ class Session:
     def generation(self, steps: Sequence[Step]) -> Generation:
         """The finished text of these steps."""
         spec = self.model.backbone.spec
+        certified, drift = told_of(self._asked, self._logic.spot, self._fell_at)
         return Generation(
             text="".join(step.text for step in steps),
             token_ids=tuple(step.token for step in steps),
@@ -157,6 +163,8 @@ class Session:
             layers=spec.layers,
             finish=self.finish,
             counters=self.counters,
+            certified=certified,
+            drift=drift,
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
@@ -180,7 +188,7 @@ class Session:
 
     def _events(self) -> Iterator[Pass | Score | Event]:
         """Serve the sequence's requests, pass on what it says."""
-        sequence: SequenceLogic = self._logic.sequence
+        sequence = self._logic.sequence
         reply: Sequence[Any] | None = None
         while True:
             try:
@@ -200,6 +208,9 @@ class Session:
                     if said.rejected:
                         yield TakenBack(len(said.rejected))
                     yield self._step(said)
+                case Fell():
+                    self._fell_at = self._index
+                    yield DriftFound(self._index, said.level, said.lower)
 
     def _serve(self, request: Advance) -> Generator[Pass | Score, None, list[Reading]]:
         """Do one request on the frontier and read its last rows there."""
@@ -231,7 +242,7 @@ class Session:
         return readings
 
     def _step(self, said: Decided) -> Step:
-        unverified = isinstance(self.policy, Reflex)
+        unverified = isinstance(self.policy, Reflex) and self._fell_at is None
         self._rounds = said.round
         drafted = said.draft is not None
         if drafted and unverified:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.answers import Answers
+from adi.exits.certificate import Certificate, find
 from adi.exits.drafter import Drafter, Drafting
 from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
 from adi.exits.parts import answers_of, drafter_of, heads_of
@@ -28,9 +29,9 @@ from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
-NOT_JSON = ("heads", "trigger", "drafter", "answers")
 FORMAT = 2
-READ = (1, 2)  # formats: the first knew no drafter
+CERTIFIED = 3  # the format of exits with certificates; the same, with one field more
+READ = (1, 2, CERTIFIED)  # formats: the first knew no drafter
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
 JSON_TEXTS = ("base", "base_name")
 JSON_COUNTS = ("layers", "width", "vocabulary")
@@ -59,6 +60,7 @@ class Exits:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
     answers: Answers | None = None
+    certificates: tuple[Certificate, ...] = ()
     _readers: WeakKeyDictionary[Backbone, Reader] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -69,6 +71,10 @@ class Exits:
     def with_trigger(self, trigger: Trigger) -> Exits:
         """The same exits under another trigger."""
         return replace(self, trigger=trigger)
+
+    def certificate(self, kind: str, level: float, skipped: str = "exact") -> Certificate:
+        """What ``adi calibrate`` certified for exactly this level; ValueError where it never did."""
+        return find(self.certificates, kind, level, skipped)
 
     def check(self, backbone: Backbone) -> None:
         """ValueError unless these exits were made for this very model."""
@@ -151,10 +157,12 @@ class Exits:
         plain = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.init and f.name not in ("heads", "trigger", "drafter", "answers")
+            if f.init and f.name not in ("heads", "trigger", "drafter", "answers", "certificates")
         }
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
-        return {"format": FORMAT, **plain, **own}
+        if not self.certificates:
+            return {"format": FORMAT, **plain, **own}
+        return {"format": CERTIFIED, **plain, **own, "certificates": [c.to_json() for c in self.certificates]}
 
 
 def _alive(model: weakref.ref[Backbone]) -> Backbone:
@@ -195,8 +203,9 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
             "Make some with: adi tune MODEL --out DIR"
         )
     value = read_json(folder / "exits.json", "exits file")
-    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS:
-        raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")
+    more = {"certificates"} if isinstance(value, dict) and value.get("format") == CERTIFIED else set()
+    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS | more:
+        raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
     try:
         return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
     except ValueError as error:
@@ -238,6 +247,9 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
     answers = answers_of(value["vocabulary"], tensors)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers."))}
     heads = heads_of(depths, value["width"], value["vocabulary"], own)
+    certificates = value.get("certificates", [])
+    if not isinstance(certificates, list):
+        raise ValueError("certificates is not a list")
     known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
     return Exits(
         **known,
@@ -246,4 +258,5 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         heads=heads,
         drafter=drafter,
         answers=answers,
+        certificates=tuple(Certificate.from_json(item) for item in certificates),
     )
