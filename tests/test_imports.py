@@ -24,6 +24,8 @@ model.openvino
 model.checkpoint
 exits.signals
 exits.triggers exits.heads
+exits.calibration exits.certificate
+exits.drift
 exits.drafter
 exits.memory
 exits.answers
@@ -34,6 +36,7 @@ exits.habits
 decoding.frontier decoding.policies decoding.records decoding.costs
 decoding.controller
 decoding.sequence decoding.stops decoding.checks
+decoding.reflex
 decoding.lookup decoding.ladder
 decoding.logic
 decoding.session
@@ -44,8 +47,10 @@ training.fit training.tracks
 training.drafting
 training.report
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
-measure.sweep measure.quality
+measure.walk measure.told measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.sweep measure.quality measure.risk
+measure.path
+measure.calibrate
 measure.contestants
 measure.peers
 measure.process

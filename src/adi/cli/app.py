@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import bench, chat, habits, plot, quality, run, study, train
+from adi.cli import bench, calibrate, chat, habits, plot, quality, run, study, train
 
 app = typer.Typer(
     name="adi",
@@ -51,6 +51,7 @@ app.command("triggers")(guarded(study.triggers))
 app.command("bench")(guarded(bench.bench))
 app.command("quality")(guarded(quality.quality))
 app.command("habits")(guarded(habits.habits))
+app.command("calibrate")(guarded(calibrate.calibrate))
 app.command("tune")(guarded(train.tune))
 
 

@@ -12,7 +12,7 @@ from adi.decoding.ladder import Recollection, ladder
 from adi.decoding.lookup import lookup
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
 from adi.decoding.reflex import Fell, Loss, SpotCheck, disagrees, watched
-from adi.decoding.sequence import Plan, Reading, SequenceLogic, Yields, immediate, verified
+from adi.decoding.sequence import Plan, Reading, Yields, immediate, verified
 from adi.exits.drift import DriftMonitor
 from adi.exits.memory import Ngrams
 from adi.exits.reading import Reading as FullReading

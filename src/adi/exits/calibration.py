@@ -118,7 +118,9 @@ def binomial_interval(successes: int, count: int, delta: float = 0.05) -> tuple[
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if binomial_cdf(most, count, min(max(middle, 1e-12), 1 - 1e-12)) > tail else (low, middle)
+            low, high = (
+                (middle, high) if binomial_cdf(most, count, min(max(middle, 1e-12), 1 - 1e-12)) > tail else (low, middle)
+            )
         return low
 
     lower = solve(successes - 1, 1 - delta / 2) if successes else 0.0

@@ -126,5 +126,3 @@ def merged(old: Sequence[Certificate], new: Sequence[Certificate]) -> tuple[Cert
 
     kept = {key(c): c for c in (*old, *new)}
     return tuple(kept[k] for k in sorted(kept))
-
-

@@ -22,8 +22,8 @@ BINS = 100  # losses are rounded down to hundredths, which never finds drift too
 class DriftMonitor:
     """What spot checks have seen, over as many generations as it is handed to. State, explicitly: pass it on, or start anew.
 
-    ``level`` is the bound watched over, in [0, 1]; ``delta`` the chance of a false alarm, ever. ``counts`` are checked tokens by
-    hundredths of loss. ``alarmed`` stays once set. ``seed`` seeds the dice that choose what is checked.
+    ``level`` is the bound watched over, in [0, 1]; ``delta`` the chance of a false alarm, ever. ``counts`` are checked tokens
+    by hundredths of loss. ``alarmed`` stays once set. ``seed`` seeds the dice that choose what is checked.
     """
 
     level: float
@@ -32,13 +32,11 @@ class DriftMonitor:
     counts: dict[int, int] = field(default_factory=dict)
     alarmed: bool = False
     generations: int = 0
-    for_: tuple[str, float, str] | None = None
 
     @classmethod
     def of(cls, certificate: Certificate, seed: int = 0) -> DriftMonitor:
         """A monitor that has seen nothing yet, for this certificate."""
-        key = (certificate.kind, certificate.level, certificate.fingerprint)
-        return cls(certificate.unit_level, certificate.delta or 0.05, seed, for_=key)
+        return cls(certificate.unit_level, certificate.delta or 0.05, seed)
 
     def __post_init__(self) -> None:
         if not 0 < self.level < 1 or not 0 < self.delta < 1:

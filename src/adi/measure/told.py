@@ -29,8 +29,9 @@ class Told:
     """An answer of T tokens and what E exits said at each.
 
     ``said_T`` are the answer's own tokens, ``full_T`` full depth's in the same contexts, ``token_ET`` the exits'.
-    ``signals`` are each exit's top probability and entropy, ``[E, T]``. ``regret_T`` and ``regret_ET`` say how much less likely than ``full_T`` the
-    answer's and the exits' tokens are to the full model, in nats, at least 0; ``log_T`` is the log-probability of ``said_T``.
+    ``signals`` are each exit's top probability and entropy, ``[E, T]``. ``regret_T`` and ``regret_ET`` say how much less likely
+    than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0; ``log_T`` is the
+    log-probability of ``said_T``.
     """
 
     prompt_ids: tuple[int, ...]
