@@ -65,7 +65,7 @@ def test_only_a_certified_level_is_found() -> None:
     assert find(there, "disagreement", 0.05).level == 0.05
     with pytest.raises(ValueError, match=r"0.03 was never certified.*0.02, disagreement 0.05.*adi calibrate"):
         find(there, "disagreement", 0.03)
-    with pytest.raises(ValueError, match="log_loss 0.02 was never certified"):
+    with pytest.raises(ValueError, match=r"log_loss 0.02 was never certified"):
         find(there, "log_loss", 0.02)
     with pytest.raises(ValueError, match="choose one of disagreement, log_loss"):
         find(there, "harm", 0.02)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,3 +193,59 @@ def test_batches_share_the_monitor(llama: adi.Model, certified: adi.Exits) -> No
     policy = adi.Reflex(certified, risk=0.02, spot_check=0.5)
     texts = adi.generate_batch(llama, [[i, i + 1] for i in range(8)], policy, max_new_tokens=20)
     assert all(g.drift is not None and g.drift.fell_back_at is not None for g in texts)
+
+
+def test_propagated_keys_and_values_are_each_blocks_own_of_the_exit_state(llama: adi.Model) -> None:
+    """Block by block by hand: norm, projection, rotation of the exit's state, at every skipped block."""
+    from adi.decoding.frontier import Frontier
+
+    hf = llama.backbone.model  # type: ignore[attr-defined]
+    frontier = Frontier(llama.backbone)
+    frontier.append([1, 2, 3])
+    frontier.advance(6)
+    frontier.append([4])
+    frontier.advance(2)
+    state_D = frontier.hidden(3, 4)[0].clone()
+    frontier.propagate()
+    assert frontier.filled == [4] * 6
+    cos, sin = hf.model.rotary_emb(state_D[None, None], torch.tensor([[3]]))
+    for layer in range(2, 6):
+        block = hf.model.layers[layer]
+        with torch.no_grad():
+            x = block.input_layernorm(state_D[None, None])
+            key = block.self_attn.k_proj(x).view(1, 1, -1, block.self_attn.head_dim).transpose(1, 2)
+            value = block.self_attn.v_proj(x).view(1, 1, -1, block.self_attn.head_dim).transpose(1, 2)
+        half = key.shape[-1] // 2
+        turned = key * cos[:, None] + torch.cat([-key[..., half:], key[..., :half]], -1) * sin[:, None]
+        held = frontier.cache.layers[layer]
+        assert torch.allclose(held.keys[..., 3:4, :], turned, atol=1e-5)
+        assert torch.allclose(held.values[..., 3:4, :], value, atol=1e-5)
+    frontier.append([5])
+    frontier.advance(6)
+    exact = adi_states(llama, [1, 2, 3, 4, 5])[-1]
+    assert not torch.allclose(frontier.hidden(4, 5)[0], exact, atol=1e-4), "it is an approximation"
+
+
+def test_propagation_owes_nothing_and_refuses_what_it_cannot_do(llama: adi.Model, certified: adi.Exits) -> None:
+    policy = adi.Reflex(certified, trigger=adi.Always((2,)), skipped="propagate")
+    text = adi.generate(llama, [1, 2, 3], policy, max_new_tokens=10)
+    assert [s.depth for s in text.steps] == [6] + [2] * 9
+    exact = adi.generate(llama, [1, 2, 3], adi.Reflex(certified, trigger=adi.Always((2,))), max_new_tokens=10)
+    assert text.token_ids == exact.token_ids, "where no token goes deeper, nobody reads what was skipped"
+    never = adi.Reflex(certified, trigger=adi.Never(), skipped="propagate")
+    assert (
+        adi.generate(llama, [1, 2, 3], never, max_new_tokens=10).token_ids
+        == adi.generate(llama, [1, 2, 3], max_new_tokens=10).token_ids
+    )
+    with pytest.raises(ValueError, match="choose one of exact, propagate"):
+        adi.Reflex(certified, trigger=adi.Never(), skipped="guess")
+    with pytest.raises(ValueError, match="with skipped=propagate"):
+        adi.Reflex(certified, risk=0.02, skipped="propagate")
+
+
+def test_an_engine_that_cannot_propagate_is_refused(
+    llama: adi.Model, certified: adi.Exits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(type(llama.backbone), "propagate")
+    with pytest.raises(ValueError, match="cannot make keys and values"):
+        adi.generate(llama, [1, 2], adi.Reflex(certified, trigger=adi.Never(), skipped="propagate"), max_new_tokens=3)

@@ -6,24 +6,36 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
+from reflex_use import drift, speeds, tasks
 
 import adi
+from adi.exits.calibration import PVALUES, PValue, betting, binomial_interval, conformal, learn_then_test
 from adi.exits.triggers import Threshold, trigger_from_json
 from adi.files import read_json, write_json
+from adi.measure.calibrate import Tested, certify, losses, text_hash
+from adi.measure.circumstances import circumstances
 from adi.measure.path import path
-from adi.measure.risk import Sample, own_text
+from adi.measure.risk import NATS, Sample, own_text, replayed
 from adi.measure.told import Told, tell
 from adi.prompts import read_prompts
 
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
+NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
+DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 TOKENS, LEARNING, CALIBRATION, CHUNK = 32, 160, 800, 80
 Guard = Callable[[], AbstractContextManager[object]]
 
@@ -80,3 +92,163 @@ def collect(topics: Path, work: Path, count: int = CALIBRATION, guard: Guard = n
         assert isinstance(trigger, Threshold)
         sampling(model, exits, told, trigger, work / f"samples-{place}.json", guard)
     print(json.dumps({"rules": len(rules_)}))
+
+
+def splits(tested: Sequence[Tested], kind: str, level: float, method: str, p_value: PValue) -> dict[str, Any]:
+    """Calibrate on a random half of the sequences, look at the other half, again and again."""
+    table = losses(tested, kind)
+    depth_GN = np.array([[sample.depth for sample in rule.samples] for rule in tested])
+    unit = level if kind == "disagreement" else level / NATS
+    count, risks, truths, depths, never = table.shape[1], [], [], [], 0
+    for seed in range(SPLITS):
+        order = list(range(count))
+        random.Random(seed).shuffle(order)
+        fit, held = order[: count // 2], order[count // 2 :]
+        place = learn_then_test(table[:, fit], unit, DELTA, p_value) if method == "ltt" else conformal(table[:, fit], unit)
+        never += place is None
+        risks.append(0.0 if place is None else float(table[place, held].mean()))
+        truths.append(0.0 if place is None else float(table[place].mean()))
+        depths.append(30.0 if place is None else float(depth_GN[place, held].mean()))
+    above = sum(risk > unit for risk in risks)
+    return {
+        "kind": kind,
+        "level": level,
+        "method": method,
+        "splits": SPLITS,
+        "calibration": count // 2,
+        "test": count - count // 2,
+        "above": above,
+        "interval": binomial_interval(above, SPLITS),
+        "above_all": sum(risk > unit for risk in truths),
+        "mean_test_risk": float(np.mean(risks)) * (1 if kind == "disagreement" else NATS),
+        "mean_depth": float(np.mean(depths)),
+        "never": never,
+    }
+
+
+def references(told: Sequence[Told], depths: Sequence[int], layers: int) -> dict[str, list[dict[str, float]]]:
+    """Risk and mean depth without calibration, replayed: the exits' own rule at other thresholds, one depth always, and the
+    shallowest depth that is right (nobody knows it)."""
+
+    def point(trigger: Threshold) -> dict[str, float]:
+        samples = [replayed(t, depths, layers, trigger) for t in told]
+        return {name: mean(getattr(s, key) for s in samples) for name, key in (("risk", "disagreement"), ("depth", "depth"))}
+
+    shipped = {8: 1.6984, 20: 1.8515, 24: 2.5837, 28: 2.6026}
+    entropy = [point(Threshold("entropy", {d: t * scale for d, t in shipped.items()})) for scale in SCALES]
+    single = [point(Threshold("top_probability", share)) for share in SHARES]
+    fixed = [point(Threshold("top_probability", {d: 0.0})) for d in depths]
+    right = [torch.cat([t.token_ET == t.full_T, torch.ones(1, len(t.full_T), dtype=torch.bool)]) for t in told]
+    ends = torch.tensor([*depths, layers])
+    oracle = mean(float(ends[r.double().argmax(0)].double().mean()) for r in right)
+    return {
+        "shipped entropy rule": entropy,
+        "one top probability": single,
+        "fixed depth": fixed,
+        "oracle": [{"risk": 0.0, "depth": oracle}],
+    }
+
+
+def certified(topics: Path, work: Path, out: Path) -> adi.Exits:
+    """The shipped exits with certificates from all collected samples, saved to a folder."""
+    tested, told = gathered(work)
+    exits = adi.load_exits("smollm2-135m")
+    about = {
+        "max_new_tokens": TOKENS,
+        "text_hash": text_hash([t.prompt_ids for t in told]),
+        "fingerprint": exits.base,
+        "precision": "int8",
+    }
+    made = []
+    for kind, levels in (("disagreement", LEVELS), ("log_loss", NAT_LEVELS)):
+        for level in levels:
+            rest = {**about, "kind": kind, "method": "ltt", "delta": DELTA}
+            made.append(certify(tested, level, len(told), exits.layers, rest))
+    exits = replace(exits, certificates=tuple(made))
+    exits.save(out)
+    return exits
+
+
+def gathered(work: Path) -> tuple[list[Tested], list[Told]]:
+    """All samples of all rules, as far as every rule has them."""
+    with torch.serialization.safe_globals([Told]):
+        told = torch.load(work / "calibration.pt")
+    rules: list[Any] = read_json(work / "path.json", "path")
+    files = [work / f"samples-{place}.json" for place in range(len(rules))]
+    samples = [[Sample(**row) for row in read_json(file, "samples")] for file in files]
+    count = min(len(told), *map(len, samples))
+    depths, layers = adi.load_exits("smollm2-135m").depths, 30
+    tested = []
+    for rule, found in zip(rules, samples, strict=True):
+        trigger = trigger_from_json(rule["trigger"])
+        again = tuple(replayed(t, depths, layers, trigger) for t in told[:count])
+        tested.append(Tested(trigger, tuple(found[:count]), again))
+    return tested, told[:count]
+
+
+def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
+    """Everything that follows from the samples alone."""
+    tested, told = gathered(work)
+    exits = adi.load_exits("smollm2-135m")
+    rules = []
+    for rule in tested:
+        row: dict[str, Any] = {"trigger": rule.trigger.to_json()}
+        for way, samples in (("own", rule.samples), ("replayed", rule.replayed)):
+            tokens = sum(s.tokens for s in samples)
+            row[way] = {
+                "disagreement": mean(s.disagreement for s in samples),
+                "nats": NATS * mean(s.log_loss for s in samples),
+                "depth": mean(s.depth for s in samples),
+                "full_share": sum(s.full for s in samples) / tokens,
+                "perplexity": math.exp(-sum(s.log_probability for s in samples) / tokens),
+            }
+        rules.append(row)
+    kinds = [("disagreement", level) for level in LEVELS] + [("log_loss", level) for level in NAT_LEVELS]
+    ways = (("ltt", "betting"), ("ltt", "hoeffding-bentkus"), ("crc", ""))
+    full_tokens = sum(len(t.said_T) for t in told)
+    value = {
+        "format": "adi-reflex",
+        "version": 1,
+        **circumstances(f"python tools/reflex.py {topics.name} WORK {out}", read_prompts(topics)),
+        "sequences": len(told),
+        "tokens": TOKENS,
+        "delta": DELTA,
+        "certificates": [c.to_json() for c in certified(topics, work, work / "exits").certificates],
+        "rules": rules,
+        "full_perplexity": math.exp(-sum(float(t.log_T.sum()) for t in told) / full_tokens),
+        "splits": [
+            {**splits(tested, kind, level, method, PVALUES.get(name, betting)), "bound": name}
+            for kind, level in kinds
+            for method, name in ways
+        ],
+        "references": references(told, exits.depths, exits.layers),
+    }
+    used = work / "use.json"
+    write_json(out, {**value, **(read_json(used, "use") if used.exists() else {})})
+    return value
+
+
+def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> None:
+    """What needs the model once more: ``speed``, ``tasks`` or ``drift``, kept in a file."""
+    model, exits = adi.load("smollm2-135m"), adi.load_exits(work / "exits")
+    levels = list(LEVELS)
+    prompts = [item.prompt for item in read_prompts(topics)]
+    random.Random(2).shuffle(prompts)
+    file = work / "use.json"
+    with guard():
+        made: Any = {
+            "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
+            "tasks": lambda: tasks(model, exits, levels),
+            "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts),
+        }[stage]()
+    write_json(file, {**(read_json(file, "use") if file.exists() else {}), stage: made})
+
+
+if __name__ == "__main__":
+    given = [Path(argument) for argument in sys.argv[1:4]]
+    given[1].mkdir(parents=True, exist_ok=True)
+    collect(given[0], given[1])
+    certified(given[0], given[1], given[1] / "exits")
+    for step in ("speed", "tasks", "drift"):
+        use(given[0], given[1], step)
+    report(*given)

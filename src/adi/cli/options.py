@@ -60,6 +60,10 @@ RiskKindOption = Annotated[str, typer.Option("--kind", help="Which risk: disagre
 SpotOption = Annotated[
     float, typer.Option("--spot-check", help="In reflex mode, with --risk: check this share of tokens at full depth.")
 ]
+SkippedOption = Annotated[
+    str,
+    typer.Option("--skipped", help="In reflex mode, keys and values of skipped blocks: exact (later), propagate (hf only)."),
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
@@ -79,6 +83,7 @@ class ReflexOptions:
     risk: float | None = None
     kind: str = "disagreement"
     spot_check: float = 0.0
+    skipped: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -180,12 +185,13 @@ def policy_for(
         "--habits": habits,
         "--risk": watched.risk,
         "--spot-check": watched.spot_check or None,
+        "--skipped": None if watched.skipped == "exact" else watched.skipped,
     }
     unused: dict[str, tuple[str, ...]] = {
         "full": tuple(given),
-        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check"),
+        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check", "--skipped"),
         "reflex": ("--draft-tokens", "--habits"),
-        "verified": ("--risk", "--spot-check"),
+        "verified": ("--risk", "--spot-check", "--skipped"),
     }
     if wrong := [name for name in unused[mode] if given[name] is not None]:
         raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")

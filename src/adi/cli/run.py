@@ -27,6 +27,7 @@ from adi.cli.options import (
     ReflexOptions,
     RiskKindOption,
     RiskOption,
+    SkippedOption,
     Source,
     SpotOption,
     StopOption,
@@ -61,6 +62,7 @@ def run(
     risk: RiskOption = None,
     kind: RiskKindOption = "disagreement",
     spot_check: SpotOption = 0.0,
+    skipped: SkippedOption = "exact",
     stop: StopOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
@@ -78,7 +80,7 @@ def run(
         require_writable(trace)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(errors, stops)
-    reflex = ReflexOptions(risk, kind, spot_check)
+    reflex = ReflexOptions(risk, kind, spot_check, skipped)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, reflex)
     _say_where_ties_may_fall(errors, loaded, mode)
     options: dict[str, Any] = {

@@ -30,7 +30,14 @@ def check_signals(model: Model, trigger: Trigger) -> None:
         )
 
 
-def check_certificate(model: Model, policy: Policy) -> None:
-    """ValueError where a reflex relies on a certificate of another model or precision."""
-    if isinstance(policy, Reflex) and policy.certificate is not None:
+def check_reflex(model: Model, policy: Policy) -> None:
+    """ValueError where a reflex relies on a certificate of another model or precision, or on what the engine cannot do."""
+    if not isinstance(policy, Reflex):
+        return
+    if policy.certificate is not None:
         policy.certificate.check(model.backbone.spec)
+    if policy.skipped == "propagate" and not hasattr(model.backbone, "propagate"):
+        raise ValueError(
+            f"the {model.backbone.spec.backend} engine cannot make keys and values from an exit's state: use skipped='exact', "
+            "or the engine 'hf'."
+        )

@@ -100,6 +100,8 @@ class Reflex:
             raise ValueError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
         if self.spot_check:
             certificate = self.certificate
+            if self.skipped != "exact":
+                raise ValueError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
             if certificate is None:
                 raise ValueError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
             if self.monitor is None:

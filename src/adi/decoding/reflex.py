@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adi.decoding.policies import Policy, Reflex
 from adi.decoding.records import Drift
@@ -106,12 +107,13 @@ def _resumed(sequence: SequenceLogic, first: Advance, rounds: int) -> SequenceLo
         reply = yield replace(item, round=item.round + rounds - 1) if isinstance(item, Decided) else item
 
 
-def told_of(policy: Policy, spot: SpotCheck | None, fell_at: int | None) -> tuple[str | None, Drift | None]:
-    """What a generation says of its risk: the certificate in words, and what spot checks found."""
+def told_of(policy: Policy, spot: SpotCheck | None, fell_at: int | None) -> dict[str, Any]:
+    """What a generation says of its risk: ``certified``, the certificate in words, and ``drift``, what spot checks found."""
     if not isinstance(policy, Reflex) or policy.certificate is None:
-        return None, None
+        return {}
     words, monitor = policy.certificate.sentence(), policy.monitor
     if monitor is None:
-        return words, None
-    mine = (spot.checked, spot.differed) if spot is not None else (0, 0)
-    return words, Drift(monitor.level, *mine, monitor.checked, monitor.lower, monitor.upper, fell_at)
+        return {"certified": words}
+    checked, differed = (spot.checked, spot.differed) if spot is not None else (0, 0)
+    drift = Drift(monitor.level, checked, differed, monitor.checked, monitor.lower, monitor.upper, fell_at)
+    return {"certified": words, "drift": drift}

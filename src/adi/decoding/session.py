@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adi.decoding.checks import check_certificate, check_length, check_signals
+from adi.decoding.checks import check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, Pass
 from adi.decoding.logic import logic_of
@@ -72,7 +72,7 @@ class Session:
         self._asked = policy if policy is not None else FullDepth()
         self.mode = name_of(self._asked)
         self.model, self.policy = model, in_force(self._asked)
-        check_certificate(model, self._asked)
+        check_reflex(model, self._asked)
         if candidates < 0:
             raise ValueError(f"candidates is {candidates}; it must be at least 0.")
         self.prompt_ids = model.encode(prompt, raw=raw)
@@ -150,7 +150,6 @@ class Session:
     def generation(self, steps: Sequence[Step]) -> Generation:
         """The finished text of these steps."""
         spec = self.model.backbone.spec
-        certified, drift = told_of(self._asked, self._logic.spot, self._fell_at)
         return Generation(
             text="".join(step.text for step in steps),
             token_ids=tuple(step.token for step in steps),
@@ -163,8 +162,7 @@ class Session:
             layers=spec.layers,
             finish=self.finish,
             counters=self.counters,
-            certified=certified,
-            drift=drift,
+            **told_of(self._asked, self._logic.spot, self._fell_at),
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
@@ -207,6 +205,8 @@ class Session:
                 case Decided():
                     if said.rejected:
                         yield TakenBack(len(said.rejected))
+                    if said.depth < self.frontier.backbone.spec.layers and getattr(self.policy, "skipped", "") == "propagate":
+                        self.frontier.propagate()
                     yield self._step(said)
                 case Fell():
                     self._fell_at = self._index

@@ -122,7 +122,7 @@ def try_rule(model: Model, exits: Exits, told: Sequence[Told], rule: Rule, max_n
 def losses(tested: Sequence[Tested], kind: str, places: Sequence[int] | None = None) -> Losses:
     """The rules' losses of a kind, ``[G, N]``, of all sequences or of those at ``places``, in this order."""
     rows = [[getattr(sample, kind) for sample in rule.samples] for rule in tested]
-    whole = np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+    whole = np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
     return whole if places is None else whole[:, list(places)]
 
 
