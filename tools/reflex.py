@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reflex_use import drift, speeds, tasks
+from reflex_use import drift, propagation, speeds, tasks
 
 import adi
 from adi.exits.calibration import PVALUES, PValue, betting, binomial_interval, conformal, learn_then_test
@@ -34,6 +34,7 @@ from adi.prompts import read_prompts
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
 DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
+PROPAGATED = 24
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 TOKENS, LEARNING, CALIBRATION, CHUNK = 32, 160, 800, 80
@@ -229,7 +230,7 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
 
 
 def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> None:
-    """What needs the model once more: ``speed``, ``tasks`` or ``drift``, kept in a file."""
+    """What needs the model once more: ``speed``, ``tasks``, ``drift`` or ``propagate``, kept in a file."""
     model, exits = adi.load("smollm2-135m"), adi.load_exits(work / "exits")
     levels = list(LEVELS)
     prompts = [item.prompt for item in read_prompts(topics)]
@@ -240,8 +241,14 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
             "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
             "tasks": lambda: tasks(model, exits, levels),
             "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts),
+            "propagate": lambda: propagation(*_propagated(work), TOKENS),
         }[stage]()
     write_json(file, {**(read_json(file, "use") if file.exists() else {}), stage: made})
+
+
+def _propagated(work: Path) -> tuple[list[Told], list[Any]]:
+    tested, told = gathered(work)
+    return told[:PROPAGATED], [rule.trigger for rule in tested[4::3]]
 
 
 if __name__ == "__main__":
@@ -249,6 +256,6 @@ if __name__ == "__main__":
     given[1].mkdir(parents=True, exist_ok=True)
     collect(given[0], given[1])
     certified(given[0], given[1], given[1] / "exits")
-    for step in ("speed", "tasks", "drift"):
+    for step in ("speed", "tasks", "drift", "propagate"):
         use(given[0], given[1], step)
     report(*given)

@@ -17,7 +17,11 @@ from adi.cli.options import (
     ModelOption,
     ModeOption,
     PrecisionOption,
+    ReflexOptions,
+    RiskKindOption,
+    RiskOption,
     Source,
+    SpotOption,
     ThresholdOption,
     TokensOption,
     TriggerOption,
@@ -38,12 +42,16 @@ def chat(
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
     habits: HabitsOption = None,
+    risk: RiskOption = None,
+    kind: RiskKindOption = "disagreement",
+    spot_check: SpotOption = 0.0,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.paint import Painter, legend
+    from adi.cli.run import drift_line
     from adi.decoding.policies import depths_of
     from adi.decoding.records import Step
     from adi.decoding.session import Session
@@ -51,7 +59,7 @@ def chat(
     out = Console(highlight=False)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, ReflexOptions(risk, kind, spot_check))
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     depths = depths_of(policy)
@@ -83,6 +91,8 @@ def chat(
             generation = session.generation(steps)
             messages.append({"role": "assistant", "content": generation.text})
             last = str(generation.summary())
+            if generation.drift is not None:
+                last += "\n" + drift_line(generation.drift)
 
 
 def _ask(out: Console) -> str | None:
