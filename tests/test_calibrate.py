@@ -120,8 +120,8 @@ def test_a_bolder_rule_is_not_believed_past_a_failure(tiny_model: adi.Model, exi
 
 def test_the_command_saves_certificates_that_run(tiny_folder: Path, exits: adi.Exits, tmp_path: Path) -> None:
     exits.save(tmp_path / "exits")
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS))
-    args = ["--exits", tmp_path / "exits", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "-n", 4]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS[:20]))
+    args = ["--exits", tmp_path / "exits", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "-n", 3]
     done = adi_("calibrate", tiny_folder, *args, "--risk", 0.6, "--risk", 0.001, "--json", tmp_path / "c.json")
     assert done.exit_code == 0, done.output
     assert "no exit can be believed" in " ".join(done.output.split())
@@ -137,14 +137,8 @@ def test_the_command_saves_certificates_that_run(tiny_folder: Path, exits: adi.E
     assert document["drift"]["level"] == 0.6
     for wrong, words in (
         (["--risk", 0.5], "never certified"),
-        (["--risk", 0.6, "--threshold", 1], "Give one of them"),
         (["--threshold", 1, "--spot-check", 0.1], "watches over a certificate"),
     ):
         done = adi_(*run, *wrong)
         assert done.exit_code == 2
         assert words in " ".join(done.output.split())
-    done = adi_("run", "hi", "--model", tiny_folder, "--mode", "full", "--risk", 0.6)
-    assert "--risk means nothing in full mode" in " ".join(done.output.split())
-    bare = adi_("calibrate", tiny_folder, "--exits", "bare", "--out", tmp_path / "x", "--prompts", tmp_path / "p.jsonl")
-    assert bare.exit_code == 2
-    assert "bare exits have no file" in " ".join(bare.output.split())

@@ -236,19 +236,18 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
     prompts = [item.prompt for item in read_prompts(topics)]
     random.Random(2).shuffle(prompts)
     file = work / "use.json"
-    with guard():
-        made: Any = {
-            "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
-            "tasks": lambda: tasks(model, exits, levels),
-            "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts),
-            "propagate": lambda: propagation(*_propagated(work), TOKENS),
-        }[stage]()
+    made: Any = {
+        "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
+        "tasks": lambda: tasks(model, exits, levels),
+        "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts, guard),
+        "propagate": lambda: propagation(*_propagated(work), TOKENS, guard),
+    }[stage]()
     write_json(file, {**(read_json(file, "use") if file.exists() else {}), stage: made})
 
 
-def _propagated(work: Path) -> tuple[list[Told], list[Any]]:
+def _propagated(work: Path) -> tuple[list[tuple[int, ...]], list[Any]]:
     tested, told = gathered(work)
-    return told[:PROPAGATED], [rule.trigger for rule in tested[4::3]]
+    return [t.prompt_ids for t in told[:PROPAGATED]], [tested[place].trigger for place in (5, 8)]
 
 
 if __name__ == "__main__":

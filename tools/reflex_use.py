@@ -10,6 +10,8 @@ import inspect
 import json
 import random
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -18,8 +20,9 @@ import adi
 from adi.measure.risk import NATS, disagreement, own_text
 from adi.measure.statistics import bootstrap_median
 from adi.measure.timing import timed
-from adi.measure.told import Told, tell
+from adi.measure.told import tell
 
+Guard = Callable[[], AbstractContextManager[object]]
 TASKS = Path(__file__).parent / "data" / "tasks.jsonl"
 SPOT_CHECK, FAR_TOKENS, FAR_PROMPTS = 0.05, 48, 60
 FRENCH_TOPICS = (
@@ -91,22 +94,25 @@ def far(model: adi.Model) -> dict[str, list[Any]]:
     }
 
 
-def drift(model: adi.Model, exits: adi.Exits, level: float, near: list[str]) -> list[dict[str, Any]]:
+def drift(model: adi.Model, exits: adi.Exits, level: float, near: list[str], guard: Guard) -> list[dict[str, Any]]:
     """For each kind of text: the true risk of its reflex texts, and what a monitor with spot checks makes of them in turn."""
     kinds = {"calibration's kind": [model.encode(p) for p in near[:FAR_PROMPTS]], **far(model)}
     rows = []
     for name, prompts in kinds.items():
-        plain = adi.generate_batch(model, prompts, adi.Reflex(exits, risk=level), max_new_tokens=FAR_TOKENS)
-        told = tell(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
+        with guard():
+            plain = adi.generate_batch(model, prompts, adi.Reflex(exits, risk=level), max_new_tokens=FAR_TOKENS)
+            told = tell(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
         policy = adi.Reflex(exits, risk=level, spot_check=SPOT_CHECK)
         tokens, fell = 0, None
-        for prompt in prompts:
-            text = adi.generate(model, prompt, policy, max_new_tokens=FAR_TOKENS)
-            assert text.drift is not None
-            if text.drift.fell_back_at is not None:
-                fell = tokens + text.drift.fell_back_at
-                break
-            tokens += len(text.steps)
+        for at in range(0, len(prompts), 10):
+            with guard():
+                for prompt in prompts[at : at + 10] if fell is None else ():
+                    text = adi.generate(model, prompt, policy, max_new_tokens=FAR_TOKENS)
+                    assert text.drift is not None
+                    if text.drift.fell_back_at is not None:
+                        fell = tokens + text.drift.fell_back_at
+                        break
+                    tokens += len(text.steps)
         assert policy.monitor is not None
         rows.append(
             {
@@ -125,14 +131,18 @@ def drift(model: adi.Model, exits: adi.Exits, level: float, near: list[str]) -> 
     return rows
 
 
-def propagation(told: list[Told], rules: list[Any], tokens: int) -> dict[str, Any]:
+def propagation(prompts: list[tuple[int, ...]], rules: list[Any], tokens: int, guard: Guard) -> dict[str, Any]:
     """Some rules with exact and with propagated keys and values, by transformers' modules in float32, judged by a full pass."""
     model, exits = adi.load("smollm2-135m", backend="hf"), adi.load_exits("smollm2-135m")
+    with guard():
+        full = [adi.generate(model, prompt, max_new_tokens=tokens) for prompt in prompts]
+        told = tell(model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in full])
     rows = []
     for trigger in rules:
         row: dict[str, Any] = {"trigger": trigger.to_json()}
         for way in ("exact", "propagate"):
-            samples = own_text(model, exits, told, trigger, tokens, way)
+            with guard():
+                samples = own_text(model, exits, told, trigger, tokens, way)
             row[way] = {
                 "disagreement": mean(s.disagreement for s in samples),
                 "nats": NATS * mean(s.log_loss for s in samples),
