@@ -37,11 +37,12 @@ class Rule:
 
 
 def risks_wanted(levels: Sequence[float]) -> list[float]:
-    """The risks for which rules are looked for, rising: from a quarter of the lowest level to the highest."""
+    """The risks for which rules are looked for, rising: from a quarter of the lowest level to three quarters of the highest,
+    since a rule that is nearer to its level would need more text than there is to be believed."""
     wanted = [min(levels) / 4]
-    while wanted[-1] * STEP < max(levels):
+    while wanted[-1] * STEP < 0.75 * max(levels):
         wanted.append(wanted[-1] * STEP)
-    return [*wanted, max(levels)]
+    return [*wanted, 0.75 * max(levels)]
 
 
 def path(told: Sequence[Told], depths: Sequence[int], layers: int, levels: Sequence[float], kind: str) -> list[Rule]:
