@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -26,8 +27,8 @@ from adi.exits.triggers import Threshold, trigger_from_json
 from adi.files import read_json, write_json
 from adi.measure.calibrate import Tested, certify, losses, text_hash
 from adi.measure.circumstances import circumstances
-from adi.measure.path import path
-from adi.measure.risk import NATS, Sample, own_text, replayed
+from adi.measure.path import LOOK_BLOCKS, path
+from adi.measure.risk import NATS, Sample, own_text, replay, replayed
 from adi.measure.told import Told, tell
 from adi.prompts import read_prompts
 
@@ -35,6 +36,7 @@ LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
 DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
 PROPAGATED = 24
+FEWER = 240
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 TOKENS, LEARNING, CALIBRATION, CHUNK = 32, 160, 400, 40
@@ -76,12 +78,11 @@ def sampling(
     return found
 
 
-def collect(topics: Path, work: Path, count: int = CALIBRATION, guard: Guard = nullcontext) -> None:
+def collect(topics: Path, work: Path, guard: Guard = nullcontext) -> None:
     """The path of rules, and every calibration prompt's samples under each."""
     model, exits = adi.load("smollm2-135m"), adi.load_exits("smollm2-135m")
     layers = model.backbone.spec.layers
     learning, calibration = chosen(topics)
-    calibration = calibration[:count]
     learned = telling(model, exits, learning, work / "learning.pt", guard)
     if not (work / "path.json").exists():
         rules = path(learned, exits.depths, layers, LEVELS, "disagreement")
@@ -91,7 +92,8 @@ def collect(topics: Path, work: Path, count: int = CALIBRATION, guard: Guard = n
     for place, rule in enumerate(rules_):
         trigger = trigger_from_json(rule["trigger"])
         assert isinstance(trigger, Threshold)
-        sampling(model, exits, told, trigger, work / f"samples-{place}.json", guard)
+        enough = CALIBRATION if rule["risk"] < 0.02 else FEWER  # by the answers that the path was learned on
+        sampling(model, exits, told[:enough], trigger, work / f"samples-{place}.json", guard)
     print(json.dumps({"rules": len(rules_)}))
 
 
@@ -127,13 +129,21 @@ def splits(tested: Sequence[Tested], kind: str, level: float, method: str, p_val
     }
 
 
+def looks(told: Sequence[Told], depths: Sequence[int], layers: int, trigger: Threshold) -> float:
+    """Exits looked at for a token, replayed; none for an answer's first."""
+    asked = torch.tensor([d for d in depths if trigger.may_fire(d)])
+    seen = [replay(t, depths, layers, trigger).depth_T[1:] for t in told]
+    return sum(int((depth_T[:, None] >= asked).sum()) for depth_T in seen) / sum(len(t.said_T) for t in told)
+
+
 def references(told: Sequence[Told], depths: Sequence[int], layers: int) -> dict[str, list[dict[str, float]]]:
     """Risk and mean depth without calibration, replayed: the exits' own rule at other thresholds, one depth always, and the
     shallowest depth that is right (nobody knows it)."""
 
     def point(trigger: Threshold) -> dict[str, float]:
         samples = [replayed(t, depths, layers, trigger) for t in told]
-        return {name: mean(getattr(s, key) for s in samples) for name, key in (("risk", "disagreement"), ("depth", "depth"))}
+        risk, depth = (mean(getattr(s, key) for s in samples) for key in ("disagreement", "depth"))
+        return {"risk": risk, "depth": depth, "cost": depth + LOOK_BLOCKS * looks(told, depths, layers, trigger)}
 
     shipped = {8: 1.6984, 20: 1.8515, 24: 2.5837, 28: 2.6026}
     entropy = [point(Threshold("entropy", {d: t * scale for d, t in shipped.items()})) for scale in SCALES]
@@ -146,54 +156,64 @@ def references(told: Sequence[Told], depths: Sequence[int], layers: int) -> dict
         "shipped entropy rule": entropy,
         "one top probability": single,
         "fixed depth": fixed,
-        "oracle": [{"risk": 0.0, "depth": oracle}],
+        "oracle": [{"risk": 0.0, "depth": oracle, "cost": oracle}],
     }
 
 
-def certified(topics: Path, work: Path, out: Path) -> adi.Exits:
+def sequences_for(kind: str, level: float) -> int:
+    """Bold levels need fewer sequences, and their rules dearer ones: most texts have to be written anew."""
+    return FEWER if (level if kind == "disagreement" else level / NATS) >= 0.03 else CALIBRATION
+
+
+def certified(work: Path, out: Path) -> adi.Exits:
     """The shipped exits with certificates from all collected samples, saved to a folder."""
-    tested, told = gathered(work)
     exits = adi.load_exits("smollm2-135m")
-    about = {
-        "max_new_tokens": TOKENS,
-        "text_hash": text_hash([t.prompt_ids for t in told]),
-        "fingerprint": exits.base,
-        "precision": "int8",
-    }
     made = []
     for kind, levels in (("disagreement", LEVELS), ("log_loss", NAT_LEVELS)):
         for level in levels:
-            rest = {**about, "kind": kind, "method": "ltt", "delta": DELTA}
-            made.append(certify(tested, level, len(told), exits.layers, rest))
+            tested, told = gathered(work, sequences_for(kind, level))
+            about = {
+                "method": "ltt",
+                "kind": kind,
+                "delta": DELTA,
+                "max_new_tokens": TOKENS,
+                "text_hash": text_hash([t.prompt_ids for t in told]),
+                "fingerprint": exits.base,
+                "precision": "int8",
+            }
+            made.append(certify(tested, level, len(told), exits.layers, about))
     exits = replace(exits, certificates=tuple(made))
     exits.save(out)
     return exits
 
 
-def gathered(work: Path) -> tuple[list[Tested], list[Told]]:
-    """All samples of all rules, as far as every rule has them."""
+@functools.cache
+def gathered(work: Path, count: int) -> tuple[list[Tested], list[Told]]:
+    """The first rules of the path, as far as they have so many samples, with these."""
     with torch.serialization.safe_globals([Told]):
         told = torch.load(work / "calibration.pt")
     rules: list[Any] = read_json(work / "path.json", "path")
-    files = [work / f"samples-{place}.json" for place in range(len(rules))]
-    samples = [[Sample(**row) for row in read_json(file, "samples")] for file in files]
-    count = min(len(told), *map(len, samples))
     depths, layers = adi.load_exits("smollm2-135m").depths, 30
     tested = []
-    for rule, found in zip(rules, samples, strict=True):
+    for place, rule in enumerate(rules):
+        file = work / f"samples-{place}.json"
+        samples = [Sample(**row) for row in read_json(file, "samples")] if file.exists() else []
+        if len(samples) < count:
+            break
         trigger = trigger_from_json(rule["trigger"])
         again = tuple(replayed(t, depths, layers, trigger) for t in told[:count])
-        tested.append(Tested(trigger, tuple(found[:count]), again))
+        tested.append(Tested(trigger, tuple(samples[:count]), again))
     return tested, told[:count]
 
 
 def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
     """Everything that follows from the samples alone."""
-    tested, told = gathered(work)
+    few, _ = gathered(work, FEWER)
+    many, told = gathered(work, CALIBRATION)
     exits = adi.load_exits("smollm2-135m")
     rules = []
-    for rule in tested:
-        row: dict[str, Any] = {"trigger": rule.trigger.to_json()}
+    for rule in [*many, *few[len(many) :]]:
+        row: dict[str, Any] = {"trigger": rule.trigger.to_json(), "sequences": len(rule.samples)}
         for way, samples in (("own", rule.samples), ("replayed", rule.replayed)):
             tokens = sum(s.tokens for s in samples)
             row[way] = {
@@ -203,6 +223,10 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
                 "full_share": sum(s.full for s in samples) / tokens,
                 "perplexity": math.exp(-sum(s.log_probability for s in samples) / tokens),
             }
+        assert isinstance(rule.trigger, Threshold)
+        asked = looks(told[: len(rule.samples)], exits.depths, exits.layers, rule.trigger)
+        for way in ("own", "replayed"):
+            row[way]["cost"] = row[way]["depth"] + LOOK_BLOCKS * asked
         rules.append(row)
     kinds = [("disagreement", level) for level in LEVELS] + [("log_loss", level) for level in NAT_LEVELS]
     ways = (("ltt", "betting"), ("ltt", "hoeffding-bentkus"), ("crc", ""))
@@ -212,13 +236,18 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
         "version": 1,
         **circumstances(f"python tools/reflex.py {topics.name} WORK {out}", read_prompts(topics)),
         "sequences": len(told),
+        "fewer": FEWER,
+        "learning": LEARNING,
         "tokens": TOKENS,
         "delta": DELTA,
-        "certificates": [c.to_json() for c in certified(topics, work, work / "exits").certificates],
+        "certificates": [c.to_json() for c in certified(work, work / "exits").certificates],
         "rules": rules,
         "full_perplexity": math.exp(-sum(float(t.log_T.sum()) for t in told) / full_tokens),
         "splits": [
-            {**splits(tested, kind, level, method, PVALUES.get(name, betting)), "bound": name}
+            {
+                **splits(gathered(work, sequences_for(kind, level))[0], kind, level, method, PVALUES.get(name, betting)),
+                "bound": name,
+            }
             for kind, level in kinds
             for method, name in ways
         ],
@@ -246,7 +275,7 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
 
 
 def _propagated(work: Path) -> tuple[list[tuple[int, ...]], list[Any]]:
-    tested, told = gathered(work)
+    tested, told = gathered(work, FEWER)
     return [t.prompt_ids for t in told[:PROPAGATED]], [tested[place].trigger for place in (5, 8)]
 
 
@@ -254,7 +283,7 @@ if __name__ == "__main__":
     given = [Path(argument) for argument in sys.argv[1:4]]
     given[1].mkdir(parents=True, exist_ok=True)
     collect(given[0], given[1])
-    certified(given[0], given[1], given[1] / "exits")
+    certified(given[1], given[1] / "exits")
     for step in ("speed", "tasks", "drift", "propagate"):
         use(given[0], given[1], step)
     report(*given)

@@ -22,7 +22,7 @@ COLOURS = {
     "oracle": "#111111",
 }
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 62, 18, 200, 50
-LOWEST, HIGHEST, SHALLOWEST, DEEPEST = 1e-3, 1.0, 8.0, 30.0
+LOWEST, HIGHEST, SHALLOWEST, DEEPEST = 1e-3, 1.0, 8.0, 35.0
 
 
 def share(value: float) -> str:
@@ -45,17 +45,19 @@ def levels_table(found: dict[str, Any]) -> str:
     passed = {f"{row['level']:g}": row["passed"] for row in found["tasks"]["levels"]}
     able = found["tasks"]["full"]
     rows = [
-        "| level | believes (depth: top probability) | risk, own text | risk, replayed | mean depth of 30 | tokens/s | "
+        "| level | believes (depth: top probability) | risk, own text | risk, replayed | mean depth of 30 | blocks, looks counted | tokens/s | "
         "against full depth | perplexity | tasks |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
     def speed(name: str) -> str:
         row = speeds[name]
         return f"{row['tokens_per_second']:.1f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
-    rows.append(f"| full depth | | 0 | 0 | 30.00 | {speed('full')} | {found['full_perplexity']:.3f} | {able} of {able} |")
-    rows.append(f"| verified | | 0 | 0 | | {speed('verified')} | as full depth | as full depth |")
+    rows.append(
+        f"| full depth | | 0 | 0 | 30.00 | 30.00 | {speed('full')} | {found['full_perplexity']:.3f} | {able} of {able} |"
+    )
+    rows.append(f"| verified | | 0 | 0 | | | {speed('verified')} | as full depth | as full depth |")
     for c in found["certificates"]:
         if c["kind"] != "disagreement":
             continue
@@ -64,8 +66,11 @@ def levels_table(found: dict[str, Any]) -> str:
         own, again = (rule["own"], rule["replayed"]) if rule else (None, None)
         risks = f"{share(own['disagreement'])} | {share(again['disagreement'])}" if own and again else "0 | 0"
         depth, perplexity = (own["depth"], own["perplexity"]) if own else (30.0, found["full_perplexity"])
+        cost = own["cost"] if own else 30.0
         tail = f"{perplexity:.3f} | {passed[name]} of {able}"
-        rows.append(f"| {c['level']:.1%} | {at_of(c['trigger'])} | {risks} | {depth:.2f} | {speed(name)} | {tail} |")
+        rows.append(
+            f"| {c['level']:.1%} | {at_of(c['trigger'])} | {risks} | {depth:.2f} | {cost:.2f} | {speed(name)} | {tail} |"
+        )
     return "\n".join(rows)
 
 
@@ -110,13 +115,14 @@ def splits_table(found: dict[str, Any], kind: str) -> str:
 def rules_table(found: dict[str, Any]) -> str:
     """The path: all rules in their order, on their own text and replayed."""
     rows = [
-        "| rule | depth: top probability | risk, own text | replayed | nats, own text | mean depth | full depth | perplexity |"
+        "| rule | depth: top probability | prompts | risk, own text | replayed | nats | mean depth | full depth | perplexity |"
     ]
-    rows.append("|---:|---|---:|---:|---:|---:|---:|---:|")
+    rows.append("|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for place, rule in enumerate(found["rules"], 1):
         own, again = rule["own"], rule["replayed"]
         cells = f"{share(own['disagreement'])} | {share(again['disagreement'])} | {own['nats']:.4f} | {own['depth']:.2f}"
-        rows.append(f"| {place} | {at_of(rule['trigger'])} | {cells} | {own['full_share']:.0%} | {own['perplexity']:.3f} |")
+        cells += f" | {own['full_share']:.0%} | {own['perplexity']:.3f}"
+        rows.append(f"| {place} | {at_of(rule['trigger'])} | {rule['sequences']} | {cells} |")
     return "\n".join(rows)
 
 
@@ -146,11 +152,11 @@ def propagate_table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any]) -> str:
-    """Risk against mean depth, every rule and reference."""
+    """Risk against cost, every rule and reference; full depth is the line at 30 blocks."""
     series: dict[str, list[tuple[float, float]]] = {
-        "certified rules, own text": [(r["own"]["disagreement"], r["own"]["depth"]) for r in found["rules"]],
-        "the same, replayed": [(r["replayed"]["disagreement"], r["replayed"]["depth"]) for r in found["rules"]],
-        **{name: [(p["risk"], p["depth"]) for p in points] for name, points in found["references"].items()},
+        "certified rules, own text": [(r["own"]["disagreement"], r["own"]["cost"]) for r in found["rules"]],
+        "the same, replayed": [(r["replayed"]["disagreement"], r["replayed"]["cost"]) for r in found["rules"]],
+        **{name: [(p["risk"], p["cost"]) for p in points] for name, points in found["references"].items()},
     }
 
     def x(risk: float) -> float:
@@ -168,8 +174,9 @@ def plot(found: dict[str, Any]) -> str:
         parts.append(f'<path d="M{x(risk):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e5e5e5"/>')
         label = f"{risk:.1%}" if risk < 0.01 else f"{risk:.0%}"
         parts.append(f'<text x="{x(risk):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
-    for depth in (10, 15, 20, 25, 30):
-        parts.append(f'<path d="M{LEFT} {y(depth):.1f}H{WIDTH - RIGHT}" stroke="#e5e5e5"/>')
+    for depth in (10, 15, 20, 25, 30, 35):
+        colour = "#999999" if depth == 30 else "#e5e5e5"
+        parts.append(f'<path d="M{LEFT} {y(depth):.1f}H{WIDTH - RIGHT}" stroke="{colour}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(depth) + 4:.1f}" text-anchor="end">{depth}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
@@ -177,7 +184,7 @@ def plot(found: dict[str, Any]) -> str:
     )
     parts.append(
         f'<text x="16" y="{(TOP + HEIGHT - BOTTOM) / 2:.0f}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {(TOP + HEIGHT - BOTTOM) / 2:.0f})">mean depth of a token (of 30 blocks)</text>'
+        f'transform="rotate(-90 16 {(TOP + HEIGHT - BOTTOM) / 2:.0f})">blocks for a token, a look counting 0.6</text>'
     )
     for place, (name, points) in enumerate(series.items()):
         colour = COLOURS[name]
