@@ -129,6 +129,11 @@ def splits(tested: Sequence[Tested], kind: str, level: float, method: str, p_val
     }
 
 
+def perplexity(told: Sequence[Told]) -> float:
+    """Of full depth's own answers under the full model."""
+    return math.exp(-sum(float(t.log_T.sum()) for t in told) / sum(len(t.said_T) for t in told))
+
+
 def looks(told: Sequence[Told], depths: Sequence[int], layers: int, trigger: Threshold) -> float:
     """Exits looked at for a token, replayed; none for an answer's first."""
     asked = torch.tensor([d for d in depths if trigger.may_fire(d)])
@@ -225,12 +230,12 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
             }
         assert isinstance(rule.trigger, Threshold)
         asked = looks(told[: len(rule.samples)], exits.depths, exits.layers, rule.trigger)
+        row["full_perplexity"] = perplexity(told[: len(rule.samples)])
         for way in ("own", "replayed"):
             row[way]["cost"] = row[way]["depth"] + LOOK_BLOCKS * asked
         rules.append(row)
     kinds = [("disagreement", level) for level in LEVELS] + [("log_loss", level) for level in NAT_LEVELS]
     ways = (("ltt", "betting"), ("ltt", "hoeffding-bentkus"), ("crc", ""))
-    full_tokens = sum(len(t.said_T) for t in told)
     value = {
         "format": "adi-reflex",
         "version": 1,
@@ -242,7 +247,7 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
         "delta": DELTA,
         "certificates": [c.to_json() for c in certified(work, work / "exits").certificates],
         "rules": rules,
-        "full_perplexity": math.exp(-sum(float(t.log_T.sum()) for t in told) / full_tokens),
+        "full_perplexity": perplexity(told),
         "splits": [
             {
                 **splits(gathered(work, sequences_for(kind, level))[0], kind, level, method, PVALUES.get(name, betting)),

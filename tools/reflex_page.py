@@ -45,8 +45,8 @@ def levels_table(found: dict[str, Any]) -> str:
     passed = {f"{row['level']:g}": row["passed"] for row in found["tasks"]["levels"]}
     able = found["tasks"]["full"]
     rows = [
-        "| level | believes (depth: top probability) | risk, own text | risk, replayed | mean depth of 30 | blocks, looks counted | tokens/s | "
-        "against full depth | perplexity | tasks |",
+        "| level | believes (depth: top probability) | risk, own text | replayed | mean depth of 30 | with looks | tokens/s | "
+        "against full depth | perplexity (full depth, same prompts) | tasks |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
@@ -67,7 +67,8 @@ def levels_table(found: dict[str, Any]) -> str:
         risks = f"{share(own['disagreement'])} | {share(again['disagreement'])}" if own and again else "0 | 0"
         depth, perplexity = (own["depth"], own["perplexity"]) if own else (30.0, found["full_perplexity"])
         cost = own["cost"] if own else 30.0
-        tail = f"{perplexity:.3f} | {passed[name]} of {able}"
+        beside = rule["full_perplexity"] if rule else perplexity
+        tail = f"{perplexity:.3f} ({beside:.3f}) | {passed[name]} of {able}"
         rows.append(
             f"| {c['level']:.1%} | {at_of(c['trigger'])} | {risks} | {depth:.2f} | {cost:.2f} | {speed(name)} | {tail} |"
         )
