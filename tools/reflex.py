@@ -1,6 +1,7 @@
 """Reflex mode measured for docs/reflex.md, in stages that go on where they were stopped; stages are functions of one folder.
 
 ``python tools/prompts.py > topics.jsonl``, then ``python tools/reflex.py topics.jsonl WORK docs/results/reflex.json``.
+With names of stages after these (``speed``, ``tasks``, ``drift``, ``propagate``) only those are measured, once more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from adi.prompts import read_prompts
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
 DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
-PROPAGATED = 24
+PROPAGATED = 12
+STAGES = ("speed", "tasks", "drift", "propagate")
 FEWER = 240
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -281,14 +283,15 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
 
 def _propagated(work: Path) -> tuple[list[tuple[int, ...]], list[Any]]:
     tested, told = gathered(work, FEWER)
-    return [t.prompt_ids for t in told[:PROPAGATED]], [tested[place].trigger for place in (5, 8)]
+    return [t.prompt_ids for t in told[:PROPAGATED]], [tested[place].trigger for place in (8,)]
 
 
 if __name__ == "__main__":
-    given = [Path(argument) for argument in sys.argv[1:4]]
-    given[1].mkdir(parents=True, exist_ok=True)
-    collect(given[0], given[1])
-    certified(given[1], given[1] / "exits")
-    for step in ("speed", "tasks", "drift", "propagate"):
-        use(given[0], given[1], step)
-    report(*given)
+    prompts_, work_, out_ = (Path(argument) for argument in sys.argv[1:4])
+    work_.mkdir(parents=True, exist_ok=True)
+    if not sys.argv[4:]:
+        collect(prompts_, work_)
+    certified(work_, work_ / "exits")
+    for step in sys.argv[4:] or STAGES:
+        use(prompts_, work_, step)
+    report(prompts_, work_, out_)

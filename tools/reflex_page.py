@@ -21,6 +21,7 @@ COLOURS = {
     "fixed depth": "#777777",
     "oracle": "#111111",
 }
+UNKNOWN = "not measured yet"
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 62, 18, 200, 50
 LOWEST, HIGHEST, SHALLOWEST, DEEPEST = 1e-3, 1.0, 8.0, 35.0
 
@@ -41,9 +42,9 @@ def at_of(trigger: dict[str, Any]) -> str:
 
 def levels_table(found: dict[str, Any]) -> str:
     """What each certified level gives, beside full depth."""
-    speeds = {row["name"]: row for row in found["speed"]}
-    passed = {f"{row['level']:g}": row["passed"] for row in found["tasks"]["levels"]}
-    able = found["tasks"]["full"]
+    speeds = {row["name"]: row for row in found.get("speed", [])}
+    passed = {f"{row['level']:g}": row["passed"] for row in found["tasks"]["levels"]} if "tasks" in found else {}
+    able = found["tasks"]["full"] if "tasks" in found else UNKNOWN
     rows = [
         "| level | believes (depth: top probability) | risk, own text | replayed | mean depth of 30 | with looks | tokens/s | "
         "against full depth | perplexity (full depth, same prompts) | tasks |",
@@ -51,6 +52,8 @@ def levels_table(found: dict[str, Any]) -> str:
     ]
 
     def speed(name: str) -> str:
+        if name not in speeds:
+            return f"{UNKNOWN} | {UNKNOWN}"
         row = speeds[name]
         return f"{row['tokens_per_second']:.1f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
@@ -68,7 +71,7 @@ def levels_table(found: dict[str, Any]) -> str:
         depth, perplexity = (own["depth"], own["perplexity"]) if own else (30.0, found["full_perplexity"])
         cost = own["cost"] if own else 30.0
         beside = rule["full_perplexity"] if rule else perplexity
-        tail = f"{perplexity:.3f} ({beside:.3f}) | {passed[name]} of {able}"
+        tail = f"{perplexity:.3f} ({beside:.3f}) | {passed.get(name, UNKNOWN)} of {able}"
         rows.append(
             f"| {c['level']:.1%} | {at_of(c['trigger'])} | {risks} | {depth:.2f} | {cost:.2f} | {speed(name)} | {tail} |"
         )
@@ -131,7 +134,7 @@ def drift_table(found: dict[str, Any]) -> str:
     """What spot checks find on each kind of text."""
     rows = ["| text | true risk | mean depth | tokens until verified | checked | running risk found | the certificate |"]
     rows.append("|---|---:|---:|---:|---:|---:|---|")
-    for row in found["drift"]:
+    for row in found.get("drift", []):
         until = f"{row['fell']:,}" if row["fell"] is not None else f"not in {row['tokens']:,}"
         verdict = "fails: verified from there on" if row["fell"] is not None else "stands"
         bounds = f"{share(row['lower'])} to {share(row['upper'])}"
@@ -144,7 +147,7 @@ def propagate_table(found: dict[str, Any]) -> str:
     """Exact and propagated keys and values at the same thresholds."""
     rows = ["| depth: top probability | risk, exact | propagated | nats, exact | propagated | mean depth, exact | propagated |"]
     rows.append("|---|---:|---:|---:|---:|---:|---:|")
-    for row in found["propagate"]["rules"]:
+    for row in found.get("propagate", {"rules": []})["rules"]:
         a, b = row["exact"], row["propagate"]
         risks = f"{share(a['disagreement'])} | {share(b['disagreement'])} | {a['nats']:.4f} | {b['nats']:.4f}"
         cells = f"{risks} | {a['depth']:.2f} | {b['depth']:.2f}"
