@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 
 TASKS = Path(__file__).parent.parent / "tools" / "data" / "tasks.jsonl"
-RIGHT = {"fact": "Paris, France", "arithmetic": "2 + 2 equals 4.", "copying": "The cat sat on the mat.", "extraction": "In Lisbon."}
+RIGHT = {
+    "fact": "Paris, France",
+    "arithmetic": "2 + 2 equals 4.",
+    "copying": "The cat sat on the mat.",
+    "extraction": "In Lisbon.",
+}
 
 
 def test_every_task_can_be_checked() -> None:

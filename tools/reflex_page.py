@@ -136,7 +136,7 @@ def drift_table(found: dict[str, Any]) -> str:
     rows.append("|---|---:|---:|---:|---:|---:|---|")
     for row in found.get("drift", []):
         until = f"{row['fell']:,}" if row["fell"] is not None else f"not in {row['tokens']:,}"
-        verdict = "fails: verified from there on" if row["fell"] is not None else "stands"
+        verdict = "fails: verified from there on" if row["fell"] is not None else "not refuted"
         bounds = f"{share(row['lower'])} to {share(row['upper'])}"
         what = f"{row['text']} | {share(row['risk'])} | {row['mean_depth']:.1f}"
         rows.append(f"| {what} | {until} | {row['checked']} | {bounds} | {verdict} |")
