@@ -58,15 +58,17 @@ results: $(READY)
 	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
 	$(BIN)/python -m pip install --quiet --editable '.[peers]'
 	$(BIN)/adi quality smollm2-135m --precision fp32,int8,int4 --json docs/results/quality.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --modes full,verified --precision int4,int8,fp32 \
-	  --peers llama.cpp,openvino-genai:int4,openvino-genai:int8,hf:fp32 --max-new-tokens 48 --json docs/results/bench.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --modes full,verified,lookup --precision int4,int8 \
+	  --peers llama.cpp,openvino-genai:int4,openvino-genai:int8 --max-new-tokens 128 --json docs/results/ladder.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 16 --modes full,verified --precision int4,int8 \
+	  --peers hf:bf16 --max-new-tokens 128 --json docs/results/bf16.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 20 --modes full,verified --precision fp32 \
+	  --peers hf:fp32 --max-new-tokens 48 --json docs/results/fp32.json
 	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 5 --prompt-tokens 512 --modes full --precision int4,int8 \
 	  --peers openvino-genai:int4,openvino-genai:int8,llama.cpp --max-new-tokens 2 --json docs/results/ttft.json
 	$(BIN)/python tools/batch.py docs/results/batch.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 40 --modes full,verified,lookup --precision int8,int4 \
-	  --peers llama.cpp,openvino-genai:int8 --max-new-tokens 128 --json docs/results/ladder.json
 	$(BIN)/python tools/habit.py
-	$(BIN)/adi plot docs/results/bench.json --out docs/results/bench.html
+	$(BIN)/adi plot docs/results/ladder.json --out docs/results/ladder.html
 	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
 
 # Tables in README.md from the files that hold the results.

@@ -66,7 +66,8 @@ def _edit(folder: Path, **changes: Any) -> None:
 
 
 JSON_DAMAGE: dict[str, dict[str, Any]] = {
-    "another format": {"format": 3},
+    "another format": {"format": 4},
+    "a format with certificates, and none": {"format": 3},
     "a field too many": {"code": "import os"},
     "depths out of order": {"depths": [4, 2]},
     "depths beyond the model": {"depths": [2, 6]},

@@ -199,6 +199,19 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "too deep": (["run", "hi", "--model", "{model}", "--exits", "bare:6"], "choose among 1, 2, 3, 4, 5"),
     "no threshold": (["run", "hi", "--model", "{model}", "--exits", "bare", "--mode", "reflex"], "--threshold"),
     "both": (["run", "hi", "--model", "{model}", "--exits", "bare", "--threshold", "1", "--trigger", "{{}}"], "not both"),
+    "two rules": (
+        ["run", "hi", "--model", "{model}", "--exits", "bare", "--mode", "reflex", "--threshold", "1", "--risk", "0.1"],
+        "Give one of them",
+    ),
+    "risk in full": (
+        ["run", "hi", "--model", "{model}", "--mode", "full", "--risk", "0.1"],
+        "--risk means nothing in full mode",
+    ),
+    "never certified": (
+        ["run", "hi", "--model", "{model}", "--exits", "bare", "--mode", "reflex", "--risk", "0.1"],
+        "was never certified for these exits",
+    ),
+    "bare to certify": (["calibrate", "{model}", "--exits", "bare", "--out", "{model}/x"], "bare exits have no file"),
     "bad trigger": (["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"], "a trigger is an object"),
     "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "at least 1"),
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),

@@ -22,6 +22,13 @@ def test_the_tables_are_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_reflex_page_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "reflex_page.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -24,6 +24,8 @@ model.openvino
 model.checkpoint
 exits.signals
 exits.triggers exits.heads exits.probe
+exits.calibration exits.certificate
+exits.drift
 exits.drafter
 exits.memory
 exits.answers
@@ -35,6 +37,7 @@ decoding.frontier decoding.policies decoding.records decoding.costs decoding.sam
 decoding.controller
 decoding.sequence decoding.stops decoding.checks
 decoding.drawing
+decoding.reflex
 decoding.lookup decoding.ladder
 decoding.logic
 decoding.session
@@ -46,11 +49,13 @@ training.talk training.drafting
 training.lessons
 training.report training.probe
 training.tune
-measure.walk measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
-measure.calibration measure.rounds
+measure.walk measure.told measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
+measure.confidence measure.rounds
 measure.readings
 measure.rules
-measure.sweep measure.quality
+measure.sweep measure.quality measure.risk
+measure.path
+measure.calibrate
 measure.contestants
 measure.peers
 measure.process

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import adi
 from adi.exits.triggers import trigger_from_json
-from adi.measure.calibration import Heated
+from adi.measure.confidence import Heated
 from adi.measure.readings import Readings
 from adi.measure.rounds import PassSeconds
 from adi.measure.rules import GATED, ORACLE, STATIC, Field, compare

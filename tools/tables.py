@@ -54,7 +54,7 @@ def triggers_table() -> str:
     return "\n".join(rows)
 
 
-def bench_table(file: str = "bench.json", mode: str = "full") -> str:
+def bench_table(file: str, mode: str = "full") -> str:
     """Where adi stands: every contestant by speed, and how many times faster adi is in this mode; errors as a footnote."""
     found: dict[str, Any] = json.loads((RESULTS / file).read_text())
     ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
@@ -148,7 +148,8 @@ def filled(text: str) -> str:
     tables: dict[str, Callable[[], str]] = {
         "exits": exits_table,
         "triggers": triggers_table,
-        "bench": bench_table,
+        "fp32": lambda: bench_table("fp32.json"),
+        "bf16": lambda: bench_table("bf16.json", "verified"),
         "ttft": lambda: bench_table("ttft.json"),
         "ladder": lambda: bench_table("ladder.json", "verified"),
         "categories": categories_table,

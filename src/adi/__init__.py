@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from adi.decoding.session import Session
     from adi.decoding.stream import generate, stream
     from adi.exits.artifact import Exits, bare_exits, load_exits
+    from adi.exits.certificate import Certificate
+    from adi.exits.drift import DriftMonitor
     from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
     from adi.measure.audit.run import audit
+    from adi.measure.calibrate import Calibration, calibrate
     from adi.measure.headroom import inspect
     from adi.measure.plot import write_page as plot
     from adi.measure.shootout import study_triggers
@@ -41,8 +44,11 @@ _HOMES = {
     "adi.decoding.session": ("Session",),
     "adi.decoding.stream": ("generate", "stream"),
     "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
+    "adi.exits.certificate": ("Certificate",),
+    "adi.exits.drift": ("DriftMonitor",),
     "adi.exits.triggers": ("AllOf", "Always", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
     "adi.measure.audit.run": ("audit",),
+    "adi.measure.calibrate": ("Calibration", "calibrate"),
     "adi.measure.headroom": ("inspect",),
     "adi.measure.shootout": ("study_triggers",),
     "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
@@ -64,6 +70,7 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "inspect",
     "audit",
     "tune",
+    "calibrate",
     "study_triggers",
     "trace_of",
     "read_trace",
@@ -74,6 +81,9 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "AnyOf",
     "Backbone",
     "BatchMemoryError",
+    "Calibration",
+    "Certificate",
+    "DriftMonitor",
     "Exits",
     "FullDepth",
     "Generation",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import audit, bench, chat, habits, plot, quality, run, study, train, triggers
+from adi.cli import audit, bench, calibrate, chat, habits, plot, quality, run, study, train, triggers
 
 app = typer.Typer(
     name="adi",
@@ -52,6 +52,7 @@ app.command("bench")(guarded(bench.bench))
 app.command("audit")(guarded(audit.audit))
 app.command("quality")(guarded(quality.quality))
 app.command("habits")(guarded(habits.habits))
+app.command("calibrate")(guarded(calibrate.calibrate))
 app.command("tune")(guarded(train.tune))
 
 

@@ -20,8 +20,12 @@ from adi.cli.options import (
     ModeOption,
     PenaltyOption,
     PrecisionOption,
+    ReflexOptions,
+    RiskKindOption,
+    RiskOption,
     SeedOption,
     Source,
+    SpotOption,
     TemperatureOption,
     ThresholdOption,
     TokensOption,
@@ -56,12 +60,16 @@ def chat(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    risk: RiskOption = None,
+    kind: RiskKindOption = "disagreement",
+    spot_check: SpotOption = 0.0,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.paint import legend
+    from adi.cli.run import drift_line
     from adi.decoding.policies import depths_of
     from adi.decoding.session import Session
 
@@ -69,7 +77,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, ReflexOptions(risk, kind, spot_check))
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     depths = depths_of(policy)
@@ -99,6 +107,8 @@ def chat(
             generation = _answered(out, session, depths)
             messages.append({"role": "assistant", "content": generation.text})
             last = str(generation.summary())
+            if generation.drift is not None:
+                last += "\n" + drift_line(generation.drift)
 
 
 def _answered(out: Console, session: Session, depths: Sequence[int]) -> Generation:

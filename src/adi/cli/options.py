@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +52,18 @@ TriggerOption = Annotated[
 DraftOption = Annotated[
     int | None, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified (6; in lookup mode 10).")
 ]
+RiskOption = Annotated[
+    float | None,
+    typer.Option("--risk", help="In reflex mode: a level that adi calibrate certified, such as 0.02 of the tokens."),
+]
+RiskKindOption = Annotated[str, typer.Option("--kind", help="Which risk: disagreement (share of tokens), log_loss (nats).")]
+SpotOption = Annotated[
+    float, typer.Option("--spot-check", help="In reflex mode, with --risk: check this share of tokens at full depth.")
+]
+SkippedOption = Annotated[
+    str,
+    typer.Option("--skipped", help="In reflex mode, keys and values of skipped blocks: exact (later), propagate (hf only)."),
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
@@ -70,6 +82,16 @@ PenaltyOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Draw the same again; by default another one every time.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")]
+
+
+@dataclass(frozen=True)
+class ReflexOptions:
+    """What only reflex mode knows, under the names that ``Reflex`` has for it."""
+
+    risk: float | None = None
+    kind: str = "disagreement"
+    spot_check: float = 0.0
+    skipped: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -149,6 +171,7 @@ def policy_for(
     trigger: str | None,
     draft_tokens: int | None,
     habits: Path | None = None,
+    reflex: ReflexOptions | None = None,
 ) -> Policy:
     """The policy that the options describe; ValueError for a combination that cannot be meant.
 
@@ -161,18 +184,22 @@ def policy_for(
         raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
     if threshold is not None and trigger is not None:
         raise ValueError("give --threshold or --trigger, not both.")
+    watched = reflex or ReflexOptions()
     given = {
         "--exits": exits,
         "--threshold": threshold,
         "--trigger": trigger,
         "--draft-tokens": draft_tokens,
         "--habits": habits,
+        "--risk": watched.risk,
+        "--spot-check": watched.spot_check or None,
+        "--skipped": None if watched.skipped == "exact" else watched.skipped,
     }
     unused: dict[str, tuple[str, ...]] = {
         "full": tuple(given),
-        "lookup": ("--exits", "--threshold", "--trigger", "--habits"),
+        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check", "--skipped"),
         "reflex": ("--draft-tokens", "--habits"),
-        "verified": (),
+        "verified": ("--risk", "--spot-check", "--skipped"),
     }
     if wrong := [name for name in unused[mode] if given[name] is not None]:
         raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
@@ -189,12 +216,13 @@ def policy_for(
         if threshold is not None:
             rule = with_thresholds(chosen.trigger, threshold)
         return Verified(chosen, trigger=rule, draft_tokens=draft_tokens, habits=known)
-    if rule is None and threshold is None:
+    if sum(value is not None for value in (rule, threshold, watched.risk)) != 1:
         raise ValueError(
-            "reflex mode lets drafts stand, so it needs a threshold of your choice: --threshold X (for the shipped exits, "
-            "an entropy in nats such as 0.3) or --trigger JSON. Nothing calibrates it yet."
+            "reflex mode lets drafts stand, so it needs to be told how surely: --risk R, a level that adi calibrate certified "
+            "for these exits; or, uncalibrated, --threshold X (for the shipped exits an entropy in nats such as 0.3) or "
+            "--trigger JSON. Give one of them."
         )
-    return Reflex(chosen, thresholds=threshold, trigger=rule)
+    return Reflex(chosen, thresholds=threshold, trigger=rule, **asdict(watched))
 
 
 def _shipped_for(model: Model) -> bool:

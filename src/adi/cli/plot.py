@@ -19,6 +19,9 @@ from adi.cli.options import (
     ModeOption,
     PrecisionOption,
     RawOption,
+    ReflexOptions,
+    RiskKindOption,
+    RiskOption,
     Source,
     ThresholdOption,
     TokensOption,
@@ -39,6 +42,8 @@ def trace(
     threshold: ThresholdOption = None,
     trigger: TriggerOption = None,
     draft_tokens: DraftOption = None,
+    risk: RiskOption = None,
+    kind: RiskKindOption = "disagreement",
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
     backend: BackendOption = "auto",
@@ -54,7 +59,8 @@ def trace(
     require_writable(out)
     console = Console(stderr=True, highlight=False)
     loaded = Source(model, backend, precision, device).load(console)
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens)
+    reflex = ReflexOptions(risk, kind)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, reflex=reflex)
     generation = generate(
         loaded, prompt, policy, max_new_tokens=max_new_tokens, raw=raw, stop_at_eos=not ignore_eos, candidates=candidates
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +26,13 @@ from adi.cli.options import (
     PenaltyOption,
     PrecisionOption,
     RawOption,
+    ReflexOptions,
+    RiskKindOption,
+    RiskOption,
     SeedOption,
+    SkippedOption,
     Source,
+    SpotOption,
     StopOption,
     TemperatureOption,
     ThresholdOption,
@@ -42,7 +48,7 @@ from adi.files import require_writable
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
-    from adi.decoding.records import Generation
+    from adi.decoding.records import Drift, Generation
     from adi.model.checkpoint import Model
 
 TRACED_CANDIDATES = 5
@@ -66,6 +72,10 @@ def run(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    risk: RiskOption = None,
+    kind: RiskKindOption = "disagreement",
+    spot_check: SpotOption = 0.0,
+    skipped: SkippedOption = "exact",
     stop: StopOption = None,
     raw: RawOption = False,
     ignore_eos: IgnoreEosOption = False,
@@ -84,7 +94,8 @@ def run(
         require_writable(trace)
     stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
     loaded = Source(model, backend, precision, device).load(errors, stops)
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits)
+    reflex = ReflexOptions(risk, kind, spot_check, skipped)
+    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, reflex)
     _say_where_ties_may_fall(errors, loaded, mode)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -118,7 +129,20 @@ def document(generation: Generation, full: Generation | None) -> dict[str, Any]:
         value["full"] = {"text": full.text, "token_ids": list(full.token_ids), **full.summary().to_json()}
         value["identical"] = generation.token_ids == full.token_ids
         value["speedup"] = speedup(generation, full)
+    if generation.certified is not None:
+        value["certified"] = generation.certified
+    if generation.drift is not None:
+        value["drift"] = asdict(generation.drift)
     return value
+
+
+def drift_line(drift: Drift) -> str:
+    """What spot checks found, in words."""
+    seen = f"spot checks: {drift.differed} of {drift.checked} tokens differed from full depth"
+    running = f"running risk above {drift.lower:.2%} and below {drift.upper:.2%} (level {drift.level:.2%})"
+    if drift.fell_back_at is None:
+        return f"{seen}; {running}; the certificate stands"
+    return f"{seen}; {running}: the certificate does not hold on this text, verified from token {drift.fell_back_at} on"
 
 
 def speedup(generation: Generation, full: Generation) -> float:
@@ -186,6 +210,10 @@ def _closing(out: Console, generation: Generation, full: Generation | None) -> N
         )
     if not summary.calibrated:
         out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth", soft_wrap=True)
+    if generation.certified is not None:
+        out.print(generation.certified, soft_wrap=True)
+    if generation.drift is not None:
+        out.print(drift_line(generation.drift), soft_wrap=True)
     if full is None:
         return
     out.print(f"full: {full.summary()}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adi.decoding.policies import Policy, Reflex
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Trigger
 from adi.model.checkpoint import Model
@@ -26,4 +27,23 @@ def check_signals(model: Model, trigger: Trigger) -> None:
         raise ValueError(
             f"the trigger reads {blind[0]!r}, but {model.backbone.spec.family} models show no single MLP per block "
             "(experts, or another form); use entropy, margin, top_probability or stability."
+        )
+
+
+def check_reflex(model: Model, policy: Policy, sampled: bool) -> None:
+    """ValueError where a reflex relies on a certificate of another model or precision or of greedy text where it is not, or on
+    what the engine cannot do."""
+    if not isinstance(policy, Reflex):
+        return
+    if sampled and policy.certificate is not None:
+        raise ValueError(
+            "a certificate of risk speaks of greedy text, and this one is to be sampled: leave temperature and "
+            "repetition_penalty out, or risk=... (thresholds=... are uncertified and go with both)."
+        )
+    if policy.certificate is not None:
+        policy.certificate.check(model.backbone.spec)
+    if policy.skipped == "propagate" and not hasattr(model.backbone, "propagate"):
+        raise ValueError(
+            f"the {model.backbone.spec.backend} engine cannot make keys and values from an exit's state: use skipped='exact', "
+            "or the engine 'hf'."
         )

@@ -97,6 +97,18 @@ class Frontier:
             (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self.mlp)
             self.absorb(ahead, states)
 
+    def propagate(self) -> None:
+        """Give the blocks that the newest positions have not run keys and values made from their states so far: they count as
+        filled. An approximation, of engines that can (``checks`` refuses others)."""
+        depth = next((layer for layer, filled in enumerate(self.filled) if filled < self.length), None)
+        if depth is None:
+            return
+        start = self.filled[depth]
+        assert self.filled[-1] == start, "one exit at a time"
+        rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length).clone())
+        self.backbone.propagate(rows, depth)  # type: ignore[attr-defined]
+        self.filled = [self.length] * len(self.filled)
+
     def close(self) -> None:
         """Give back KV memory, where the engine wants it back; nothing can run afterwards."""
         close = getattr(self.cache, "close", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,11 @@ from adi.decoding.costs import Costs, costs_of
 from adi.decoding.ladder import Recollection, ladder
 from adi.decoding.lookup import lookup
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
-from adi.decoding.sequence import Plan, SequenceLogic, immediate, verified
+from adi.decoding.reflex import Fell, Loss, SpotCheck, disagrees, watched
+from adi.decoding.sequence import Plan, Reading, Yields, immediate, verified
+from adi.exits.drift import DriftMonitor
 from adi.exits.memory import Ngrams
+from adi.exits.reading import Reading as FullReading
 
 if TYPE_CHECKING:
     from adi.exits.drafter import Drafting
@@ -22,11 +26,13 @@ DRAFT_TOKENS = 6
 
 @dataclass(frozen=True)
 class Logic:
-    """One sequence's logic; the drafter that answers its guesses and the costs that its passes are told to, where it asks."""
+    """One sequence's logic; the drafter that answers its guesses and the costs that its passes are told to, where it asks; and
+    the spot checks of a reflex under watch."""
 
-    sequence: SequenceLogic
+    sequence: Generator[Yields | Fell, Sequence[Reading], None]
     drafting: Drafting | None = None
     costs: Costs | None = None
+    spot: SpotCheck | None = None
 
 
 def logic_of(policy: Policy, plan: Plan, backbone: Backbone) -> Logic:
@@ -38,8 +44,25 @@ def logic_of(policy: Policy, plan: Plan, backbone: Backbone) -> Logic:
             return Logic(verified(plan, policy.draft_tokens or DRAFT_TOKENS))
         case Lookup():
             return Logic(lookup(plan, policy.draft_tokens, policy.ngram))
+        case Reflex(monitor=DriftMonitor() as monitor):
+            spot = SpotCheck(monitor, policy.spot_check, monitor.dice(), _loss(policy))
+            return Logic(watched(plan, spot, lambda rest: verified(rest, DRAFT_TOKENS)), spot=spot)
         case FullDepth() | Reflex():
             return Logic(immediate(plan))
+
+
+def _loss(policy: Reflex) -> Loss:
+    """What a token costs by the risk that the certificate bounds, in [0, 1]."""
+    nats = policy.certificate.nats if policy.certificate is not None else None
+    if nats is None:
+        return disagrees
+
+    def regret(reading: Reading, token: int) -> float:
+        assert isinstance(reading, FullReading)
+        logs_V = reading.prediction.log_probs_TS[0]
+        return min(max(float(logs_V.max() - logs_V[token]), 0.0), nats) / nats
+
+    return regret
 
 
 def _climbing(policy: Verified, plan: Plan, backbone: Backbone) -> Logic:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adi.exits.artifact import Exits
+from adi.exits.certificate import SKIPPED, Certificate
+from adi.exits.drift import DriftMonitor
 from adi.exits.habits import Habits
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Never, Trigger, with_thresholds
@@ -58,24 +60,60 @@ class Verified:
 
 @dataclass(frozen=True)
 class Reflex:
-    """What an exit says stands. The text may differ from the full model's, and nothing bounds yet how often.
+    """What an exit says stands. The text may differ from the full model's; how often is bounded where ``risk`` is given.
 
-    Either ``thresholds`` (one number, or one per depth) for the exits' own trigger, or a whole ``trigger``.
+    One of three says which exits are believed: ``risk``, a level that ``adi calibrate`` certified for these exits (of
+    ``kind`` "disagreement" or "log_loss"); ``thresholds`` (one number, or one per depth) for the exits' own trigger; or a
+    whole ``trigger``. The last two are uncalibrated.
+
+    ``spot_check``, with ``risk``: that share of tokens, drawn by dice of its own, is compared with full depth (and corrected
+    where it differs); when this shows that the certificate does not hold on this text, the rest is decoded verified, and so is
+    all that comes after it with the same ``monitor``, which is made here unless given.
+
+    ``skipped``: blocks that a token did not run owe later tokens its keys and values. "exact": they are computed when a later
+    token needs them; "propagate": they are made from the exit's state at once (Elbayad et al. 2020; CALM, Schuster et al.
+    2022), an approximation.
     """
 
     exits: Exits
     thresholds: float | Mapping[int, float] | None = None
     trigger: Trigger | None = None
+    risk: float | None = None
+    kind: str = "disagreement"
+    spot_check: float = 0.0
+    monitor: DriftMonitor | None = None
+    skipped: str = "exact"
 
     def __post_init__(self) -> None:
-        if (self.thresholds is None) == (self.trigger is None):
+        if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
             raise ValueError(
-                "Reflex needs thresholds=... for the exits' own trigger, or trigger=...: nothing is calibrated yet, "
-                "so the choice is yours."
+                "Reflex needs one of risk=... (a level certified by adi calibrate), thresholds=... for the exits' own trigger, "
+                "or trigger=..."
             )
+        if self.skipped not in SKIPPED:
+            raise ValueError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
         if self.thresholds is not None:
             with_thresholds(self.exits.trigger, self.thresholds)  # refuses what cannot be meant
         _check(self.exits, trigger_of(self))
+        if not 0 <= self.spot_check <= 1:
+            raise ValueError(f"spot_check is {self.spot_check}; it is a share of tokens, from 0 to 1.")
+        if self.monitor is not None and not self.spot_check:
+            raise ValueError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
+        if self.spot_check:
+            certificate = self.certificate
+            if self.skipped != "exact":
+                raise ValueError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
+            if certificate is None:
+                raise ValueError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
+            if self.monitor is None:
+                object.__setattr__(self, "monitor", DriftMonitor.of(certificate))
+            assert self.monitor is not None
+            self.monitor.check(certificate)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What bounds the risk, None where nothing does."""
+        return None if self.risk is None else self.exits.certificate(self.kind, self.risk, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -98,6 +136,13 @@ class Lookup:
 Policy = FullDepth | Verified | Reflex | Lookup
 
 
+def in_force(policy: Policy) -> Policy:
+    """The policy itself; for a reflex whose monitor has found that its certificate does not hold, verified decoding."""
+    if isinstance(policy, Reflex) and policy.monitor is not None and policy.monitor.alarmed:
+        return Verified(policy.exits)
+    return policy
+
+
 def depths_of(policy: Policy) -> tuple[int, ...]:
     """The depths below the last one at which a token may be put forward; 0 is a memory of the text."""
     match policy:
@@ -116,6 +161,8 @@ def trigger_of(policy: Policy) -> Trigger:
         return Never()
     if policy.trigger is not None:
         return policy.trigger
+    if isinstance(policy, Reflex) and policy.certificate is not None:
+        return policy.certificate.trigger
     if isinstance(policy, Reflex) and policy.thresholds is not None:
         return with_thresholds(policy.exits.trigger, policy.thresholds)
     assert policy.exits is not None

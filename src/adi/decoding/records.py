@@ -93,7 +93,32 @@ class TakenBack:
     count: int
 
 
-Event = Step | Drafted | TakenBack
+@dataclass(frozen=True)
+class Drift:
+    """What spot checks of a reflex know: this generation's ``checked`` tokens, of which ``differed`` from full depth's; the
+    bound watched over, as a share of tokens or of a clipped loss; and what all checks of the monitor say of the running risk:
+    above ``lower`` and below ``upper``, each at all times with the certificate's confidence. ``fell_back_at`` is the index of
+    the first verified token, 0 where drift had been found before, None where the certificate holds."""
+
+    level: float
+    checked: int
+    differed: int
+    checked_ever: int
+    lower: float
+    upper: float
+    fell_back_at: int | None
+
+
+@dataclass(frozen=True)
+class DriftFound:
+    """An event: the certificate does not hold on this text; from token ``index`` on decoding is verified."""
+
+    index: int
+    level: float
+    lower: float
+
+
+Event = Step | Drafted | TakenBack | DriftFound
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,8 @@ class Summary:
 @dataclass(frozen=True)
 class Generation:
     """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text. ``sampling`` holds the options
-    that draw it again, seed included; None where it is greedy."""
+    that draw it again, seed included; None where it is greedy. In reflex mode ``certified`` says what bounds its risk (None:
+    nothing does), ``drift`` what spot checks found."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -167,6 +193,8 @@ class Generation:
     finish: str
     counters: Counters
     sampling: Mapping[str, Any] | None = None
+    certified: str | None = None
+    drift: Drift | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -194,7 +222,7 @@ class Generation:
             seconds=c.seconds,
             tokens_per_second=tokens / c.seconds if c.seconds > 0 else 0.0,
             finish=self.finish,
-            calibrated=self.mode != "reflex",
+            calibrated=self.mode != "reflex" or self.certified is not None,
         )
 
 

@@ -9,25 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
-from adi.decoding.checks import check_length, check_signals
+from adi.decoding.checks import check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.drawing import Sampler
 from adi.decoding.frontier import Frontier, Pass, Score
 from adi.decoding.logic import logic_of
-from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, name_of, trigger_of
+from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, in_force, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
     Counters,
     Draft,
     Drafted,
+    DriftFound,
     Event,
     Generation,
     Look,
     Step,
     TakenBack,
 )
+from adi.decoding.reflex import Fell, told_of
 from adi.decoding.sampling import Sampling
-from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, SequenceLogic, likeliest
+from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, likeliest
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.drafter import Guessed
@@ -62,8 +64,11 @@ class Session:
         sampling: Sampling | None = None,
     ) -> None:
         self._started = time.perf_counter()
-        self.model, self.policy = model, policy if policy is not None else FullDepth()
-        self.mode = name_of(self.policy)
+        self._asked = policy if policy is not None else FullDepth()
+        self.mode = name_of(self._asked)
+        self.model, self.policy = model, in_force(self._asked)
+        self.sampling = None if sampling is None or sampling.plain else sampling.settled()
+        check_reflex(model, self._asked, self.sampling is not None)
         if candidates < 0:
             raise ValueError(f"candidates is {candidates}; it must be at least 0.")
         self.prompt_ids = model.encode(prompt, raw=raw)
@@ -79,7 +84,6 @@ class Session:
         check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
         check_signals(model, trigger)
-        self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         self.plan = plan = Plan(
             prompt=self.prompt_ids,
             budget=max_new_tokens,
@@ -96,6 +100,7 @@ class Session:
         self._state: Tensor | None = None
         self._said: list[int] = []
         self._alone = False
+        self._fell_at: int | None = 0 if self.policy is not self._asked else None
 
     def __iter__(self) -> Iterator[Event]:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
@@ -156,6 +161,7 @@ class Session:
             finish=self.finish,
             counters=self.counters,
             sampling=None if self.sampling is None else self.sampling.to_json(),
+            **told_of(self._asked, self._logic.spot, self._fell_at),
         )
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
@@ -179,7 +185,7 @@ class Session:
 
     def _events(self) -> Iterator[Pass | Score | Event]:
         """Serve the sequence's requests, pass on what it says."""
-        sequence: SequenceLogic = self._logic.sequence
+        sequence = self._logic.sequence
         reply: Sequence[Any] | None = None
         while True:
             try:
@@ -198,7 +204,12 @@ class Session:
                 case Decided():
                     if said.rejected:
                         yield TakenBack(len(said.rejected))
+                    if said.depth < self.frontier.backbone.spec.layers and getattr(self.policy, "skipped", "") == "propagate":
+                        self.frontier.propagate()
                     yield self._step(said)
+                case Fell():
+                    self._fell_at = self._index
+                    yield DriftFound(self._index, said.level, said.lower)
 
     def _serve(self, request: Advance) -> Generator[Pass | Score, None, list[Reading]]:
         """Do one request on the frontier and read its last rows there."""
@@ -230,7 +241,7 @@ class Session:
         return readings
 
     def _step(self, said: Decided) -> Step:
-        unverified = isinstance(self.policy, Reflex)
+        unverified = isinstance(self.policy, Reflex) and self._fell_at is None
         self._rounds = said.round
         drafted = said.draft is not None
         if drafted and unverified:

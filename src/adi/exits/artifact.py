@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.answers import Answers
+from adi.exits.certificate import Certificate, find
 from adi.exits.drafter import Drafter, Drafting
 from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
 from adi.exits.parts import answers_of, drafter_of, heads_of
@@ -29,9 +30,10 @@ from adi.files import read_json, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
-NOT_JSON = ("heads", "trigger", "drafter", "answers", "probe")
+NOT_JSON = ("heads", "trigger", "drafter", "answers", "probe", "certificates")
 FORMAT = 2
-READ = (1, 2)  # formats: the first knew no drafter
+CERTIFIED = 3  # the format of exits with certificates; the same, with one field more
+READ = (1, 2, CERTIFIED)  # formats: the first knew no drafter
 SHIPPED = Path(__file__).parent.parent / "data" / "exits"
 JSON_TEXTS = ("base", "base_name")
 JSON_COUNTS = ("layers", "width", "vocabulary")
@@ -61,6 +63,7 @@ class Exits:
     drafter: Drafter | None = None
     answers: Answers | None = None
     probe: Probe | None = None
+    certificates: tuple[Certificate, ...] = ()
     _readers: WeakKeyDictionary[Backbone, Reader] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -71,6 +74,10 @@ class Exits:
     def with_trigger(self, trigger: Trigger) -> Exits:
         """The same exits under another trigger."""
         return replace(self, trigger=trigger)
+
+    def certificate(self, kind: str, level: float, skipped: str = "exact") -> Certificate:
+        """What ``adi calibrate`` certified for exactly this level; ValueError where it never did."""
+        return find(self.certificates, kind, level, skipped)
 
     def check(self, backbone: Backbone) -> None:
         """ValueError unless these exits were made for this very model."""
@@ -154,7 +161,9 @@ class Exits:
     def _json(self, tensors: str) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in NOT_JSON}
         own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
-        return {"format": FORMAT, **plain, **own}
+        if not self.certificates:
+            return {"format": FORMAT, **plain, **own}
+        return {"format": CERTIFIED, **plain, **own, "certificates": [c.to_json() for c in self.certificates]}
 
 
 def _alive(model: weakref.ref[Backbone]) -> Backbone:
@@ -195,8 +204,9 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
             "Make some with: adi tune MODEL --out DIR"
         )
     value = read_json(folder / "exits.json", "exits file")
-    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS:
-        raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} (made by adi tune).")
+    more = {"certificates"} if isinstance(value, dict) and value.get("format") == CERTIFIED else set()
+    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS | more:
+        raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
     try:
         return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
     except ValueError as error:
@@ -238,6 +248,9 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
     answers = answers_of(value["vocabulary"], tensors)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers.", "probe."))}
     heads = heads_of(depths, value["width"], value["vocabulary"], own)
+    certificates = value.get("certificates", [])
+    if not isinstance(certificates, list):
+        raise ValueError("certificates is not a list")
     known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
     return Exits(
         **known,
@@ -247,4 +260,5 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         drafter=drafter,
         answers=answers,
         probe=probe_of(depths, value["width"], tensors),
+        certificates=tuple(Certificate.from_json(item) for item in certificates),
     )

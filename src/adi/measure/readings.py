@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adi.exits.artifact import Exits
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, lumped_entropy
-from adi.measure.calibration import Heated, heated
+from adi.measure.confidence import Heated, heated
 from adi.measure.cost import seconds
 from adi.measure.walk import Text, walk
 from adi.model.backbone import Rows, States

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import AllOf, Always, Threshold, Trigger
-from adi.measure.calibration import Rising, isotonic
+from adi.measure.confidence import Rising, isotonic
 from adi.measure.readings import Readings, reads_head
 from adi.measure.rounds import PassSeconds, Recorded, Rounds, drafting
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adi.exits.artifact import Exits
-from adi.measure.calibration import TEMPERATURES, auroc, expected_calibration_error, isotonic
+from adi.measure.confidence import TEMPERATURES, auroc, expected_calibration_error, isotonic
 from adi.measure.cost import measure_cost
 from adi.measure.readings import Readings, asking_seconds, block_seconds, gather, reads_head
 from adi.measure.rounds import PassSeconds

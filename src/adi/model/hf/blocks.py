@@ -22,9 +22,14 @@ class Reached(Exception):  # noqa: N818 - not an error: it leaves a forward earl
     """Block ``hi - 1`` is done; nothing after it shall run."""
 
 
+class Written(Exception):  # noqa: N818
+    """A block has written its keys and values, which is all that was wanted of it."""
+
+
 @dataclass
 class Run:
-    """One pass through blocks ``[lo, hi)``; ``inject`` replaces what enters block ``lo``."""
+    """One pass through blocks ``[lo, hi)``; ``inject`` replaces what enters block ``lo``. Blocks that are left once they have
+    written their keys and values (``Written``) pass on what entered them."""
 
     lo: int
     hi: int
@@ -127,7 +132,10 @@ class Patch:
                 args = (hidden, *args[1:])
             else:
                 kwargs["hidden_states"] = hidden
-            out = forward(*args, **kwargs)
+            try:
+                out = forward(*args, **kwargs)
+            except Written:
+                out = (hidden, *[None] * self.extra_outputs[i]) if self.extra_outputs[i] else hidden
             if i == run.hi - 1:
                 run.before = hidden
                 run.hidden = out[0] if isinstance(out, tuple) else out

@@ -14,6 +14,8 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from adi.model.hf.blocks import Written
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of all positions so far, in a buffer that doubles; going back is a smaller ``length``.
@@ -26,6 +28,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.is_sliding = sliding
         self.length = 0
+        self.write_only = False
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -37,6 +40,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys[..., self.length : end, :] = key_states
         self.values[..., self.length : end, :] = value_states
         self.length = end
+        if self.write_only:
+            raise Written
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def get_seq_length(self) -> int:
@@ -85,6 +90,13 @@ class StaircaseCache(DynamicCache):  # type: ignore[misc]
         if layer.keys.shape != layer.values.shape:
             return torch.cat([part[..., :length, :].flatten() for part in (layer.keys, layer.values)])
         return torch.stack([layer.keys[..., :length, :], layer.values[..., :length, :]])
+
+    def write_only(self, wanted: bool) -> bool:
+        """Whether blocks are to be left once their keys and values are written; False where some layer cannot do that."""
+        able = all(isinstance(layer, GrowingLayer) for layer in self.layers)
+        for layer in self.layers if able else ():
+            layer.write_only = wanted
+        return able
 
     def rewind(self, lo: int, hi: int, start: int) -> None:
         """Forget, in blocks [lo, hi), everything from position ``start`` on."""

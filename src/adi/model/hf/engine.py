@@ -86,6 +86,25 @@ class HfBackbone:
         return States(run.hidden[0], run.before[0], None if run.mlp is None else run.mlp.reshape(len(rows.ids), -1))
 
     @torch.no_grad()
+    def propagate(self, rows: Rows, lo: int) -> None:
+        """Give blocks [lo, layers) keys and values of these rows made from ``rows.hidden_TD`` alone, as if it entered each.
+
+        An approximation (Elbayad et al. 2020). ValueError where some block keeps no plain keys and values.
+        """
+        assert rows.hidden_TD is not None
+        rows.cache.rewind(lo, self.spec.layers, rows.start)
+        run = Run(lo, self.spec.layers, rows.hidden_TD[None])
+        ids = torch.tensor([rows.ids], device=self.model.device)
+        positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.model.device)[None]
+        if not rows.cache.write_only(True):
+            raise ValueError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
+        try:
+            with self._patch.patched(run):
+                self.decoder(input_ids=ids, position_ids=positions, past_key_values=rows.cache, use_cache=True)
+        finally:
+            rows.cache.write_only(False)
+
+    @torch.no_grad()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""
         hidden_TD = hidden_TD.to(self.model.device, self.model.dtype)
