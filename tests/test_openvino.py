@@ -359,3 +359,24 @@ def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
     backbone._pieces.wait()
     assert backbone._pieces.open == [1], "full depth needs a lane for lone rows only"
     assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_outlook_is_the_best_of_the_logits_and_their_total(made: Cached, precision: str) -> None:
+    backbone = engine(made, "gemma3", precision)  # its logits are capped
+    hidden_TD = torch.randn(5, backbone.spec.width, generator=torch.Generator().manual_seed(1))
+    logits_TV = backbone.logits(hidden_TD)
+    outlook = backbone.outlook(hidden_TD, 7)
+    best = logits_TV.topk(7, -1)
+    torch.testing.assert_close(outlook.logits_TK, best.values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_TV.gather(1, outlook.ids_TK), outlook.logits_TK, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outlook.total_T, logits_TV.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_lone_tokens_embedding_is_remembered_and_copied(made: Cached) -> None:
+    backbone = engine(made, "llama")
+    first = backbone.embed([5])
+    kept = first.clone()
+    first += 1  # a caller's business
+    assert torch.equal(backbone.embed([5]), kept)
+    assert torch.equal(backbone.embed([5, 6])[:1], kept)
