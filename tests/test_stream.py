@@ -111,7 +111,7 @@ def test_reflex_says_that_nothing_calibrates_it(tiny_model: adi.Model) -> None:
     assert [s.depth for s in got.steps] == [6] + [3] * 11
     assert not got.summary().calibrated
     assert got.counters.row_blocks < got.summary().block_rows_full
-    with pytest.raises(ValueError, match="nothing is calibrated"):
+    with pytest.raises(ValueError, match="certified by adi calibrate"):
         adi.Reflex(light)
     with pytest.raises(ValueError, match="AnyOf"):
         adi.Reflex(light.with_trigger(SOMETIMES), thresholds=0.5)

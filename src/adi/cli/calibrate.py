@@ -63,7 +63,6 @@ def calibrate(
     console = Console(stderr=True)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder.")
-    require_writable(out / "exits.json")
     if limit < 1:
         raise ValueError(f"--limit is {limit}; it must be at least 1.")
     items = [item for source in prompts or ["bench"] for item in read_prompts(source)]
@@ -72,6 +71,7 @@ def calibrate(
     found = exits_for(loaded, exits)
     if found.heads is None:
         raise ValueError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
+    require_writable(out / "exits.json")
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {name: bar.add_task(name, total=None) for name in ("answers", "rules")}

@@ -103,10 +103,13 @@ def tune(
     readout = _on_cpu(backbone.readout())
     windows = [window for path in texts for window in _windows(model, Path(path))]
     talks = options.drafter_epochs > 0 and options.talk_tokens > 0
-    work.mkdir(parents=True, exist_ok=True)
+    given = interleave(prompts)
     answers: list[Answer] = []
-    if keep is None or not talks:
-        _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
+    learns_from_answers = keep is None or not talks
+    if learns_from_answers:
+        _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
+    work.mkdir(parents=True, exist_ok=True)
+    if learns_from_answers:
         answers = _answers(model, work, prompts, options, progress) + windows
         _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
@@ -123,8 +126,8 @@ def tune(
         tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
         if talks:
             talking = TalkOptions(options.talk_tokens, options.max_new_tokens, seed=options.seed)
-            given = [list(model.encode(p)) for p in interleave(prompts)]
-            lessons = lessons_from_talk(voice or model, given, work, talking, tell)
+            begun = [list(model.encode(p)) for p in given]
+            lessons = lessons_from_talk(voice or model, begun, work, talking, tell)
         else:
             lessons = lessons_from_answers(backbone, train, held, work, tell)
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress)
