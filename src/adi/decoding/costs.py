@@ -17,7 +17,7 @@ from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
-ENGINES = 3  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+ENGINES = 4  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST = 64
 LATELY = 0.05  # weight of one more measurement during use
 DRAFTED_LATELY = 0.1  # the same of a drafter's step: there are few, where it was thought to cost too much

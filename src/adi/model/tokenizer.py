@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 UNFINISHED = "\ufffd"
+KEPT_SPELLINGS = 65_536  # of lone tokens: drafts and texts under way ask for the same ones again and again
 
 
 class Tokenizer:
@@ -17,6 +19,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.hf = tokenizer
+        self._spell = functools.lru_cache(KEPT_SPELLINGS)(lambda token: self._decode((token,)))
 
     @property
     def has_chat_template(self) -> bool:
@@ -46,6 +49,11 @@ class Tokenizer:
         return tuple(self.hf(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
+        if len(ids) == 1:
+            return self._spell(int(ids[0]))
+        return self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -61,25 +69,26 @@ class Detokenizer:
         self._ids: list[int] = []
         self._settled = 0  # ids before this one no longer influence new text
         self._given = 0  # ids before this one have been given out
+        self._before = ""  # what those between the two spell
 
     def push(self, token: int) -> str:
         """The text that ``token`` adds, which may be empty until a later token completes it."""
         if self._tokenizer is None:
             return f"{' ' if self._ids else ''}{self._remember(token)}"
         self._remember(token)
-        before = self._tokenizer.decode(self._ids[self._settled : self._given])
         now = self._tokenizer.decode(self._ids[self._settled :])
-        if now.endswith(UNFINISHED) or len(now) <= len(before):
+        new = now[len(self._before) :]
+        if now.endswith(UNFINISHED) or not new:
             return ""
         self._settled, self._given = self._given, len(self._ids)
-        return now[len(before) :]
+        self._before = self._tokenizer.decode(self._ids[self._settled :])
+        return new
 
     def finish(self) -> str:
         """What is still held back, as the tokenizer spells it."""
         if self._tokenizer is None or self._given == len(self._ids):
             return ""
-        before = self._tokenizer.decode(self._ids[self._settled : self._given])
-        return self._tokenizer.decode(self._ids[self._settled :])[len(before) :]
+        return self._tokenizer.decode(self._ids[self._settled :])[len(self._before) :]
 
     def _remember(self, token: int) -> int:
         self._ids.append(token)

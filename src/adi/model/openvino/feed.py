@@ -11,6 +11,7 @@ import numpy as np
 from adi.model.backbone import Rows
 from adi.model.openvino.graph import BLOCK_TOKENS
 
+BLOCKS_AT_ONCE = 64  # the list of KV blocks has room for a multiple of this, so that a growing text seldom wants new arrays
 ROWS_APART = 64  # a request of up to so many rows is attended row by row, a longer one (a prompt) as a whole
 
 
@@ -42,7 +43,8 @@ class Layout:
     @property
     def key(self) -> tuple[int, int, int]:
         """Passes with the same key have arrays of the same shapes."""
-        return sum(self.counts), self.sequences, sum(self.blocks)
+        room = -(-sum(self.blocks) // BLOCKS_AT_ONCE) * BLOCKS_AT_ONCE
+        return sum(self.counts), self.sequences, room
 
 
 class Feed:
