@@ -166,6 +166,21 @@ def test_training_helps(sharp: adi.Model, shards: list[Path], tmp_path: Path) ->
     assert all(0 <= share <= 1 for share in (*trained["agreement_by_step"], *trained["acceptance"].values()))
 
 
+def test_a_warm_start_goes_on_from_what_was_learned(sharp: adi.Model, shards: list[Path], tmp_path: Path) -> None:
+    readout, among = sharp.backbone.readout(), among_of(sharp, 200)
+    before = fitted(sharp, shards, tmp_path / "a.pt")
+    first, cold = list[float](), list[float]()
+    options = DraftOptions(hidden=32, epochs=1, positions=16, learning_rate=1e-3)
+    embed = sharp.backbone.embed
+    after = fit_drafter(
+        readout, among, embed, shards, tmp_path / "b.pt", options, lambda d, t, loss: first.append(loss), None, before
+    )
+    fit_drafter(readout, among, embed, shards, tmp_path / "c.pt", options, lambda d, t, loss: cold.append(loss))
+    assert first[0] < 0.9 * cold[0]
+    assert not torch.equal(after.mix_DE, before.mix_DE)
+    assert not before.mix_DE.requires_grad, "what it began with stays as it was"
+
+
 def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shards: list[Path]) -> None:
     readout, among = sharp.backbone.readout(), among_of(sharp, 200)
     net = fresh_drafter(readout, among.ids_S, 32, torch.Generator().manual_seed(0))
@@ -278,3 +293,8 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     foreign = replace(mine, base="another model")
     with pytest.raises(ValueError, match="belong to"):
         tune(sharp, tmp_path / "c", [PROMPTS], options, keep=foreign)
+    with pytest.raises(ValueError, match="warm start needs"):
+        tune(sharp, tmp_path / "b", [PROMPTS], replace(options, warm_start=True), keep=mine)
+    again = tune(sharp, tmp_path / "a", [PROMPTS], replace(options, warm_start=True, drafter_epochs=1), keep=saved)
+    assert again.drafter is not None
+    assert not torch.equal(again.drafter.mix_DE, saved.drafter.mix_DE)

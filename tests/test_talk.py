@@ -78,15 +78,25 @@ def test_half_the_answers_or_more_are_greedy(tiny_model: adi.Model, tmp_path: Pa
 
 
 def test_lessons_hold_out_the_last_shards_and_keep_what_was_said(tiny_model: adi.Model, tmp_path: Path) -> None:
-    lessons = lessons_from_talk(tiny_model, [], tmp_path, OPTIONS, lambda *_: None)
+    lessons = lessons_from_talk([tiny_model], [], tmp_path, OPTIONS, lambda *_: None)
     assert lessons.checks
     assert not set(lessons.checks) & set(lessons.shards)
     assert lessons.tokens == tokens_in(lessons.shards)
     assert int(lessons.spoken.lengths_M.sum()) >= lessons.tokens
     with pytest.raises(ValueError, match="too little"):
         lessons_from_talk(
-            tiny_model, [], tmp_path / "b", TalkOptions(tokens=1, max_new_tokens=8, side_by_side=4), lambda *_: None
+            [tiny_model], [], tmp_path / "b", TalkOptions(tokens=1, max_new_tokens=8, side_by_side=4), lambda *_: None
         )
+
+
+def test_several_voices_share_the_talking(tiny_model: adi.Model, llama: adi.Model, tmp_path: Path) -> None:
+    options = TalkOptions(tokens=700, max_new_tokens=8, side_by_side=16, own_prompts=0.0)
+    lessons = lessons_from_talk([tiny_model, llama], [[5, 6]], tmp_path, options, lambda *_: None)
+    folders = {path.parent for path in lessons.shards}
+    assert len(folders) == 2
+    assert {path.parent for path in lessons.checks} == folders
+    for folder in folders:
+        assert tokens_in(sorted(folder.glob("talk-*"))) < 700, "half of it and a shard at most"
 
 
 def test_without_a_template_the_model_needs_prompts(llama: adi.Model, tmp_path: Path) -> None:

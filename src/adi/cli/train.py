@@ -44,6 +44,10 @@ def tune(
     talk: Annotated[
         int, typer.Option("--talk", help="Tokens of conversations with itself for the drafter; 0: it learns from the answers.")
     ] = 0,
+    talk_precision: Annotated[
+        str, typer.Option("--talk-precision", help="Engines' precisions that talk, with commas; each its share of --talk.")
+    ] = "auto",
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="Begin with the drafter of --keep.")] = False,
     keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     device: DeviceOption = "auto",
@@ -72,9 +76,11 @@ def tune(
         learning_rate=learning_rate,
         drafter_epochs=drafter_epochs,
         talk_tokens=talk,
+        warm_start=warm_start,
         seed=seed,
     )
-    voice = Source(model).load(console) if talk and drafter_epochs else None
+    talks = talk_precision.split(",") if talk and drafter_epochs else []
+    voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
     command = shlex.join(["adi", *sys.argv[1:]])
     with Progress(*COLUMNS, console=console) as bar:
         exits = train(
@@ -84,7 +90,7 @@ def tune(
             options,
             texts=text or (),
             keep=None if keep is None else load_exits(keep),
-            voice=voice,
+            voices=voices,
             made_by={"command": command, "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}},
             progress=_Teller(bar, _log(out)),
         )

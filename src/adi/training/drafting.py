@@ -117,13 +117,14 @@ def fit_drafter(
     options: DraftOptions,
     progress: Callable[[int, int, float], None],
     mlp: Mapping[str, Tensor] | None = None,
+    begin: Drafter | None = None,
 ) -> Drafter:
     """Train a drafter on ``shards``, resuming from ``checkpoint`` if it is there; ``progress(shards done, of, loss)``.
 
-    ``mlp`` is the model's own to begin with (``hidden`` is then its own too).
+    It starts from ``begin``, or else from a fresh one, in which ``mlp`` is the model's own (``hidden`` is then its own too).
     """
     generator = torch.Generator().manual_seed(options.seed)
-    net = fresh_drafter(readout, among.ids_S, options.hidden, generator, mlp)
+    net = begin if begin is not None else fresh_drafter(readout, among.ids_S, options.hidden, generator, mlp)
     net = net.map(lambda weight: weight.clone())
     trained = {n: t.requires_grad_() for n, t in net.tensors().items() if n not in ("ids_S", "shift_D")}
     optimizer = torch.optim.AdamW(list(trained.values()), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adi.exits.answers import Answers
@@ -38,8 +38,21 @@ def lessons_from_answers(
     return Lessons(shards, checks, spoken, sum(a.tokens for a in train))
 
 
-def lessons_from_talk(voice: Model, prompts: Sequence[Sequence[int]], work: Path, options: TalkOptions, tell: Tell) -> Lessons:
-    """From texts that the model writes now, on the engine that drafts are for; the last shards are held out.
+def lessons_from_talk(
+    voices: Sequence[Model], prompts: Sequence[Sequence[int]], work: Path, options: TalkOptions, tell: Tell
+) -> Lessons:
+    """From texts that the model writes now, on the engines that drafts are for, each its share of ``options.tokens``; the last
+    shards of each are held out."""
+    share = replace(options, tokens=-(-options.tokens // len(voices)))
+    parts = [_talked(voice, prompts, work, share, tell) for voice in voices]
+    shards = [path for part, _ in parts for path in part]
+    return Lessons(shards, [path for _, held in parts for path in held], _spoken(shards), tokens_in(shards))
+
+
+def _talked(
+    voice: Model, prompts: Sequence[Sequence[int]], work: Path, options: TalkOptions, tell: Tell
+) -> tuple[list[Path], list[Path]]:
+    """One engine's shards, to train on and held out.
 
     A longer talk goes on where a shorter one ended. The folder's name says what else it was written for.
     """
@@ -52,8 +65,7 @@ def lessons_from_talk(voice: Model, prompts: Sequence[Sequence[int]], work: Path
         raise ValueError(
             f"a talk of {options.tokens} tokens fills {len(paths)} shard: too little to train and test on; ask for more."
         )
-    shards = paths[:-held]
-    return Lessons(shards, paths[-held:], _spoken(shards), tokens_in(shards))
+    return paths[:-held], paths[-held:]
 
 
 def _spoken(shards: Sequence[Path]) -> Answers:

@@ -34,6 +34,7 @@ from adi.training.report import evaluate, report_json
 from adi.training.talk import TalkOptions
 
 TEXT_WINDOW = 256
+WARM = 0.5  # learning rate of a warm start, against a cold one's
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -43,7 +44,8 @@ class TuneOptions:
 
     ``tokens`` counts answer tokens (the model's own) to train on; ``shortlist`` tokens that a head can name; ``rank`` of
     the adapters. With ``talk_tokens`` the drafter learns from so many tokens of conversations that the model writes by itself
-    (see ``training.talk``), else from the answers.
+    (see ``training.talk``), else from the answers. ``warm_start``: it begins with the weights of the drafter that is there, and
+    takes smaller steps.
     """
 
     depths: tuple[int, ...] | None = None
@@ -55,6 +57,7 @@ class TuneOptions:
     learning_rate: float = 3e-3
     drafter_epochs: int = 4
     talk_tokens: int = 0
+    warm_start: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ def tune(
     *,
     texts: Sequence[str | os.PathLike[str]] = (),
     keep: Exits | None = None,
-    voice: Model | None = None,
+    voices: Sequence[Model] = (),
     made_by: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total, note: None,
 ) -> Exits:
@@ -88,9 +91,10 @@ def tune(
         prompts: groups of prompts (one per file), shared out evenly.
         options: see ``TuneOptions``.
         texts: plain text files to learn from beside the answers.
-        keep: exits of this model whose heads, trigger and shortlist stay as they are: only a drafter is trained.
-        voice: the same model on the engine that drafts are for, to talk where ``options.talk_tokens`` asks for it; by
-            default ``model``.
+        keep: exits of this model whose heads, trigger and shortlist stay as they are: only a drafter is trained; it begins
+            with theirs under ``options.warm_start``.
+        voices: the same model on the engines (or precisions) that drafts are for, to talk where ``options.talk_tokens`` asks
+            for it, each its share; by default ``model``.
         made_by: noted in the exits: the command and the data.
         progress: is told ``(stage, done, total, note)``.
 
@@ -98,6 +102,8 @@ def tune(
         ValueError: options that do not fit the model, unreadable files, a head that adapters cannot start from.
     """
     options = options or TuneOptions()
+    if options.warm_start and (keep is None or keep.drafter is None):
+        raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
     backbone, work = model.backbone, Path(out) / "work"
     depths = _depths(options.depths, backbone.spec.layers)
     readout = _on_cpu(backbone.readout())
@@ -127,10 +133,11 @@ def tune(
         if talks:
             talking = TalkOptions(options.talk_tokens, options.max_new_tokens, seed=options.seed)
             begun = [list(model.encode(p)) for p in given]
-            lessons = lessons_from_talk(voice or model, begun, work, talking, tell)
+            lessons = lessons_from_talk(voices or (model,), begun, work, talking, tell)
         else:
             lessons = lessons_from_answers(backbone, train, held, work, tell)
-        drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress)
+        begin = keep.drafter if keep is not None and options.warm_start else None
+        drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin)
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
@@ -186,15 +193,18 @@ def train_drafter(
     work: Path,
     options: TuneOptions,
     progress: Progress,
+    begin: Drafter | None = None,
 ) -> tuple[Drafter, dict[str, Any]]:
-    """A drafter that learned from the lessons, and what it does on those held out."""
+    """A drafter that learned from the lessons, from ``begin`` on if it is given, and what it does on those held out."""
     quick = quicker_in_bfloat16(work / "drafter.dtype", lambda: multiplies_faster_in_bfloat16(torch.device("cpu")))
-    fitting = DraftOptions(epochs=options.drafter_epochs, seed=options.seed, bfloat16=quick)
+    rate = DraftOptions.learning_rate * (1.0 if begin is None else WARM)
+    fitting = DraftOptions(epochs=options.drafter_epochs, learning_rate=rate, seed=options.seed, bfloat16=quick)
     names = [p.name for p in lessons.shards]
-    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), names])
+    first = None if begin is None else _weights_hash(begin)
+    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), names, first])
     embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
     note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
-    drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp)
+    drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp, begin)
     judged = judge(as_halves(drafter), readout, among, embed, lessons.checks)
     return drafter, {**judged, "answer_tokens": lessons.tokens, "settings": asdict(fitting)}
 
@@ -278,6 +288,11 @@ def _on_cpu(r: ReadOut) -> ReadOut:
 
 def _losses(losses: Mapping[int, float]) -> str:
     return "KL " + " ".join(f"{depth}:{loss:.2f}" for depth, loss in losses.items())
+
+
+def _weights_hash(drafter: Drafter) -> str:
+    weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in drafter.tensors().values())
+    return hashlib.blake2b(weights, digest_size=8).hexdigest()
 
 
 def _answers_hash(answers: Sequence[Answer]) -> str:
