@@ -87,6 +87,70 @@ def test_the_sorted_runs_find_what_the_growing_ones_find(sequences, query, longe
         assert index.tokens(start, stop) == tuple(text[at : stops[at]])
 
 
+def voted(
+    sequences: list[list[int]], query: list[int], longest: int, shortest: int, most: int
+) -> tuple[int, list[int], list[float]]:
+    """What ``vote`` gives, by looking at every place of every sequence."""
+
+    def places(size: int) -> list[tuple[int, int]]:
+        """Sequence and position after each place where the last ``size`` tokens stand, the most recent first."""
+        met = [
+            (i, end)
+            for i, sequence in enumerate(sequences)
+            for end in range(max(size, shortest), len(sequence))
+            if sequence[end - size : end] == query[len(query) - size :]
+        ]
+        return met[::-1]
+
+    def counted(where: list[tuple[int, int]], doubt: float) -> dict[int, float]:
+        said = [sequences[i][end] for i, end in where]
+        return {token: said.count(token) / (len(said) + doubt) for token in dict.fromkeys(said)}
+
+    sizes = [size for size in range(1, min(longest, len(query)) + 1) if places(size)]
+    if len(sizes) < shortest:
+        return 0, [], []
+    where = places(len(sizes))
+    votes = counted(where, 2)
+    if len(where) < 8 and len(sizes) > shortest:
+        more = places(next((size for size in range(len(sizes) - 1, shortest, -1) if len(places(size)) >= 8), shortest))
+        for token, share in counted(more, 0).items():
+            votes[token] = votes.get(token, 0) + 2 / (len(where) + 2) * share
+        if max(votes, key=votes.__getitem__) not in {sequences[i][end] for i, end in where}:
+            where = more
+    tokens, shares = [max(votes, key=votes.__getitem__)], [max(votes.values())]
+    while len(tokens) < most:
+        where = [(i, end + 1) for i, end in where if sequences[i][end] == tokens[-1] and end + 1 < len(sequences[i])]
+        if not where:
+            break
+        votes = counted(where, 1)
+        tokens.append(max(votes, key=votes.__getitem__))
+        shares.append(votes[tokens[-1]])
+    return len(sizes), tokens, shares
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=14), max_size=8),
+    st.lists(st.integers(0, 2), max_size=10),
+    st.integers(2, 9),
+    st.integers(1, 5),
+)
+def test_the_vote_is_that_of_all_places(sequences, query, longest, most) -> None:
+    index = SortedRuns([np.array(s, np.int32) for s in sequences], longest, shortest=2)
+    matched, tokens, shares = index.vote(query, most)
+    expected = voted(sequences, query, longest, 2, most)
+    assert (matched, list(tokens)) == expected[:2]
+    assert list(shares) == pytest.approx(expected[2])
+
+
+def test_the_many_outvote_the_latest() -> None:
+    sequences = [[1, 2, 5, 6]] * 9 + [[1, 2, 7, 8]]
+    index = SortedRuns([np.array(s, np.int32) for s in sequences], 4, shortest=2)
+    assert index.tokens(*index.find([1, 2])[1:]) == (7, 8), "the latest"
+    assert index.vote([1, 2], 3) == (2, (5, 6), pytest.approx((0.75, 0.9)))
+    many = SortedRuns([np.array([1, 2, 5 + i % 3, 9], np.int32) for i in range(1000)], 4, shortest=2)
+    assert many.vote([1, 2], 1)[2][0] == pytest.approx(1 / 3, abs=0.02), "some of a thousand places tell enough"
+
+
 def test_a_run_has_a_length() -> None:
     with pytest.raises(ValueError, match="longest is 0; it must be at least 1"):
         Ngrams(0)

@@ -40,11 +40,11 @@ class Answers:
             raise ValueError(f"the answers hold ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
 
     def find(self, text: Sequence[int], most: int) -> Recall | None:
-        """Up to ``most`` tokens that followed the longest run of the last tokens of ``text``, of at least two."""
+        """Up to ``most`` tokens that most often followed the longest run of the last tokens of ``text``, of at least two."""
         if most < 1:
             return None
-        matched, start, stop = self._index.find(text)
-        return Recall(self._index.tokens(start, min(stop, start + most)), matched, "answers") if matched else None
+        matched, tokens, shares = self._index.vote(text, most)
+        return Recall(tokens, matched, "answers", shares) if matched else None
 
     @cached_property
     def _index(self) -> SortedRuns:

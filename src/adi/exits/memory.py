@@ -6,6 +6,7 @@ memories are made of: one grows by a token at a time, the other is sorted once, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 LONGEST = 8
+VOTERS = 128  # places that are asked at most
+FEW = 8  # places of a run, below which a shorter run is asked as well
+DOUBT = 2.0  # voters that are of no opinion
 NODE_SHIFT = 32  # a token id takes no more bits than that
 ROOT = 0
 
@@ -25,12 +29,14 @@ class Recall:
     """What a memory says comes next.
 
     ``tokens`` is the continuation, ``matched`` how many of the last tokens stood before it as well (at most the longest run
-    that the memory looks for), ``source`` whose memory it is: "context" or "habits".
+    that the memory looks for), ``source`` whose memory it is: "context", "habits" or "answers". ``shares``, where the memory
+    voted, says of each token how large a share of the places it was found at go on with it.
     """
 
     tokens: tuple[int, ...]
     matched: int
     source: str
+    shares: tuple[float, ...] = ()
 
 
 class Runs:
@@ -139,20 +145,75 @@ class SortedRuns:
 
         (0, 0, 0) where fewer than ``shortest`` did. Positions count through all sequences, one after the other.
         """
+        ranges = self._ranges(query)
+        if len(ranges) < self._shortest:
+            return 0, 0, 0
+        at = int(self._places[slice(*ranges[-1])].max())
+        return len(ranges), at, int(self._stops[at])
+
+    def _ranges(self, query: Sequence[int]) -> list[tuple[int, int]]:
+        """Of the last token, the last two and so on: from where to where they stand in the sorted order, as long as they do."""
         import numpy as np
 
-        low, high, matched = 0, len(self._places), 0
-        first, last = low, high
+        low, high, found = 0, len(self._places), list[tuple[int, int]]()
         for column, token in zip(self._columns, np.array(query[: -len(self._columns) - 1 : -1], np.int32), strict=False):
             within = column[low:high]  # ids of the column's own type, or each search would convert all of it
             low, high = low + int(within.searchsorted(token)), low + int(within.searchsorted(token, "right"))
             if low == high:
                 break
-            matched, first, last = matched + 1, low, high
-        if matched < self._shortest:
-            return 0, 0, 0
-        at = int(self._places[first:last].max())
-        return matched, at, int(self._stops[at])
+            found.append((low, high))
+        return found
+
+    def vote(self, query: Sequence[int], most: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
+        """How many of the last tokens of ``query`` matched; up to ``most`` tokens, each the one that most places of that run go
+        on with; and each token's share of them, less some for doubt.
+
+        Where a run stood at few places, what followed a shorter one at more places has a say as well, as in prediction by
+        partial matching (Cleary and Witten 1984). Of tokens with as many votes the most recent wins. Of a run that
+        stood at very many places some are asked. (0, (), ()) where fewer than ``shortest`` tokens matched.
+        """
+        ranges = self._ranges(query)
+        if len(ranges) < self._shortest:
+            return 0, (), ()
+        places, votes = self._first_votes(ranges)
+        tokens, shares = list[int](), list[float]()
+        while votes:
+            tokens.append(max(votes, key=votes.__getitem__))
+            shares.append(votes[tokens[-1]])
+            places = places[self._text[places] == tokens[-1]]
+            if len(tokens) == most or len(places) == 1:
+                break
+            places = places[places + 1 < self._stops[places]] + 1
+            votes = self._votes(places, DOUBT / 2)
+        if votes and len(places) == 1:  # nobody else is left to ask
+            at = int(places[0]) + 1
+            rest = self.tokens(at, min(int(self._stops[at - 1]), at + most - len(tokens)))
+            return len(ranges), (*tokens, *rest), (*shares, *[1 / (1 + DOUBT / 2)] * len(rest))
+        return len(ranges), tuple(tokens), tuple(shares)
+
+    def _first_votes(self, ranges: Sequence[tuple[int, int]]) -> tuple[Ids, dict[int, float]]:
+        """The places that a continuation is to be followed from, and what they say comes first."""
+        places = self._some(*ranges[-1])
+        votes = self._votes(places, DOUBT)
+        if len(places) >= FEW or len(ranges) == self._shortest:
+            return places, votes
+        wider = ranges[self._shortest - 1 : -1]
+        more = self._some(*next((r for r in reversed(wider) if r[1] - r[0] >= FEW), wider[0]))
+        left = DOUBT / (len(places) + DOUBT)
+        for token, share in self._votes(more, 0.0).items():
+            votes[token] = votes.get(token, 0.0) + left * share
+        return (places if max(votes, key=votes.__getitem__) in self._text[places] else more), votes
+
+    def _some(self, low: int, high: int) -> Ids:
+        """Places in this range of the sorted order, at most so many, the most recent first."""
+        import numpy as np
+
+        places = self._places[low : high : -(-(high - low) // VOTERS)]
+        return np.sort(places)[::-1]
+
+    def _votes(self, places: Ids, doubt: float) -> dict[int, float]:
+        """The share of each token that stands at these places, as if there were ``doubt`` more of them, in their order."""
+        return {token: count / (len(places) + doubt) for token, count in Counter(self._text[places].tolist()).items()}
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from position ``start`` to ``stop``."""
