@@ -53,6 +53,11 @@ class Pool:
         """How many blocks can still be had."""
         return self.capacity - self.blocks + len(self._free)
 
+    @property
+    def used(self) -> int:
+        """How many blocks sequences hold."""
+        return self.blocks - len(self._free)
+
     def add(self, name: str, port: Any) -> None:
         """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen.
 
