@@ -1,7 +1,8 @@
 """Does memory grow with use? ``python tools/soak.py --generations 10000 --json OUT.json``; exit code 1 where it does.
 
-Generations of every mode, with changing prompts and lengths, some of them given up half way and some interrupted inside the
-network. Looked at again and again: resident memory, blocks of KV memory that sequences hold, sequences alive, open files, threads.
+Generations of every mode, with changing prompts and lengths, some of them given up half way and some interrupted inside
+the network. Looked at again and again: private memory, blocks of KV memory that sequences hold, sequences alive, open
+files, threads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from adi.decoding.frontier import Frontier
 from adi.measure.circumstances import circumstances
 from adi.prompts import PromptItem, read_prompts
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
 KINDS = (
     *("full", "verified", "reflex", "lookup", "exits", "sampled", "cancelled", "verified", "interrupted", "reflex sampled"),
@@ -39,11 +39,16 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process holds after so many generations. ``kv_pages`` is None where the engine has no pool of them."""
+    """What the process holds after so many generations.
+
+    ``private_bytes`` are resident pages that no file stands behind: the kernel may take the others (weights) away and bring
+    them back, so growth is told from these. ``kv_pages`` is None where the engine has no pool of them.
+    """
 
     generations: int
     seconds: float
     resident_bytes: int
+    private_bytes: int
     kv_pages: int | None
     sequences_alive: int
     open_files: int
@@ -53,10 +58,12 @@ class Sample:
 def look(model: adi.Model, generations: int, seconds: float) -> Sample:
     """Without collecting garbage before: what waits for that is memory too."""
     alive = sum(type(thing) is Frontier for thing in gc.get_objects())
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = {name: int(rest.split()[0]) for name, _, rest in (s.partition(":") for s in lines) if name in ("VmRSS", "RssAnon")}
     counts = [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]  # noqa: PTH208
     pool = getattr(model.backbone, "pool", None)
-    return Sample(generations, round(seconds, 1), resident, None if pool is None else pool.used, alive, *counts)
+    held = (1024 * kib["VmRSS"], 1024 * kib["RssAnon"], None if pool is None else pool.used)
+    return Sample(generations, round(seconds, 1), *held, alive, *counts)
 
 
 @dataclass(frozen=True)
@@ -161,12 +168,12 @@ def judged(samples: Sequence[Sample], warm_up: int, most_growth_mib: float) -> d
 
     warm = [sample for sample in samples if sample.generations >= warm_up]
     tenth = max(1, len(warm) // 10)
-    begin, end = (statistics.median(s.resident_bytes for s in part) / MIB for part in (warm[:tenth], warm[-tenth:]))
+    begin, end = (statistics.median(s.private_bytes for s in part) / MIB for part in (warm[:tenth], warm[-tenth:]))
     thousands = [s.generations / 1000 for s in warm]
-    slope, _, low, high = theilslopes([s.resident_bytes / MIB for s in warm], thousands, alpha=CONFIDENCE)
+    slope, _, low, high = theilslopes([s.private_bytes / MIB for s in warm], thousands, alpha=CONFIDENCE)
     wrong = []
     if end - begin > most_growth_mib:
-        wrong.append(f"resident memory grew by {end - begin:.1f} MiB after the warm-up; {most_growth_mib:g} MiB are allowed.")
+        wrong.append(f"private memory grew by {end - begin:.1f} MiB after the warm-up; {most_growth_mib:g} MiB are allowed.")
     for name, what in (("kv_pages", "blocks of KV memory are still held"), ("sequences_alive", "sequences are still alive")):
         if most := max(getattr(s, name) or 0 for s in samples):
             wrong.append(f"between generations {most} {what}.")
@@ -176,8 +183,9 @@ def judged(samples: Sequence[Sample], warm_up: int, most_growth_mib: float) -> d
             wrong.append(f"{name.replace('_', ' ')} rose from {first} to {last} after the warm-up.")
     return {
         "warm_up_generations": warm[0].generations,
-        "resident_mib": {"start": samples[0].resident_bytes / MIB, "warm": begin, "end": end},
-        "peak_mib": max(s.resident_bytes for s in samples) / MIB,
+        "private_mib": {"start": samples[0].private_bytes / MIB, "warm": begin, "end": end},
+        "resident_mib": {"start": samples[0].resident_bytes / MIB, "end": samples[-1].resident_bytes / MIB},
+        "resident_peak_mib": max(s.resident_bytes for s in samples) / MIB,
         "growth_mib": end - begin,
         "most_growth_mib": most_growth_mib,
         "slope_mib_per_1000": {"slope": float(slope), "low": float(low), "high": float(high)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -51,7 +51,7 @@ class Certificate:
             value = getattr(self, name)
             if value is None and name in ("delta", "nats"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{name} of a certificate is {value!r}, not a number from 0 on.")
         for name in ("sequences", "max_new_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_page(folder: Path) -> Page:
     try:
         page = Page(**value)
         return replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
 
 
@@ -123,7 +124,11 @@ def recall(source: Path, precision: str) -> Path | None:
     note = _note_path(source, precision)
     if not note.exists():
         return None
-    folder = place(str(read_json(note, "note about an export")["key"]), precision)
+    stated = read_json(note, "note about an export")
+    key = stated.get("key") if isinstance(stated, dict) else None
+    if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", key):
+        raise ValueError(f"the note about an export {note} is damaged; delete it.")
+    folder = place(key, precision)
     return folder if (folder / "model.json").exists() else None
 
 
