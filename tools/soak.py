@@ -207,7 +207,7 @@ def main() -> int:
     given = parser.parse_args()
     items: list[PromptItem] = read_prompts("builtin")
     work = Work(adi.load(given.model), adi.load_exits(given.model), 0.3, [item.prompt for item in items])
-    samples, kinds = soak(work, given.generations, given.every, lambda sample: print(sample, flush=True))
+    samples, kinds = soak(work, given.generations, given.every, lambda sample: print(json.dumps(asdict(sample)), flush=True))
     found = judged(samples, given.warm_up, given.most_growth_mib)
     print(json.dumps(found, indent=1))
     if given.json is not None:
