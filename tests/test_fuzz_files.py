@@ -25,6 +25,7 @@ from adi.measure.plot import page
 from adi.measure.process import Contestant
 from adi.measure.standings import page as standings
 from adi.measure.standings import read_result
+from adi.model.openvino.store import FORMAT, read_page
 from adi.prompts import read_prompts
 from adi.training.answers import read_answers
 from adi.training.features import read_shard
@@ -69,8 +70,9 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "checkpoint": lambda path: resume_state(path, *optimizer()),
     "tracks": read_tracks,
     "features": read_shard,
+    "model.json": lambda path: read_page(path.parent),
 }
-JSONS = ("trace", "benchmark", "unfinished benchmark", "trigger")
+JSONS = ("trace", "benchmark", "unfinished benchmark", "trigger", "model.json")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +94,10 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     shutil.copy(next(iter(SHIPPED.glob("*.safetensors"))), place / "tracks")
     shutil.copy(place / "tracks", place / "features")
     _KEPT.update(place=place, terms={"tokens": 3})
+    attention = {"heads": 4, "kv_heads": 2, "key_width": 8, "value_width": 8, "scale": 0.5, "window": 0}
+    stated = dict.fromkeys(("name", "family", "fingerprint", "precision", "readout"), "fp32")
+    counts = {"layers": 1, "width": 32, "vocabulary": 64, "context": None, "has_mlp": True, "attentions": [attention]}
+    (place / "model.json").write_text(json.dumps({"format": FORMAT, **stated, **counts}))
     partial = Partial(place / "unfinished benchmark", _KEPT["terms"])
     partial.save([Contestant("a", None, peak_bytes=5)], {"a": {"b": 1}})  # type: ignore[arg-type]
     yield
@@ -137,6 +143,19 @@ def test_foreign_files(kind: str, text: str, tmp_path: Path) -> None:
     """Answers are what an interruption left, so of them the readable beginning counts: here nothing."""
     (tmp_path / kind).write_text(text)
     assert not only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
+
+
+@pytest.mark.parametrize("kind", [*JSONS, "prompts", "answers"])
+def test_json_nested_almost_too_deeply(kind: str, tmp_path: Path) -> None:
+    """So that the reader just takes it, and what handles the value meets the end of its stack."""
+    text = good(kind).read_text()
+    value = json.loads(text.partition("\n")[0] if kind in ("prompts", "answers") else text)
+    for depth in (200, 500, 800, 900, 940, 960, 980, 990, 2000):
+        deep = "[" * depth + "]" * depth
+        for key in value:
+            text = json.dumps({**value, key: "@"})
+            (tmp_path / kind).write_text(text.replace('"@"', deep) + "\n")
+            only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
 
 
 @pytest.mark.parametrize("kind", [*JSONS, "prompts", "habits"])

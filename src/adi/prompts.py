@@ -64,4 +64,6 @@ def _item(line: str, where: str) -> PromptItem:
         raise ValueError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
     if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
         raise ValueError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
-    return PromptItem(tuple(turns), str(value.get("category", "other")))
+    if not isinstance(value.get("category", "other"), str):
+        raise ValueError(f"{where} has a 'category' that is no text.")
+    return PromptItem(tuple(turns), value.get("category", "other"))

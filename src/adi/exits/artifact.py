@@ -216,7 +216,7 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
     try:
         return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the exits in {folder} are damaged: {error}") from None
 
 

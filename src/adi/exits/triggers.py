@@ -227,7 +227,8 @@ def trigger_from_json(value: Any, nested: int = 0) -> Trigger:
     if nested > MOST_NESTED:
         raise ValueError(f"a trigger is nested more than {MOST_NESTED} times.")
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _FIELDS:
-        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {value!r:.100}.")
+        got = repr(value.get("kind"))[:100] if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {got}.")
     fields = _FIELDS[value["kind"]]
     if set(value) != {"kind", *fields}:
         raise ValueError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")

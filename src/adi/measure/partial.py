@@ -36,7 +36,7 @@ class Partial:
         """Give the contestants what they had, an error included; ValueError where the file is damaged."""
         try:
             self._restore(contestants)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error}); delete it.") from None
 
     def _restore(self, contestants: Sequence[Contestant]) -> None:

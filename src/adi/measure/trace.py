@@ -83,7 +83,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         raise ValueError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
     try:
         return _parse({k: v for k, v in value.items() if k not in ("format", "version")})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the trace {path} is damaged: {error}") from None
 
 

@@ -67,8 +67,10 @@ class Tokenizer:
     def _ids(self, text: str, **options: bool) -> tuple[int, ...]:
         try:
             return tuple(self.hf(text, **options)["input_ids"])
-        except (TypeError, UnicodeError) as error:  # half a surrogate pair, for example
-            raise ValueError(f"the text cannot be tokenized: {error}.") from None
+        except (TypeError, UnicodeError):  # it is a text, so there is one reason left
+            raise ValueError(
+                "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
