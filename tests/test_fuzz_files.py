@@ -203,7 +203,7 @@ def test_a_model_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not marker.exists()
 
 
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(content=st.one_of(st.binary(max_size=40), st.just(nested().encode())))
 def test_a_damaged_cost_table_is_measured_anew(content: bytes) -> None:
     model = adi.load(tiny("llama")) if "model" not in _KEPT else _KEPT["model"]

@@ -18,7 +18,7 @@ import adi
 from conftest import exits_with_drafter
 
 MOST_GROWTH_MIB = 24.0
-GENERATIONS, WARM_UP, EVERY = 240, 80, 10
+GENERATIONS, WARM_UP, EVERY = 140, 60, 5
 LEAK = 1 << 20  # bytes in each generation
 
 

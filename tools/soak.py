@@ -24,6 +24,7 @@ from typing import Any
 
 import adi
 from adi.decoding.frontier import Frontier
+from adi.exits.artifact import shipped
 from adi.measure.circumstances import circumstances
 from adi.prompts import PromptItem, read_prompts
 
@@ -81,7 +82,8 @@ class Work:
         dice = random.Random(number)
         asked = [self._prompt(number + i, dice) for i in range(TOGETHER if kind.startswith("batch") else 1)]
         length, reflex = dice.randint(2, self.most_new_tokens), adi.Reflex(self.exits, thresholds=self.threshold)
-        policy, options = adi.Verified(self.exits), {"max_new_tokens": length, "raw": True, "stop_at_eos": False}
+        drafting = None if self.exits.drafter is None else self.exits
+        policy, options = adi.Verified(drafting), {"max_new_tokens": length, "raw": True, "stop_at_eos": False}
         match kind:
             case "full":
                 adi.generate(self.model, asked[0], **options)
@@ -198,7 +200,7 @@ def judged(samples: Sequence[Sample], warm_up: int, most_growth_mib: float) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="one that exits are shipped for")
+    parser.add_argument("--model", default="smollm2-135m", help="where no exits are shipped for it, its own head is read early")
     parser.add_argument("--generations", type=int, default=10_000)
     parser.add_argument("--warm-up", type=int, default=1_000, help="generations before growth counts")
     parser.add_argument("--every", type=int, default=100, help="generations between two looks")
@@ -206,7 +208,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     items: list[PromptItem] = read_prompts("builtin")
-    work = Work(adi.load(given.model), adi.load_exits(given.model), 0.3, [item.prompt for item in items])
+    model = adi.load(given.model)
+    layers = model.backbone.spec.layers
+    own = given.model in shipped()
+    exits = adi.load_exits(given.model) if own else adi.bare_exits(model, (layers // 2, layers - 1))
+    work = Work(model, exits, 0.3 if own else 0.1, [item.prompt for item in items])
     samples, kinds = soak(work, given.generations, given.every, lambda sample: print(json.dumps(asdict(sample)), flush=True))
     found = judged(samples, given.warm_up, given.most_growth_mib)
     print(json.dumps(found, indent=1))
