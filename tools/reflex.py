@@ -57,7 +57,7 @@ def telling(model: adi.Model, exits: adi.Exits, prompts: Sequence[str], file: Pa
     found: list[Told] = []
     if file.exists():
         with torch.serialization.safe_globals([Told]):
-            found = torch.load(file)
+            found = torch.load(file, weights_only=True)
     while len(found) < len(prompts):
         with guard():
             part = adi.generate_batch(model, prompts[len(found) : len(found) + CHUNK], max_new_tokens=TOKENS)
@@ -198,7 +198,7 @@ def certified(work: Path, out: Path) -> adi.Exits:
 def gathered(work: Path, count: int) -> tuple[list[Tested], list[Told]]:
     """The first rules of the path, as far as they have so many samples, with these."""
     with torch.serialization.safe_globals([Told]):
-        told = torch.load(work / "calibration.pt")
+        told = torch.load(work / "calibration.pt", weights_only=True)
     rules: list[Any] = read_json(work / "path.json", "path")
     depths, layers = adi.load_exits("smollm2-135m").depths, 30
     tested = []

@@ -12,6 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MOST_BYTES = 256 << 20  # of a text or JSON file that adi reads whole
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a home folder in the place of ``~``; ValueError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{str(path)!r} begins with a home folder that does not exist; write the whole path.") from None
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step; ValueError, naming the path, when that cannot be done."""
@@ -40,14 +50,45 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The JSON value in ``path``; ValueError says that this ``what`` is missing or damaged."""
+def require_file(path: Path, what: str, most_bytes: int) -> None:
+    """ValueError, naming ``what``, unless ``path`` is a file (reading a pipe or a device might never end) of at most so many
+    bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        state = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ValueError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError(f"cannot read the {what} {path}: it is not a file.")
+    if state.st_size > most_bytes:
+        raise ValueError(f"the {what} {path} has {state.st_size} bytes; more than {most_bytes} are none that adi wrote.")
+
+
+def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
+    """The text in ``path``, UTF-8; ValueError says that this ``what`` is missing, too large or damaged."""
+    require_file(path, what, most_bytes)
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the {what} {path}: {error.strerror or error}.") from None
-    except ValueError as error:  # broken JSON and broken UTF-8 alike
+    except UnicodeDecodeError as error:
         raise ValueError(f"the {what} {path} is damaged: {error}.") from None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in ``path``; ValueError says that this ``what`` is missing, too large or damaged."""
+    text = read_text(path, what)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"the {what} {path} is damaged: {error}.") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError also where it is nested too deeply for Python's reader."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextmanager
@@ -109,8 +150,8 @@ def _still_at(path: Path, handle: int) -> bool:
 def cache_folder() -> Path:
     """Where converted models are kept: ``$ADI_CACHE``, else ``adi`` under the user's cache folder."""
     if chosen := os.environ.get("ADI_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adi"
+        return expanded(chosen)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "adi"
 
 
 def package_data(name: str) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from adi.files import expanded, parse_json, read_text
 
 BUILTIN = Path(__file__).parent / "data" / "prompts"
 BUILTIN_NAMES = {"builtin": "tune", "bench": "bench"}
@@ -29,11 +30,11 @@ def read_prompts(source: str | Path) -> list[PromptItem]:
 
     Raises ValueError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
     """
-    path = BUILTIN / f"{BUILTIN_NAMES[str(source)]}.jsonl" if str(source) in BUILTIN_NAMES else Path(source).expanduser()
+    path = BUILTIN / f"{BUILTIN_NAMES[str(source)]}.jsonl" if str(source) in BUILTIN_NAMES else expanded(source)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts {path}: {error}. Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
+        lines = read_text(path, "prompts file").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{error} Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
     items = [_item(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise ValueError(f"{path} holds no prompts.")
@@ -53,7 +54,7 @@ def prompts_hash(items: Sequence[PromptItem]) -> str:
 
 def _item(line: str, where: str) -> PromptItem:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from None
     if not isinstance(value, dict) or not set(value) <= {"prompt", "turns", "category"}:
@@ -61,4 +62,8 @@ def _item(line: str, where: str) -> PromptItem:
     turns = value.get("turns", [value["prompt"]] if "prompt" in value else None)
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
-    return PromptItem(tuple(turns), str(value.get("category", "other")))
+    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
+    if not isinstance(value.get("category", "other"), str):
+        raise ValueError(f"{where} has a 'category' that is no text.")
+    return PromptItem(tuple(turns), value.get("category", "other"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +65,9 @@ SkippedOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
+SpecialOption = Annotated[
+    bool, typer.Option("--special-tokens", help="Read special tokens that the prompt spells, such as <|im_end|>, as such.")
+]
 IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
 HabitsOption = Annotated[
     Path | None,
@@ -124,20 +126,20 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
 
     Nowhere, where the controller decides (``by_controller``: no rule was given) and the exits have a drafter.
     """
-    from adi.files import package_data
+    from adi.files import expanded, package_data, read_json
 
     shipped = package_data("exits")
-    folder = Path(exits).expanduser() if exits is not None else shipped / model
-    folder = shipped / exits if exits is not None and not folder.is_dir() else folder
     if mode not in ("verified", "reflex"):
         return ()
     try:
-        written = json.loads((folder / "exits.json").read_text(encoding="utf-8"))
+        folder = expanded(exits) if exits is not None else shipped / model
+        folder = shipped / exits if exits is not None and not folder.is_dir() else folder
+        written = read_json(folder / "exits.json", "exits file")
         if mode == "verified" and by_controller and "drafter" in written["report"]:
             return ()
         at = written["trigger"]["at"]
         return tuple(sorted(int(depth) for depth in at))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return ()
 
 
@@ -247,15 +249,16 @@ def opened_habits(model: Model, path: Path | None) -> Habits | None:
 def read_trigger(text: str) -> Trigger:
     """A trigger from JSON text or from a file that holds it."""
     from adi.exits.triggers import trigger_from_json
+    from adi.files import expanded, parse_json, read_text
 
     source = text
     if not text.lstrip().startswith("{"):
         try:
-            source = Path(text).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the trigger {text!r}: {error}. Give JSON text or a file.") from None
+            source = read_text(expanded(text), "trigger")
+        except ValueError as error:
+            raise ValueError(f"{error} Give JSON text or a file.") from None
     try:
-        value: Any = json.loads(source)
+        value: Any = parse_json(source)
     except ValueError as error:
         raise ValueError(f"the trigger is not JSON: {error}.") from None
     return trigger_from_json(value)

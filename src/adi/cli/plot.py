@@ -23,6 +23,7 @@ from adi.cli.options import (
     RiskKindOption,
     RiskOption,
     Source,
+    SpecialOption,
     ThresholdOption,
     TokensOption,
     TriggerOption,
@@ -45,6 +46,7 @@ def trace(
     risk: RiskOption = None,
     kind: RiskKindOption = "disagreement",
     raw: RawOption = False,
+    special_tokens: SpecialOption = False,
     ignore_eos: IgnoreEosOption = False,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
@@ -62,7 +64,14 @@ def trace(
     reflex = ReflexOptions(risk, kind)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, reflex=reflex)
     generation = generate(
-        loaded, prompt, policy, max_new_tokens=max_new_tokens, raw=raw, stop_at_eos=not ignore_eos, candidates=candidates
+        loaded,
+        prompt,
+        policy,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        special_tokens=special_tokens,
+        stop_at_eos=not ignore_eos,
+        candidates=candidates,
     )
     write_trace(trace_of(generation, policy, prompt), out)
     console.print(f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}", markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adi.cli.options import ModelArgument
-from adi.files import require_writable, write_json
+from adi.files import read_text, require_writable, write_json
 
 
 def quality(
@@ -34,7 +34,7 @@ def quality(
     found = measure(
         model,
         [part.strip() for part in precision.split(",") if part.strip()],
-        text=None if text is None else text.read_text(encoding="utf-8"),
+        text=None if text is None else read_text(text, "text"),
         tokens=tokens,
         command=shlex.join(["adi", *sys.argv[1:]]),
         notice=lambda said: errors.print(said, markup=False, highlight=False, soft_wrap=True),

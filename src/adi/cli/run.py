@@ -32,6 +32,7 @@ from adi.cli.options import (
     SeedOption,
     SkippedOption,
     Source,
+    SpecialOption,
     SpotOption,
     StopOption,
     TemperatureOption,
@@ -78,6 +79,7 @@ def run(
     skipped: SkippedOption = "exact",
     stop: StopOption = None,
     raw: RawOption = False,
+    special_tokens: SpecialOption = False,
     ignore_eos: IgnoreEosOption = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
@@ -102,6 +104,7 @@ def run(
         "stop": tuple(stop or ()),
         "stop_at_eos": not ignore_eos,
         "raw": raw,
+        "special_tokens": special_tokens,
         "sampling": sampling,
     }
     if compare:

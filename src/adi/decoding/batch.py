@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from adi.decoding.checks import check_count
 from adi.decoding.frontier import Pass, Score
 from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
@@ -142,6 +143,7 @@ def generate_batch(
     stop: str | Sequence[str] = (),
     stop_at_eos: bool = True,
     raw: bool = False,
+    special_tokens: bool = False,
     candidates: int = 0,
     most: int = 32,
     temperature: float = 0.0,
@@ -160,17 +162,17 @@ def generate_batch(
         prompts: each as for ``generate``; none gives an empty list.
         most: so many sequences run at once at most; the others wait, and enter as texts end and KV memory is free.
         seed: each prompt draws with its own, ``prompt_seed(seed, its index)``: what ``generate`` says alone from that one.
-        model, policy, max_new_tokens, stop, stop_at_eos, raw, candidates, temperature, top_k, top_p, min_p,
+        model, policy, max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates, temperature, top_k, top_p, min_p,
             repetition_penalty: as for ``generate``.
 
     Raises:
         ValueError: before any work, for an option or a prompt that cannot be meant (the prompt is named by its index); and,
             as ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
     """
-    if most < 1:
-        raise ValueError(f"most is {most}; it must be at least 1.")
+    check_count("most", most, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
     options = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw, "candidates": candidates}
+    options["special_tokens"] = special_tokens
     members = []
     for i, prompt in enumerate(prompts):
         make = partial(Session, model, prompt, policy, stop=stop, sampling=sampling.of_prompt(i), **options)  # type: ignore[arg-type]

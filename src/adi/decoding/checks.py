@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from adi.decoding.policies import Policy, Reflex
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Trigger
 from adi.model.checkpoint import Model
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """ValueError unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
 def check_length(model: Model, prompt: int, new: int) -> None:
     """ValueError where so many tokens are none, or more than the model's context holds."""
-    if new < 1:
-        raise ValueError(f"max_new_tokens is {new}; it must be at least 1.")
+    check_count("max_new_tokens", new, 1)
     context = model.backbone.spec.context
     if context is not None and prompt + new > context:
         raise ValueError(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adi.decoding.sampling import Sampling
+from adi.model.backbone import require_number
 
 if TYPE_CHECKING:
     from adi.decoding.sequence import Proposed
@@ -39,8 +40,7 @@ def distribution(logits_V: Tensor, text: Sequence[int], sampling: Sampling, ids_
     """
     scores_V = penalised(logits_V.detach().to("cpu", torch.float64), text, sampling.repetition_penalty, ids_V)
     top = float(scores_V.max())  # NaN where any is
-    if not math.isfinite(top):
-        raise ValueError(f"the model's logits hold no distribution: the largest is {top}. Try another precision.")
+    require_number([top])
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(scores_V.argmax(), len(scores_V)).double()
     scores_V = (scores_V - top) / sampling.temperature

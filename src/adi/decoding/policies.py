@@ -45,8 +45,8 @@ class Verified:
         return not by_rule and (self.exits is None or self.exits.drafter is not None)
 
     def __post_init__(self) -> None:
-        if self.draft_tokens is not None and self.draft_tokens < 1:
-            raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be at least 1.")
+        if self.draft_tokens is not None and (type(self.draft_tokens) is not int or self.draft_tokens < 1):
+            raise ValueError(f"draft_tokens is {self.draft_tokens!r}; it must be a whole number of at least 1.")
         if self.adaptive:
             return
         if self.exits is None:
@@ -95,8 +95,8 @@ class Reflex:
         if self.thresholds is not None:
             with_thresholds(self.exits.trigger, self.thresholds)  # refuses what cannot be meant
         _check(self.exits, trigger_of(self))
-        if not 0 <= self.spot_check <= 1:
-            raise ValueError(f"spot_check is {self.spot_check}; it is a share of tokens, from 0 to 1.")
+        if not isinstance(self.spot_check, (int, float)) or not 0 <= self.spot_check <= 1:
+            raise ValueError(f"spot_check is {self.spot_check!r}; it is a share of tokens, from 0 to 1.")
         if self.monitor is not None and not self.spot_check:
             raise ValueError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
         if self.spot_check:
@@ -129,8 +129,8 @@ class Lookup:
 
     def __post_init__(self) -> None:
         for name in ("draft_tokens", "ngram"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
 
 
 Policy = FullDepth | Verified | Reflex | Lookup

@@ -174,6 +174,11 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def from_json(value: Any) -> Summary:
+        """The summary that ``to_json`` wrote; ValueError as for a step."""
+        return Summary(**_record(Summary, value, "a summary"))
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -233,7 +238,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
     "Mapping[str, float]": (dict,),
+    "Mapping[str, int]": (dict,),
 }
+_MOST = 1 << 63  # of a whole number in a file: beyond it arithmetic would fail far from here
 
 
 def _record(kind: Any, value: Any, what: str) -> dict[str, Any]:
@@ -248,6 +255,8 @@ def _record(kind: Any, value: Any, what: str) -> dict[str, Any]:
             raise ValueError(f"{f.name} of {what} is {item!r:.60}, not {f.type}.")
         if allowed == (dict,) and not all(isinstance(v, (int, float)) for v in item.values()):
             raise ValueError(f"{f.name} of {what} maps names to numbers.")
+        if any(isinstance(n, int) and abs(n) >= _MOST for n in (item.values() if allowed == (dict,) else (item,))):
+            raise ValueError(f"{f.name} of {what} holds a number too large to be meant.")
     return value
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,5 +69,6 @@ def prompt_seed(seed: int, index: int) -> int:
 
 
 def _number(value: Any, name: str, allowed: str, fits: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not fits(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not number or not fits(value):
         raise ValueError(f"{name} is {value!r}; it must be a number {allowed}.")

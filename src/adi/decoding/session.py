@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adi.decoding.checks import check_length, check_reflex, check_signals
+from adi.decoding.checks import check_count, check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.drawing import Sampler
 from adi.decoding.frontier import Frontier, Pass, Score
@@ -60,6 +60,7 @@ class Session:
         stop: str | Sequence[str] = (),
         stop_at_eos: bool = True,
         raw: bool = False,
+        special_tokens: bool = False,
         candidates: int = 0,
         sampling: Sampling | None = None,
     ) -> None:
@@ -69,9 +70,8 @@ class Session:
         self.model, self.policy = model, in_force(self._asked)
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         check_reflex(model, self._asked, self.sampling is not None)
-        if candidates < 0:
-            raise ValueError(f"candidates is {candidates}; it must be at least 0.")
-        self.prompt_ids = model.encode(prompt, raw=raw)
+        check_count("candidates", candidates, 0)
+        self.prompt_ids = model.encode(prompt, raw=raw, special_tokens=special_tokens)
         self.finish = "length"
         self._candidates = candidates
         self._detokenizer = Detokenizer(model.tokenizer)

@@ -21,6 +21,7 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_at_eos: bool = True,
     raw: bool = False,
+    special_tokens: bool = False,
     candidates: int = 0,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -39,6 +40,8 @@ def stream(
         stop: texts that end the output; they are not part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.
         raw: leave the chat template out.
+        special_tokens: read what the prompt spells like a special token, such as ``<|im_end|>``, as that token. By default it
+            is text, so that a text from elsewhere cannot end the user's turn.
         candidates: record, at every depth looked at, this many candidate tokens and all signals (slower).
         temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, as ``Sampling`` describes; greedy by
             default. A seed says the same text again, at full depth and verified alike; verified, the distribution is the
@@ -55,6 +58,7 @@ def stream(
         stop=stop,
         stop_at_eos=stop_at_eos,
         raw=raw,
+        special_tokens=special_tokens,
         candidates=candidates,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     )
@@ -70,6 +74,7 @@ def generate(
     stop: str | Sequence[str] = (),
     stop_at_eos: bool = True,
     raw: bool = False,
+    special_tokens: bool = False,
     candidates: int = 0,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -87,6 +92,7 @@ def generate(
         stop=stop,
         stop_at_eos=stop_at_eos,
         raw=raw,
+        special_tokens=special_tokens,
         candidates=candidates,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     )

@@ -26,7 +26,7 @@ from adi.exits.parts import answers_of, drafter_of, heads_of
 from adi.exits.probe import Probe, probe_of
 from adi.exits.signals import Measured, Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
-from adi.files import read_json, write_json
+from adi.files import expanded, read_json, require_file, write_json
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
 
@@ -38,6 +38,7 @@ SHIPPED = Path(__file__).parent.parent / "data" / "exits"
 JSON_TEXTS = ("base", "base_name")
 JSON_COUNTS = ("layers", "width", "vocabulary")
 JSON_FIELDS = {"format", *JSON_TEXTS, *JSON_COUNTS, "depths", "trigger", "tensors", "report", "made_by"}
+MOST_TENSOR_BYTES = 8 << 30
 BARE_TRIGGER = Threshold("top_probability", 0.5)
 Reader = Callable[[int, Tensor], Prediction | Measured]
 
@@ -87,6 +88,9 @@ class Exits:
                 f"these exits belong to {self.base_name} (fingerprint {self.base}), not to {spec.name} "
                 f"(fingerprint {spec.fingerprint}). Make its own with: adi tune {spec.name} --out DIR"
             )
+        for name in JSON_COUNTS:  # where the fingerprint is the model's, these are, unless somebody wrote others
+            if (mine := getattr(self, name)) != (its := getattr(spec, name)):
+                raise ValueError(f"these exits are damaged: their {name} is {mine}, the model's {its}.")
         if bad := [d for d in self.depths if d not in spec.stops]:
             raise ValueError(f"the {spec.backend} engine cannot stop at depths {bad}; it can at {list(spec.stops)}.")
 
@@ -129,7 +133,10 @@ class Exits:
     def acceptance(self) -> Mapping[int, float]:
         """How often full depth agreed on held-out text with drafts of each tenth of confidence, 0 to 9, if measured."""
         known = self.report.get("drafter", {}).get("acceptance", {})
-        return {int(place): float(share) for place, share in known.items()}
+        shares = {int(place): float(share) for place, share in known.items()}
+        if not all(0 <= place <= 9 and 0 <= share <= 1 for place, share in shares.items()):
+            raise ValueError("the report's acceptance is no table from tenths, 0 to 9, to shares, 0 to 1")
+        return shares
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: ValueError.
@@ -197,8 +204,8 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     Raises ValueError for an unknown name, and for a folder that is damaged or written by something else. Whether they
     fit a model is checked when they meet one.
     """
-    folder = SHIPPED / str(source) if str(source) in shipped() else Path(source).expanduser()
-    if not folder.is_dir():
+    folder = SHIPPED / str(source) if str(source) in shipped() else expanded(source)
+    if not _is_folder(folder):
         raise ValueError(
             f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
             "Make some with: adi tune MODEL --out DIR"
@@ -209,29 +216,37 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
     try:
         return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the exits in {folder} are damaged: {error}") from None
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no folder can have
+        return False
+
+
 def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _tensors(path: Path, digest: Any) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_file(path, "exits' tensors", MOST_TENSOR_BYTES)
     try:
         if _digest(path) != digest:
             raise ValueError(f"{path.name} is not the file that exits.json was written for (its digest differs)")
         return load_file(path)  # type: ignore[no-any-return]
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # what a foreign file makes the reader raise
         raise ValueError(f"{path.name}: {error}") from None
 
 
 def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
     for name in JSON_COUNTS:
-        if not isinstance(value[name], int) or value[name] < 1:
+        if type(value[name]) is not int or not 1 <= value[name] < 1 << 31:
             raise ValueError(f"{name} is {value[name]!r}, not a positive whole number")
     for name in JSON_TEXTS:
         if not isinstance(value[name], str):
@@ -252,7 +267,7 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
     if not isinstance(certificates, list):
         raise ValueError("certificates is not a list")
     known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
-    return Exits(
+    exits = Exits(
         **known,
         depths=tuple(depths),
         trigger=trigger_from_json(value["trigger"]),
@@ -262,3 +277,8 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         probe=probe_of(depths, value["width"], tensors),
         certificates=tuple(Certificate.from_json(item) for item in certificates),
     )
+    try:
+        _ = exits.acceptance
+    except (AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"the report's acceptance is no table: {error}") from None
+    return exits

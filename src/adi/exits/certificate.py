@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -51,7 +51,7 @@ class Certificate:
             value = getattr(self, name)
             if value is None and name in ("delta", "nats"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            if not _from_zero(value):
                 raise ValueError(f"{name} of a certificate is {value!r}, not a number from 0 on.")
         for name in ("sequences", "max_new_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
@@ -104,10 +104,17 @@ class Certificate:
         return Certificate(**{**value, "trigger": trigger_from_json(value["trigger"])})
 
 
+def _from_zero(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
+
+
 def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: str = "exact") -> Certificate:
     """The certificate for exactly this level; ValueError names those that there are."""
     if kind not in KINDS:
         raise ValueError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+    if not _from_zero(level):
+        raise ValueError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):
             return certificate

@@ -179,4 +179,6 @@ class Drafting:
             logs_S = speak(self._net, self._among, state_1D).log_probs_TS[0]
             place = int(logs_S.argmax())
             log = float(logs_S[place])
+        if not math.isfinite(log):
+            raise ValueError(f"the drafter holds no distribution: its largest log-probability is {log}.")
         return Guessed(int(self._among.ids_S[place]), {"top_probability": math.exp(log)}), state_1D

@@ -39,8 +39,8 @@ class DriftMonitor:
         return cls(certificate.unit_level, certificate.delta or 0.05, seed)
 
     def __post_init__(self) -> None:
-        if not 0 < self.level < 1 or not 0 < self.delta < 1:
-            raise ValueError(f"a monitor's level and delta lie between 0 and 1, not {self.level} and {self.delta}.")
+        if any(not isinstance(share, (int, float)) or not 0 < share < 1 for share in (self.level, self.delta)):
+            raise ValueError(f"a monitor's level and delta lie between 0 and 1, not {self.level!r} and {self.delta!r}.")
 
     def check(self, certificate: Certificate) -> None:
         """ValueError for a monitor that watches over another certificate."""

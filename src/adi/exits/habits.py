@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from adi.exits.ledger import WORD, Header, Ledger, read_header
 from adi.exits.memory import LONGEST, Recall, Runs, SortedRuns
+from adi.files import expanded
 
 if TYPE_CHECKING:
     from adi.exits.memory import Ids
@@ -74,7 +75,7 @@ class Habits:
             ValueError: a file of another tokenizer or vocabulary, a foreign or damaged file, one that cannot be used. A last
                 record that a crash cut off is no damage.
         """
-        place = Path(path).expanduser().resolve()
+        place = expanded(path).resolve()
         header = Header(fingerprint, vocabulary, LIMIT_TOKENS if limit_tokens is None else limit_tokens)
         ledger = Ledger(place, header)
         ledger.load(create, limit_tokens)
@@ -83,7 +84,7 @@ class Habits:
     @classmethod
     def look(cls, path: str | os.PathLike[str]) -> Habits:
         """The habits in an existing file, whichever tokenizer's they are: to show and to prune them."""
-        header = read_header(Path(path).expanduser().resolve())
+        header = read_header(expanded(path).resolve())
         return cls.open(path, fingerprint=header.fingerprint, vocabulary=header.vocabulary, create=False)
 
     def find(self, text: Sequence[int], most: int) -> Recall | None:

@@ -12,6 +12,13 @@ from adi.exits.answers import Answers
 from adi.exits.drafter import Drafter, shapes
 from adi.exits.heads import Adapter, Heads
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def finite(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds numbers of this shape, all finite in float32, in which they will be used."""
+    return tuple(tensor.shape) == shape and tensor.dtype in FLOATS and bool(tensor.float().isfinite().all())
+
 
 def answers_of(vocabulary: int, tensors: Mapping[str, Tensor]) -> Answers | None:
     own = {name.removeprefix("answers."): t for name, t in tensors.items() if name.startswith("answers.")}
@@ -34,7 +41,7 @@ def drafter_of(width: int, vocabulary: int, tensors: Mapping[str, Tensor]) -> Dr
         raise ValueError(f"the drafter's tensors are {sorted(own)}, not {sorted((*wanted, 'ids_S'))}")
     _check_ids(own["ids_S"], vocabulary)
     for name, shape in wanted.items():
-        if tuple(own[name].shape) != shape or not bool(own[name].isfinite().all()):
+        if not finite(own[name], shape):
             raise ValueError(f"the drafter's {name}: shape {tuple(own[name].shape)} or values are not what they must be")
     return Drafter(ids_S=own.pop("ids_S").long(), **{name: tensor.float() for name, tensor in own.items()})
 
@@ -55,14 +62,14 @@ def heads_of(depths: list[int], width: int, vocabulary: int, tensors: dict[str, 
         parts = {f.name: tensors.pop(f"{depth}.{f.name}", None) for f in fields(Adapter)}
         if missing := [name for name, t in parts.items() if t is None]:
             raise ValueError(f"depth {depth} lacks {', '.join(missing)}")
-        adapter = Adapter(**{name: t.float() for name, t in parts.items() if t is not None})
-        rank = adapter.up_DR.shape[-1]
+        adapter = Adapter(**{name: t for name, t in parts.items() if t is not None})
+        rank = adapter.up_DR.shape[-1] if adapter.up_DR.dim() == 2 else 0
         shapes = {"gain_D": (width,), "shift_D": (width,), "up_DR": (width, rank), "down_DR": (width, rank)}
         shapes |= {"tail_D": (width,), "tail_bias": (1,)}
         for name, tensor in adapter.tensors().items():
-            if tuple(tensor.shape) != shapes[name] or not bool(tensor.isfinite().all()):
+            if not finite(tensor, shapes[name]):
                 raise ValueError(f"depth {depth}, {name}: shape {tuple(tensor.shape)} or values are not what they must be")
-        adapters[depth] = adapter
+        adapters[depth] = Adapter(**{name: tensor.float() for name, tensor in adapter.tensors().items()})
     if tensors:
         raise ValueError(f"unknown tensors {sorted(tensors)[:3]}")
     return Heads(ids_S.long(), adapters)

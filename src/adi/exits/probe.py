@@ -101,7 +101,8 @@ def probe_of(depths: list[int], width: int, tensors: Mapping[str, Tensor]) -> Pr
         hidden = parts["out_H"].shape[0] if parts["out_H"].dim() == 1 else -1
         shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
         for name, tensor in parts.items():
-            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            fits = tuple(tensor.shape) == shapes[name] and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+            if not fits or not bool(tensor.isfinite().all()):
                 raise ValueError(f"the probe at depth {depth}, {name}: shape or values are not what they must be")
         return Net(**{name: tensor.float() for name, tensor in parts.items()})
 

@@ -5,6 +5,7 @@ A trigger that reads stability before entropy pays for the head only where stabi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -96,10 +97,16 @@ class Reading:
 
     @property
     def token(self) -> int:
-        """The likeliest token that the head can name."""
+        """The likeliest token that the head can name; ValueError where it says NaN."""
         if self._token is None:
             said = self.prediction
-            best = int(said.rows.place_T[0] if isinstance(said, Measured) else said.log_probs_TS[0].argmax())
+            if isinstance(said, Measured):
+                best, log = int(said.rows.place_T[0]), float(said.rows.first_T[0])
+            else:
+                best = int(said.log_probs_TS[0].argmax())
+                log = float(said.log_probs_TS[0, best])
+            if not math.isfinite(log):
+                raise ValueError(f"the exit at depth {self.depth} holds no distribution: its largest log-probability is {log}.")
             self._token = best if said.ids_S is None else int(said.ids_S[best])
         return self._token
 

@@ -58,8 +58,7 @@ def entropy(prediction: Prediction | Measured) -> Tensor:
     inside = _own_entropy(logs).sum(-1)
     if prediction.tail_T is None:
         return inside
-    tail = prediction.tail_T
-    return inside + tail.exp() * (math.log(max(prediction.tail_size, 1)) - tail)
+    return inside + _spread(prediction.tail_T, prediction.tail_size)
 
 
 def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
@@ -68,11 +67,16 @@ def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
     No signal of its own: a head that is sure of the tail, so of no token that it could name, looks sure to it.
     """
     if isinstance(prediction, Measured):
-        spread = prediction.rows.tail_T.exp() * (math.log(max(prediction.tail_size, 1)) - prediction.rows.tail_T)
-        return prediction.rows.entropy_T - spread + _own_entropy(prediction.rows.tail_T)
+        tail = prediction.rows.tail_T
+        return prediction.rows.entropy_T - _spread(tail, prediction.tail_size) + _own_entropy(tail)
     logs = prediction.log_probs_TS
     inside = _own_entropy(logs).sum(-1)
     return inside if prediction.tail_T is None else inside + _own_entropy(prediction.tail_T)
+
+
+def _spread(tail_T: Tensor, size: int) -> Tensor:
+    """What a tail adds to the entropy where its tokens are alike; nothing where it has no mass."""
+    return tail_T.exp() * (math.log(max(size, 1)) - tail_T.clamp_min(torch.finfo(tail_T.dtype).min))
 
 
 def _own_entropy(log_T: Tensor) -> Tensor:
@@ -173,6 +177,6 @@ SIGNALS: dict[str, Signal] = {
 
 def require_signal(name: Any) -> Signal:
     """The signal of that name; ValueError lists the names there are."""
-    if name not in SIGNALS:
+    if not isinstance(name, str) or name not in SIGNALS:
         raise ValueError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
     return SIGNALS[name]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from adi.exits.signals import require_signal
 
 PerDepth = float | Mapping[int, float]
+MOST_NESTED = 16
 JOINS: dict[str, Callable[[Iterable[bool]], bool]] = {"all": all, "any": any}
 
 
@@ -221,10 +222,13 @@ def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
     raise ValueError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
 
 
-def trigger_from_json(value: Any) -> Trigger:
-    """The rule that ``to_json`` wrote; ValueError, naming what is wrong, for anything else."""
-    if not isinstance(value, dict) or value.get("kind") not in _FIELDS:
-        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {value!r:.100}.")
+def trigger_from_json(value: Any, nested: int = 0) -> Trigger:
+    """The rule that ``to_json`` wrote; ValueError, naming what is wrong, for anything else. ``nested``: in so many others."""
+    if nested > MOST_NESTED:
+        raise ValueError(f"a trigger is nested more than {MOST_NESTED} times.")
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _FIELDS:
+        got = repr(value.get("kind"))[:100] if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {got}.")
     fields = _FIELDS[value["kind"]]
     if set(value) != {"kind", *fields}:
         raise ValueError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")
@@ -235,9 +239,9 @@ def trigger_from_json(value: Any) -> Trigger:
     if value["kind"] in ("all", "any"):
         if not isinstance(value["parts"], list):
             raise ValueError(f"'parts' of trigger {value['kind']!r} is a list of triggers.")
-        parts = tuple(trigger_from_json(part) for part in value["parts"])
+        parts = tuple(trigger_from_json(part, nested + 1) for part in value["parts"])
         return AllOf(parts) if value["kind"] == "all" else AnyOf(parts)
-    if not isinstance(value["min_depth"], int) or isinstance(value["min_depth"], bool):
+    if type(value["min_depth"]) is not int:
         raise ValueError(f"min_depth is a whole number, got {value['min_depth']!r}.")
     if value["kind"] == "threshold":
         return Threshold(value["signal"], value["at"], value["min_depth"])
@@ -257,14 +261,17 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def _not_negative(min_depth: int) -> None:
-    if min_depth < 0:
-        raise ValueError(f"min_depth is {min_depth}; it must be at least 0.")
+    if type(min_depth) is not int or min_depth < 0:
+        raise ValueError(f"min_depth is {min_depth!r}; it must be a whole number of at least 0.")
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f"{what} is {value!r}; it must be a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{what} is a whole number too large for any threshold.") from None
 
 
 def _per_depth(value: Any, what: str) -> PerDepth:
@@ -272,7 +279,7 @@ def _per_depth(value: Any, what: str) -> PerDepth:
         return _number(value, what)
     try:
         return {int(depth): _number(v, f"{what} at depth {depth}") for depth, v in value.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{what} maps depths to numbers: {error}") from None
 
 

@@ -27,10 +27,19 @@ class Partial:
 
     def sweeps(self) -> dict[str, Any]:
         """The sweeps that were finished, by contestant."""
-        return dict(self._read().get("sweeps", {}))
+        found = self._read().get("sweeps", {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path} is damaged (its sweeps are no object); delete it.")
+        return found
 
     def restore(self, contestants: Sequence[Contestant]) -> None:
-        """Give the contestants what they had, an error included."""
+        """Give the contestants what they had, an error included; ValueError where the file is damaged."""
+        try:
+            self._restore(contestants)
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error}); delete it.") from None
+
+    def _restore(self, contestants: Sequence[Contestant]) -> None:
         kept = self._read().get("contestants", {})
         for contestant in contestants:
             if contestant.name in kept:
@@ -66,6 +75,8 @@ class Partial:
         value = read_json(self.path, "unfinished benchmark")
         if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
             raise ValueError(f"{self.path} is not an unfinished benchmark of this adi; delete it or choose another --json.")
+        if not isinstance(value.get("terms"), dict):
+            raise ValueError(f"{self.path} is damaged (it states no terms); delete it.")
         if other := sorted(name for name in self.terms if value["terms"].get(name) != self.terms[name]):
             raise ValueError(
                 f"{self.path} is an unfinished benchmark with another {', '.join(other)}; "

@@ -39,7 +39,7 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not a benchmark of version {VERSION} (adi bench --json FILE makes one).")
     try:
         page(value)
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"the benchmark {path} is damaged: {type(error).__name__}: {error}.") from None
     return value
 

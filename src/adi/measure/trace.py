@@ -11,10 +11,12 @@ from typing import Any
 
 from adi.decoding.policies import FullDepth, Lookup, Policy, depths_of, trigger_of
 from adi.decoding.records import Generation, Step, Summary
+from adi.exits.triggers import trigger_from_json
 from adi.files import read_json, write_text
 
 FORMAT, VERSION = "adi-trace", 1
 MAX_BYTES = 256 * 2**20
+MOST_LAYERS = 1 << 14  # the page draws as many
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         raise ValueError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
     try:
         return _parse({k: v for k, v in value.items() if k not in ("format", "version")})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the trace {path} is damaged: {error}") from None
 
 
@@ -95,10 +97,17 @@ def _parse(value: dict[str, Any]) -> Trace:
     depths = value["depths"]
     if not isinstance(depths, list) or not all(type(d) is int for d in depths):
         raise ValueError("depths is not a list of whole numbers.")
-    if type(value["layers"]) is not int or not isinstance(value["trigger"], (dict, type(None))):
-        raise ValueError("layers is not a whole number, or trigger not an object.")
-    if not isinstance(value["summary"], dict) or set(value["summary"]) != {f.name for f in fields(Summary)}:
-        raise ValueError("summary does not have the fields of a summary.")
+    layers = value["layers"]
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+        raise ValueError(f"layers is not a whole number from 1 to {MOST_LAYERS}.")
+    if value["trigger"] is not None:
+        trigger_from_json(value["trigger"])
+    Summary.from_json(value["summary"])
     if not isinstance(value["steps"], list):
         raise ValueError("steps is not a list.")
-    return Trace(**{**value, "depths": tuple(depths), "steps": tuple(Step.from_json(s) for s in value["steps"])})
+    steps = tuple(Step.from_json(step) for step in value["steps"])
+    looked = [look.depth for step in steps for look in step.looks]
+    drafted = [draft.depth for step in steps for draft in step.rejected]
+    if not all(0 <= depth <= layers for depth in (*depths, *looked, *drafted, *(step.depth for step in steps))):
+        raise ValueError(f"a depth is outside a model of {layers} layers.")
+    return Trace(**{**value, "depths": tuple(depths), "steps": steps})

@@ -10,6 +10,7 @@ given, and trusts of a layer's KV memory only what lies before the first of thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -177,6 +178,12 @@ def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + eps)
 
 
+def require_number(tops: Sequence[float]) -> None:
+    """ValueError unless the largest logit of every row is a finite number: of NaN there is no likeliest token."""
+    if bad := [top for top in tops if not math.isfinite(top)]:
+        raise ValueError(f"the model's logits hold no distribution: the largest is {bad[0]}. Try another precision.")
+
+
 class Backbone(Protocol):
     """An engine. The rest of the package cannot tell one from another."""
 
@@ -220,7 +227,10 @@ class Backbone(Protocol):
         ...
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
-        """The likeliest next token of each of T states: the first of the largest ``logits``."""
+        """The likeliest next token of each of T states: the first of the largest ``logits``.
+
+        ValueError where the largest is not a finite number.
+        """
         ...
 
     def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:

@@ -31,13 +31,14 @@ class Model:
     eos_ids: frozenset[int]
     source: str = field(default="")
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, raw: bool = False, special_tokens: bool = False) -> tuple[int, ...]:
         """Token ids of a prompt: a string (one user message), a list of chat messages, or token ids as they are.
 
-        ``raw`` leaves the chat template out. Raises ValueError for a prompt that is none of these, that is empty, that
-        holds ids outside the vocabulary, or that needs a tokenizer or chat template the model does not have.
+        ``raw`` leaves the chat template out. What a text spells like a special token is text, unless ``special_tokens``.
+        Raises ValueError for a prompt that is none of these, that is empty, that holds ids outside the vocabulary, or that
+        needs a tokenizer or chat template the model does not have.
         """
-        ids = self._ids(prompt, raw)
+        ids = self._ids(prompt, raw, special_tokens)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token.")
         vocabulary = self.backbone.spec.vocabulary
@@ -45,11 +46,13 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
         return ids
 
-    def _ids(self, prompt: Prompt, raw: bool) -> tuple[int, ...]:
+    def _ids(self, prompt: Prompt, raw: bool, special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
-            return self.tokenizer.encode(prompt) if raw else self.tokenizer.chat([{"role": "user", "content": prompt}])
+            if raw:
+                return self.tokenizer.encode(prompt, special_tokens=special_tokens)
+            return self.tokenizer.chat([{"role": "user", "content": prompt}], special_tokens=special_tokens)
         items = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
         if items is not None and all(hasattr(i, "__index__") for i in items):
             return tuple(operator.index(i) for i in items)  # type: ignore[arg-type]
@@ -59,7 +62,7 @@ class Model:
                 raise ValueError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
             if raw:
                 raise ValueError("raw=True leaves the chat template out, so it needs a text, not messages.")
-            return self.tokenizer.chat(messages)
+            return self.tokenizer.chat(messages, special_tokens=special_tokens)
         raise ValueError(f"a prompt is a string, a list of messages or a list of token ids, not {type(prompt).__name__}.")
 
 
@@ -156,7 +159,8 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(place, dtype="auto", output_loading_info=True)
+            options: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # nor asks whether to
+            model, report = AutoModelForCausalLM.from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise ValueError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
@@ -195,7 +199,8 @@ def _load_openvino(
         weights = loaded.backbone.spec.fingerprint
         backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)
     page = folder / "generation_config.json"
-    stated = read_json(page, "generation configuration").get("eos_token_id") if page.exists() else None
+    written = read_json(page, "generation configuration") if page.exists() else None
+    stated = written.get("eos_token_id") if isinstance(written, dict) else None
     eos_ids = _eos(stated, found)
     return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
 
@@ -211,7 +216,10 @@ def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: what the generation config states, else the tokenizer's."""
     if stated is None and tokenizer is not None:
         stated = tokenizer.eos_token_id
-    return frozenset(int(i) for i in (stated if isinstance(stated, (list, tuple)) else [stated]) if i is not None)
+    given = [i for i in (stated if isinstance(stated, (list, tuple)) else [stated]) if i is not None]
+    if any(type(i) is not int for i in given):
+        raise ValueError(f"the model's eos_token_id is {stated!r}; it must be a token id, or several.")
+    return frozenset(given)
 
 
 def _device(name: str) -> str:

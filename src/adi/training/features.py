@@ -78,7 +78,11 @@ def write_shards(
 
 
 def read_shard(path: Path) -> Shard:
-    return Shard(**load_file(path))
+    """A shard; ValueError for a damaged one."""
+    try:
+        return Shard(**load_file(path))
+    except Exception as error:  # what a damaged or foreign file makes the reader raise
+        raise ValueError(f"the shard {path} is damaged ({error}); delete it to make it again.") from None
 
 
 def read_shards(paths: Sequence[Path]) -> Iterator[Shard]:

@@ -105,11 +105,16 @@ def save_state(path: Path, done: int, parameters: Sequence[Tensor], optimizer: t
 
 
 def resume_state(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Steps done, 0 without a checkpoint; ValueError for a damaged one, whose values may have been taken over in part."""
     if not path.exists():
         return 0
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["done"])
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)  # which runs no code
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["done"])
+    except Exception as error:  # what a damaged or foreign file makes the reader raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the checkpoint {path} is damaged or foreign ({first}); delete it to begin again.") from None

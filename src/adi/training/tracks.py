@@ -65,7 +65,11 @@ def write_shard(path: Path, parts: Sequence[Tracks]) -> None:
 
 
 def read_tracks(path: Path) -> Tracks:
-    return Tracks(**load_file(path))
+    """A shard; ValueError for a damaged one."""
+    try:
+        return Tracks(**load_file(path))
+    except Exception as error:  # what a damaged or foreign file makes the reader raise
+        raise ValueError(f"the shard {path} is damaged ({error}); delete it to make it again.") from None
 
 
 def _track(backbone: Backbone, answer: Answer, number: int) -> Tracks:

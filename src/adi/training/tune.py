@@ -15,7 +15,7 @@ from torch import Tensor
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
 from adi.exits.heads import Heads, Shortlist, shortlist
-from adi.files import write_text
+from adi.files import read_text, write_text
 from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import (
@@ -35,6 +35,7 @@ from adi.training.talk import TalkOptions
 
 TEXT_WINDOW = 256
 WARM = 0.5  # learning rate of a warm start, against a cold one's
+MOST_TEXT_BYTES = 4 << 30
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -62,13 +63,15 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_new_tokens", "shortlist", "rank", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         for name in ("drafter_epochs", "talk_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 0.")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
+        if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and at most 1.")
 
 
 def tune(
@@ -249,10 +252,7 @@ def _windows(model: Model, path: Path) -> list[Answer]:
     """A text file cut into sequences; every token after a window's first is one to learn from."""
     if model.tokenizer is None:
         raise ValueError("text files need a tokenizer; load the model with one.")
-    try:
-        ids = model.tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the text {path}: {error}") from None
+    ids = model.tokenizer.encode(read_text(path, "text", MOST_TEXT_BYTES))
     names = [(f"{path.name}:{at}", ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW)]
     return [Answer(name, tuple(part), 1, True, is_held_out(name)) for name, part in names if len(part) > 1]
 

@@ -8,9 +8,12 @@ stay the business of transformers, so no family needs code of its own.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +94,7 @@ class Patch:
         self.downs = list(downs) if downs is not None else None
         self.extra_outputs = [0] * len(self.blocks)
         self._lock = threading.RLock()  # one pass at a time: the blocks are the model's own
+        self._undo: Callable[[], object] = _undoing([])
 
     @contextmanager
     def patched(self, run: Run, *, mlp: bool = False) -> Iterator[Run]:
@@ -100,24 +104,22 @@ class Patch:
 
     @contextmanager
     def _swapped(self, run: Run, mlp: bool) -> Iterator[None]:
-        saved = [block.__dict__.get("forward") for block in self.blocks]
+        self._undo()  # of a pass that was interrupted just where it would have been undone
         hook = None
+        wrappers = [self._wrapper(i, block.forward, run) for i, block in enumerate(self.blocks)]
+        self._undo = _undoing([block.__dict__ for block in self.blocks])
         try:
-            for i, block in enumerate(self.blocks):
-                block.__dict__["forward"] = self._wrapper(i, block.forward, run)
+            for block, wrapper in zip(self.blocks, wrappers, strict=True):
+                block.__dict__["forward"] = wrapper
             if mlp and self.downs is not None:
                 hook = self.downs[run.hi - 1].register_forward_pre_hook(lambda _, args: _keep_mlp(run, args))
             yield
         except Reached:
             pass
         finally:
+            self._undo()
             if hook is not None:
                 hook.remove()
-            for block, forward in zip(self.blocks, saved, strict=True):
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.__dict__["forward"] = forward
 
     def _wrapper(self, i: int, forward: Any, run: Run) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -143,6 +145,21 @@ class Patch:
             return out
 
         return step
+
+
+def _undoing(places: Sequence[dict[str, Any]]) -> Callable[[], object]:
+    """A call, good for once, that puts every ``forward`` back as it is in these dictionaries now.
+
+    One call into C and no Python between its steps, so that Ctrl-C cannot come half-way and leave a model half patched.
+    """
+    name = "forward"
+    bare = [place for place in places if name not in place]
+    own = [place for place in places if name in place]
+    steps = itertools.chain(
+        map(dict.pop, bare, itertools.repeat(name), itertools.repeat(None)),
+        map(dict.__setitem__, own, itertools.repeat(name), [place[name] for place in own]),
+    )
+    return functools.partial(deque, steps, 0)
 
 
 def _keep_mlp(run: Run, args: tuple[Any, ...]) -> None:

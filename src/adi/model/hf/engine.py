@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
 from adi.model.hf.blocks import Patch, Run, find_down_projections
 from adi.model.hf.cache import StaircaseCache
 from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
@@ -116,7 +116,9 @@ class HfBackbone:
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         """The likeliest next token of each state."""
-        return self.logits(hidden_TD).argmax(-1).tolist()
+        logits_TV = self.logits(hidden_TD)
+        require_number(logits_TV.amax(-1).tolist())  # NaN where any is
+        return logits_TV.argmax(-1).tolist()
 
     def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
         logits_TV = self.logits(hidden_TD)

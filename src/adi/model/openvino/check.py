@@ -84,6 +84,7 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     """
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
+    found = found if isinstance(found, dict) else {}
     machine = _machine(backbone.threads)
     if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
         found[machine] = _least_rows(backbone)

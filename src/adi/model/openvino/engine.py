@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
 from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
 from adi.model.openvino.light import CompiledLightHead
@@ -172,7 +172,8 @@ class OpenVinoBackbone:
 
     def greedy(self, hidden_TD: Tensor) -> list[int]:
         with self._pieces.lock:
-            _, token = self._scored(hidden_TD)
+            logits, token = self._scored(hidden_TD)
+            require_number(logits[0, : len(hidden_TD)].max(-1).tolist())  # NaN where any is
             return token[0, : len(hidden_TD)].tolist()  # type: ignore[no-any-return]
 
     def _scored(self, hidden_TD: Tensor) -> Any:

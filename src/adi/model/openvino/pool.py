@@ -53,6 +53,11 @@ class Pool:
         """How many blocks can still be had."""
         return self.capacity - self.blocks + len(self._free)
 
+    @property
+    def used(self) -> int:
+        """How many blocks sequences hold."""
+        return self.blocks - len(self._free)
+
     def add(self, name: str, port: Any) -> None:
         """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen.
 
@@ -81,7 +86,9 @@ class Pool:
         while total > len(self._free):
             self._grow()
         for cache, _ in wanted:
-            cache.blocks.extend(self._free.pop() for _ in range(missing.pop(id(cache), 0)))
+            rest = len(self._free) - missing.pop(id(cache), 0)
+            taken, left = self._free[rest:][::-1], self._free[:rest]
+            cache.blocks[len(cache.blocks) :], self._free = taken, left  # in one: an interruption must not come between
 
     def peek(self, cache: PagedCache, block: int, length: int) -> Any:
         """A copy of what one block of the model holds of the first ``length`` positions, as a flat float32 torch tensor; None
@@ -113,15 +120,14 @@ class Pool:
 
         size = min(self.capacity, max(FIRST_BLOCKS, 2 * self.blocks))
         used = self.blocks + 1 if self.blocks else 0  # numbers begin after the spare one
+        tensors: dict[str, Any] = {}
         for name, (kind, shape) in self._ports.items():
-            grown = ov.Tensor(kind, ov.Shape([size + 1, *shape]))
-            grown.data[used:] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
+            tensors[name] = ov.Tensor(kind, ov.Shape([size + 1, *shape]))
+            tensors[name].data[used:] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
             if used:
-                grown.data[:used] = self.tensors[name].data
-            self.tensors[name] = grown
-        self._free.extend(range(size, self.blocks, -1))
-        self.blocks = size
-        self.version += 1
+                tensors[name].data[:used] = self.tensors[name].data
+        free = [*self._free, *range(size, self.blocks, -1)]
+        self.tensors, self._free, self.blocks, self.version = tensors, free, size, self.version + 1
 
 
 def _missing(wanted: Sequence[tuple[PagedCache, int]]) -> dict[int, int]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,14 @@ FORMAT = 5
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "family", "fingerprint", "precision"), (str,)),
+    **dict.fromkeys(("layers", "width", "vocabulary"), (int,)),
+    "context": (int, type(None)),
+    "has_mlp": (bool,),
+    "attentions": (list,),
+    "readout": (dict, str),
+}
 NAMES = ("gain_D", "shift_D", "weight_VD", "bias_V")
 
 
@@ -78,9 +88,21 @@ def read_page(folder: Path) -> Page:
         raise ValueError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
     try:
         page = Page(**value)
-        return replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
+        _check_kinds(page, KINDS)
+        page = replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
+        for attention in page.attentions:
+            _check_kinds(attention, dict.fromkeys(asdict(attention), (int, float)))
+        return page
     except TypeError as error:
         raise ValueError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
+
+
+def _check_kinds(value: Page | Attention, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """TypeError where a field is of another type, or a number below zero."""
+    for name, allowed in kinds.items():
+        found = getattr(value, name)
+        if type(found) not in allowed or (type(found) in (int, float) and not 0 <= found < 1 << 31):
+            raise TypeError(f"{name} is {found!r:.60}")
 
 
 def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
@@ -123,7 +145,11 @@ def recall(source: Path, precision: str) -> Path | None:
     note = _note_path(source, precision)
     if not note.exists():
         return None
-    folder = place(str(read_json(note, "note about an export")["key"]), precision)
+    stated = read_json(note, "note about an export")
+    key = stated.get("key") if isinstance(stated, dict) else None
+    if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", key):
+        raise ValueError(f"the note about an export {note} is damaged; delete it.")
+    folder = place(key, precision)
     return folder if (folder / "model.json").exists() else None
 
 

@@ -1,0 +1,100 @@
+"""The soak of ``tools/soak.py`` in small: a tiny model holds nothing after hundreds of generations, and a leak is seen."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+pytest.importorskip("scipy")
+
+import adi
+from conftest import exits_with_drafter
+
+MOST_GROWTH_MIB = 24.0
+GENERATIONS, WARM_UP, EVERY = 140, 60, 5
+LEAK = 1 << 20  # bytes in each generation
+
+
+@pytest.fixture(scope="module")
+def soak() -> Any:
+    place = Path(__file__).parent.parent / "tools" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module  # where its dataclasses look their own names up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["hf", "openvino"])
+def work(
+    request: pytest.FixtureRequest, soak: Any, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        model = adi.load(str(tiny_folder), backend=request.param)
+        exits = exits_with_drafter(model).with_trigger(adi.Threshold("entropy", 3.0))
+        yield soak.Work(model, exits, 3.0, ["the quick brown fox", "a dog sleeps"], most_new_tokens=4)
+
+
+def test_nothing_is_held(soak: Any, work: Any) -> None:
+    samples, kinds = soak.soak(work, GENERATIONS, EVERY)
+    found = soak.judged(samples, WARM_UP, MOST_GROWTH_MIB)
+    assert not found["wrong"], found
+    assert set(kinds) == set(soak.KINDS)
+    assert samples[-1].generations == sum(kinds.values()) >= GENERATIONS
+    assert found["slope_mib_per_1000"]["low"] <= found["slope_mib_per_1000"]["slope"]
+
+
+def test_a_leak_of_memory_is_caught(soak: Any, work: Any) -> None:
+    hoard: list[bytearray] = []
+    samples, _ = soak.soak(work, GENERATIONS, EVERY, beside=lambda: hoard.append(bytearray(b"x") * LEAK))
+    found = soak.judged(samples, WARM_UP, MOST_GROWTH_MIB)
+    assert any("private memory grew" in sentence for sentence in found["wrong"])
+    assert found["slope_mib_per_1000"]["low"] > 200
+
+
+def test_a_sequence_that_is_never_closed_is_caught(soak: Any, work: Any) -> None:
+    left: list[Any] = []
+
+    def leave() -> None:
+        if not left:
+            left.append(adi.stream(work.model, [5, 6], max_new_tokens=4))
+            next(left[0])
+
+    samples, _ = soak.soak(work, 20, 10, beside=leave)
+    wrong = soak.judged(samples, 0, 1e9)["wrong"]
+    left[0].close()
+    assert any("sequences are still alive" in sentence for sentence in wrong)
+    assert work.model.backbone.spec.backend == "hf" or any("blocks of KV memory" in sentence for sentence in wrong)
+
+
+def test_files_left_open_are_caught(soak: Any, work: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files: list[Any] = []
+    samples, _ = soak.soak(work, 30, 5, beside=lambda: files.append((tmp_path / "file").open()))
+    wrong = soak.judged(samples, 5, 1e9)["wrong"]
+    for file in files:
+        file.close()
+    assert any("open files rose" in sentence for sentence in wrong)
+
+
+def test_steady_noise_is_no_growth_and_the_slope_is_that_of_a_line(soak: Any) -> None:
+    def sample(generations: int, mib: float) -> Any:
+        return soak.Sample(generations, 0.0, 0, int(mib * soak.MIB), 0, 0, 5, 5)
+
+    noisy = [sample(100 * i, 500 + 3 * (-1) ** i) for i in range(50)]
+    assert not soak.judged(noisy, 1000, 8.0)["wrong"]
+    rising = [sample(100 * i, 500 + 0.5 * i) for i in range(50)]
+    found = soak.judged(rising, 1000, 8.0)
+    assert found["slope_mib_per_1000"]["slope"] == pytest.approx(5.0, abs=0.01)
+    assert found["growth_mib"] == pytest.approx(18.5, abs=1.0)
+    assert found["wrong"]
