@@ -31,7 +31,7 @@ from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, fit
 from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk
 from adi.training.report import evaluate, report_json
-from adi.training.talk import TalkOptions
+from adi.training.talk import TalkOptions, share_of_own
 
 TEXT_WINDOW = 256
 Progress = Callable[[str, int, int, str], None]
@@ -125,8 +125,10 @@ def tune(
     if options.drafter_epochs:
         tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
         if talks:
-            talking = TalkOptions(options.talk_tokens, options.max_new_tokens, seed=options.seed)
-            begun = [list(model.encode(p)) for p in given]
+            talking = TalkOptions(
+                options.talk_tokens, options.max_new_tokens, own_prompts=share_of_own(model), seed=options.seed
+            )
+            begun = [list(model.encode(p, raw=_is_raw(model))) for p in given]
             lessons = lessons_from_talk(voice or model, begun, work, talking, tell)
         else:
             lessons = lessons_from_answers(backbone, train, held, work, tell)
@@ -208,7 +210,7 @@ def _answers(
         raise ValueError("tuning runs on the transformers engine; load the model with backend='hf'.")
     if not prompts:
         return []
-    raw = model.tokenizer is None or not model.tokenizer.has_chat_template
+    raw = _is_raw(model)
     key = [model.backbone.spec.fingerprint, sorted(model.eos_ids), options.max_new_tokens, options.seed, raw]
     if _changed(work / "answers.key", key):
         (work / "answers.jsonl").unlink(missing_ok=True)
@@ -223,6 +225,11 @@ def _answers(
         seed=options.seed,
         progress=lambda done, total: progress("answers", min(done, total), total, ""),
     )
+
+
+def _is_raw(model: Model) -> bool:
+    """Whether prompts are given to this model as they are."""
+    return model.tokenizer is None or not model.tokenizer.has_chat_template
 
 
 def _enough(held_out: Sequence[bool]) -> None:
