@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from adi.training.answers import (
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, fit
-from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk
+from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk, said_in
 from adi.training.report import evaluate, report_json
 from adi.training.talk import TalkOptions, share_of_own
 
@@ -42,8 +43,8 @@ class TuneOptions:
     """How exits are made. ``depths`` None spreads seven over the model, denser towards its end.
 
     ``tokens`` counts answer tokens (the model's own) to train on; ``shortlist`` tokens that a head can name; ``rank`` of
-    the adapters. With ``talk_tokens`` the drafter learns from so many tokens of conversations that the model writes by itself
-    (see ``training.talk``), else from the answers.
+    the adapters. With ``talk_tokens`` nothing is answered: the drafter learns from so many tokens of texts that the model
+    writes by itself (see ``training.talk``), the heads from the first ``tokens`` of them.
     """
 
     depths: tuple[int, ...] | None = None
@@ -104,34 +105,33 @@ def tune(
     windows = [window for path in texts for window in _windows(model, Path(path))]
     talks = options.drafter_epochs > 0 and options.talk_tokens > 0
     given = interleave(prompts)
-    answers: list[Answer] = []
-    learns_from_answers = keep is None or not talks
-    if learns_from_answers:
+    tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+    lessons: Lessons | None = None
+    if not talks:
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
-    if learns_from_answers:
+    if talks:
+        own = share_of_own(model)
+        talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
+        begun = [list(model.encode(p, raw=_is_raw(model))) for p in given]
+        lessons = lessons_from_talk(voice or model, begun, work, talking, tell)
+        answers = [*said_in(lessons.shards, False), *said_in(lessons.checks, True), *windows]
+    else:
         answers = _answers(model, work, prompts, options, progress) + windows
-        _enough([a.held_out for a in answers])
+    _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
     ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
     among = shortlist(readout, ids_S)
     made = {**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)}
     if keep is None:
-        exits = _heads(backbone, readout, depths, (train, held), among, work, options, progress)
+        shown = (_first(train, options.tokens), _first(held, options.tokens)) if talks else (train, held)
+        exits = _heads(backbone, readout, depths, shown, among, work, options, progress)
         exits = replace(exits, made_by=made)
     else:
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": made})
     if options.drafter_epochs:
-        tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
-        if talks:
-            talking = TalkOptions(
-                options.talk_tokens, options.max_new_tokens, own_prompts=share_of_own(model), seed=options.seed
-            )
-            begun = [list(model.encode(p, raw=_is_raw(model))) for p in given]
-            lessons = lessons_from_talk(voice or model, begun, work, talking, tell)
-        else:
-            lessons = lessons_from_answers(backbone, train, held, work, tell)
+        lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress)
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
@@ -225,6 +225,12 @@ def _answers(
         seed=options.seed,
         progress=lambda done, total: progress("answers", min(done, total), total, ""),
     )
+
+
+def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+    """As many of the answers as hold so many tokens, from the first on."""
+    before = accumulate((a.tokens for a in answers), initial=0)
+    return [answer for answer, at in zip(answers, before, strict=False) if at < tokens]
 
 
 def _is_raw(model: Model) -> bool:
