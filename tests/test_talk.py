@@ -26,6 +26,7 @@ OPTIONS = TalkOptions(tokens=60, max_new_tokens=8, side_by_side=5, seed=3)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_SEQUENCES", 4)
     monkeypatch.setattr(module, "LONGEST_PROMPT", 6)
+    monkeypatch.setattr(module, "HEAD_ROWS", 3)
 
 
 def texts(tracks: Tracks) -> list[Tracks]:

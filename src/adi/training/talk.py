@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adi.model.backbone import Backbone, Rows
+from adi.model.backbone import Backbone, Outlook, Rows
 from adi.model.checkpoint import Model
 from adi.training.features import in_halves
-from adi.training.tracks import SHARD_SEQUENCES, Tracks, write_shard
+from adi.training.tracks import HEAD_ROWS, SHARD_SEQUENCES, Tracks, write_shard
 
 SIDE_BY_SIDE = 64
 LIKELIEST = 48  # a token is drawn from so many
@@ -135,7 +135,7 @@ class _Talk:
             self.running.append(self.begin())
         rows = [Rows(t.cache, t.known, tuple(t.ids[t.known :]), None) for t in self.running]
         states = self.backbone.forward(rows, 0, self.backbone.spec.layers)
-        outlook = self.backbone.outlook(torch.cat([s.hidden_TD for s in states]), LIKELIEST)
+        outlook = _outlook(self.backbone, torch.cat([s.hidden_TD for s in states]))
         done, at = [], 0
         for text, state in zip(list(self.running), states, strict=True):
             upto = at + state.hidden_TD.shape[0]
@@ -173,6 +173,12 @@ class _Talk:
             return False
         said = len(text.ids) - text.start
         return said >= self.options.max_new_tokens or text.ids[-1] in self.ends
+
+
+def _outlook(backbone: Backbone, hidden_TD: Tensor) -> Outlook:
+    """A few rows at a time: of a large vocabulary the logits of all prompts at once would fill the memory."""
+    parts = [backbone.outlook(rows_TD, LIKELIEST) for rows_TD in hidden_TD.split(HEAD_ROWS)]
+    return Outlook(*(torch.cat([getattr(part, name) for part in parts]) for name in Outlook.__dataclass_fields__))
 
 
 def share_of_own(model: Model) -> float:
