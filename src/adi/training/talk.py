@@ -59,8 +59,8 @@ class Template:
         before, mark, after = text.partition(MARK)
         if not mark:
             raise ValueError("this model's chat template changes what a user says, so it cannot write prompts.")
-        ids = [tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
-        return cls(*ids, LONGEST_PROMPT)
+        opening, between = (tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+        return cls(opening, between, LONGEST_PROMPT)
 
 
 @dataclass(frozen=True)
