@@ -21,6 +21,7 @@ from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
 from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
+from adi.model.openvino import export as export_module
 from adi.model.openvino.check import settle_rows
 from adi.model.openvino.pieces import LANES
 from adi.model.openvino.pool import Pool
@@ -192,6 +193,14 @@ def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_p
 def test_the_same_weights_in_another_configuration_are_another_export() -> None:
     assert fingerprint(tiny("llama")) == fingerprint(tiny("mistral"))
     assert folder_of("llama") != folder_of("mistral")
+
+
+def test_an_export_in_few_bits_is_checked_in_float32_kv_memory_and_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With keys and values in 16 bits this model's logits differ by more, and those of a real Gemma 3 by more than the check
+    allows."""
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    monkeypatch.setattr(export_module, "TOLERANCE", 2e-5)
+    assert make(model_of("gemma3"), name="gemma3", precision="int8").spec.precision == "int8"
 
 
 def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:

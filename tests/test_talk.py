@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import adi
 from adi.model.backbone import Rows
 from adi.training import talk as module
 from adi.training.drafting import opening
 from adi.training.lessons import lessons_from_talk
-from adi.training.talk import TalkOptions, Template, talk, tokens_in
+from adi.training.talk import TalkOptions, Template, share_of_own, talk, tokens_in
 from adi.training.tracks import Tracks, read_tracks
 
 OPTIONS = TalkOptions(tokens=60, max_new_tokens=8, side_by_side=5, seed=3)
@@ -22,6 +26,7 @@ OPTIONS = TalkOptions(tokens=60, max_new_tokens=8, side_by_side=5, seed=3)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_SEQUENCES", 4)
     monkeypatch.setattr(module, "LONGEST_PROMPT", 6)
+    monkeypatch.setattr(module, "HEAD_ROWS", 3)
 
 
 def texts(tracks: Tracks) -> list[Tracks]:
@@ -111,3 +116,42 @@ def test_what_all_texts_begin_with_is_found() -> None:
     assert opening(tracks).tolist() == [True, True, False, False, True, True, False, True, True, False]
     alone = Tracks(ids[:4], nothing, nothing, nothing, torch.zeros(4), nothing)
     assert not opening(alone).any()
+
+
+def test_a_model_without_a_template_goes_on_with_its_own_first_words(
+    tiny_hf: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_WORDS", 5)
+    begun = copy.deepcopy(tiny_tokenizer)
+    begun.chat_template = None
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
+    base = adi.load(tiny_hf, tokenizer=begun)
+    assert base.tokenizer is not None
+    assert base.tokenizer.encode("") == (1,)
+    assert share_of_own(base) == module.OWN_WORDS
+    wanted = dataclasses.replace(OPTIONS, own_prompts=share_of_own(base))
+    prompts = [[1, 7, 8], [1, 9]]
+    starts = set()
+    for text in [one for path in talk(base, prompts, tmp_path, wanted) for one in texts(read_tracks(path))]:
+        ids, start = text.ids_N.tolist(), int(text.answer_N.int().argmax()) + 1
+        own = ids[:start] not in prompts
+        starts.add(own)
+        assert ids[0] == 1
+        assert start <= 7 if own else start == len(ids[:start])
+        assert not base.eos_ids & set(ids[:start])
+    assert starts == {True, False}
+
+
+def test_a_model_that_cannot_begin_a_text_is_given_all_prompts(tiny_hf: Any, tiny_tokenizer: Any) -> None:
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.chat_template = None
+    assert share_of_own(adi.load(tiny_hf, tokenizer=bare)) == 0.0
+    assert share_of_own(adi.load(tiny_hf, tokenizer=tiny_tokenizer)) == module.OWN_PROMPTS
+
+
+def test_every_prompt_is_given_before_any_is_given_again(tiny_model: adi.Model, tmp_path: Path) -> None:
+    prompts = [[5, 6, 7 + i] for i in range(6)]
+    options = TalkOptions(tokens=1, max_new_tokens=1, side_by_side=6, own_prompts=0.0)
+    (path,) = talk(tiny_model, prompts, tmp_path, options)
+    given = [tuple(text.ids_N.tolist()[:3]) for text in texts(read_tracks(path))]
+    assert len(set(given)) == len(given) >= 4

@@ -12,11 +12,13 @@ import torch
 
 import adi
 from adi.exits.heads import merged
+from adi.model.backbone import normalise
 from adi.training import answers as answers_module
+from adi.training import talk as talk_module
 from adi.training.answers import Answer, collect, interleave, is_greedy, is_held_out, read_answers
-from adi.training.features import choose_shortlist, read_shard, write_shards
+from adi.training.features import choose_shortlist, in_halves, read_shard, write_shards
 from adi.training.report import loosest_threshold
-from adi.training.tune import tune
+from adi.training.tune import TuneOptions, tune
 
 PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fox", "cat", "bird") for n in range(24)]
 OPTIONS = adi.TuneOptions(depths=(2, 4, 5), tokens=900, max_new_tokens=24, shortlist=64, rank=8, epochs=12, learning_rate=1e-2)
@@ -275,3 +277,28 @@ def test_too_few_prompts_are_refused_before_any_work(tiny_model: adi.Model, tmp_
     with pytest.raises(ValueError, match="groups"):
         tune(tiny_model, tmp_path / "a", PROMPTS, OPTIONS)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_row_too_large_for_halves_is_scaled_as_a_whole() -> None:
+    hidden_TD = torch.tensor([[1.0, -2.0, 3.0], [2e5, 50.0, -1e3]])
+    kept_TD = in_halves(hidden_TD)
+    assert kept_TD.dtype == torch.float16
+    assert torch.equal(kept_TD[0].float(), hidden_TD[0])
+    normed = [normalise(rows.float(), "rms", 1e-6) for rows in (kept_TD, hidden_TD)]
+    torch.testing.assert_close(*normed, rtol=2e-3, atol=1e-6)
+
+
+def test_with_talk_heads_and_drafter_learn_from_it_and_nothing_is_answered(
+    tiny_model: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(talk_module, "SHARD_SEQUENCES", 8)
+    options = TuneOptions(
+        depths=(2, 4), tokens=100, talk_tokens=300, max_new_tokens=8, shortlist=64, rank=4, epochs=1, drafter_epochs=1
+    )
+    exits = tune(tiny_model, tmp_path, [["the fox", "the dog"]], options)
+    assert not (tmp_path / "work" / "answers.jsonl").exists()
+    assert exits.heads is not None
+    assert exits.drafter is not None
+    assert 100 <= exits.report["training_tokens"] < 110, "the heads are shown the first texts only"
+    assert 200 < exits.report["drafter"]["answer_tokens"] < 400
+    assert exits.report["held_out"]["rows"] > 0

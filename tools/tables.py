@@ -1,4 +1,4 @@
-"""Fill the tables in README.md from the shipped exits and the files in docs/results (``make tables``)."""
+"""Fill the tables in README.md and docs/gemma.md from exits and the files in docs/results (``make tables``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ RESULTS = ROOT / "docs" / "results"
 EXITS = ROOT / "src" / "adi" / "data" / "exits" / "smollm2-135m" / "exits.json"
 
 
-def exits_table() -> str:
+def exits_table(file: Path = EXITS) -> str:
     """Agreement per depth, and what the default trigger makes of it."""
-    report = json.loads(EXITS.read_text())["report"]
+    found = json.loads(file.read_text())
+    report = found["report"]
     held = report["held_out"]
     rows = [
-        "| depth (of 30) | exit agrees | untrained head | decides (of all tokens) | and is then right |",
+        f"| depth (of {found['layers']}) | exit agrees | untrained head | decides (of all tokens) | and is then right |",
         "|---:|---:|---:|---:|---:|",
     ]
     for row in report["depths"]:
@@ -111,9 +112,9 @@ def habits_table() -> str:
     return "\n".join(rows) + f"\n\n`python tools/habit.py`: {found['tokens']} tokens at most each, {found['precision']}."
 
 
-def quality_table() -> str:
+def quality_table(file: str = "quality.json") -> str:
     """Perplexity and predictions of each precision against float32."""
-    found: dict[str, Any] = json.loads((RESULTS / "quality.json").read_text())
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text())
     rows = [
         "| precision | perplexity | against float32 | KL divergence, nats | same likeliest token |",
         "|---|---:|---:|---:|---:|",
@@ -143,31 +144,76 @@ def demo_block() -> str:
     return "```\n" + (RESULTS / "demo.txt").read_text().rstrip() + "\n```"
 
 
-def filled(text: str) -> str:
-    """The README with every table between its markers made anew."""
-    tables: dict[str, Callable[[], str]] = {
-        "exits": exits_table,
-        "triggers": triggers_table,
-        "fp32": lambda: bench_table("fp32.json"),
-        "bf16": lambda: bench_table("bf16.json", "verified"),
-        "ttft": lambda: bench_table("ttft.json"),
-        "ladder": lambda: bench_table("ladder.json", "verified"),
-        "categories": categories_table,
-        "habits": habits_table,
-        "quality": quality_table,
-        "batch": batch_table,
-        "demo": demo_block,
-    }
-    for name, table in tables.items():
+def inspect_table(file: str) -> str:
+    """What blocks and head cost by the number of rows, and what the model's own head says at each depth, untrained."""
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text())
+    cost = found["cost"]
+    rows = ["| rows | one block, ms | all blocks, ms | head, ms | head in blocks |", "|---:|---:|---:|---:|---:|"]
+    columns = (cost["rows"], cost["block_seconds"], cost["blocks_seconds"], cost["head_seconds"])
+    for count, block, blocks, head in zip(*columns, strict=True):
+        rows.append(f"| {count} | {1e3 * block:.2f} | {1e3 * blocks:.1f} | {1e3 * head:.1f} | {head / block:.1f} |")
+    said = ", ".join(f"{depth}: {share:.0%}" for depth, share in found["agreement"].items())
+    about = f"`{found['command']}`: medians. Untrained, the model's own head says full depth's token at depth"
+    return "\n".join(rows) + f"\n\n{about} {said} ({found['tokens']} tokens). {found['advice']}"
+
+
+def drafter_table(file: Path) -> str:
+    """How the drafter fares on held-out text, step by step."""
+    judged: dict[str, Any] = json.loads(file.read_text())["report"]["drafter"]
+    steps = judged["agreement_by_step"]
+    rows = [
+        "| step | " + " | ".join(str(step) for step in range(1, len(steps) + 1)) + " | accepted of 5 in a row |",
+        "|---|" + "---:|" * (len(steps) + 1),
+        "| agrees | " + " | ".join(f"{share:.1%}" for share in steps) + f" | {judged['accepted_in_a_row']:.2f} |",
+    ]
+    what = f"{judged['positions']:,} held-out tokens; {judged['answer_tokens']:,} tokens to train on."
+    return "\n".join(rows) + f"\n\nEach step where those before it agreed. {what}"
+
+
+def if_measured(table: Callable[[], str], needs: Path) -> Callable[[], str]:
+    """The table, or a word that its file is not there yet."""
+    return lambda: table() if needs.exists() else f"*Not measured yet: {needs.name} is missing.*"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "exits": exits_table,
+    "triggers": triggers_table,
+    "fp32": lambda: bench_table("fp32.json"),
+    "bf16": lambda: bench_table("bf16.json", "verified"),
+    "ttft": lambda: bench_table("ttft.json"),
+    "ladder": lambda: bench_table("ladder.json", "verified"),
+    "categories": categories_table,
+    "habits": habits_table,
+    "quality": quality_table,
+    "batch": batch_table,
+    "demo": demo_block,
+}
+GEMMA_EXITS = RESULTS / "gemma_exits.json"
+GEMMA = {
+    "inspect": (lambda: inspect_table("gemma_inspect.json"), RESULTS / "gemma_inspect.json"),
+    "exits": (lambda: exits_table(GEMMA_EXITS), GEMMA_EXITS),
+    "drafter": (lambda: drafter_table(GEMMA_EXITS), GEMMA_EXITS),
+    "quality": (lambda: quality_table("gemma_quality.json"), RESULTS / "gemma_quality.json"),
+    "bench": (lambda: bench_table("gemma.json", "verified"), RESULTS / "gemma.json"),
+}
+PAGES = {
+    ROOT / "README.md": TABLES,
+    ROOT / "docs" / "gemma.md": {name: if_measured(*parts) for name, parts in GEMMA.items()},
+}
+
+
+def filled(page: Path, text: str) -> str:
+    """The page with every table between its markers made anew."""
+    for name, table in PAGES[page].items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, count=1, flags=re.DOTALL)
-        assert count == 1, f"README.md has no table:{name}"
+        assert count == 1, f"{page.name} has no table:{name}"
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    new = filled(readme.read_text())
-    if "--check" in sys.argv and new != readme.read_text():
-        sys.exit("README.md is not current; run: make tables")
-    readme.write_text(new)
+    for page in PAGES:
+        new = filled(page, page.read_text())
+        if "--check" in sys.argv and new != page.read_text():
+            sys.exit(f"{page.name} is not current; run: make tables")
+        page.write_text(new)

@@ -42,7 +42,7 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 160,
     drafter_epochs: Annotated[int, typer.Option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4,
     talk: Annotated[
-        int, typer.Option("--talk", help="Tokens of conversations with itself for the drafter; 0: it learns from the answers.")
+        int, typer.Option("--talk", help="Tokens of texts that it writes by itself, to learn from instead of answers.")
     ] = 0,
     talk_precision: Annotated[
         str, typer.Option("--talk-precision", help="Engines' precisions that talk, with commas; each its share of --talk.")

@@ -14,9 +14,12 @@ from adi.measure.circumstances import circumstances
 from adi.model.backbone import Backbone, Rows
 from adi.model.checkpoint import load
 from adi.model.sources import Notice
+from adi.model.tokenizer import Tokenizer
 from adi.prompts import read_prompts
 
 WINDOW = 512
+ROWS = 64  # whose logits are in memory at a time: a vocabulary may have 262,144 tokens
+NOTHING = -1  # what follows a window's last token is not asked
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,7 @@ def quality(
     if reference.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer, so there is no text to read.")
     read = text if text is not None else "\n\n".join(item.prompt for item in read_prompts("bench"))
-    ids = reference.tokenizer.encode(read)[:tokens]
-    windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
-    windows = [window for window in windows if len(window) > 1]
+    windows = windows_of(reference.tokenizer, read, tokens)
     if not windows:
         raise ValueError("the text has fewer than two tokens; give more.")
     found = []
@@ -71,18 +72,31 @@ def quality(
     return {"format": "adi-quality", "version": 1, **about, "tokens": sum(map(len, windows)), "precisions": found}
 
 
+def windows_of(tokenizer: Tokenizer, text: str, tokens: int) -> list[tuple[int, ...]]:
+    """At most so many tokens of a text in windows of 512, each begun as this tokenizer begins any text: a model trained with
+    such a beginning reads badly without."""
+    begin = tokenizer.encode("")
+    ids = tokenizer.encode(text)[len(begin) : tokens]
+    step = WINDOW - len(begin)
+    windows = [(*begin, *ids[at : at + step]) for at in range(0, len(ids), step)]
+    return [window for window in windows if len(window) > 1 + len(begin)]
+
+
 def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> Quality:
     """Both engines over the same windows of token ids; nothing of the text is kept but sums."""
     mine = theirs = moved = 0.0
     same = count = 0
     for window in windows:
         ids = tuple(window)
-        a_TV, b_TV = _log_probs(one, ids), _log_probs(reference, ids)
-        next_T = torch.tensor(ids[1:])
-        mine -= float(a_TV[:-1].gather(1, next_T[:, None]).sum())
-        theirs -= float(b_TV[:-1].gather(1, next_T[:, None]).sum())
-        moved += float((b_TV.exp() * (b_TV - a_TV)).sum())
-        same += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
+        next_T = torch.tensor([*ids[1:], NOTHING])
+        parts = (_states(one, ids).split(ROWS), _states(reference, ids).split(ROWS), next_T.split(ROWS))
+        for mine_TD, theirs_TD, told_T in zip(*parts, strict=True):
+            a_TV, b_TV = one.logits(mine_TD).log_softmax(-1), reference.logits(theirs_TD).log_softmax(-1)
+            told_N1 = told_T[told_T != NOTHING][:, None]
+            mine -= float(a_TV[: len(told_N1)].gather(1, told_N1).sum())
+            theirs -= float(b_TV[: len(told_N1)].gather(1, told_N1).sum())
+            moved += float((b_TV.exp() * (b_TV - a_TV)).sum())
+            same += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
         count += len(ids)
     predicted = count - len(windows)
     return Quality(
@@ -96,7 +110,10 @@ def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]
     )
 
 
-def _log_probs(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
+def _states(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
+    """The last states of a text, ``[T, D]``."""
     cache = backbone.new_cache()
     (states,) = backbone.forward([Rows(cache, 0, ids, None)], 0, backbone.spec.layers)
-    return backbone.logits(states.hidden_TD).float().log_softmax(-1)
+    if (close := getattr(cache, "close", None)) is not None:
+        close()
+    return states.hidden_TD

@@ -77,6 +77,13 @@ def write_shards(
     return paths
 
 
+def in_halves(hidden_TD: Tensor) -> Tensor:
+    """States in half precision. A row too large for it is scaled down as a whole: the norms that read it see no difference,
+    and some models end with single values beyond 65504 (Gemma 3, for one)."""
+    largest_T1 = hidden_TD.abs().amax(-1, keepdim=True)
+    return (hidden_TD * (HALF_LIMIT / largest_T1.clamp_min(HALF_LIMIT))).half()
+
+
 def read_shard(path: Path) -> Shard:
     """A shard; ValueError for a damaged one."""
     try:
@@ -100,7 +107,7 @@ def _states(backbone: Backbone, answer: Answer, depths: Sequence[int], ids_S: Te
         lo = hi
     logs_NV = backbone.logits(kept.pop()).log_softmax(-1)
     outside_N = logs_NV.index_fill(1, ids_S.to(logs_NV.device), float("-inf")).logsumexp(-1)
-    hidden_NED = torch.stack(kept, 1).clamp(-HALF_LIMIT, HALF_LIMIT).half()
+    hidden_NED = in_halves(torch.stack(kept, 1))
     return Shard(
         hidden_NED=hidden_NED.cpu(),
         teacher_NS=logs_NV[:, ids_S].half().cpu(),

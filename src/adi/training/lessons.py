@@ -68,13 +68,18 @@ def _talked(
     return paths[:-held], paths[-held:]
 
 
-def _spoken(shards: Sequence[Path]) -> Answers:
-    """Every answer with the two tokens before it."""
-    said = []
+def said_in(shards: Sequence[Path], held_out: bool) -> list[Answer]:
+    """The texts of these shards, each one's answer all but its last token."""
+    found = []
     for path in shards:
         tracks = read_tracks(path)
         counts = tracks.sequence_N.unique_consecutive(return_counts=True)[1].tolist()
-        for ids, answer in zip(tracks.ids_N.split(counts), tracks.answer_N.split(counts), strict=True):
-            start = int(answer.int().argmax())
-            said.append(ids[max(0, start - 1) :].tolist())
-    return Answers.of(said)
+        for i, (ids, answer) in enumerate(zip(tracks.ids_N.split(counts), tracks.answer_N.split(counts), strict=True)):
+            start = int(answer.int().argmax()) + 1
+            found.append(Answer(f"{path.stem}:{i}", tuple(ids.tolist()), start, False, held_out))
+    return found
+
+
+def _spoken(shards: Sequence[Path]) -> Answers:
+    """Every answer with the two tokens before it."""
+    return Answers.of([a.ids[max(0, a.start - 2) :] for a in said_in(shards, False)])

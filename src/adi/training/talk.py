@@ -2,7 +2,8 @@
 
 Many texts run side by side. Each begins with a prompt of the caller's, or with nothing but the chat template up to where a
 user speaks: an instruction-tuned model then writes the user's turn too, from the distribution it was tuned on (Magpie, Xu
-et al. 2024). Its last states, the logarithm of the logits' total and its greedy token are noted as the text grows, so no
+et al. 2024). A model without a template begins with what its tokenizer puts before any text, writes some words and goes on
+with them. Its last states, the logarithm of the logits' total and its greedy token are noted as the text grows, so no
 pass over the finished text is needed. Finished texts are written in shards; a stopped run goes on behind the last of them.
 """
 
@@ -17,38 +18,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adi.model.backbone import Backbone, Rows
+from adi.model.backbone import Backbone, Outlook, Rows
 from adi.model.checkpoint import Model
-from adi.training.tracks import HALF_LIMIT, SHARD_SEQUENCES, Tracks, write_shard
+from adi.training.features import in_halves
+from adi.training.tracks import HEAD_ROWS, SHARD_SEQUENCES, Tracks, write_shard
 
 SIDE_BY_SIDE = 64
 LIKELIEST = 48  # a token is drawn from so many
 OWN_PROMPTS = 0.75  # share of texts whose prompt the model writes too
+OWN_WORDS = 0.5  # the same for a model without a chat template, which writes anything but prompts
 GREEDY = 0.6  # share of answers that are greedy, as what they are for mostly is
 WARMTH = 0.8  # of the other answers
 LONGEST_PROMPT = 160
+FIRST_WORDS = 24  # tokens of its own that a model without a chat template goes on with
 MARK = "\u2063user\u2063"
 
 
 @dataclass(frozen=True)
 class Template:
-    """Token ids of a conversation's fixed parts: before the user's words, and between them and the answer."""
+    """Token ids of a conversation's fixed parts: before the user's words, and between them and the answer (nothing, where
+    there is no chat template); ``longest`` words of the user's are written."""
 
     opening: tuple[int, ...]
     between: tuple[int, ...]
+    longest: int
 
     @classmethod
     def of(cls, model: Model) -> Template:
-        """From the model's chat template; ValueError where it has none or where it bends what a user says."""
-        if model.tokenizer is None or not model.tokenizer.has_chat_template:
-            raise ValueError("this model has no chat template, so it cannot write prompts; give some with prompts=...")
+        """From the model's chat template, or without one from how its texts begin; ValueError where nothing does, and where a
+        template bends what a user says."""
+        if model.tokenizer is None or not (model.tokenizer.has_chat_template or model.tokenizer.encode("")):
+            raise ValueError(
+                "this model has no chat template and no token that begins a text, so it cannot write prompts; give some with "
+                "prompts=... and own_prompts=0."
+            )
+        if not model.tokenizer.has_chat_template:
+            return cls(model.tokenizer.encode(""), (), FIRST_WORDS)
         messages = [{"role": "user", "content": MARK}]
         text = model.tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, mark, after = text.partition(MARK)
         if not mark:
             raise ValueError("this model's chat template changes what a user says, so it cannot write prompts.")
-        ids = [tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
-        return cls(*ids)
+        opening, between = (tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+        return cls(opening, between, LONGEST_PROMPT)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class _Text:
 
     def note(self, deep_TD: Tensor, total_T: Tensor, token_T: Tensor) -> None:
         self.known += deep_TD.shape[0]
-        self.deep.append(deep_TD.clamp(-HALF_LIMIT, HALF_LIMIT).half())
+        self.deep.append(in_halves(deep_TD))
         self.total.append(total_T)
         self.token.append(token_T)
 
@@ -103,6 +115,7 @@ class _Talk:
         self.template = Template.of(model) if options.own_prompts > 0 else None
         self.dice = np.random.default_rng([options.seed, begun])
         self.running: list[_Text] = []
+        self.unasked: list[int] = []
 
     def begin(self) -> _Text:
         own = self.template is not None and (not self.prompts or self.dice.random() < self.options.own_prompts)
@@ -110,8 +123,10 @@ class _Talk:
         if own:
             assert self.template is not None
             ids = list(self.template.opening)
-            return _Text(self.backbone.new_cache(), ids, None, greedy, len(ids) + LONGEST_PROMPT)
-        ids = list(self.prompts[int(self.dice.integers(len(self.prompts)))])
+            return _Text(self.backbone.new_cache(), ids, None, greedy, len(ids) + self.template.longest)
+        if not self.unasked:  # all of them once before any again: greedy answers would only be the same
+            self.unasked = self.dice.permutation(len(self.prompts)).tolist()
+        ids = list(self.prompts[self.unasked.pop()])
         return _Text(self.backbone.new_cache(), ids, len(ids), greedy)
 
     def step(self) -> list[_Text]:
@@ -120,7 +135,7 @@ class _Talk:
             self.running.append(self.begin())
         rows = [Rows(t.cache, t.known, tuple(t.ids[t.known :]), None) for t in self.running]
         states = self.backbone.forward(rows, 0, self.backbone.spec.layers)
-        outlook = self.backbone.outlook(torch.cat([s.hidden_TD for s in states]), LIKELIEST)
+        outlook = _outlook(self.backbone, torch.cat([s.hidden_TD for s in states]))
         done, at = [], 0
         for text, state in zip(list(self.running), states, strict=True):
             upto = at + state.hidden_TD.shape[0]
@@ -144,19 +159,33 @@ class _Talk:
         if text.start is not None:
             text.ids.append(token)
             return
-        ended = token in self.ends or len(text.ids) >= text.longest_prompt
-        if not ended:
-            text.ids.append(token)
-            return
         assert self.template is not None
-        text.ids.extend(self.template.between)
-        text.start = len(text.ids)
+        ended = token in self.ends or len(text.ids) >= text.longest_prompt
+        if not self.template.between:  # the answer goes on with the first words, which end nothing
+            text.ids.append(next(i for i in (token, *ids_K.tolist()) if i not in self.ends))
+        else:
+            text.ids.extend(self.template.between if ended else (token,))
+        if ended:
+            text.start = len(text.ids)
 
     def _over(self, text: _Text) -> bool:
         if text.start is None or text.known < text.start:
             return False
         said = len(text.ids) - text.start
         return said >= self.options.max_new_tokens or text.ids[-1] in self.ends
+
+
+def _outlook(backbone: Backbone, hidden_TD: Tensor) -> Outlook:
+    """A few rows at a time: of a large vocabulary the logits of all prompts at once would fill the memory."""
+    parts = [backbone.outlook(rows_TD, LIKELIEST) for rows_TD in hidden_TD.split(HEAD_ROWS)]
+    return Outlook(*(torch.cat([getattr(part, name) for part in parts]) for name in Outlook.__dataclass_fields__))
+
+
+def share_of_own(model: Model) -> float:
+    """The share of texts that this model had better begin itself; 0 where it cannot."""
+    if model.tokenizer is None or model.tokenizer.has_chat_template:
+        return OWN_PROMPTS
+    return OWN_WORDS if model.tokenizer.encode("") else 0.0
 
 
 def talk(

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from adi.model.backbone import Backbone, Rows
 from adi.training.answers import Answer
+from adi.training.features import in_halves
 
 SHARD_SEQUENCES = 64
 MOST_POSITIONS = 640
 HEAD_ROWS = 128
-HALF_LIMIT = 6e4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _track(backbone: Backbone, answer: Answer, number: int) -> Tracks:
     positions = torch.arange(len(ids))
     return Tracks(
         ids_N=torch.tensor(ids, dtype=torch.int32),
-        deep_ND=deep_TD.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu(),
+        deep_ND=in_halves(deep_TD).cpu(),
         total_N=torch.cat(totals).float(),
         token_N=torch.cat(tokens),
         sequence_N=torch.full((len(ids),), number, dtype=torch.int32),

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from adi.training.answers import (
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, fit
-from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk
+from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk, said_in
 from adi.training.report import evaluate, report_json
-from adi.training.talk import TalkOptions
+from adi.training.talk import TalkOptions, share_of_own
 
 TEXT_WINDOW = 256
 WARM = 0.5  # learning rate of a warm start, against a cold one's
@@ -44,9 +45,9 @@ class TuneOptions:
     """How exits are made. ``depths`` None spreads seven over the model, denser towards its end.
 
     ``tokens`` counts answer tokens (the model's own) to train on; ``shortlist`` tokens that a head can name; ``rank`` of
-    the adapters. With ``talk_tokens`` the drafter learns from so many tokens of conversations that the model writes by itself
-    (see ``training.talk``), else from the answers. ``warm_start``: it begins with the weights of the drafter that is there, and
-    takes smaller steps.
+    the adapters. With ``talk_tokens`` nothing is answered: the drafter learns from so many tokens of texts that the model
+    writes by itself (see ``training.talk``), the heads from the first ``tokens`` of them. ``warm_start``: the drafter begins
+    with the weights of the one that is there, and takes smaller steps.
     """
 
     depths: tuple[int, ...] | None = None
@@ -113,32 +114,33 @@ def tune(
     windows = [window for path in texts for window in _windows(model, Path(path))]
     talks = options.drafter_epochs > 0 and options.talk_tokens > 0
     given = interleave(prompts)
-    answers: list[Answer] = []
-    learns_from_answers = keep is None or not talks
-    if learns_from_answers:
+    tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+    lessons: Lessons | None = None
+    if not talks:
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
-    if learns_from_answers:
+    if talks:
+        own = share_of_own(model)
+        talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
+        begun = [list(model.encode(p, raw=_is_raw(model))) for p in given]
+        lessons = lessons_from_talk(voices or (model,), begun, work, talking, tell)
+        answers = [*said_in(lessons.shards, False), *said_in(lessons.checks, True), *windows]
+    else:
         answers = _answers(model, work, prompts, options, progress) + windows
-        _enough([a.held_out for a in answers])
+    _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
     ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
     among = shortlist(readout, ids_S)
     made = {**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)}
     if keep is None:
-        exits = _heads(backbone, readout, depths, (train, held), among, work, options, progress)
+        shown = (_first(train, options.tokens), _first(held, options.tokens)) if talks else (train, held)
+        exits = _heads(backbone, readout, depths, shown, among, work, options, progress)
         exits = replace(exits, made_by=made)
     else:
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": made})
     if options.drafter_epochs:
-        tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
-        if talks:
-            talking = TalkOptions(options.talk_tokens, options.max_new_tokens, seed=options.seed)
-            begun = [list(model.encode(p)) for p in given]
-            lessons = lessons_from_talk(voices or (model,), begun, work, talking, tell)
-        else:
-            lessons = lessons_from_answers(backbone, train, held, work, tell)
+        lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
         begin = keep.drafter if keep is not None and options.warm_start else None
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin)
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
@@ -221,7 +223,7 @@ def _answers(
         raise ValueError("tuning runs on the transformers engine; load the model with backend='hf'.")
     if not prompts:
         return []
-    raw = model.tokenizer is None or not model.tokenizer.has_chat_template
+    raw = _is_raw(model)
     key = [model.backbone.spec.fingerprint, sorted(model.eos_ids), options.max_new_tokens, options.seed, raw]
     if _changed(work / "answers.key", key):
         (work / "answers.jsonl").unlink(missing_ok=True)
@@ -236,6 +238,17 @@ def _answers(
         seed=options.seed,
         progress=lambda done, total: progress("answers", min(done, total), total, ""),
     )
+
+
+def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+    """As many of the answers as hold so many tokens, from the first on."""
+    before = accumulate((a.tokens for a in answers), initial=0)
+    return [answer for answer, at in zip(answers, before, strict=False) if at < tokens]
+
+
+def _is_raw(model: Model) -> bool:
+    """Whether prompts are given to this model as they are."""
+    return model.tokenizer is None or not model.tokenizer.has_chat_template
 
 
 def _enough(held_out: Sequence[bool]) -> None:

@@ -81,7 +81,7 @@ def _check(hf: HfBackbone, page: Page, blocks: Any, head: Any) -> None:
     ids = tuple(torch.randint(0, page.vocabulary, (length,), generator=generator).tolist())
     with torch.no_grad():
         wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
-    fp32 = OpenVinoBackbone(page, blocks, head)
+    fp32 = OpenVinoBackbone(replace(page, precision="fp32"), blocks, head)  # KV memory in 32 bits too
     half = max(1, page.layers // 2)
     cache, mate = fp32.new_cache(), fp32.new_cache()
     past, layers = length // 2, page.layers
