@@ -64,9 +64,7 @@ def text(model: adi.Model, name: str, prompt: tuple[int, ...] = PROMPTS[0]) -> t
 
 
 @contextmanager
-def interrupted(
-    backbone: Any, call: int, methods: tuple[str, ...] = ("forward", "greedy", "logits", "embed")
-) -> Iterator[list[int]]:
+def interrupted(backbone: Any, call: int, methods: tuple[str, ...] = ("forward", "greedy", "logits")) -> Iterator[list[int]]:
     """KeyboardInterrupt where the ``call``-th call of the network begins or, of every other one, has ended."""
     count = itertools.count(1)
     fired: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -98,3 +99,22 @@ def test_steady_noise_is_no_growth_and_the_slope_is_that_of_a_line(soak: Any) ->
     assert found["slope_mib_per_1000"]["slope"] == pytest.approx(5.0, abs=0.01)
     assert found["growth_mib"] == pytest.approx(18.5, abs=1.0)
     assert found["wrong"]
+
+
+def test_nothing_waits_for_the_garbage_collector(soak: Any, work: Any) -> None:
+    """Logits in a cycle would: the collector counts objects, and knows nothing of their bytes."""
+    for kind in dict.fromkeys(soak.KINDS):
+        work.do(kind, 1)  # whatever is made once
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for number in range(3):
+                work.do(kind, 10 + number)
+            gc.collect()
+            left = [type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith(("adi.", "torch"))]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not left, kind

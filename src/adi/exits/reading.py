@@ -5,9 +5,9 @@ A trigger that reads stability before entropy pays for the head only where stabi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 
 from torch import Tensor
 
@@ -60,6 +60,10 @@ class Signals(Mapping[str, float]):
         return float(signal.measure(self._mlp_TF))
 
 
+def _spoken(logits_V: Tensor) -> Prediction:
+    return Prediction(logits_V[None].log_softmax(-1))
+
+
 class Reading:
     """One row at one depth: its likeliest token, its candidates and its signals.
 
@@ -79,13 +83,14 @@ class Reading:
     ) -> None:
         self.depth = depth
         self._logits_V = logits_V
-        self._predict = predict
         self._token = token
-        self.signals: Mapping[str, float] = Signals(depth, lambda: self.prediction, before_TD, hidden_TD, mlp_TF, probe)
+        # It must not know of this reading: logits in a cycle would wait for the garbage collector, which counts no bytes.
+        self._said = functools.cache(predict if logits_V is None else functools.partial(_spoken, logits_V))
+        self.signals: Mapping[str, float] = Signals(depth, self._said, before_TD, hidden_TD, mlp_TF, probe)
 
-    @cached_property
+    @property
     def prediction(self) -> Prediction | Measured:
-        return self._predict() if self._logits_V is None else Prediction(self._logits_V[None].log_softmax(-1))
+        return self._said()
 
     @property
     def scores(self) -> tuple[Tensor, Tensor | None]:
