@@ -76,10 +76,13 @@ def windows_of(tokenizer: Tokenizer, text: str, tokens: int) -> list[tuple[int, 
     """At most so many tokens of a text in windows of 512, each begun as this tokenizer begins any text: a model trained with
     such a beginning reads badly without."""
     begin = tokenizer.encode("")
-    ids = tokenizer.encode(text)[len(begin) : tokens]
-    step = WINDOW - len(begin)
-    windows = [(*begin, *ids[at : at + step]) for at in range(0, len(ids), step)]
-    return [window for window in windows if len(window) > 1 + len(begin)]
+    ids = tokenizer.encode(text)[len(begin) :]
+    windows, at = [], 0
+    for taken in range(0, tokens, WINDOW):
+        room = max(0, min(WINDOW, tokens - taken) - len(begin))
+        windows.append((*begin, *ids[at : at + room]))
+        at += room
+    return [window for window in windows if len(window) > max(1, len(begin))]
 
 
 def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> Quality:
