@@ -6,6 +6,7 @@ The loss is the Kullback-Leibler divergence from the full model's distribution o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from adi.exits.heads import Adapter, Shortlist, fresh_adapter, predict
 from adi.exits.signals import Prediction
+from adi.files import write_text
 from adi.model.backbone import ReadOut
 from adi.training.features import Shard, read_shard
 
@@ -118,3 +120,17 @@ def resume_state(path: Path, parameters: Sequence[Tensor], optimizer: torch.opti
     except Exception as error:  # what a damaged or foreign file makes the reader raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"the checkpoint {path} is damaged or foreign ({first}); delete it to begin again.") from None
+
+
+def changed(note: Path, value: object) -> bool:
+    """Whether ``note`` was written for another value; it is written for this one now. A first time is no change."""
+    text = hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+    changed = note.exists() and note.read_text() != text
+    write_text(note, text)
+    return changed
+
+
+def fresh_checkpoint(place: Path, value: object) -> None:
+    """A checkpoint (``place`` with .pt) only goes on with the options and the data that it was begun with."""
+    if changed(place.with_suffix(".key"), value):
+        place.with_suffix(".pt").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
 from adi.exits.heads import Heads, Shortlist, shortlist
-from adi.files import read_text, write_text
+from adi.files import read_text
 from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import (
@@ -29,7 +29,7 @@ from adi.training.answers import (
 )
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
-from adi.training.fit import FitOptions, fit
+from adi.training.fit import FitOptions, changed, fit, fresh_checkpoint
 from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk, said_in
 from adi.training.report import evaluate, report_json
 from adi.training.talk import TalkOptions, share_of_own
@@ -225,7 +225,7 @@ def _answers(
         return []
     raw = _is_raw(model)
     key = [model.backbone.spec.fingerprint, sorted(model.eos_ids), options.max_new_tokens, options.seed, raw]
-    if _changed(work / "answers.key", key):
+    if changed(work / "answers.key", key):
         (work / "answers.jsonl").unlink(missing_ok=True)
     return collect(
         hf,
@@ -277,20 +277,6 @@ def _depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
     if not chosen or any(not 0 < d < layers for d in chosen) or len(set(chosen)) != len(chosen):
         raise ValueError(f"depths {chosen} are not possible: the model has {layers} layers, so choose among 1..{layers - 1}.")
     return tuple(sorted(chosen))
-
-
-def _changed(note: Path, value: object) -> bool:
-    """Whether ``note`` was written for another value; it is written for this one now. A first time is no change."""
-    text = hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
-    changed = note.exists() and note.read_text() != text
-    write_text(note, text)
-    return changed
-
-
-def fresh_checkpoint(place: Path, value: object) -> None:
-    """A checkpoint (``place`` with .pt) only goes on with the options and the data that it was begun with."""
-    if _changed(place.with_suffix(".key"), value):
-        place.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _on_cpu(r: ReadOut) -> ReadOut:
