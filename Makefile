@@ -66,6 +66,8 @@ results: $(READY)
 	  --peers hf:fp32 --max-new-tokens 48 --json docs/results/fp32.json
 	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 5 --prompt-tokens 512 --modes full --precision int4,int8 \
 	  --peers openvino-genai:int4,openvino-genai:int8,llama.cpp --max-new-tokens 2 --json docs/results/ttft.json
+	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 6 --modes full,verified --precision int8 --peers all \
+	  --max-new-tokens 48 --json docs/results/peers.json
 	$(BIN)/python tools/batch.py docs/results/batch.json
 	$(BIN)/python tools/habit.py
 	$(BIN)/adi plot docs/results/ladder.json --out docs/results/ladder.html

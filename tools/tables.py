@@ -181,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fp32": lambda: bench_table("fp32.json"),
     "bf16": lambda: bench_table("bf16.json", "verified"),
     "ttft": lambda: bench_table("ttft.json"),
+    "peers": lambda: bench_table("peers.json", "verified"),
     "ladder": lambda: bench_table("ladder.json", "verified"),
     "categories": categories_table,
     "habits": habits_table,
