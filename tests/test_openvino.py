@@ -190,6 +190,12 @@ def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_p
     assert opened_before(tmp_path, precision="fp32") is None
 
 
+def test_a_model_has_the_name_it_is_loaded_by(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(tiny_folder)
+    for place in (str(tiny_folder), str(tmp_path / "other")):
+        assert adi.load(place, backend="openvino", precision="fp32").backbone.spec.name == place
+
+
 def test_the_same_weights_in_another_configuration_are_another_export() -> None:
     assert fingerprint(tiny("llama")) == fingerprint(tiny("mistral"))
     assert folder_of("llama") != folder_of("mistral")

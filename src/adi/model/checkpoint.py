@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ def _load_openvino(
         options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
         weights = loaded.backbone.spec.fingerprint
         backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)
+    backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
     page = folder / "generation_config.json"
     written = read_json(page, "generation configuration") if page.exists() else None
     stated = written.get("eos_token_id") if isinstance(written, dict) else None
