@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,12 @@ def pages(model: adi.Model) -> int:
     return 0 if memory is None else memory.used
 
 
+def leaves_a_with(frame: Any) -> bool:
+    """On the way out of a ``with`` its line is met again, before ``__exit__``: an error there would keep a lock for good. No
+    signal is handled at that place (CPython looks for them after calls and at jumps back), so none is raised there."""
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+
+
 @contextmanager
 def interrupted_at_line(number: int, inside: Callable[[Any], bool]) -> Iterator[list[int]]:
     """KeyboardInterrupt before so many lines of this code have run."""
@@ -53,7 +60,7 @@ def interrupted_at_line(number: int, inside: Callable[[Any], bool]) -> Iterator[
     def trace(frame: Any, event: str, _: Any) -> Any:
         if not inside(frame.f_code):
             return None
-        if event == "line":
+        if event == "line" and not leaves_a_with(frame):
             seen[0] += 1
             if seen[0] == number:
                 sys.settrace(None)
