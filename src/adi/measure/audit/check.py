@@ -187,9 +187,11 @@ def _interrupted(
     size: Size,
     noise: float,
 ) -> Tally:
-    """Runs that end before a pass, or after one whose states are lost, and go on from the tokens that had come."""
+    """Runs that end before a pass, or after one whose states are lost, and go on from the tokens that had come, as full depth
+    goes on from there: below float32 a prompt's long pass may round otherwise than the short ones that made these tokens."""
     tally = Tally("interruptions")
     for i, (ids, text) in enumerate(zip(prompts[:2], texts, strict=False)):
+        known = {0: tuple(text), len(text): tuple(text)}  # full depth's text, by how much of it was there when it went on
         for policy in policies.values():
             for passes in range(1, 7):
                 session = Session(model, list(ids), policy, max_new_tokens=len(text), stop_at_eos=False)
@@ -197,8 +199,12 @@ def _interrupted(
                 rest = len(text) - len(said)
                 if rest:
                     after = [*ids, *said]
+                    if (there := len(said)) not in known:
+                        full = generate(model, [*ids, *text[:there]], max_new_tokens=rest, stop_at_eos=False).token_ids
+                        known[there] = (*text[:there], *full)
                     said += generate(model, after, policy, max_new_tokens=rest, stop_at_eos=False).token_ids
-                _count(tally, model, i, ids, text, said, session.counters.drafted, session.counters.accepted, noise)
+                wanted = known[len(text) - rest]
+                _count(tally, model, i, ids, wanted, said, session.counters.drafted, session.counters.accepted, noise)
     return tally
 
 
