@@ -19,6 +19,7 @@ from adi.training import tune as tune_module
 from adi.training.answers import Answer
 from adi.training.drafting import (
     DraftOptions,
+    Teacher,
     Text,
     Unrolled,
     as_halves,
@@ -26,7 +27,6 @@ from adi.training.drafting import (
     judge,
     loss_of,
     read_text,
-    teacher,
     unroll,
 )
 from adi.training.tracks import MOST_POSITIONS, read_tracks, write_tracks
@@ -125,9 +125,12 @@ def test_tracks_and_the_teacher_are_the_full_models(sharp: adi.Model, short: Tex
     with torch.no_grad():
         parts = [hf(short.tracks.ids_N[short.tracks.sequence_N == n].long()[None]).logits[0] for n in range(4)]
     logs_NV = torch.cat(parts).log_softmax(-1)
-    logs_RS, tail_R = teacher(among, short, torch.arange(17))
-    torch.testing.assert_close(logs_RS.exp().sum(-1) + tail_R.exp(), torch.ones(17), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logs_RS, logs_NV[:, among.ids_S], atol=3e-2, rtol=1e-2)
+    inside_RS, rest_R = Teacher.of(among, short, 0, 17).at(torch.arange(17))
+    torch.testing.assert_close(inside_RS.sum(-1) + rest_R, torch.ones(17), atol=1e-4, rtol=0)
+    torch.testing.assert_close(inside_RS.log(), logs_NV[:, among.ids_S], atol=3e-2, rtol=1e-2)
+    later = Teacher.of(among, short, 5, 99).at(torch.tensor([16, 5]))  # as far as the text goes
+    for mine, theirs in zip(later, (inside_RS[[16, 5]], rest_R[[16, 5]]), strict=True):
+        torch.testing.assert_close(mine, theirs)
     assert torch.equal(short.tracks.token_N.long(), logs_NV.argmax(-1))
     assert torch.equal(short.tracks.answer_N, torch.tensor([0, 0, *[1] * 7, 1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool))
     torch.testing.assert_close(short.x_ND, sharp.backbone.embed(short.tracks.ids_N.tolist()))
@@ -135,16 +138,17 @@ def test_tracks_and_the_teacher_are_the_full_models(sharp: adi.Model, short: Tex
 
 def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short: Text) -> None:
     among, at = among_of(sharp), torch.arange(1, 9)
-    logs, tail = teacher(among, short, at)
+    teacher = Teacher.of(among, short, 0, 17)
+    logs, tail = (part.log() for part in teacher.at(at))
     net = replace(random_drafter(sharp), ids_S=among.ids_S)
     (first,) = unroll(net, sharp.backbone.readout(), among, short, at, 1)
     perfect = replace(first, state_RD=short.state_ND[at], said=replace(first.said, log_probs_TS=logs, tail_T=tail))
     entropy = -(logs.exp() * logs).sum(-1) - tail.exp() * tail
     weights = torch.where(short.tracks.answer_N[at], 1.0, 0.3)
-    assert float(loss_of(short, among, perfect)) == pytest.approx(float((entropy * weights).mean()), abs=1e-4)
-    assert loss_of(short, among, perfect) < loss_of(short, among, first)
+    assert float(loss_of(short, teacher, perfect)) == pytest.approx(float((entropy * weights).mean()), abs=1e-4)
+    assert loss_of(short, teacher, perfect) < loss_of(short, teacher, first)
     nobody = Unrolled(1, at[:0], at[:0], first.state_RD[:0], replace(first.said, log_probs_TS=logs[:0], tail_T=tail[:0]))
-    assert float(loss_of(short, among, nobody)) == 0, "a span may hold no position to draft from"
+    assert float(loss_of(short, teacher, nobody)) == 0, "a span may hold no position to draft from"
 
 
 def fitted(model: adi.Model, shards: list[Path], checkpoint: Path, progress: Any = QUIET, **changes: Any) -> Drafter:

@@ -89,19 +89,33 @@ def unroll(net: Drafter, readout: ReadOut, among: Shortlist, text: Text, starts:
         yield Unrolled(step, starts, at, state_RD, speak(net, among, state_RD))
 
 
-def teacher(among: Shortlist, text: Text, at_R: Tensor) -> tuple[Tensor, Tensor]:
-    """What the full model says at these positions: log-probabilities over the shortlist ``[R, S]`` and of the rest ``[R]``."""
-    logits_RS = torch.nn.functional.linear(text.state_ND[at_R], among.weight_SD, among.bias_S)
-    logs_RS = logits_RS - text.tracks.total_N[at_R][:, None]
-    return logs_RS, torch.log1p(-logs_RS.logsumexp(-1).exp().clamp(max=1 - 1e-6))
+@dataclass(frozen=True)
+class Teacher:
+    """What the full model says at the positions from ``first`` on: probabilities of the shortlist ``[R, S]`` and of the rest
+    ``[R]``. Worked out once for a span, whose steps read it one position further each."""
+
+    first: int
+    inside_RS: Tensor
+    rest_R: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, among: Shortlist, text: Text, first: int, stop: int) -> Teacher:
+        """For the positions from ``first`` to ``stop``, as far as the text goes."""
+        logits_RS = torch.nn.functional.linear(text.state_ND[first:stop], among.weight_SD, among.bias_S).float()
+        inside_RS = (logits_RS - text.tracks.total_N[first:stop, None]).exp_()
+        return cls(first, inside_RS, (1 - inside_RS.sum(-1)).clamp(min=1e-6))
+
+    def at(self, at_R: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities at these positions."""
+        return self.inside_RS[at_R - self.first], self.rest_R[at_R - self.first]
 
 
-def loss_of(text: Text, among: Shortlist, done: Unrolled) -> Tensor:
+def loss_of(text: Text, teacher: Teacher, done: Unrolled) -> Tensor:
     """Cross entropy and distance of one step, a weighted mean over its rows."""
-    with torch.no_grad():
-        logs_RS, tail_R = teacher(among, text, done.at_R)
+    inside_RS, rest_R = teacher.at(done.at_R)
     assert done.said.tail_T is not None
-    entropy_R = -(logs_RS.exp() * done.said.log_probs_TS).sum(-1) - tail_R.exp() * done.said.tail_T
+    entropy_R = -(inside_RS * done.said.log_probs_TS).sum(-1) - rest_R * done.said.tail_T
     true_RD = text.state_ND[done.at_R]
     distance_R = (done.state_RD - true_RD).square().mean(-1) / true_RD.square().mean(-1)
     weight_R = torch.where(text.tracks.answer_N[done.at_R], 1.0, PROMPT_WEIGHT) * LATER ** (done.step - 1)
@@ -148,8 +162,9 @@ def _shard(
     losses = []
     for i in torch.randperm(len(spans), generator=torch.Generator().manual_seed(options.seed + 7919 * at)).tolist():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bfloat16):
+            teacher = Teacher.of(among, text, int(spans[i][0]), int(spans[i][-1]) + options.unrolled)
             steps = unroll(net, readout, among, text, spans[i], options.unrolled)
-            loss = torch.stack([loss_of(text, among, done) for done in steps]).sum()
+            loss = torch.stack([loss_of(text, teacher, done) for done in steps]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
