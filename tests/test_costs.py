@@ -53,6 +53,11 @@ DAMAGED: list[Any] = [
     {"pass_seconds": {"1": -1}},
     {"pass_seconds": {"1": float("nan")}},
     {"pass_seconds": {"1": 0.5, "0": 0.5}},
+    {"pass_seconds": {"1": 0.5}, "draft": 0.0},
+    {"pass_seconds": {"1": 0.5}, "position_seconds": [], "draft": 0.0},
+    {"pass_seconds": {"1": 0.5}, "position_seconds": {"1": -1}, "draft": 0.0},
+    {"pass_seconds": {"1": 0.5}, "position_seconds": {"1": "x"}, "draft": 0.0},
+    {"pass_seconds": {"1": 0.5}, "position_seconds": {"1": float("inf")}, "draft": 0.0},
     {"pass_seconds": {"1": 0.5}, "draft": None},
     {"pass_seconds": {"1": 0.5}, "draft": []},
     {"pass_seconds": {"1": 0.5}, "draft": -1},
@@ -97,6 +102,35 @@ def test_first_and_further_steps_of_the_drafter_follow_use_apart() -> None:
     for _ in range(200):
         costs.drafted(0.8)
         costs.drafted(0.1, first=False)
-    assert (costs.draft_seconds, costs.further_seconds) == (pytest.approx(0.8), pytest.approx(0.1))
+    assert costs.drafting(1) == pytest.approx(0.8)
+    assert costs.drafting(3) == pytest.approx(1.0)
     assert costs.copy() == costs
     assert Costs({1: 1.0}, 0.5).drafting(3) == 1.5, "where a further one is not known it takes as long as the first"
+
+
+def test_far_into_a_text_passes_cost_more_by_their_rows() -> None:
+    costs = Costs({1: 10.0, 4: 12.0}, position_seconds={1: 0.01, 4: 0.03})
+    costs.stand(64 + 100)
+    assert [costs.rows(n) for n in (1, 2, 4)] == pytest.approx([11.0, 10 + 2 / 3 + 1 + 2 / 3, 15.0])
+    costs.stand(3)
+    assert costs.rows(4) == 12, "before the first measured place it is as there"
+
+
+def test_what_use_teaches_is_shared_by_all_sequences_of_a_model(llama: adi.Model, measured: list[object]) -> None:
+    one, other = costs_of(llama.backbone, "a").copy(), costs_of(llama.backbone, "a").copy()
+    for _ in range(200):
+        one.passed(1, 1.0)
+    one.stand(10)
+    other.stand(500)
+    assert other.rows(1) == one.rows(1) == pytest.approx(1.0)
+    assert costs_of(llama.backbone, "b").rows(1) == 0.5
+
+
+def test_a_slower_machine_is_learned_from_passes_of_any_number_of_rows_and_each_number_apart() -> None:
+    costs = Costs({1: 1.0, 4: 1.2, 8: 1.6})
+    for _ in range(300):
+        costs.passed(2, 2 * 1.1)
+        costs.passed(8, 3 * 1.6)
+    assert costs.rows(2) == pytest.approx(2.13, rel=0.05)
+    assert costs.rows(8) == pytest.approx(4.8, rel=0.05)
+    assert 1.2 < costs.rows(1) < 3, "never seen: by what the others have in common"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import platform
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +19,89 @@ from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
-ENGINES = 4  # to be raised when passes come to cost something else, so that tables measured before are measured anew
-PAST = 64
-LATELY = 0.05  # weight of one more measurement during use
-DRAFTED_LATELY = 0.1  # the same of a drafter's step: there are few, where it was thought to cost too much
-OUTLIER = 3.0
+ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+PAST, FAR = 64, 512  # positions before a pass that is measured
+LATELY = 0.1  # weight of one more measurement during use
+OUTLIER = 0.5  # a measurement further off than this, as a logarithm, counts as one that is so far off
+FIRST, FURTHER = "first", "further"
+_LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Lately:
+    """How much longer things take in use than the table says, as logarithms: ``common`` to all passes, and beside that ``own``
+    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on) and to the drafter's steps. One for all sequences of a model:
+    what a neighbour on the same machine takes away, it takes from all of them."""
+
+    common: float = 0.0
+    own: dict[int | str, float] = field(default_factory=dict)
+
+    def of(self, rows: int) -> float:
+        """The factor for passes of so many rows."""
+        return math.exp(self.common + self.own.get(rows.bit_length(), 0.0))
+
+    def of_step(self, name: str) -> float:
+        """The factor for a step of the drafter."""
+        return math.exp(self.own.get(name, 0.0))
+
+    def passed(self, rows: int, ratio: float) -> None:
+        """A pass took so many times what was expected."""
+        off = LATELY * _mild(ratio)
+        self.common += off
+        self._learn(rows.bit_length(), off)
+
+    def stepped(self, name: str, ratio: float) -> None:
+        """The same of a drafter's step."""
+        self._learn(name, LATELY * _mild(ratio))
+
+    def _learn(self, key: int | str, off: float) -> None:
+        self.own[key] = self.own.get(key, 0.0) + off
+
+
+def _mild(ratio: float) -> float:
+    return min(max(math.log(max(ratio, 1e-9)), -OUTLIER), OUTLIER)
 
 
 @dataclass
 class Costs:
-    """Seconds of a full pass with its head by number of rows, and of a drafter's first step after one and of a further step
-    (None: the same); all follow what use measures. A pass reads so many weights that the drafter's are not at hand after it: on
-    SmolLM2-135M a first step takes 0.9 ms and a further one 0.4."""
+    """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
+    it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
+    so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
+    ``lately`` follows what use measures."""
 
     pass_seconds: dict[int, float]
     draft_seconds: float = 0.0
     further_seconds: float | None = None
-    _table: list[float] = field(default_factory=list)
+    position_seconds: dict[int, float] = field(default_factory=dict)
+    lately: Lately = field(default_factory=Lately)
+    _at: int = PAST
+    _table: dict[int, float] = field(default_factory=dict)
+
+    def stand(self, length: int) -> None:
+        """From now on passes come after so many positions."""
+        self._at = length
+        self._table.clear()
 
     def rows(self, count: int) -> float:
         """Seconds of a pass of so many rows; between measured numbers, and beyond them, straight lines."""
-        while len(self._table) <= count:
-            self._table.append(self._between(len(self._table)))
-        return self._table[count]
+        if (known := self._table.get(count)) is None:
+            known = self._table[count] = self._plain(count) * self.lately.of(count)
+        return known
 
-    def _between(self, count: int) -> float:
-        known = sorted(self.pass_seconds)
-        if len(known) == 1 or count <= known[0]:
-            return self.pass_seconds[known[0]]
-        at = min(max(1, bisect_left(known, count)), len(known) - 1)
-        a, b = known[at - 1], known[at]
-        slope = (self.pass_seconds[b] - self.pass_seconds[a]) / (b - a)
-        return self.pass_seconds[a] + max(0.0, slope) * (count - a)
+    def _plain(self, count: int) -> float:
+        more = _between(self.position_seconds, count) * max(0, self._at - PAST) if self.position_seconds else 0.0
+        return _between(self.pass_seconds, count) + more
 
     def drafting(self, steps: int) -> float:
         """Seconds of so many steps of the drafter in a row."""
-        further = self.draft_seconds if self.further_seconds is None else self.further_seconds
-        return self.draft_seconds + (steps - 1) * further if steps else 0.0
+        if not steps:
+            return 0.0
+        further = self._further * self.lately.of_step(FURTHER) if steps > 1 else 0.0
+        return self.draft_seconds * self.lately.of_step(FIRST) + (steps - 1) * further
+
+    @property
+    def _further(self) -> float:
+        return self.draft_seconds if self.further_seconds is None else self.further_seconds
 
     def tokens_per_second(self, tokens: float, drafts: int, steps: int) -> float:
         """Of a round that gives so many tokens from one pass over ``drafts + 1`` rows and so many drafter steps."""
@@ -61,24 +109,29 @@ class Costs:
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        expected = self.rows(rows)
-        seconds = min(max(seconds, expected / OUTLIER), OUTLIER * expected)
-        self._table[rows] += LATELY * (seconds - expected)
+        self.lately.passed(rows, seconds / self.rows(rows))
+        self._table.clear()
 
     def drafted(self, seconds: float, first: bool = True) -> None:
         """A drafter's step was timed in use, the first after a pass or a further one."""
-        if first or self.further_seconds is None:
-            self.draft_seconds = _follow(self.draft_seconds, seconds)
-        else:
-            self.further_seconds = _follow(self.further_seconds, seconds)
+        name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
+        if table > 0:
+            self.lately.stepped(name, seconds / (table * self.lately.of_step(name)))
 
     def copy(self) -> Costs:
-        """For one sequence, whose long text will make its passes cost more."""
-        return Costs(dict(self.pass_seconds), self.draft_seconds, self.further_seconds, list(self._table))
+        """For one sequence, at a place of its own; what use teaches is shared."""
+        return replace(self, _table={})
 
 
-def _follow(known: float, seconds: float) -> float:
-    return known + DRAFTED_LATELY * (min(seconds, OUTLIER * max(known, 1e-6)) - known)
+def _between(known: Mapping[int, float], count: int) -> float:
+    """Straight lines between the numbers that are known and beyond them, nowhere falling."""
+    places = sorted(known)
+    if len(places) == 1 or count <= places[0]:
+        return known[places[0]]
+    at = min(max(1, bisect_left(places, count)), len(places) - 1)
+    a, b = places[at - 1], places[at]
+    slope = (known[b] - known[a]) / (b - a)
+    return known[a] + max(0.0, slope) * (count - a)
 
 
 def costs_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | None = None) -> Costs:
@@ -88,45 +141,61 @@ def costs_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | No
     """
     spec = backbone.spec
     name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{_machine(backbone)}-{key}"
+    lately = _LATELY.setdefault(backbone, {}).setdefault(key, Lately())
     note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
     with contextlib.suppress(ValueError, OSError):
         if (found := _parsed(read_json(note, "cost table"))) is not None:
-            return found
+            return replace(found, lately=lately)
     costs = measure(backbone, draft)
     with contextlib.suppress(OSError, ValueError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        passes = {str(count): seconds for count, seconds in costs.pass_seconds.items()}
-        write_json(note, {"pass_seconds": passes, "draft": costs.draft_seconds, "further": costs.further_seconds})
-    return costs
+        tables = {"pass_seconds": costs.pass_seconds, "position_seconds": costs.position_seconds}
+        text = {table: {str(count): seconds for count, seconds in each.items()} for table, each in tables.items()}
+        write_json(note, {**text, "draft": costs.draft_seconds, "further": costs.further_seconds})
+    return replace(costs, lately=lately)
 
 
 def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> Costs:
-    """The least of a few passes of each number of rows, in turn, after one that is not counted.
+    """The least of a few passes of each number of rows, in turn, after one that is not counted; after few positions and, where
+    the model's context allows, after many.
 
     The least and not the median: what other programs do meanwhile can only add to it, and the table is kept.
     """
     backbone.prepare((), drafts=True, wait=True)
-    layers, cache = backbone.spec.layers, backbone.new_cache()
-    context = backbone.spec.context or PAST + max(ROWS)
+    context = backbone.spec.context or FAR + max(ROWS)
     past = max(1, min(PAST, context - max(ROWS)))
+    near, steps = _passes(backbone, past, draft)
+    each: dict[int, float] = {}
+    if FAR + max(ROWS) <= context:
+        far, _ = _passes(backbone, FAR, None)
+        each = {count: max(0.0, far[count] - near[count]) / (FAR - PAST) for count in near}
+    first, further = (min(times) for times in zip(*steps[1:], strict=True)) if steps else (0.0, None)
+    return Costs(near, first, further, each)
+
+
+def _passes(
+    backbone: Backbone, past: int, draft: Callable[[], object] | None
+) -> tuple[dict[int, float], list[tuple[float, float]]]:
+    """Seconds by number of rows after so many positions, and of the drafter's first and further steps."""
+    layers, cache = backbone.spec.layers, backbone.new_cache()
+    context = backbone.spec.context or past + max(ROWS)
     counts = [count for count in ROWS if past + count <= context] or [1]
     ids = tuple(i % backbone.spec.vocabulary for i in range(past + max(counts)))
     backbone.forward([Rows(cache, 0, ids[:past], None)], 0, layers)
     times: dict[int, list[float]] = {count: [] for count in counts}
-    drafts: list[tuple[float, float]] = []
+    steps: list[tuple[float, float]] = []
     for _ in range(REPEATS + 1):
         for count in counts:
             start = time.perf_counter()
             (states,) = backbone.forward([Rows(cache, past, ids[past : past + count], None)], 0, layers)
-            backbone.greedy(states.hidden_TD)
+            backbone.greedy(states.raw_TD)
             times[count].append(time.perf_counter() - start)
         if draft is not None:
-            drafts.append((_seconds(draft), _seconds(draft)))
+            steps.append((_seconds(draft), _seconds(draft)))
     close = getattr(cache, "close", None)
     if close is not None:
         close()
-    first, further = (min(each) for each in zip(*drafts[1:], strict=True)) if drafts else (0.0, None)
-    return Costs({count: min(t[1:]) for count, t in times.items()}, first, further)
+    return {count: min(t[1:]) for count, t in times.items()}, steps
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -139,15 +208,18 @@ def _parsed(value: Any) -> Costs | None:
     """None for what is no cost table of this form: it is measured again."""
     if not isinstance(value, Mapping) or not isinstance(value.get("pass_seconds"), Mapping):
         return None
+    each: Any = value.get("position_seconds")
+    if not isinstance(each, Mapping):
+        return None
     draft: Any = value.get("draft")
     further: Any = value.get("further")
-    numbers = (*value["pass_seconds"].values(), draft, *(() if further is None else (further,)))
+    numbers = (*value["pass_seconds"].values(), *each.values(), draft, *(() if further is None else (further,)))
     if any(not isinstance(number, (int, float)) for number in numbers):
         return None
-    seconds = {int(k): float(v) for k, v in value["pass_seconds"].items()}
-    sane = seconds and min(seconds) == 1 and all(0 < v < float("inf") for v in seconds.values())
-    sane = sane and all(0 <= number < float("inf") for number in numbers)
-    return Costs(seconds, float(draft), None if further is None else float(further)) if sane else None
+    seconds, more = ({int(k): float(v) for k, v in table.items()} for table in (value["pass_seconds"], each))
+    sane = seconds and min(seconds) == 1 and all(0 < v < math.inf for v in seconds.values())
+    sane = sane and all(0 <= number < math.inf for number in (*more.values(), draft, further or 0.0))
+    return Costs(seconds, float(draft), None if further is None else float(further), more) if sane else None
 
 
 def _machine(backbone: Backbone) -> str:

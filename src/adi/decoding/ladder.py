@@ -50,6 +50,7 @@ class Ladder:
     _tried: tuple[Choice, list[float], int] | None = None
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
+        self.controller.costs.stand(len(text))
         choice = self.controller.choose(self.memory.find(text, most), self.drafter, most)
         drafts: list[Proposed] = []
         confidences: list[float] = []
