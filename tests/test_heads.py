@@ -8,6 +8,7 @@ import torch
 from adi.exits.heads import Adapter, adapted, fresh_adapter, merged, predict, shortlist
 from adi.exits.reading import Reading
 from adi.exits.signals import Prediction
+from adi.model.backbone import States
 from adi.model.hf import HfBackbone
 from adi.training.fit import divergence
 from families import tiny
@@ -82,7 +83,7 @@ def test_a_reading_runs_its_head_only_when_asked() -> None:
         calls.append(1)
         return Prediction(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([10, 20, 30]), torch.tensor([-9.0]), 5)
 
-    reading = Reading(4, head, torch.ones(1, 3), torch.ones(1, 3))
+    reading = Reading(4, head, States(torch.ones(1, 3), torch.ones(1, 3)))
     assert reading.signals["stability"] == pytest.approx(1)
     assert not calls
     assert reading.token == 20

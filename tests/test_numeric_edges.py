@@ -24,7 +24,7 @@ from adi.exits.heads import predict, shortlist
 from adi.exits.probe import SAID
 from adi.exits.reading import Reading
 from adi.exits.signals import SIGNALS, Measured, Prediction, entropy, lumped_entropy, margin, top_probability
-from adi.model.backbone import HeadRows
+from adi.model.backbone import HeadRows, States
 from conftest import exits_with_drafter, random_exits, random_probe
 from families import KV, C, tiny
 
@@ -234,7 +234,7 @@ def test_every_draw_is_of_a_possible_token(logits: list[float], number: float, d
 def test_a_sampler_refuses_what_is_no_distribution(bad: float) -> None:
     logits = torch.tensor([0.0, bad, 1.0])
     none = torch.zeros(1, 4)
-    reading = Reading(6, lambda: Prediction(logits[None]), none, none, logits_V=logits)
+    reading = Reading(6, lambda: Prediction(logits[None]), States(none, none), logits_V=logits)
     for sampling in (Sampling(1.0), Sampling(repetition_penalty=1.5), Sampling(1.0, top_k=1)):
         with pytest.raises(ValueError, match=NO_DISTRIBUTION):
             Sampler(sampling)((0,), reading)

@@ -17,7 +17,7 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 import adi
-from adi.model.backbone import Rows
+from adi.model.backbone import Rows, States
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
 from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
@@ -139,7 +139,7 @@ def test_lone_rows_run_in_company_where_another_kernel_takes_them(
     def lone_rows_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
         states = plain(rows, lo, hi, mlp, lane)
         lone = sum(len(r.ids) for r in rows) == 1
-        return [dataclasses.replace(s, hidden_TD=s.hidden_TD + 1e-3) for s in states] if lone else states
+        return [States(s.hidden_TD + 1e-3, s.before_TD, s.mlp_TF) for s in states] if lone else states
 
     monkeypatch.setattr(backbone, "_forward", lone_rows_differ)
     assert not rows_are_invariant(backbone)
@@ -357,13 +357,14 @@ def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
     scores = [backbone.logits(hidden_TD) for hidden_TD in without]
     assert pieces.open == []
     backbone.prepare((), drafts=True, wait=True)
-    assert pieces.open == list(LANES)
+    lanes = [max(backbone.least_rows, lane) for lane in LANES]  # on some processors a lone row runs in company
+    assert pieces.open == lanes
     for n, wanted, logits_TV in zip(counts, without, scores, strict=True):
         (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)
         assert torch.equal(states.hidden_TD, wanted)
         assert torch.equal(backbone.logits(wanted), logits_TV)
         assert backbone.greedy(wanted) == logits_TV.argmax(-1).tolist()
-    assert {lane for _, _, lane in pieces._segments} == {0, *LANES}
+    assert {lane for _, _, lane in pieces._segments} == {0, *lanes}
 
 
 def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
@@ -372,7 +373,7 @@ def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
     cache = prefilled(backbone, IDS[:PROMPT])
     backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 1], None)], 0, LAYERS)
     backbone._pieces.wait()
-    assert backbone._pieces.open == [1], "full depth needs a lane for lone rows only"
+    assert backbone._pieces.open == [backbone.least_rows], "full depth needs a lane for lone rows only"
     assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}
 
 

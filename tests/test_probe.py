@@ -18,7 +18,7 @@ from adi.exits.artifact import _digest
 from adi.exits.probe import SAID, Net, joint_features, said_features, state_features
 from adi.exits.reading import Reading
 from adi.exits.signals import Measured, Prediction
-from adi.model.backbone import HeadRows
+from adi.model.backbone import HeadRows, States
 from adi.training.answers import Answer
 from adi.training.probe import ProbeOptions, fit_probe, gather
 from conftest import probed_exits, random_probe
@@ -55,7 +55,7 @@ def test_the_state_is_asked_before_any_head_has_run() -> None:
         asked.append(1)
         return SAID_ROW
 
-    reading = Reading(2, predict, hidden, hidden, probe=probe)
+    reading = Reading(2, predict, States(hidden, hidden), probe=probe)
     state = reading.signals["state_probe"]
     assert not asked
     assert state == pytest.approx(float(probe.state[2].logit(state_features(hidden)).sigmoid()))
@@ -64,7 +64,7 @@ def test_the_state_is_asked_before_any_head_has_run() -> None:
     assert asked == [1]
     assert joint == pytest.approx(float(probe.joint[2].logit(joint_features(hidden, SAID_ROW)).sigmoid()))
     assert "state_probe" in list(reading.signals)
-    bare = Reading(2, predict, hidden, hidden)
+    bare = Reading(2, predict, States(hidden, hidden))
     assert "state_probe" not in list(bare.signals)
     with pytest.raises(ValueError, match="needs exits with a probe"):
         bare.signals["state_probe"]

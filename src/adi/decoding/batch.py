@@ -18,7 +18,7 @@ from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
-from adi.model.backbone import Backbone, MemoryFullError
+from adi.model.backbone import Backbone, MemoryFullError, as_tensor
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
 
@@ -223,8 +223,9 @@ def _score(backbone: Backbone, scores: Sequence[tuple[_Member, Score]]) -> None:
         for member, need in scores:
             member.session.answer(need.met(backbone))
         return
-    said = replace(scores[0][1], hidden_TD=torch.cat([need.hidden_TD for _, need in scores])).met(backbone)
+    together_TD = torch.cat([as_tensor(need.raw_TD) for _, need in scores])
+    said = replace(scores[0][1], raw_TD=together_TD).met(backbone)
     for member, need in scores:
-        count = need.hidden_TD.shape[0]
+        count = len(need.raw_TD)
         member.session.answer(said[:count])
         said = said[count:]

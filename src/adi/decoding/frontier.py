@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import Backbone, Rows, States
+from adi.model.backbone import Backbone, Rows, States, as_tensor
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Score:
-    """A session's wish for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits."""
+    """A session's wish for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits.
 
-    hidden_TD: Tensor
+    The states are as ``States.raw_TD`` gives them."""
+
+    raw_TD: Any
     whole: bool = False
 
     def met(self, backbone: Backbone) -> Any:
         """A token per row, or ``logits_TV``."""
-        return backbone.logits(self.hidden_TD) if self.whole else backbone.greedy(self.hidden_TD)
+        return backbone.logits(as_tensor(self.raw_TD)) if self.whole else backbone.greedy(self.raw_TD)
 
 
 class Frontier:
@@ -53,7 +55,7 @@ class Frontier:
         self.last: States | None = None
         self.mlp = mlp
         self.cache = backbone.new_cache()
-        self._hidden_TD: Tensor | None = None
+        self._runs: list[tuple[int, int, States]] = []  # stretches of positions, ascending, with their deepest states so far
 
     @property
     def length(self) -> int:
@@ -68,6 +70,7 @@ class Frontier:
         assert 0 <= length <= self.length, f"cannot roll back from {self.length} to {length}"
         del self.ids[length:]
         self.filled = [min(f, length) for f in self.filled]
+        self._forget(length)
 
     def next_pass(self, to: int) -> Pass | None:
         """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
@@ -78,14 +81,14 @@ class Frontier:
             lo = next(layer for layer in range(to) if self.filled[layer] < self.length)
             hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
         start = self.filled[lo]
-        hidden_TD = self._hidden_TD[start : self.length].clone() if lo and self._hidden_TD is not None else None
+        hidden_TD = self.hidden(start, self.length) if lo else None
         return Pass(Rows(self.cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
 
     def absorb(self, done: Pass, states: States) -> None:
         """Take in what a pass gave: its rows are now as deep as it went."""
         start, end = done.rows.start, done.rows.start + len(done.rows.ids)
-        self._hidden_TD = _room(self._hidden_TD, states.hidden_TD, start, end)
-        self._hidden_TD[start:end] = states.hidden_TD
+        self._forget(start)  # a pass goes up to the last position
+        self._runs.append((start, end, states))
         self.filled[done.lo : done.hi] = [end] * (done.hi - done.lo)
         self.row_blocks += (end - start) * (done.hi - done.lo)
         self.block_passes += done.hi - done.lo
@@ -105,7 +108,7 @@ class Frontier:
             return
         start = self.filled[depth]
         assert self.filled[-1] == start, "one exit at a time"
-        rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length).clone())
+        rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length))
         self.backbone.propagate(rows, depth)  # type: ignore[attr-defined]
         self.filled = [self.length] * len(self.filled)
 
@@ -116,16 +119,25 @@ class Frontier:
             close()
 
     def hidden(self, start: int, end: int) -> Tensor:
-        """The deepest states so far of positions [start, end), ``[T, D]``."""
-        assert self._hidden_TD is not None, "nothing has run yet"
-        return self._hidden_TD[start:end]
+        """The deepest states so far of positions [start, end), ``[T, D]``; not to be written to."""
+        found = [
+            states.rows(slice(max(start - lo, 0), min(end, hi) - lo)).hidden_TD
+            for lo, hi, states in self._runs
+            if lo < end and start < hi
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
+    def newest(self, position: int) -> Any:
+        """The deepest state so far of a position among the newest, ``[1, D]``, as ``States.raw_TD`` gives it."""
+        lo, _, states = self._runs[-1]
+        if position < lo:
+            return self.hidden(position, position + 1)
+        return states.raw_TD[position - lo : position - lo + 1]
 
-def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
-    """A buffer for at least ``needed`` positions that keeps the first ``used``."""
-    if buffer is not None and buffer.shape[0] >= needed:
-        return buffer
-    grown = torch.empty((max(64, 1 << (needed - 1).bit_length()), new.shape[-1]), dtype=new.dtype, device=new.device)
-    if buffer is not None:
-        grown[:used] = buffer[:used]
-    return grown
+    def _forget(self, length: int) -> None:
+        """Keep no states of positions from ``length`` on."""
+        runs = self._runs
+        while runs and runs[-1][0] >= length:
+            runs.pop()
+        if runs and runs[-1][1] > length:
+            runs[-1] = (runs[-1][0], length, runs[-1][2])

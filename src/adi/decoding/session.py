@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from adi.decoding.checks import check_count, check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
 from adi.decoding.drawing import Sampler
@@ -36,7 +34,7 @@ from adi.exits.drafter import Guessed
 from adi.exits.reading import Reading
 from adi.exits.signals import SIGNALS, Prediction
 from adi.exits.triggers import Trigger
-from adi.model.backbone import Backbone
+from adi.model.backbone import Backbone, States
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Detokenizer, Prompt
 
@@ -97,7 +95,7 @@ class Session:
         model.backbone.prepare(plan.stops, drafts=isinstance(self.policy, (Verified, Lookup)))
         self.frontier = Frontier(model.backbone, mlp=shows_mlp and model.backbone.has_mlp_tap)
         self._logic = logic_of(self.policy, plan, model.backbone)
-        self._state: Tensor | None = None
+        self._state: Any = None  # the drafter's, as its engine has it
         self._said: list[int] = []
         self._alone = False
         self._fell_at: int | None = 0 if self.policy is not self._asked else None
@@ -177,7 +175,7 @@ class Session:
         assert costs is not None
         started = time.perf_counter()
         if request.fresh:
-            self._state = drafting.start(self.frontier.hidden(request.known - 1, request.known))
+            self._state = drafting.start(self.frontier.newest(request.known - 1))
         assert self._state is not None
         guessed, self._state = drafting.step(request.after, self._state)
         costs.drafted(time.perf_counter() - started, request.fresh)
@@ -220,24 +218,19 @@ class Session:
         while (ahead := frontier.next_pass(request.to)) is not None:
             yield ahead
             frontier.absorb(*self._answer)
-        # A copy: readings are lazy, and the frontier writes deeper states over these.
-        hidden_TD = frontier.hidden(frontier.length - request.read, frontier.length).clone()
-        states = frontier.last
-        assert states is not None
-        before_TD = states.before_TD[-request.read :]
-        mlp_TF = None if states.mlp_TF is None else states.mlp_TF[-request.read :]
+        assert frontier.last is not None
+        states = frontier.last.rows(slice(-request.read, None))
         if request.to < spec.layers:
-            read = functools.partial(self._read, request.to, hidden_TD)
-            return [Reading(request.to, read, before_TD, hidden_TD, mlp_TF, probe=self._probe)]
-        yield Score(hidden_TD, whole=self.sampling is not None)
+            read = functools.partial(self._read, request.to, states.hidden_TD)
+            return [Reading(request.to, read, states, probe=self._probe)]
+        yield Score(states.raw_TD, whole=self.sampling is not None)
         if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
             self._logic.costs.passed(len(request.ids), time.perf_counter() - started)
         readings = []
         for i, said in enumerate(self._answer):
-            row, (token, logits_V) = slice(i, i + 1), (said, None) if self.sampling is None else (None, said)
-            mlp = None if mlp_TF is None else mlp_TF[row]
-            predict = functools.partial(_full_prediction, self.model.backbone, hidden_TD[row])
-            readings.append(Reading(request.to, predict, before_TD[row], hidden_TD[row], mlp, token, logits_V))
+            row, (token, logits_V) = states.rows(slice(i, i + 1)), (said, None) if self.sampling is None else (None, said)
+            predict = functools.partial(_full_prediction, self.model.backbone, row)
+            readings.append(Reading(request.to, predict, row, token, logits_V))
         return readings
 
     def _step(self, said: Decided) -> Step:
@@ -291,8 +284,8 @@ class Session:
         return self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
 
 
-def _full_prediction(backbone: Backbone, hidden_TD: Tensor) -> Prediction:
-    return Prediction(backbone.logits(hidden_TD).log_softmax(-1))
+def _full_prediction(backbone: Backbone, states: States) -> Prediction:
+    return Prediction(backbone.logits(states.hidden_TD).log_softmax(-1))
 
 
 def _no_reader(depth: int, hidden_TD: object) -> Prediction:

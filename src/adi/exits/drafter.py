@@ -150,7 +150,10 @@ class Drafting:
         self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
         self._readout, self._among = readout, among
         self._embed = weakref.WeakMethod(backbone.embed)  # or the memory of drafters would keep its own keys alive
-        parts = DraftNet(net.tensors(), readout.norm, readout.eps, among.weight_SD, among.bias_S)
+        parts = DraftNet(
+            net.tensors(), readout.norm, readout.eps, readout.gain_D, readout.shift_D, among.weight_SD, among.bias_S
+        )
+        self._ids: list[int] = net.ids_S.tolist()
         self._compiled = backbone.draft_net(parts)
 
     @property
@@ -162,23 +165,23 @@ class Drafting:
         """One step on nothing, to be timed."""
         self.step(0, self.start(torch.zeros(1, self._net.out_D.shape[0], device=self._net.out_D.device)))
 
-    def start(self, deep_1D: Tensor) -> Tensor:
-        """The state to draft from after a position whose deep state is ``deep_1D``, ``[1, D]``."""
-        return first_state(self._readout, deep_1D)
-
-    def step(self, token: int, state_1D: Tensor) -> tuple[Guessed, Tensor]:
-        """What comes after ``token``, which follows the position of ``state_1D``; and the state from which to go on."""
-        embed = self._embed()
-        assert embed is not None, "a drafter outlived its model"
-        x_1D = embed((token,))
+    def start(self, raw_1D: Any) -> Any:
+        """The state to draft from after a position whose deep state is this, ``[1, D]``, as ``States.raw_TD`` gives it."""
         if self._compiled is not None:
-            state_1D, rows = self._compiled.step(x_1D, state_1D)
-            place, log = int(rows.place_T[0]), float(rows.first_T[0])
+            return self._compiled.start(raw_1D)
+        return first_state(self._readout, raw_1D)
+
+    def step(self, token: int, state_1D: Any) -> tuple[Guessed, Any]:
+        """What comes after ``token``, which follows the position of ``state_1D``; and the state from which to go on."""
+        if self._compiled is not None:
+            place, log, state_1D = self._compiled.step(token, state_1D)
         else:
-            state_1D = advance(self._net, self._readout, x_1D, state_1D)
+            embed = self._embed()
+            assert embed is not None, "a drafter outlived its model"
+            state_1D = advance(self._net, self._readout, embed((token,)), state_1D)
             logs_S = speak(self._net, self._among, state_1D).log_probs_TS[0]
             place = int(logs_S.argmax())
             log = float(logs_S[place])
         if not math.isfinite(log):
             raise ValueError(f"the drafter holds no distribution: its largest log-probability is {log}.")
-        return Guessed(int(self._among.ids_S[place]), {"top_probability": math.exp(log)}), state_1D
+        return Guessed(self._ids[place], {"top_probability": math.exp(log)}), state_1D

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
+from adi.model.backbone import States
 
 
 class Signals(Mapping[str, float]):
@@ -21,17 +22,14 @@ class Signals(Mapping[str, float]):
         self,
         depth: int,
         predict: Callable[[], Prediction | Measured],
-        before_TD: Tensor,
-        hidden_TD: Tensor,
-        mlp_TF: Tensor | None,
+        states: States,
         probe: Asked | None = None,
     ) -> None:
         self.seen: dict[str, float] = {}
         self._depth = depth
         self._predict = predict
         self._probe = probe
-        self._states = (before_TD, hidden_TD)
-        self._mlp_TF = mlp_TF
+        self._states = states
 
     def __getitem__(self, name: str) -> float:
         if name not in self.seen:
@@ -39,7 +37,7 @@ class Signals(Mapping[str, float]):
         return self.seen[name]
 
     def __iter__(self) -> Iterator[str]:
-        there = {"mlp": self._mlp_TF is not None, "probe": self._probe is not None}
+        there = {"mlp": self._states.mlp_TF is not None, "probe": self._probe is not None}
         return (name for name, signal in SIGNALS.items() if there.get(signal.reads, True))
 
     def __len__(self) -> int:
@@ -50,14 +48,15 @@ class Signals(Mapping[str, float]):
         if signal.reads == "head":
             return float(signal.measure(self._predict()))
         if signal.reads == "states":
-            return float(signal.measure(*self._states))
+            return float(signal.measure(self._states.before_TD, self._states.hidden_TD))
         if signal.reads == "probe":
             if self._probe is None:
                 raise ValueError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
-            return float(signal.measure(self._probe, self._depth, self._states[1], self._predict))
-        if self._mlp_TF is None:
+            return float(signal.measure(self._probe, self._depth, self._states.hidden_TD, self._predict))
+        mlp_TF = self._states.mlp_TF
+        if mlp_TF is None:
             raise ValueError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
-        return float(signal.measure(self._mlp_TF))
+        return float(signal.measure(mlp_TF))
 
 
 def _spoken(logits_V: Tensor) -> Prediction:
@@ -65,7 +64,7 @@ def _spoken(logits_V: Tensor) -> Prediction:
 
 
 class Reading:
-    """One row at one depth: its likeliest token, its candidates and its signals.
+    """One row at one depth, whose states these are: its likeliest token, its candidates and its signals.
 
     ``token`` may be given where it is known without the whole distribution, ``logits_V`` where they are at hand.
     """
@@ -74,9 +73,7 @@ class Reading:
         self,
         depth: int,
         predict: Callable[[], Prediction | Measured],
-        before_TD: Tensor,
-        hidden_TD: Tensor,
-        mlp_TF: Tensor | None = None,
+        states: States,
         token: int | None = None,
         logits_V: Tensor | None = None,
         probe: Asked | None = None,
@@ -86,7 +83,7 @@ class Reading:
         self._token = token
         # It must not know of this reading: logits in a cycle would wait for the garbage collector, which counts no bytes.
         self._said = functools.cache(predict if logits_V is None else functools.partial(_spoken, logits_V))
-        self.signals: Mapping[str, float] = Signals(depth, self._said, before_TD, hidden_TD, mlp_TF, probe)
+        self.signals: Mapping[str, float] = Signals(depth, self._said, states, probe)
 
     @property
     def prediction(self) -> Prediction | Measured:

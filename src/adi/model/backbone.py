@@ -65,17 +65,42 @@ class Rows:
     hidden_TD: Tensor | None
 
 
-@dataclass(frozen=True)
+def as_tensor(given: Any) -> Tensor:
+    """A tensor, or an engine's array as one over the same memory."""
+    import torch
+
+    return given if isinstance(given, torch.Tensor) else torch.from_numpy(given)
+
+
 class States:
     """What a pass through ``[lo, hi)`` leaves of its rows.
 
     ``hidden_TD`` left block ``hi - 1`` and ``before_TD`` entered it; ``mlp_TF`` are that block's MLP activations (what its
-    down projection reads), present when they were asked for.
+    down projection reads), present when they were asked for. An engine may give arrays of its own kind: they become tensors
+    when somebody asks, which most rounds of decoding never do. ``raw_TD`` is ``hidden_TD`` as the engine gave it. Nobody
+    writes to any of them.
     """
 
-    hidden_TD: Tensor
-    before_TD: Tensor
-    mlp_TF: Tensor | None = None
+    def __init__(self, hidden_TD: Any, before_TD: Any, mlp_TF: Any = None) -> None:
+        self.raw_TD = hidden_TD
+        self._before_TD, self._mlp_TF = before_TD, mlp_TF
+
+    @property
+    def hidden_TD(self) -> Tensor:  # noqa: N802, a shape
+        return as_tensor(self.raw_TD)
+
+    @property
+    def before_TD(self) -> Tensor:  # noqa: N802, a shape
+        return as_tensor(self._before_TD)
+
+    @property
+    def mlp_TF(self) -> Tensor | None:  # noqa: N802, a shape
+        return None if self._mlp_TF is None else as_tensor(self._mlp_TF)
+
+    def rows(self, which: slice) -> States:
+        """These rows of it, over the same memory."""
+        mlp_TF = None if self._mlp_TF is None else self._mlp_TF[which]
+        return States(self.raw_TD[which], self._before_TD[which], mlp_TF)
 
 
 @dataclass(frozen=True)
@@ -151,21 +176,28 @@ class CompiledHead(Protocol):
 class DraftNet:
     """A drafter in plain parts, for an engine to compile; ``exits.drafter.Drafter`` says what each weight is.
 
-    ``norm`` and ``eps`` are those of its last norm, ``weight_SD`` and ``bias_S`` the shortlist's rows of the model's head.
+    ``norm`` and ``eps`` are those of the model's last norm and its own, ``gain_D`` and ``shift_D`` the model's, and
+    ``weight_SD`` and ``bias_S`` the shortlist's rows of the model's head.
     """
 
     weights: Mapping[str, Tensor]
     norm: str
     eps: float
+    gain_D: Tensor
+    shift_D: Tensor
     weight_SD: Tensor
     bias_S: Tensor | None
 
 
 class CompiledDraftNet(Protocol):
-    """A drafter on an engine."""
+    """A drafter on an engine. Its states are arrays of the engine's kind."""
 
-    def step(self, x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, HeadRows]:
-        """One step at T rows: the next states ``[T, D]`` and what they say (``entropy_T`` spreads no tail)."""
+    def start(self, raw_1D: Any) -> Any:
+        """The state to draft from after a position whose deep state is this, as ``States.raw_TD`` gives it."""
+        ...
+
+    def step(self, token: int, state_1D: Any) -> tuple[int, float, Any]:
+        """After ``token``: the place of the likeliest next one in the shortlist, its log-probability, the next state."""
         ...
 
 
@@ -226,8 +258,9 @@ class Backbone(Protocol):
         """The model's own final norm and head on states: ``[T, V]``, in float32."""
         ...
 
-    def greedy(self, hidden_TD: Tensor) -> list[int]:
-        """The likeliest next token of each of T states: the first of the largest ``logits``.
+    def greedy(self, raw_TD: Any) -> list[int]:
+        """The likeliest next token of each of T states, tensors or as ``States.raw_TD`` gives them: the first of the largest
+        ``logits``.
 
         ValueError where the largest is not a finite number.
         """

@@ -114,9 +114,9 @@ class HfBackbone:
             out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
         return out.logits[0].float()  # type: ignore[no-any-return]
 
-    def greedy(self, hidden_TD: Tensor) -> list[int]:
+    def greedy(self, raw_TD: Tensor) -> list[int]:
         """The likeliest next token of each state."""
-        logits_TV = self.logits(hidden_TD)
+        logits_TV = self.logits(raw_TD)
         require_number(logits_TV.amax(-1).tolist())  # NaN where any is
         return logits_TV.argmax(-1).tolist()
 

@@ -7,14 +7,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, as_tensor, require_number
 from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
 from adi.model.openvino.light import CompiledLightHead
 from adi.model.openvino.outlook import Outlooks
 from adi.model.openvino.pieces import LANES, Pieces
 from adi.model.openvino.pool import SPARE, PagedCache, Pool
-from adi.model.openvino.recurrent import CompiledDrafter, Embedding
+from adi.model.openvino.recurrent import CompiledDrafter, Embedding, as_array
 from adi.model.openvino.segment import Config, Segment
 from adi.model.openvino.store import Page
 
@@ -170,15 +170,15 @@ class OpenVinoBackbone:
             logits, _ = self._scored(hidden_TD)
             return torch.from_numpy(logits[0, : len(hidden_TD)].copy())
 
-    def greedy(self, hidden_TD: Tensor) -> list[int]:
+    def greedy(self, raw_TD: Any) -> list[int]:
         with self._pieces.lock:
-            logits, token = self._scored(hidden_TD)
-            require_number(logits[0, : len(hidden_TD)].max(-1).tolist())  # NaN where any is
-            return token[0, : len(hidden_TD)].tolist()  # type: ignore[no-any-return]
+            logits, token = self._scored(raw_TD)
+            require_number(logits[0, : len(raw_TD)].max(-1).tolist())  # NaN where any is
+            return token[0, : len(raw_TD)].tolist()  # type: ignore[no-any-return]
 
-    def _scored(self, hidden_TD: Tensor) -> Any:
+    def _scored(self, raw_TD: Any) -> Any:
         """The head's arrays; a lane's head gets states that count for nothing beside the true ones."""
-        array = hidden_TD.detach().numpy()
+        array = as_array(raw_TD)
         lane = self._pieces.lane_for(len(array), self.least_rows)
         return self._pieces.heads[lane].run(array, max(lane, self.least_rows))
 
@@ -191,14 +191,11 @@ class OpenVinoBackbone:
         return CompiledLightHead(self._core, head, self._config, self.spec.precision != "fp32")
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        import torch
-
-        with self._pieces.lock:
-            return torch.from_numpy(self._embedding.run(ids))
+        return as_tensor(self._embedding.run(ids).copy())  # what is remembered is not given away
 
     def draft_net(self, net: DraftNet) -> CompiledDrafter:
         """The drafter as a graph; its weights take 8 bits where the model's do."""
-        return CompiledDrafter(self._core, net, self._config, self.spec.precision != "fp32")
+        return CompiledDrafter(self._core, net, self._config, self.spec.precision != "fp32", self._embedding.run)
 
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""
@@ -219,10 +216,8 @@ class OpenVinoBackbone:
 
 
 def _states(feed: Feed, layout: Layout, last: Segment, mlp: bool) -> list[States]:
-    """Each sequence's rows out of the feed's arrays, as tensors of their own."""
-    import torch
-
+    """Each sequence's rows out of the feed's arrays, as arrays of their own."""
     names = [f"state.{last.hi}", last.before, *([f"mlp.{last.hi}"] if mlp else [])]
-    whole = [torch.from_numpy(feed.arrays[name].reshape(feed.rows, -1).copy()) for name in names]
-    places = list(accumulate(layout.counts, initial=0))
-    return [States(*(tensor[at : at + count] for tensor in whole)) for at, count in zip(places, layout.counts, strict=False)]
+    whole = [feed.arrays[name].reshape(feed.rows, -1).copy() for name in names]
+    places = accumulate(layout.counts, initial=0)
+    return [States(*(array[at : at + count] for array in whole)) for at, count in zip(places, layout.counts, strict=False)]

@@ -7,42 +7,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adi.model.backbone import DraftNet, HeadRows
+from adi.model.backbone import DraftNet
 from adi.model.openvino.light import array_of, product
 from adi.model.openvino.segment import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Sequence
 
 NORM_EPS = 1e-5
 KEPT_TOKENS = 4096
 
 
 class CompiledDrafter:
-    """One step of a recurrent drafter over rows ``[T, D]``; compiled on first use, for each number of rows with fixed shapes.
+    """One step of a recurrent drafter; compiled on first use, for each number of rows with fixed shapes. States are arrays.
 
-    Matrices take 8 bits a weight if asked.
+    Matrices take 8 bits a weight if asked. ``embed`` gives what enters the first block for lone tokens.
     """
 
-    def __init__(self, core: Any, net: DraftNet, config: Config, eight_bits: bool) -> None:
+    def __init__(
+        self, core: Any, net: DraftNet, config: Config, eight_bits: bool, embed: Callable[[Sequence[int]], Any]
+    ) -> None:
         self._make = (core, net, config, eight_bits)
+        self._embed = embed
+        self._gain, self._shift = array_of(net.gain_D), array_of(net.shift_D)
         self._ready: dict[int, tuple[Any, list[Any]]] = {}
         self._lock = threading.Lock()
 
-    def step(self, x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, HeadRows]:
-        import torch
+    def start(self, raw_1D: Any) -> Any:
+        net, x = self._make[1], as_array(raw_1D)
+        if net.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        square = np.einsum("td,td->t", x, x)[:, None] / x.shape[1]
+        return x * (self._gain / np.sqrt(square + np.float32(net.eps))) + self._shift
 
+    def step(self, token: int, state_1D: Any) -> tuple[int, float, Any]:
+        place_T, log_T, state_1D = self.steps(self._embed((token,)), state_1D)
+        return int(place_T[0]), float(log_T[0]), state_1D
+
+    def steps(self, x_TD: Any, state_TD: Any) -> tuple[Any, Any, Any]:
+        """A step at T rows side by side: places and log-probabilities of the likeliest tokens ``[T]``, next states."""
         with self._lock:
             request, given = self._for(len(state_TD))
-            for mine, each in zip(given, (x_TD, state_TD), strict=True):
-                mine[:] = each.detach().numpy()
+            given[0][:], given[1][:] = x_TD, state_TD
             request.infer(share_outputs=True)
-            place_T, values, state = (request.get_output_tensor(i).data for i in range(3))
-            logs = torch.from_numpy(values.copy())
-            places = torch.from_numpy(place_T.reshape(-1).astype(np.int64))
-            return torch.from_numpy(state.copy()), HeadRows(places, *logs.unbind(1))
+            place, log, state = (request.get_output_tensor(i).data.copy() for i in range(3))
+        return place.reshape(-1), log.reshape(-1), state
 
     def _for(self, rows: int) -> tuple[Any, list[Any]]:
         """The request for so many rows, and the arrays that it reads."""
@@ -63,31 +72,34 @@ class Embedding:
 
     def __init__(self, core: Any, blocks: Any, config: Config) -> None:
         self._make = (core, blocks, config)
+        self._lock = threading.Lock()
         self._request: Any = None
         self._lately: dict[int, Any] = {}
 
     def run(self, ids: Sequence[int]) -> Any:
-        """States ``[T, D]``, a copy; a lone token's is remembered, since drafters ask for the same ones again and again."""
+        """States ``[T, D]``; a lone token's is remembered, and not to be written to, since drafters ask for the same ones again
+        and again."""
         if len(ids) > 1:
             return self._infer(ids)
         if (known := self._lately.get(ids[0])) is None:
             if len(self._lately) >= KEPT_TOKENS:
                 self._lately.clear()
             known = self._lately[ids[0]] = self._infer(ids)
-        return known.copy()
+        return known
 
     def _infer(self, ids: Sequence[int]) -> Any:
         import openvino as ov
 
-        if self._request is None:
-            core, blocks, config = self._make
-            self._request = core.compile_model(_embedding(blocks.clone()), "CPU", config).create_infer_request()
         tokens = np.array([tuple(ids)], np.int64)
         named = {"input_ids": tokens, "position_ids": np.zeros_like(tokens)}
-        for port in self._request.model_inputs:
-            self._request.set_tensor(port, ov.Tensor(named[port.get_any_name()]))
-        self._request.infer()
-        return self._request.get_output_tensor(0).data[0].copy()
+        with self._lock:
+            if self._request is None:
+                core, blocks, config = self._make
+                self._request = core.compile_model(_embedding(blocks.clone()), "CPU", config).create_infer_request()
+            for port in self._request.model_inputs:
+                self._request.set_tensor(port, ov.Tensor(named[port.get_any_name()]))
+            self._request.infer()
+            return self._request.get_output_tensor(0).data[0].copy()
 
 
 def _embedding(graph: Any) -> Any:
@@ -112,7 +124,7 @@ def _read_by(result: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _graph(net: DraftNet, eight_bits: bool, rows: int) -> Any:
-    """Inputs ``x`` and ``state``; outputs: place of the likeliest, first, second, tail and entropy ``[T, 4]``, next state."""
+    """Inputs ``x`` and ``state``; outputs: place of the likeliest token, its log-probability ``[T, 1]``, next state."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -129,15 +141,19 @@ def _graph(net: DraftNet, eight_bits: bool, rows: int) -> Any:
     bias = np.zeros(shortlist, np.float32) if net.bias_S is None else array_of(net.bias_S)
     logits = product(out, words, eight_bits)
     logits = ops.add(logits, ops.constant(np.concatenate([bias, array_of(w["tail_bias"]).reshape(1)])))
-    logs = ops.log_softmax(logits, 1)
-    parts = ops.variadic_split(logs, ops.constant(np.int64(1)), ops.constant(np.array([shortlist, 1], np.int64)))
-    inside, tail = parts.output(0), parts.output(1)
-    best = ops.topk(inside, np.int32(min(2, shortlist)), 1, "max", "value", index_element_type="i32")
-    pair = best.output(0) if shortlist > 1 else ops.concat([best.output(0), tail], 1)
-    entropy = ops.negative(ops.reduce_sum(ops.multiply(ops.exp(logs), logs), ops.constant(np.int64(1)), True))
-    values = ops.concat([pair, tail, entropy], 1)
-    first = ops.slice(best.output(1), *(np.array([n], np.int32) for n in (0, 1, 1, 1)))
-    return ov.Model([ops.result(first), ops.result(values), ops.result(out)], [x, state], "drafter")
+    inside = ops.slice(logits, *(np.array([n], np.int32) for n in (0, shortlist, 1, 1)))
+    best = ops.topk(inside, np.int32(1), 1, "max", "value", index_element_type="i32")
+    log = ops.subtract(best.output(0), _total(logits))
+    return ov.Model([ops.result(best.output(1)), ops.result(log), ops.result(out)], [x, state], "drafter")
+
+
+def _total(logits: Any) -> Any:
+    """The logarithm of the sum of exponentials over the last axis."""
+    from openvino import opset13 as ops
+
+    axis = ops.constant(np.array([1], np.int64))
+    top = ops.reduce_max(logits, axis, True)
+    return ops.add(ops.log(ops.reduce_sum(ops.exp(ops.subtract(logits, top)), axis, True)), top)
 
 
 def _norm(x: Any, kind: str, eps: float, gain_D: Any) -> Any:
@@ -149,3 +165,8 @@ def _norm(x: Any, kind: str, eps: float, gain_D: Any) -> Any:
     square = ops.reduce_mean(ops.multiply(x, x), axis, True)
     x = ops.divide(x, ops.sqrt(ops.add(square, ops.constant(np.float32(eps)))))
     return ops.multiply(x, ops.constant(gain_D[None]))
+
+
+def as_array(raw_TD: Any) -> Any:
+    """States as a numpy array, over the same memory."""
+    return raw_TD if isinstance(raw_TD, np.ndarray) else raw_TD.detach().numpy()
