@@ -1,7 +1,8 @@
 """Reflex mode measured for docs/reflex.md, in stages that go on where they were stopped; stages are functions of one folder.
 
 ``python tools/prompts.py > topics.jsonl``, then ``python tools/reflex.py topics.jsonl WORK docs/results/reflex.json``.
-With names of stages after these (``speed``, ``tasks``, ``drift``, ``propagate``) only those are measured, once more.
+With names of stages after these (``speed``, ``tasks``, ``drift``) only those are measured, once more.
+``tools/propagation.py`` measures propagated keys and values by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reflex_use import drift, propagation, speeds, tasks
+from reflex_use import drift, speeds, tasks
 
 import adi
 from adi.exits.calibration import PVALUES, PValue, betting, binomial_interval, conformal, learn_then_test
@@ -36,8 +37,7 @@ from adi.prompts import read_prompts
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
 DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
-PROPAGATED = 12
-STAGES = ("speed", "tasks", "drift", "propagate")
+STAGES = ("speed", "tasks", "drift")
 FEWER = 240
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -266,7 +266,7 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
 
 
 def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> None:
-    """What needs the model once more: ``speed``, ``tasks``, ``drift`` or ``propagate``, kept in a file."""
+    """What needs the model once more: ``speed``, ``tasks`` or ``drift``, kept in a file."""
     model, exits = adi.load("smollm2-135m"), adi.load_exits(work / "exits")
     levels = list(LEVELS)
     prompts = [item.prompt for item in read_prompts(topics)]
@@ -276,14 +276,8 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
         "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
         "tasks": lambda: tasks(model, exits, levels),
         "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts, guard),
-        "propagate": lambda: propagation(*_propagated(work), TOKENS, guard),
     }[stage]()
     write_json(file, {**(read_json(file, "use") if file.exists() else {}), stage: made})
-
-
-def _propagated(work: Path) -> tuple[list[tuple[int, ...]], list[Any]]:
-    tested, told = gathered(work, FEWER)
-    return [t.prompt_ids for t in told[:PROPAGATED]], [tested[place].trigger for place in (8,)]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import mean, median
 from typing import Any
 
 import adi
-from adi.measure.risk import NATS, disagreement, own_text
+from adi.measure.risk import disagreement
 from adi.measure.statistics import bootstrap_median
 from adi.measure.timing import timed
 from adi.measure.told import tell
@@ -129,25 +129,3 @@ def drift(model: adi.Model, exits: adi.Exits, level: float, near: list[str], gua
         )
         print(rows[-1], flush=True)
     return rows
-
-
-def propagation(prompts: list[tuple[int, ...]], rules: list[Any], tokens: int, guard: Guard) -> dict[str, Any]:
-    """Some rules with exact and with propagated keys and values, by transformers' modules in float32, judged by a full pass."""
-    model, exits = adi.load("smollm2-135m", backend="hf"), adi.load_exits("smollm2-135m")
-    with guard():
-        full = [adi.generate(model, prompt, max_new_tokens=tokens) for prompt in prompts]
-        told = tell(model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in full])
-    rows = []
-    for trigger in rules:
-        row: dict[str, Any] = {"trigger": trigger.to_json()}
-        for way in ("exact", "propagate"):
-            with guard():
-                samples = own_text(model, exits, told, trigger, tokens, way)
-            row[way] = {
-                "disagreement": mean(s.disagreement for s in samples),
-                "nats": NATS * mean(s.log_loss for s in samples),
-                "depth": mean(s.depth for s in samples),
-            }
-        rows.append(row)
-        print(row, flush=True)
-    return {"prompts": len(told), "tokens": tokens, "engine": "hf", "precision": "fp32", "rules": rows}

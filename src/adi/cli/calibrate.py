@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,6 +23,7 @@ from adi.cli.options import (
     RiskKindOption,
     Source,
     exits_for,
+    require_folder,
 )
 from adi.files import require_writable, write_json
 from adi.prompts import read_prompts, spread
@@ -61,8 +62,7 @@ def calibrate(
     from adi.measure.calibrate import calibrate as measure
 
     console = Console(stderr=True)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder.")
+    require_folder(out)
     if limit < 1:
         raise ValueError(f"--limit is {limit}; it must be at least 1.")
     items = [item for source in prompts or ["bench"] for item in read_prompts(source)]
@@ -72,21 +72,13 @@ def calibrate(
     if found.heads is None:
         raise ValueError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
     require_writable(out / "exits.json")
+    levels = risk or [0.02]
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {name: bar.add_task(name, total=None) for name in ("answers", "rules")}
-        result = measure(
-            loaded,
-            found,
-            chosen,
-            risk or [0.02],
-            delta=delta,
-            kind=kind,
-            method=method,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            progress=lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total),
-        )
+        tell = lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)  # noqa: E731
+        ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
+        result = measure(loaded, found, chosen, levels, progress=tell, **ways)
     replace(found, certificates=merged(found.certificates, result.certificates)).save(out)
     if json_out is not None:
         from adi.measure.circumstances import circumstances
@@ -94,12 +86,8 @@ def calibrate(
         about = circumstances(shlex.join(["adi", *sys.argv[1:]]), items)
         write_json(json_out, {"format": "adi-calibration", "version": 1, **about, **result.to_json()})
     _tell(Console(highlight=False), result, loaded.backbone.spec.layers)
-    console.print(
-        f"Saved to {out}. Use it: adi run --model {model} --exits {out} --mode reflex --risk {(risk or [0.02])[0]:g}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    use = f"Saved to {out}. Use it: adi run --model {model} --exits {out} --mode reflex --risk {levels[0]:g}"
+    console.print(use, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tell(out: Console, result: Calibration, layers: int) -> None:

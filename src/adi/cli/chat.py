@@ -38,8 +38,10 @@ from adi.cli.options import (
 from adi.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
+    from adi.decoding.policies import Policy
     from adi.decoding.records import Generation, Step
     from adi.decoding.session import Session
+    from adi.model.checkpoint import Model
 
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
 
@@ -69,9 +71,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.paint import legend
-    from adi.cli.run import drift_line
     from adi.decoding.policies import depths_of
-    from adi.decoding.session import Session
 
     out = Console(highlight=False)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -80,35 +80,54 @@ def chat(
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, ReflexOptions(risk, kind, spot_check))
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
-    depths = depths_of(policy)
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
     if out.is_terminal:
         out.print(HELP, style="dim")
-        out.print(legend(depths, loaded.backbone.spec.layers))
-    last = "no answer yet"
-    while (said := _ask(out)) is not None:
-        if said == "/reset":
-            messages = list(start)
-        elif said == "/depth":
-            out.print(last, markup=False, soft_wrap=True)
-        elif said.startswith("/"):
-            out.print(f"unknown command {said}. {HELP}", markup=False, soft_wrap=True)
-        elif said:
-            messages.append({"role": "user", "content": said})
-            try:
-                session = Session(
-                    loaded, messages, policy, max_new_tokens=max_new_tokens, sampling=sampling.of_prompt(len(messages))
-                )
-            except ValueError as error:
-                messages.pop()
-                out.print(f"{error} Say /reset to start over.", style="red", markup=False)
-                continue
-            generation = _answered(out, session, depths)
-            messages.append({"role": "assistant", "content": generation.text})
-            last = str(generation.summary())
-            if generation.drift is not None:
-                last += "\n" + drift_line(generation.drift)
+        out.print(legend(depths_of(policy), loaded.backbone.spec.layers))
+    _Conversation(out, loaded, policy, sampling, max_new_tokens, system).hold()
+
+
+class _Conversation:
+    """What has been said, and what may be said to it."""
+
+    def __init__(
+        self, out: Console, model: Model, policy: Policy, sampling: Sampling, max_new_tokens: int, system: str | None
+    ) -> None:
+        self._out, self._model, self._policy = out, model, policy
+        self._sampling, self._max_new_tokens = sampling, max_new_tokens
+        self._start = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._start)
+        self._last = "no answer yet"
+
+    def hold(self) -> None:
+        """Until the user ends it."""
+        while (said := _ask(self._out)) is not None:
+            if said == "/reset":
+                self._messages = list(self._start)
+            elif said == "/depth":
+                self._out.print(self._last, markup=False, soft_wrap=True)
+            elif said.startswith("/"):
+                self._out.print(f"unknown command {said}. {HELP}", markup=False, soft_wrap=True)
+            elif said:
+                self._answer(said)
+
+    def _answer(self, said: str) -> None:
+        """One turn; a refused one leaves no trace."""
+        from adi.cli.run import drift_line
+        from adi.decoding.policies import depths_of
+        from adi.decoding.session import Session
+
+        messages = [*self._messages, {"role": "user", "content": said}]
+        sampling = self._sampling.of_prompt(len(messages))
+        try:
+            session = Session(self._model, messages, self._policy, max_new_tokens=self._max_new_tokens, sampling=sampling)
+        except ValueError as error:
+            self._out.print(f"{error} Say /reset to start over.", style="red", markup=False)
+            return
+        self._messages = messages  # said, even where the answer is interrupted or fails
+        generation = _answered(self._out, session, depths_of(self._policy))
+        self._messages.append({"role": "assistant", "content": generation.text})
+        drift = "" if generation.drift is None else "\n" + drift_line(generation.drift)
+        self._last = f"{generation.summary()}{drift}"
 
 
 def _answered(out: Console, session: Session, depths: Sequence[int]) -> Generation:

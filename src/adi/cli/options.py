@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,14 +197,7 @@ def policy_for(
         "--spot-check": watched.spot_check or None,
         "--skipped": None if watched.skipped == "exact" else watched.skipped,
     }
-    unused: dict[str, tuple[str, ...]] = {
-        "full": tuple(given),
-        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check", "--skipped"),
-        "reflex": ("--draft-tokens", "--habits"),
-        "verified": ("--risk", "--spot-check", "--skipped"),
-    }
-    if wrong := [name for name in unused[mode] if given[name] is not None]:
-        raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
+    _require_meaning(mode, given)
     if mode == "full":
         return FullDepth()
     if mode == "lookup":
@@ -225,6 +218,24 @@ def policy_for(
             "--trigger JSON. Give one of them."
         )
     return Reflex(chosen, thresholds=threshold, trigger=rule, **asdict(watched))
+
+
+def _require_meaning(mode: str, given: Mapping[str, object]) -> None:
+    """ValueError for options that mean nothing in this mode."""
+    unused: dict[str, tuple[str, ...]] = {
+        "full": tuple(given),
+        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check", "--skipped"),
+        "reflex": ("--draft-tokens", "--habits"),
+        "verified": ("--risk", "--spot-check", "--skipped"),
+    }
+    if wrong := [name for name in unused[mode] if given[name] is not None]:
+        raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
+
+
+def require_folder(out: Path) -> None:
+    """ValueError where --out is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder.")
 
 
 def _shipped_for(model: Model) -> bool:

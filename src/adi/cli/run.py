@@ -99,29 +99,27 @@ def run(
     reflex = ReflexOptions(risk, kind, spot_check, skipped)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, reflex)
     _say_where_ties_may_fall(errors, loaded, mode)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "stop": tuple(stop or ()),
-        "stop_at_eos": not ignore_eos,
-        "raw": raw,
-        "special_tokens": special_tokens,
-        "sampling": sampling,
-    }
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "stop_at_eos": not ignore_eos}
+    options |= {"raw": raw, "special_tokens": special_tokens, "sampling": sampling}
     if compare:
         _warm_up(loaded, text, policy, options)
     options["candidates"] = TRACED_CANDIDATES if trace is not None else 0
     generation = _shown(loaded, text, policy, options, out) if not json_out else _quiet(loaded, text, policy, options)
     full = _quiet(loaded, text, None, options) if compare else None
     if trace is not None:
-        from adi.measure.trace import trace_of, write_trace
-
-        write_trace(trace_of(generation, policy, text), trace)
+        _write_trace(generation, policy, text, trace)
     if json_out:
         print(json.dumps(document(generation, full), ensure_ascii=False))
         return
     _closing(out, generation, full)
     if trace is not None:
         out.print(f"trace written to {trace}; see it with: adi plot {trace}", markup=False, soft_wrap=True)
+
+
+def _write_trace(generation: Generation, policy: Policy, text: str, file: Path) -> None:
+    from adi.measure.trace import trace_of, write_trace
+
+    write_trace(trace_of(generation, policy, text), file)
 
 
 def document(generation: Generation, full: Generation | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adi.cli.options import DeviceOption, ModelArgument, Source, parse_depths
+from adi.cli.options import DeviceOption, ModelArgument, Source, parse_depths, require_folder
 from adi.prompts import read_prompts
 
 COLUMNS = (
@@ -24,6 +25,7 @@ COLUMNS = (
     TimeRemainingColumn(),
     TextColumn("{task.fields[note]}"),
 )
+PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def tune(
@@ -61,8 +63,7 @@ def tune(
     from adi.training.tune import tune as train
 
     console = Console(stderr=True)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder.")
+    require_folder(out)
     sources = prompts if prompts is not None else ([] if text else ["builtin"])
     groups = [[item.prompt for item in read_prompts(source)] for source in sources]
     loaded = Source(model, backend="hf", device=device).load(console)
@@ -81,28 +82,23 @@ def tune(
     )
     talks = talk_precision.split(",") if talk and drafter_epochs else []
     voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
-    command = shlex.join(["adi", *sys.argv[1:]])
+    kept = None if keep is None else load_exits(keep)
     with Progress(*COLUMNS, console=console) as bar:
-        exits = train(
-            loaded,
-            out,
-            groups,
-            options,
-            texts=text or (),
-            keep=None if keep is None else load_exits(keep),
-            voices=voices,
-            made_by={"command": command, "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}},
-            progress=_Teller(bar, _log(out)),
-        )
-    console.print(_table(exits.report))
-    if "drafter" in exits.report:
-        console.print(_drafter(exits.report["drafter"]), highlight=False)
-    console.print(
-        f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        more: dict[str, Any] = {"texts": text or (), "keep": kept, "voices": voices, "made_by": _made_by()}
+        exits = train(loaded, out, groups, options, progress=_Teller(bar, _log(out)), **more)
+    _report(console, exits.report)
+    console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", **PLAIN)
+
+
+def _made_by() -> dict[str, Any]:
+    versions = {name: version(name) for name in ("adi-lm", "torch", "transformers")}
+    return {"command": shlex.join(["adi", *sys.argv[1:]]), "versions": versions}
+
+
+def _report(console: Console, report: Mapping[str, Any]) -> None:
+    console.print(_table(report))
+    if "drafter" in report:
+        console.print(_drafter(report["drafter"]), highlight=False)
 
 
 class _Teller:

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,13 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
         float((a @ b)[0, 0])
         times.append(time.perf_counter() - start)
     return sorted(times)[3]
+
+
+def first_of(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+    """As many of the answers as hold so many tokens, from the first on."""
+    before = accumulate((a.tokens for a in answers), initial=0)
+    return [answer for answer, at in zip(answers, before, strict=False) if at < tokens]
+
+
+def answers_hash(answers: Sequence[Answer]) -> str:
+    return hashlib.blake2b(repr([a.ids for a in answers]).encode(), digest_size=8).hexdigest()

@@ -68,6 +68,11 @@ def _talked(
     return paths[:-held], paths[-held:]
 
 
+def said(lessons: Lessons) -> list[Answer]:
+    """All texts of the lessons, those held out marked."""
+    return [*said_in(lessons.shards, False), *said_in(lessons.checks, True)]
+
+
 def said_in(shards: Sequence[Path], held_out: bool) -> list[Answer]:
     """The texts of these shards, each one's answer all but its last token."""
     found = []

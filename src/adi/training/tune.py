@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import (
     Answer,
+    answers_hash,
     collect,
+    first_of,
     interleave,
     is_held_out,
     multiplies_faster_in_bfloat16,
@@ -30,7 +31,7 @@ from adi.training.answers import (
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, changed, fit, fresh_checkpoint
-from adi.training.lessons import Lessons, lessons_from_answers, lessons_from_talk, said_in
+from adi.training.lessons import Lessons, Tell, lessons_from_answers, lessons_from_talk, said
 from adi.training.report import evaluate, report_json
 from adi.training.talk import TalkOptions, share_of_own
 
@@ -106,46 +107,53 @@ def tune(
         ValueError: options that do not fit the model, unreadable files, a head that adapters cannot start from.
     """
     options = options or TuneOptions()
-    if options.warm_start and (keep is None or keep.drafter is None):
-        raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
-    backbone, work = model.backbone, Path(out) / "work"
+    backbone, work, begin = model.backbone, Path(out) / "work", _begin(keep, options)
     depths = _depths(options.depths, backbone.spec.layers)
     readout = _on_cpu(backbone.readout())
     windows = [window for path in texts for window in _windows(model, Path(path))]
-    talks = options.drafter_epochs > 0 and options.talk_tokens > 0
-    given = interleave(prompts)
-    tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
-    lessons: Lessons | None = None
-    if not talks:
-        _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
+    if not (talks := options.drafter_epochs > 0 and options.talk_tokens > 0):
+        _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
-    if talks:
-        own = share_of_own(model)
-        talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
-        begun = [list(model.encode(p, raw=_is_raw(model))) for p in given]
-        lessons = lessons_from_talk(voices or (model,), begun, work, talking, tell)
-        answers = [*said_in(lessons.shards, False), *said_in(lessons.checks, True), *windows]
-    else:
-        answers = _answers(model, work, prompts, options, progress) + windows
+    tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+    lessons = _talked(model, voices, interleave(prompts), work, options, tell) if talks else None
+    spoken = _answers(model, work, prompts, options, progress) if lessons is None else said(lessons)
+    answers = [*spoken, *windows]
     _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
     ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
     among = shortlist(readout, ids_S)
-    made = {**(made_by or {}), "options": asdict(options), "answers": _answers_hash(answers)}
+    made = {**(made_by or {}), "options": asdict(options), "answers": answers_hash(answers)}
     if keep is None:
-        shown = (_first(train, options.tokens), _first(held, options.tokens)) if talks else (train, held)
-        exits = _heads(backbone, readout, depths, shown, among, work, options, progress)
-        exits = replace(exits, made_by=made)
+        shown = (first_of(train, options.tokens), first_of(held, options.tokens)) if talks else (train, held)
+        exits = replace(_heads(backbone, readout, depths, shown, among, work, options, progress), made_by=made)
     else:
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": made})
     if options.drafter_epochs:
         lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
-        begin = keep.drafter if keep is not None and options.warm_start else None
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin)
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
+
+
+def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
+    """What the drafter begins with."""
+    if not options.warm_start:
+        return None
+    if keep is None or keep.drafter is None:
+        raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
+    return keep.drafter
+
+
+def _talked(
+    model: Model, voices: Sequence[Model], prompts: Sequence[str], work: Path, options: TuneOptions, tell: Tell
+) -> Lessons:
+    """Lessons from texts that the model writes now."""
+    own = share_of_own(model)
+    talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
+    begun = [list(model.encode(p, raw=_is_raw(model))) for p in prompts]
+    return lessons_from_talk(voices or (model,), begun, work, talking, tell)
 
 
 def _kept(keep: Exits) -> Tensor:
@@ -240,12 +248,6 @@ def _answers(
     )
 
 
-def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
-    """As many of the answers as hold so many tokens, from the first on."""
-    before = accumulate((a.tokens for a in answers), initial=0)
-    return [answer for answer, at in zip(answers, before, strict=False) if at < tokens]
-
-
 def _is_raw(model: Model) -> bool:
     """Whether prompts are given to this model as they are."""
     return model.tokenizer is None or not model.tokenizer.has_chat_template
@@ -292,7 +294,3 @@ def _losses(losses: Mapping[int, float]) -> str:
 def _weights_hash(drafter: Drafter) -> str:
     weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in drafter.tensors().values())
     return hashlib.blake2b(weights, digest_size=8).hexdigest()
-
-
-def _answers_hash(answers: Sequence[Answer]) -> str:
-    return hashlib.blake2b(repr([a.ids for a in answers]).encode(), digest_size=8).hexdigest()
