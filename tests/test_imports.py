@@ -15,7 +15,7 @@ import adi
 SOURCE = Path(adi.__file__).parent
 # A module may import what stands above it. "adi" itself is only the lazy front door.
 ORDER = """
-files
+files machine
 prompts
 model.backbone model.tokenizer
 model.sources

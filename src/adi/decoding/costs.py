@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import platform
 import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from adi.files import cache_folder, read_json, write_json
+from adi.machine import processor_hash
 from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -140,7 +139,8 @@ def costs_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | No
     ``draft`` makes one drafter step, ``key`` tells one drafter from another.
     """
     spec = backbone.spec
-    name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{_machine(backbone)}-{key}"
+    machine = processor_hash(f"{spec.device} {getattr(backbone, 'threads', '')}")
+    name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
     lately = _LATELY.setdefault(backbone, {}).setdefault(key, Lately())
     note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
     with contextlib.suppress(ValueError, OSError):
@@ -220,10 +220,3 @@ def _parsed(value: Any) -> Costs | None:
     sane = seconds and min(seconds) == 1 and all(0 < v < math.inf for v in seconds.values())
     sane = sane and all(0 <= number < math.inf for number in (*more.values(), draft, further or 0.0))
     return Costs(seconds, float(draft), None if further is None else float(further), more) if sane else None
-
-
-def _machine(backbone: Backbone) -> str:
-    text = platform.processor() + platform.machine() + backbone.spec.device + str(getattr(backbone, "threads", ""))
-    with contextlib.suppress(OSError):
-        text += next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

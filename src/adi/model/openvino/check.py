@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adi.files import read_json, write_json
+from adi.machine import processor_hash
 from adi.model.backbone import Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.pieces import LANES
@@ -85,7 +84,7 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = _machine(backbone.threads)
+    machine = f"{processor_hash(f'lanes {LANES}, fixed')}-{backbone.threads}"
     if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
         found[machine] = _least_rows(backbone)
         with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
@@ -103,12 +102,3 @@ def _least_rows(backbone: OpenVinoBackbone) -> int:
             backbone.prepare((), drafts=True, wait=True)  # and with lanes, once for all
             return least if rows_are_invariant(backbone, stops=half) else 0
     return 0
-
-
-def _machine(threads: int) -> str:
-    """The processor by name and abilities, and the number of threads."""
-    text = platform.processor() + platform.machine() + f"lanes {LANES}, fixed"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        text += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    return f"{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}-{threads}"

@@ -1,0 +1,36 @@
+"""Which processor this is, as far as the system tells."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+VECTORS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 VNNI", "avx2": "AVX2"}
+
+
+def processor() -> str:
+    """The processor's own name."""
+    return next(iter(_told("model name")), platform.processor())
+
+
+def vectors() -> str | None:
+    """The widest vectors that it multiplies: kernels, and with them ratios of speed, hang on these, and a name such as "AMD
+    EPYC" does not say. None where the system does not either."""
+    flags = set(" ".join(_told("flags")[:1]).split())
+    return next((name for flag, name in VECTORS.items() if flag in flags), None)
+
+
+def processor_hash(more: str = "") -> str:
+    """A short name for a processor with exactly these abilities, and whatever else counts."""
+    told = sorted({*_told("model name"), *_told("flags"), *_told("Features")})
+    text = repr([platform.processor(), platform.machine(), told, more])
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _told(what: str) -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(what)]
