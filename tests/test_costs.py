@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,20 @@ def test_what_use_teaches_is_shared_by_all_sequences_of_a_model(llama: adi.Model
     other.stand(500)
     assert other.rows(1) == one.rows(1) == pytest.approx(1.0)
     assert costs_of(llama.backbone, "b").rows(1) == 0.5
+
+
+def test_more_rows_are_never_taken_for_quicker(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = llama.backbone.forward
+
+    def disturbed(rows: Any, lo: int, hi: int) -> Any:
+        if len(rows[0].ids) == 2:
+            time.sleep(0.2)  # something else ran
+        return plain(rows, lo, hi)
+
+    monkeypatch.setattr(llama.backbone, "forward", disturbed)
+    seconds = measure(llama.backbone).pass_seconds
+    assert seconds[2] == seconds[3] < 0.2
+    assert list(seconds.values()) == sorted(seconds.values())
 
 
 def test_a_slower_machine_is_learned_from_passes_of_any_number_of_rows_and_each_number_apart() -> None:
