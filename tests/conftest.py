@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,18 @@ def random_probe(width: int, depths: tuple[int, ...], hidden: int = 3) -> Probe:
 def probed_exits(model: adi.Model, depths: tuple[int, ...]) -> adi.Exits:
     """Untrained exits with an untrained probe."""
     return replace(random_exits(model, depths, adi.Never()), probe=random_probe(model.backbone.spec.width, depths))
+
+
+@pytest.fixture(scope="module")
+def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the module's own, for exports."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ADI_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[Any, Any]:
+    """Engines that the module's tests have made, by family and precision."""
+    return {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +15,18 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 import adi
-from adi.model.backbone import Rows, States
+from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make, opened_before, rows_are_invariant, store
+from adi.model.openvino import OpenVinoBackbone, make, opened_before
 from adi.model.openvino import export as export_module
-from adi.model.openvino.check import settle_rows
-from adi.model.openvino.pieces import LANES
 from adi.model.openvino.pool import Pool
-from families import FAMILIES, KV, LAYERS, VOCABULARY, C, tiny
+from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
+from families import FAMILIES, KV, LAYERS, C, tiny
 
-IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())
-PROMPT = 40  # more than one block of KV memory, and more than the sliding windows
+pytestmark = pytest.mark.usefixtures("compiled_cache")
+
 EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
-PRECISIONS = ("fp32", "int8", "int4")
-Cached = dict[tuple[str, str], OpenVinoBackbone]
-
-
-def model_of(family: str) -> Any:
-    """The family's tiny model; Gemma 3 with a soft cap on its logits as well."""
-    if family != "gemma3":
-        return tiny(family)
-    torch.manual_seed(0)
-    config = t.Gemma3TextConfig(**{**C, **KV}, head_dim=8, sliding_window=8, final_logit_softcapping=2.0)
-    return t.Gemma3ForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("ADI_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def made() -> Cached:
-    return {}
-
-
-def engine(made: Cached, family: str, precision: str = "fp32") -> OpenVinoBackbone:
-    if (family, precision) not in made:
-        made[family, precision] = make(model_of(family), name=family, precision=precision)
-    return made[family, precision]
-
-
-def folder_of(family: str, precision: str = "fp32") -> Path:
-    return store.place(store.key_of(model_of(family), fingerprint(model_of(family))), precision)
-
-
-def prefilled(backbone: Any, ids: tuple[int, ...]) -> Any:
-    cache = backbone.new_cache()
-    backbone.forward([Rows(cache, 0, ids, None)], 0, backbone.spec.layers)
-    return cache
 
 
 @pytest.mark.parametrize("family", EXPORTED)
@@ -97,59 +54,6 @@ def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) 
             wanted_TV = hf.model(torch.tensor([ids])).logits[0, PROMPT:]
         torch.testing.assert_close(backbone.logits(deep_TD), wanted_TV, atol=1e-4, rtol=1e-5)
         assert backbone.greedy(deep_TD) == wanted_TV.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_rows_bits_do_not_depend_on_its_company(made: Cached, precision: str) -> None:
-    backbone = engine(made, "llama", precision)
-    assert rows_are_invariant(backbone)
-    layers, rng, stops = backbone.spec.layers, random.Random(1), backbone.spec.stops
-    plain = prefilled(backbone, IDS[:PROMPT])
-    wanted = [backbone.forward([Rows(plain, i, (IDS[i],), None)], 0, layers)[0].hidden_TD for i in range(PROMPT, PROMPT + 9)]
-    logits_TV = torch.cat([backbone.logits(row) for row in wanted])
-    for count in range(1, 10):
-        caches = [prefilled(backbone, ids) for ids in (IDS[:PROMPT], IDS[20:33], IDS[3:53])]
-        hidden: list[Any] = [None] * 3
-        depths = sorted({*rng.sample(stops, 2), layers})
-        ids = (IDS[PROMPT : PROMPT + count], IDS[: rng.randrange(1, 4)], IDS[7:8])
-        order = rng.sample(range(3), 3)
-        for lo, hi in zip((0, *depths), depths, strict=False):
-            rows = [Rows(caches[i], (PROMPT, 13, 50)[i], ids[i], hidden[i]) for i in order]
-            for i, states in zip(order, backbone.forward(rows, lo, hi), strict=True):
-                hidden[i] = states.hidden_TD
-        assert torch.equal(hidden[0], torch.cat(wanted[:count]))
-        assert torch.equal(backbone.logits(hidden[0]), logits_TV[:count])
-
-
-def test_the_check_notices_rows_that_vary(made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    backbone = engine(made, "llama")
-    logits = backbone.logits
-    monkeypatch.setattr(backbone, "logits", lambda hidden_TD: logits(hidden_TD) + 1e-6 * (hidden_TD.shape[0] > 4))
-    assert not rows_are_invariant(backbone)
-    assert not settle_rows(backbone, tmp_path)
-
-
-def test_lone_rows_run_in_company_where_another_kernel_takes_them(
-    made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    backbone = engine(made, "llama")
-    monkeypatch.setattr(backbone, "least_rows", 1)
-    plain = backbone._forward
-
-    def lone_rows_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
-        states = plain(rows, lo, hi, mlp, lane)
-        lone = sum(len(r.ids) for r in rows) == 1
-        return [States(s.hidden_TD + 1e-3, s.before_TD, s.mlp_TF) for s in states] if lone else states
-
-    monkeypatch.setattr(backbone, "_forward", lone_rows_differ)
-    assert not rows_are_invariant(backbone)
-    assert settle_rows(backbone, tmp_path)
-    assert backbone.least_rows == 2
-    assert rows_are_invariant(backbone)
-    monkeypatch.setattr(backbone, "least_rows", 1)
-    monkeypatch.setattr("adi.model.openvino.check.rows_are_invariant", None)  # the note answers now
-    assert settle_rows(backbone, tmp_path)
-    assert backbone.least_rows == 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -225,24 +129,6 @@ def test_only_blocks_that_exist_can_be_run(made: Cached) -> None:
             backbone.forward([Rows(backbone.new_cache(), 0, (1,), None)], lo, hi)
     with pytest.raises(ValueError, match=r"stops \[7\] do not exist"):
         backbone.prepare((7,))
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_however_the_blocks_are_cut_the_bits_are_the_same(made: Cached, precision: str) -> None:
-    """Full depth in one piece, and through the pieces of a policy, over prompts attended as a whole and row by row."""
-    engine(made, "llama", precision)
-    wanted = None
-    for stops in ((), (2,), (1, 3), tuple(range(1, LAYERS))):
-        backbone = OpenVinoBackbone.open(folder_of("llama", precision))
-        backbone.prepare(stops)
-        cache = backbone.new_cache()
-        long = tuple(i % 64 for i in range(100))
-        found = [
-            backbone.forward([Rows(cache, 0, long[:80], None)], 0, LAYERS)[0].hidden_TD,
-            backbone.forward([Rows(cache, 80, long[80:], None)], 0, LAYERS)[0].hidden_TD,
-        ]
-        wanted = found if wanted is None else wanted
-        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_blocks_come_back_when_a_sequence_ends(made: Cached) -> None:
@@ -334,47 +220,6 @@ def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
     before = snapshot()
     make(model, name="mine", precision="fp32")
     assert snapshot() == before
-
-
-def unopened() -> OpenVinoBackbone:
-    """An engine that has opened no lane: the check of rows, which opens them, was done by one before it."""
-    make(model_of("llama"), name="llama", precision="int8")
-    backbone = make(model_of("llama"), name="llama", precision="int8")
-    assert backbone._pieces.open == []
-    return backbone
-
-
-def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
-    backbone = unopened()
-    pieces = backbone._pieces
-    backbone.prepare(())
-    assert pieces._opening is None, "nothing opens before there is a short pass"
-    cache = prefilled(backbone, IDS[:PROMPT])
-    assert pieces._opening is None
-    counts = range(1, 10)
-    pieces._wanted.clear()
-    without = [backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)[0].hidden_TD for n in counts]
-    scores = [backbone.logits(hidden_TD) for hidden_TD in without]
-    assert pieces.open == []
-    backbone.prepare((), drafts=True, wait=True)
-    lanes = [max(backbone.least_rows, lane) for lane in LANES]  # on some processors a lone row runs in company
-    assert pieces.open == lanes
-    for n, wanted, logits_TV in zip(counts, without, scores, strict=True):
-        (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)
-        assert torch.equal(states.hidden_TD, wanted)
-        assert torch.equal(backbone.logits(wanted), logits_TV)
-        assert backbone.greedy(wanted) == logits_TV.argmax(-1).tolist()
-    assert {lane for _, _, lane in pieces._segments} == {0, *lanes}
-
-
-def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
-    backbone = unopened()
-    backbone.prepare((2,))
-    cache = prefilled(backbone, IDS[:PROMPT])
-    backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 1], None)], 0, LAYERS)
-    backbone._pieces.wait()
-    assert backbone._pieces.open == [backbone.least_rows], "full depth needs a lane for lone rows only"
-    assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
