@@ -106,9 +106,9 @@ def _transformers(precision: str, setting: Setting) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype, folder = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], source_folder(setting.model, lambda _: None)
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(source_folder(setting.model, lambda _: None), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _early(model: Any) -> tuple[int, int]:

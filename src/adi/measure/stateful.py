@@ -46,8 +46,10 @@ def export(source: Path, weights: str) -> Path:
     if target.is_dir():
         return target
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa").eval()
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        plain: dict[str, Any] = {"trust_remote_code": False}
+        asked = {"dtype": torch.float32, "attn_implementation": "sdpa", **plain}
+        model = AutoModelForCausalLM.from_pretrained(source, **asked).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, **plain)
     graph = stateful_graph(model)
     _check(model, graph)
     group = _group(model) if weights == "int4" else None
