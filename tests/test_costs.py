@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import adi
 from adi.decoding import costs as module
 from adi.decoding.costs import Costs, costs_of, measure
+from adi.model.backbone import MemoryFullError
 
 
 @pytest.fixture
@@ -103,8 +105,8 @@ def test_first_and_further_steps_of_the_drafter_follow_use_apart() -> None:
     for _ in range(200):
         costs.drafted(0.8)
         costs.drafted(0.1, first=False)
-    assert costs.drafting(1) == pytest.approx(0.8)
-    assert costs.drafting(3) == pytest.approx(1.0)
+    assert costs.drafting(1) == pytest.approx(0.8, rel=0.05)
+    assert costs.drafting(3) == pytest.approx(1.0, rel=0.05)
     assert costs.copy() == costs
     assert Costs({1: 1.0}, 0.5).drafting(3) == 1.5, "where a further one is not known it takes as long as the first"
 
@@ -123,7 +125,7 @@ def test_what_use_teaches_is_shared_by_all_sequences_of_a_model(llama: adi.Model
         one.passed(1, 1.0)
     one.stand(10)
     other.stand(500)
-    assert other.rows(1) == one.rows(1) == pytest.approx(1.0)
+    assert other.rows(1) == one.rows(1) == pytest.approx(1.0, rel=0.02)
     assert costs_of(llama.backbone, "b").rows(1) == 0.5
 
 
@@ -139,6 +141,46 @@ def test_more_rows_are_never_taken_for_quicker(llama: adi.Model, monkeypatch: py
     seconds = measure(llama.backbone).pass_seconds
     assert seconds[2] == seconds[3] < 0.2
     assert list(seconds.values()) == sorted(seconds.values())
+
+
+def test_far_into_a_text_too_more_rows_are_never_taken_for_quicker(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = iter(({1: 7.0, 2: 8.0, 3: 8.2, 4: 8.4}, {1: 8.0, 2: 8.4, 3: 8.6, 4: 8.8}))
+    monkeypatch.setattr(module, "_passes", lambda backbone, past, draft: (next(tables), []))
+    monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, context=8192))
+    costs = measure(llama.backbone)
+    for length in (10, 600, 2048, 8192):
+        costs.stand(length)
+        seconds = [costs.rows(count) for count in range(1, 17)]
+        assert seconds == sorted(seconds)
+
+
+def test_a_small_memory_is_measured_as_far_as_it_goes(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = module._passes
+
+    def small(backbone: Any, past: int, draft: Any) -> Any:
+        if past > module.PAST:
+            raise MemoryFullError("no block is free")
+        return plain(backbone, past, draft)
+
+    monkeypatch.setattr(module, "_passes", small)
+    monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, context=8192))
+    costs = measure(llama.backbone)
+    assert costs.position_seconds == {}
+    assert set(costs.pass_seconds) == set(module.ROWS)
+
+
+def test_a_slow_moment_is_forgotten_by_what_it_kept_from_being_tried() -> None:
+    costs = Costs({1: 1.0, 2: 1.1, 8: 1.5}, 0.5, 0.25)
+    for _ in range(30):
+        costs.passed(8, 3.0)
+        costs.passed(1, 2.0)
+        costs.drafted(1.0, first=False)
+    assert costs.rows(8) > 2.5
+    for _ in range(600):
+        costs.passed(1, 1.0)
+        costs.drafted(0.5)
+    assert costs.rows(8) == pytest.approx(1.5, rel=0.1)
+    assert costs.drafting(2) == pytest.approx(0.75, rel=0.1)
 
 
 def test_a_slower_machine_is_learned_from_passes_of_any_number_of_rows_and_each_number_apart() -> None:

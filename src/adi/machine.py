@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from pathlib import Path
@@ -28,9 +29,10 @@ def processor_hash(more: str = "") -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _told(what: str) -> list[str]:
+@functools.cache
+def _told(what: str) -> tuple[str, ...]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
-    return [line.partition(":")[2].strip() for line in lines if line.startswith(what)]
+        return ()
+    return tuple(line.partition(":")[2].strip() for line in lines if line.startswith(what))

@@ -10,17 +10,19 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from adi.files import cache_folder, read_json, write_json
 from adi.machine import processor_hash
-from adi.model.backbone import Backbone, Rows
+from adi.model.backbone import Backbone, MemoryFullError, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
 ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LATELY = 0.1  # weight of one more measurement during use
+FADING = 0.995  # of what was learned of each number of rows, with every measurement
 OUTLIER = 0.5  # a measurement further off than this, as a logarithm, counts as one that is so far off
 FIRST, FURTHER = "first", "further"
 _LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDictionary()
@@ -29,8 +31,9 @@ _LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDict
 @dataclass
 class Lately:
     """How much longer things take in use than the table says, as logarithms: ``common`` to all passes, and beside that ``own``
-    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on) and to the drafter's steps. One for all sequences of a model:
-    what a neighbour on the same machine takes away, it takes from all of them."""
+    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on) and to the drafter's steps. One for all sequences of a model
+    that have the same drafter: what a neighbour on the same machine takes away, it takes from all of them. What was learned of
+    one number of rows fades, or a slow moment would keep it from being tried for good."""
 
     common: float = 0.0
     own: dict[int | str, float] = field(default_factory=dict)
@@ -47,13 +50,15 @@ class Lately:
         """A pass took so many times what was expected."""
         off = LATELY * _mild(ratio)
         self.common += off
-        self._learn(rows.bit_length(), off)
+        self._learn(rows.bit_length(), off, {key for key in self.own if isinstance(key, int)})
 
     def stepped(self, name: str, ratio: float) -> None:
         """The same of a drafter's step."""
-        self._learn(name, LATELY * _mild(ratio))
+        self._learn(name, LATELY * _mild(ratio), {key for key in self.own if isinstance(key, str)})
 
-    def _learn(self, key: int | str, off: float) -> None:
+    def _learn(self, key: int | str, off: float, alike: set[int | str]) -> None:
+        for each in alike:
+            self.own[each] *= FADING
         self.own[key] = self.own.get(key, 0.0) + off
 
 
@@ -108,7 +113,7 @@ class Costs:
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        self.lately.passed(rows, seconds / self.rows(rows))
+        self.lately.passed(rows, seconds / (self._plain(rows) * self.lately.of(rows)))  # others may have taught it since
         self._table.clear()
 
     def drafted(self, seconds: float, first: bool = True) -> None:
@@ -166,9 +171,11 @@ def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> Co
     past = max(1, min(PAST, context - max(ROWS)))
     near, steps = _passes(backbone, past, draft)
     each: dict[int, float] = {}
-    if FAR + max(ROWS) <= context:
-        far, _ = _passes(backbone, FAR, None)
-        each = {count: max(0.0, far[count] - near[count]) / (FAR - PAST) for count in near}
+    with contextlib.suppress(MemoryFullError):  # a small memory, where no text goes that far anyway, or a full one
+        if FAR + max(ROWS) <= context:
+            far, _ = _passes(backbone, FAR, None)
+            more = {count: max(0.0, far[count] - near[count]) / (FAR - PAST) for count in near}
+            each = {count: max(more[fewer] for fewer in near if fewer <= count) for count in near}
     first, further = (min(times) for times in zip(*steps[1:], strict=True)) if steps else (0.0, None)
     return Costs(near, first, further, each)
 
@@ -178,26 +185,30 @@ def _passes(
 ) -> tuple[dict[int, float], list[tuple[float, float]]]:
     """Seconds by number of rows after so many positions, and of the drafter's first and further steps. More rows are never
     quicker: where they seem to be, something else ran meanwhile."""
-    layers, cache = backbone.spec.layers, backbone.new_cache()
     context = backbone.spec.context or past + max(ROWS)
     counts = [count for count in ROWS if past + count <= context] or [1]
     ids = tuple(i % backbone.spec.vocabulary for i in range(past + max(counts)))
-    backbone.forward([Rows(cache, 0, ids[:past], None)], 0, layers)
     times: dict[int, list[float]] = {count: [] for count in counts}
     steps: list[tuple[float, float]] = []
-    for _ in range(REPEATS + 1):
-        for count in counts:
-            start = time.perf_counter()
-            (states,) = backbone.forward([Rows(cache, past, ids[past : past + count], None)], 0, layers)
-            backbone.greedy(states.raw_TD)
-            times[count].append(time.perf_counter() - start)
-        if draft is not None:
-            steps.append((_seconds(draft), _seconds(draft)))
-    close = getattr(cache, "close", None)
-    if close is not None:
-        close()
+    cache = backbone.new_cache()
+    try:
+        backbone.forward([Rows(cache, 0, ids[:past], None)], 0, backbone.spec.layers)
+        for _ in range(REPEATS + 1):
+            for count in counts:
+                rows = Rows(cache, past, ids[past : past + count], None)
+                times[count].append(_seconds(partial(_pass, backbone, rows)))
+            if draft is not None:
+                steps.append((_seconds(draft), _seconds(draft)))
+    finally:
+        if (close := getattr(cache, "close", None)) is not None:
+            close()
     least = {count: min(t[1:]) for count, t in times.items()}
     return {count: min(least[more] for more in counts if more >= count) for count in counts}, steps
+
+
+def _pass(backbone: Backbone, rows: Rows) -> None:
+    (states,) = backbone.forward([rows], 0, backbone.spec.layers)
+    backbone.greedy(states.raw_TD)
 
 
 def _seconds(work: Callable[[], object]) -> float:

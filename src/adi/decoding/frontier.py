@@ -55,7 +55,7 @@ class Frontier:
         self.last: States | None = None
         self.mlp = mlp
         self.cache = backbone.new_cache()
-        self._runs: list[tuple[int, int, States]] = []  # stretches of positions, ascending, with their deepest states so far
+        self._runs: list[tuple[int, int, States]] = []  # newest positions, ascending, with their deepest states so far
 
     @property
     def length(self) -> int:
@@ -87,7 +87,7 @@ class Frontier:
     def absorb(self, done: Pass, states: States) -> None:
         """Take in what a pass gave: its rows are now as deep as it went."""
         start, end = done.rows.start, done.rows.start + len(done.rows.ids)
-        self._forget(start)  # a pass goes up to the last position
+        self._forget(0 if done.hi == len(self.filled) else start)  # a pass goes up to the last position
         self._runs.append((start, end, states))
         self.filled[done.lo : done.hi] = [end] * (done.hi - done.lo)
         self.row_blocks += (end - start) * (done.hi - done.lo)
@@ -111,15 +111,21 @@ class Frontier:
         rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length))
         self.backbone.propagate(rows, depth)  # type: ignore[attr-defined]
         self.filled = [self.length] * len(self.filled)
+        del self._runs[:-1]
 
     def close(self) -> None:
         """Give back KV memory, where the engine wants it back; nothing can run afterwards."""
+        self._runs.clear()
+        self.last = None
         close = getattr(self.cache, "close", None)
         if close is not None:
             close()
 
     def hidden(self, start: int, end: int) -> Tensor:
-        """The deepest states so far of positions [start, end), ``[T, D]``; not to be written to."""
+        """The deepest states so far of positions [start, end), ``[T, D]``; not to be written to.
+
+        Those of the newest pass to full depth and of what came after it are kept: no block reads older ones again.
+        """
         found = [
             states.rows(slice(max(start - lo, 0), min(end, hi) - lo)).hidden_TD
             for lo, hi, states in self._runs

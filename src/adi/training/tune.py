@@ -111,11 +111,12 @@ def tune(
     depths = _depths(options.depths, backbone.spec.layers)
     readout = _on_cpu(backbone.readout())
     windows = [window for path in texts for window in _windows(model, Path(path))]
+    given = interleave(prompts)
     if not (talks := options.drafter_epochs > 0 and options.talk_tokens > 0):
-        _enough([is_held_out(p) for p in interleave(prompts)] + [w.held_out for w in windows])
+        _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
     tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
-    lessons = _talked(model, voices, interleave(prompts), work, options, tell) if talks else None
+    lessons = _talked(model, voices, given, work, options, tell) if talks else None
     spoken = _answers(model, work, prompts, options, progress) if lessons is None else said(lessons)
     answers = [*spoken, *windows]
     _enough([a.held_out for a in answers])
