@@ -24,6 +24,7 @@ from adi.measure.audit.page import page
 from adi.measure.audit.replay import Drift, replay
 from adi.measure.audit.sampling import Law
 from adi.measure.audit.ties import divergence
+from adi.model.backbone import States
 from adi.model.hf import HfBackbone
 from conftest import random_exits
 from families import VOCABULARY
@@ -83,7 +84,7 @@ def _stale(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrong(self: Any, rows: Any, lo: int, hi: int, **options: Any) -> Any:
         states = forward(self, rows, lo, hi, **options)
         return [
-            replace(s, hidden_TD=s.hidden_TD + (0.05 if len(r.ids) > 1 and r.start > 8 else 0.0))
+            States(s.hidden_TD + (0.05 if len(r.ids) > 1 and r.start > 8 else 0.0), s.before_TD, s.mlp_TF)
             for s, r in zip(states, rows, strict=True)
         ]
 

@@ -183,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ttft": lambda: bench_table("ttft.json"),
     "peers": lambda: bench_table("peers.json", "verified"),
     "ladder": lambda: bench_table("ladder.json", "verified"),
+    "ladder-avx2": lambda: bench_table("ladder_avx2.json", "verified"),
     "categories": categories_table,
     "habits": habits_table,
     "quality": quality_table,
