@@ -64,8 +64,7 @@ def tune(
 
     console = Console(stderr=True)
     require_folder(out)
-    sources = prompts if prompts is not None else ([] if text else ["builtin"])
-    groups = [[item.prompt for item in read_prompts(source)] for source in sources]
+    groups = [[i.prompt for i in read_prompts(s)] for s in (prompts if prompts is not None else [] if text else ["builtin"])]
     loaded = Source(model, backend="hf", device=device).load(console)
     options = TuneOptions(
         depths=parse_depths(depths),
@@ -82,9 +81,9 @@ def tune(
     )
     talks = talk_precision.split(",") if talk and drafter_epochs else []
     voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
-    kept = None if keep is None else load_exits(keep)
+    more: dict[str, Any] = {"texts": text or (), "voices": voices, "made_by": _made_by()}
+    more["keep"] = None if keep is None else load_exits(keep)
     with Progress(*COLUMNS, console=console) as bar:
-        more: dict[str, Any] = {"texts": text or (), "keep": kept, "voices": voices, "made_by": _made_by()}
         exits = train(loaded, out, groups, options, progress=_Teller(bar, _log(out)), **more)
     _report(console, exits.report)
     console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", **PLAIN)

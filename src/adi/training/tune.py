@@ -108,8 +108,7 @@ def tune(
     """
     options = options or TuneOptions()
     backbone, work, begin = model.backbone, Path(out) / "work", _begin(keep, options)
-    depths = _depths(options.depths, backbone.spec.layers)
-    readout = _on_cpu(backbone.readout())
+    depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout())
     windows = [window for path in texts for window in _windows(model, Path(path))]
     given = interleave(prompts)
     if not (talks := options.drafter_epochs > 0 and options.talk_tokens > 0):
