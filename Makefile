@@ -69,6 +69,8 @@ results: $(READY)
 	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 6 --modes full,verified --precision int8 --peers all \
 	  --max-new-tokens 48 --json docs/results/peers.json
 	$(BIN)/python tools/batch.py docs/results/batch.json
+	$(BIN)/python tools/propagation.py out/topics.jsonl docs/results/propagation.json
+	$(BIN)/python tools/soak.py --json docs/results/soak.json
 	$(BIN)/python tools/habit.py
 	$(BIN)/adi plot docs/results/ladder.json --out docs/results/ladder.html
 	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json

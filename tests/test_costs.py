@@ -105,8 +105,8 @@ def test_first_and_further_steps_of_the_drafter_follow_use_apart() -> None:
     for _ in range(200):
         costs.drafted(0.8)
         costs.drafted(0.1, first=False)
-    assert costs.drafting(1) == pytest.approx(0.8, rel=0.05)
-    assert costs.drafting(3) == pytest.approx(1.0, rel=0.05)
+    assert costs.drafting(1) == pytest.approx(0.8)
+    assert costs.drafting(3) == pytest.approx(1.0)
     assert costs.copy() == costs
     assert Costs({1: 1.0}, 0.5).drafting(3) == 1.5, "where a further one is not known it takes as long as the first"
 

@@ -90,19 +90,25 @@ def play(frontier: Frontier, actions: Sequence[tuple[str, Any]]) -> bool:
     return went_back
 
 
+def deepest(frontier: Frontier, actions: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    """The states of all positions at full depth, each as the pass left it that brought it there."""
+    deep: list[torch.Tensor] = []
+    for action in actions:
+        play(frontier, [action])
+        del deep[frontier.length :]
+        if frontier.filled[-1] == frontier.length > len(deep):
+            deep += list(frontier.hidden(len(deep), frontier.length))
+    return torch.stack(deep)
+
+
 @given(ACTIONS, st.integers(0, 49))
 def test_any_order_gives_the_states_of_one_full_pass(actions: list[tuple[str, Any]], last: int) -> None:
     frontier = Frontier(SumBackbone())
-    deep: list[torch.Tensor] = []  # the deepest states of each position, as the passes left them
-    for action in [*actions, ("append", [last]), ("advance", LAYERS)]:
-        play(frontier, [action])
-        del deep[frontier.length :]
-        if frontier.last is not None and frontier.filled[-1] == frontier.length > len(deep):
-            deep += list(frontier.hidden(len(deep), frontier.length))
+    deep_TD = deepest(frontier, [*actions, ("append", [last]), ("advance", LAYERS)])
     whole = Frontier(SumBackbone())
     whole.append(frontier.ids)
     whole.advance(LAYERS)
-    assert torch.equal(torch.stack(deep), whole.hidden(0, whole.length))
+    assert torch.equal(deep_TD, whole.hidden(0, whole.length))
 
 
 def test_states_that_no_block_reads_again_are_let_go() -> None:
@@ -114,6 +120,8 @@ def test_states_that_no_block_reads_again_are_let_go() -> None:
         frontier.rollback(frontier.length - 1)
         assert len(frontier._runs) == 1
         assert frontier.newest(frontier.length - 1).shape == (1, WIDTH)
+    with pytest.raises(AssertionError, match="states are held of"):
+        frontier.hidden(0, frontier.length)
     frontier.close()
     assert (frontier._runs, frontier.last) == ([], None)
 
@@ -146,14 +154,10 @@ def test_after_a_rollback_only_what_was_forgotten_runs_again(actions: list[tuple
 def test_the_same_holds_on_real_architectures(actions: list[tuple[str, Any]], family: str) -> None:
     backbone = HfBackbone(tiny(family))
     frontier = Frontier(backbone)
-    play(frontier, actions)
-    frontier.append([7])
-    frontier.advance(backbone.spec.layers)
+    deep_TD = deepest(frontier, [*actions, ("append", [7]), ("advance", backbone.spec.layers)])
     with torch.no_grad():
         wanted = backbone.model(torch.tensor([frontier.ids])).logits[0]
-    assert frontier.last is not None
-    got = backbone.logits(frontier.last.hidden_TD)
-    torch.testing.assert_close(got, wanted[-len(got) :], atol=1e-4, rtol=0)
+    torch.testing.assert_close(backbone.logits(deep_TD), wanted, atol=1e-4, rtol=0)
 
 
 def test_to_advance_to_no_depth_is_nothing() -> None:

@@ -23,7 +23,8 @@ ENGINES = 5  # to be raised when passes come to cost something else, so that tab
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LATELY = 0.1  # weight of one more measurement during use
 FADING = 0.995  # of what was learned of each number of rows, with every measurement
-OUTLIER = 0.5  # a measurement further off than this, as a logarithm, counts as one that is so far off
+PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
+OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
 FIRST, FURTHER = "first", "further"
 _LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDictionary()
 
@@ -31,12 +32,14 @@ _LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDict
 @dataclass
 class Lately:
     """How much longer things take in use than the table says, as logarithms: ``common`` to all passes, and beside that ``own``
-    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on) and to the drafter's steps. One for all sequences of a model
-    that have the same drafter: what a neighbour on the same machine takes away, it takes from all of them. What was learned of
-    one number of rows fades, or a slow moment would keep it from being tried for good."""
+    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on); ``steps`` of the drafter apart. One for all sequences of a
+    model that have the same drafter: what a neighbour on the same machine takes away, it takes from all of them. What was
+    learned of one number of rows, or of steps that are not taken, fades, or a slow moment would keep it from being tried."""
 
     common: float = 0.0
-    own: dict[int | str, float] = field(default_factory=dict)
+    own: dict[int, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    single: int = 0  # rounds in a row with one step at most
 
     def of(self, rows: int) -> float:
         """The factor for passes of so many rows."""
@@ -44,22 +47,22 @@ class Lately:
 
     def of_step(self, name: str) -> float:
         """The factor for a step of the drafter."""
-        return math.exp(self.own.get(name, 0.0))
+        return math.exp(self.steps.get(name, 0.0))
 
     def passed(self, rows: int, ratio: float) -> None:
         """A pass took so many times what was expected."""
         off = LATELY * _mild(ratio)
+        for key in self.own:
+            self.own[key] *= FADING
         self.common += off
-        self._learn(rows.bit_length(), off, {key for key in self.own if isinstance(key, int)})
+        self.own[rows.bit_length()] = self.own.get(rows.bit_length(), 0.0) + off
 
     def stepped(self, name: str, ratio: float) -> None:
         """The same of a drafter's step."""
-        self._learn(name, LATELY * _mild(ratio), {key for key in self.own if isinstance(key, str)})
-
-    def _learn(self, key: int | str, off: float, alike: set[int | str]) -> None:
-        for each in alike:
-            self.own[each] *= FADING
-        self.own[key] = self.own.get(key, 0.0) + off
+        self.steps[name] = self.steps.get(name, 0.0) + LATELY * _mild(ratio)
+        self.single = 0 if name == FURTHER else self.single + 1
+        if self.single > PATIENCE and FURTHER in self.steps:
+            self.steps[FURTHER] *= FADING
 
 
 def _mild(ratio: float) -> float:

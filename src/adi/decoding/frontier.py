@@ -126,6 +126,8 @@ class Frontier:
 
         Those of the newest pass to full depth and of what came after it are kept: no block reads older ones again.
         """
+        kept = range(self._runs[0][0], self._runs[-1][1]) if self._runs else range(0)
+        assert kept.start <= start < end <= kept.stop, f"states are held of {kept}, not of [{start}, {end})"
         found = [
             states.rows(slice(max(start - lo, 0), min(end, hi) - lo)).hidden_TD
             for lo, hi, states in self._runs
