@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,8 +63,15 @@ def test_nothing_is_held(soak: Any, work: Any) -> None:
 
 
 def test_a_leak_of_memory_is_caught(soak: Any, work: Any) -> None:
-    hoard: list[bytearray] = []
-    samples, _ = soak.soak(work, GENERATIONS, EVERY, beside=lambda: hoard.append(bytearray(b"x") * LEAK))
+    hoard: list[mmap.mmap] = []
+
+    def keep() -> None:
+        hoard.append(mmap.mmap(-1, LEAK, mmap.MAP_PRIVATE))  # of the system: malloc would first fill what other tests gave back
+        hoard[-1].write(b"x" * LEAK)
+
+    samples, _ = soak.soak(work, GENERATIONS, EVERY, beside=keep)
+    for piece in hoard:
+        piece.close()
     found = soak.judged(samples, WARM_UP, MOST_GROWTH_MIB)
     assert any("private memory grew" in sentence for sentence in found["wrong"])
     assert found["slope_mib_per_1000"]["low"] > 200

@@ -38,18 +38,18 @@ LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
 DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
 STAGES = ("speed", "tasks", "drift")
-FEWER = 240
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
-TOKENS, LEARNING, CALIBRATION, CHUNK = 32, 160, 400, 40
+TOKENS, LEARNING, LOOKED_AT, CALIBRATION, CHUNK = 32, 160, 560, 600, 40
 Guard = Callable[[], AbstractContextManager[object]]
 
 
 def chosen(topics: Path) -> tuple[list[str], list[str]]:
-    """Prompts for the path and for calibration: two random samples of the same set, without overlap."""
+    """Prompts for the path and for calibration: two random samples of one set, without overlap. The first
+    ``LOOKED_AT`` went into an earlier calibration whose size was set after a look at samples; none is calibrated on again."""
     prompts = [item.prompt for item in read_prompts(topics)]
     random.Random(1).shuffle(prompts)
-    return prompts[:LEARNING], prompts[LEARNING : LEARNING + CALIBRATION]
+    return prompts[:LEARNING], prompts[LOOKED_AT : LOOKED_AT + CALIBRATION]
 
 
 def telling(model: adi.Model, exits: adi.Exits, prompts: Sequence[str], file: Path, guard: Guard) -> list[Told]:
@@ -94,8 +94,7 @@ def collect(topics: Path, work: Path, guard: Guard = nullcontext) -> None:
     for place, rule in enumerate(rules_):
         trigger = trigger_from_json(rule["trigger"])
         assert isinstance(trigger, Threshold)
-        enough = CALIBRATION if rule["risk"] < 0.02 else FEWER  # by the answers that the path was learned on
-        sampling(model, exits, told[:enough], trigger, work / f"samples-{place}.json", guard)
+        sampling(model, exits, told, trigger, work / f"samples-{place}.json", guard)
     print(json.dumps({"rules": len(rules_)}))
 
 
@@ -167,18 +166,13 @@ def references(told: Sequence[Told], depths: Sequence[int], layers: int) -> dict
     }
 
 
-def sequences_for(kind: str, level: float) -> int:
-    """Bold levels need fewer sequences, and their rules dearer ones: most texts have to be written anew."""
-    return FEWER if (level if kind == "disagreement" else level / NATS) >= 0.03 else CALIBRATION
-
-
 def certified(work: Path, out: Path) -> adi.Exits:
     """The shipped exits with certificates from all collected samples, saved to a folder."""
     exits = adi.load_exits("smollm2-135m")
     made = []
     for kind, levels in (("disagreement", LEVELS), ("log_loss", NAT_LEVELS)):
         for level in levels:
-            tested, told = gathered(work, sequences_for(kind, level))
+            tested, told = gathered(work)
             about = {
                 "method": "ltt",
                 "kind": kind,
@@ -195,31 +189,28 @@ def certified(work: Path, out: Path) -> adi.Exits:
 
 
 @functools.cache
-def gathered(work: Path, count: int) -> tuple[list[Tested], list[Told]]:
-    """The first rules of the path, as far as they have so many samples, with these."""
+def gathered(work: Path) -> tuple[list[Tested], list[Told]]:
+    """The rules of the path with every calibration prompt's samples."""
     with torch.serialization.safe_globals([Told]):
         told = torch.load(work / "calibration.pt", weights_only=True)
     rules: list[Any] = read_json(work / "path.json", "path")
     depths, layers = adi.load_exits("smollm2-135m").depths, 30
     tested = []
     for place, rule in enumerate(rules):
-        file = work / f"samples-{place}.json"
-        samples = [Sample(**row) for row in read_json(file, "samples")] if file.exists() else []
-        if len(samples) < count:
-            break
+        samples = [Sample(**row) for row in read_json(work / f"samples-{place}.json", "samples")]
+        assert len(samples) == len(told) == CALIBRATION, "collecting was not finished"
         trigger = trigger_from_json(rule["trigger"])
-        again = tuple(replayed(t, depths, layers, trigger) for t in told[:count])
-        tested.append(Tested(trigger, tuple(samples[:count]), again))
-    return tested, told[:count]
+        again = tuple(replayed(t, depths, layers, trigger) for t in told)
+        tested.append(Tested(trigger, tuple(samples), again))
+    return tested, told
 
 
 def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
     """Everything that follows from the samples alone."""
-    few, _ = gathered(work, FEWER)
-    many, told = gathered(work, CALIBRATION)
+    tested, told = gathered(work)
     exits = adi.load_exits("smollm2-135m")
     rules = []
-    for rule in [*many, *few[len(many) :]]:
+    for rule in tested:
         row: dict[str, Any] = {"trigger": rule.trigger.to_json(), "sequences": len(rule.samples)}
         for way, samples in (("own", rule.samples), ("replayed", rule.replayed)):
             tokens = sum(s.tokens for s in samples)
@@ -231,8 +222,8 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
                 "perplexity": math.exp(-sum(s.log_probability for s in samples) / tokens),
             }
         assert isinstance(rule.trigger, Threshold)
-        asked = looks(told[: len(rule.samples)], exits.depths, exits.layers, rule.trigger)
-        row["full_perplexity"] = perplexity(told[: len(rule.samples)])
+        asked = looks(told, exits.depths, exits.layers, rule.trigger)
+        row["full_perplexity"] = perplexity(told)
         for way in ("own", "replayed"):
             row[way]["cost"] = row[way]["depth"] + LOOK_BLOCKS * asked
         rules.append(row)
@@ -243,7 +234,6 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
         "version": 1,
         **circumstances(f"python tools/reflex.py {topics.name} WORK {out}", read_prompts(topics)),
         "sequences": len(told),
-        "fewer": FEWER,
         "learning": LEARNING,
         "tokens": TOKENS,
         "delta": DELTA,
@@ -252,7 +242,7 @@ def report(topics: Path, work: Path, out: Path) -> dict[str, Any]:
         "full_perplexity": perplexity(told),
         "splits": [
             {
-                **splits(gathered(work, sequences_for(kind, level))[0], kind, level, method, PVALUES.get(name, betting)),
+                **splits(tested, kind, level, method, PVALUES.get(name, betting)),
                 "bound": name,
             }
             for kind, level in kinds
