@@ -20,7 +20,6 @@ from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
 from adi.model.openvino import OpenVinoBackbone, make, opened_before
 from adi.model.openvino import export as export_module
-from adi.model.openvino.pool import Pool
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
 
@@ -158,29 +157,6 @@ def test_full_memory_is_said_before_any_work_and_growth_keeps_what_is_there(made
     with torch.no_grad():
         wanted_TV = tiny("llama")(torch.tensor([IDS[:50]])).logits[0, PROMPT:]
     torch.testing.assert_close(small.logits(states.hidden_TD), wanted_TV, atol=1e-4, rtol=0)
-
-
-def test_a_pool_hands_out_every_block_once() -> None:
-    class Port:
-        def get_element_type(self) -> Any:
-            import openvino as ov
-
-            return ov.Type.f32
-
-        def get_partial_shape(self) -> Any:
-            import openvino as ov
-
-            return ov.PartialShape([-1, 2, 32, 8])
-
-    from adi.model.openvino.pool import PagedCache
-
-    pool = Pool(budget_bytes=50 * 2 * 32 * 8 * 4)
-    pool.add("key_cache.0", Port())
-    caches = [PagedCache(pool) for _ in range(50)]
-    for cache in caches:
-        pool.reserve([(cache, 32)])
-    assert sorted(b for cache in caches for b in cache.blocks) == list(range(1, 51)), "the first is nobody's"
-    assert pool.free == 0
 
 
 REFUSED = {

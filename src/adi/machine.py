@@ -1,7 +1,9 @@
-"""Which processor this is, as far as the system tells."""
+"""Which processor this is, as far as the system tells, and what of it is given back."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import platform
@@ -27,6 +29,12 @@ def processor_hash(more: str = "") -> str:
     told = sorted({*_told("model name"), *_told("flags"), *_told("Features")})
     text = repr([platform.processor(), platform.machine(), told, more])
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def give_back_memory() -> None:
+    """Have the C library return what it holds and nobody uses, where it can (glibc); after something large was built."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache

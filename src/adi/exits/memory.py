@@ -133,9 +133,10 @@ class SortedRuns:
         places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found by
         # Column d holds the token d + 1 back; before a sequence begins stands -1, which nobody asks for.
         back = [np.where(offsets[places] > d, self._text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
-        wide = [column.astype(np.int64) for column in (*back, np.zeros_like(places))]
-        pairs = [(a << NODE_SHIFT) + b for a, b in zip(wide[:longest:2], wide[1::2], strict=False)]
-        order = np.lexsort(pairs[::-1])  # a pair in one number: half the sorts
+        pairs = [a.astype(np.int64) << NODE_SHIFT for a in back[::2]]  # a pair in one number: half the sorts
+        for pair, column in zip(pairs, back[1::2], strict=False):
+            pair += column
+        order = np.lexsort(pairs[::-1])
         self._columns: list[Ids] = [column[order] for column in back]
         self._places, self._stops = places[order].astype(np.int32), stops
         self._shortest = shortest

@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+from adi.machine import give_back_memory
+
 HUGE = 2 << 20
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux/mman.h; the second since Linux 6.1
 SWITCH = "ADI_HUGE_PAGES"  # "0" leaves memory as it is
@@ -32,6 +34,7 @@ def gather_pages() -> threading.Thread | None:
 
 
 def _gather() -> None:
+    give_back_memory()  # or pages of it would be filled for nobody
     with contextlib.suppress(OSError, ValueError, AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

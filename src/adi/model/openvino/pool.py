@@ -19,6 +19,7 @@ class PagedCache:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.blocks: list[int] = []
+        pool.caches.add(self)
         self._close = weakref.finalize(self, pool.give_back, self.blocks)
 
     def close(self) -> None:
@@ -40,6 +41,7 @@ class Pool:
         self.version = 0
         self.block_bytes = 0
         self.blocks = 0
+        self.caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
         self._free: list[int] = []
         self._ports: dict[str, tuple[Any, list[int]]] = {}
 
@@ -72,13 +74,16 @@ class Pool:
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether ``reserve`` would succeed."""
-        return sum(_missing(wanted).values()) <= self.free
+        total = sum(_missing(wanted).values())
+        if total > self.free:
+            self._recount()
+        return total <= self.free
 
     def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
         """See to it that each cache holds so many positions; MemoryFullError, with nothing changed, where the budget ends."""
         missing = _missing(wanted)
         total = sum(missing.values())
-        if total > self.free:
+        if not self.fits(wanted):
             raise MemoryFullError(
                 f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
                 f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
@@ -109,6 +114,11 @@ class Pool:
         """Take blocks back from a sequence that has ended."""
         self._free.extend(blocks)
         blocks.clear()
+
+    def _recount(self) -> None:
+        """Free is what no sequence holds: an interruption may have come while blocks were given back."""
+        held = {block for cache in self.caches for block in cache.blocks}
+        self._free = [block for block in range(self.blocks, SPARE, -1) if block not in held]
 
     def begin(self) -> None:
         """See to it that there are tensors at all, the spare block at least."""
