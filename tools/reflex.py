@@ -36,7 +36,7 @@ from adi.prompts import read_prompts
 
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1)
 NAT_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)  # nats per token
-DELTA, SPLITS, DRIFT_LEVEL = 0.05, 200, 0.02
+DELTA, SPLITS = 0.05, 200
 STAGES = ("speed", "tasks", "drift")
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHARES = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -265,7 +265,7 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
     made: Any = {
         "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
         "tasks": lambda: tasks(model, exits, levels),
-        "drift": lambda: drift(model, exits, DRIFT_LEVEL, prompts, guard),
+        "drift": lambda: drift(model, exits, prompts, guard),
     }[stage]()
     write_json(file, {**(read_json(file, "use") if file.exists() else {}), stage: made})
 

@@ -134,13 +134,15 @@ def rules_table(found: dict[str, Any]) -> str:
 
 def drift_table(found: dict[str, Any]) -> str:
     """What spot checks find on each kind of text."""
-    rows = ["| text | true risk | mean depth | tokens until verified | checked | running risk found | the certificate |"]
-    rows.append("|---|---:|---:|---:|---:|---:|---|")
+    rows = [
+        "| level | checked | text | true risk | mean depth | tokens until verified | checks | running risk found | certificate |"
+    ]
+    rows.append("|---:|---:|---|---:|---:|---:|---:|---:|---|")
     for row in found.get("drift", []):
         until = f"{row['fell']:,}" if row["fell"] is not None else f"not in {row['tokens']:,}"
-        verdict = "fails: verified from there on" if row["fell"] is not None else "not refuted"
+        verdict = "refuted" if row["fell"] is not None else "not refuted"
         bounds = f"{share(row['lower'])} to {share(row['upper'])}"
-        what = f"{row['text']} | {share(row['risk'])} | {row['mean_depth']:.1f}"
+        what = f"{row['level']:.0%} | {row['spot_check']:.0%} | {row['text']} | {share(row['risk'])} | {row['mean_depth']:.1f}"
         rows.append(f"| {what} | {until} | {row['checked']} | {bounds} | {verdict} |")
     return "\n".join(rows)
 

@@ -24,7 +24,8 @@ from adi.measure.told import tell
 
 Guard = Callable[[], AbstractContextManager[object]]
 TASKS = Path(__file__).parent / "data" / "tasks.jsonl"
-SPOT_CHECK, FAR_TOKENS, FAR_PROMPTS = 0.05, 48, 60
+FAR_TOKENS, FAR_PROMPTS = 48, 60
+WATCHED = ((0.02, 0.05), (0.02, 0.5), (0.1, 0.05))  # levels, and shares of tokens that are checked
 FRENCH_TOPICS = (
     *("les volcans", "la cuisine", "les abeilles", "la lune", "le pain", "la mer", "les trains", "le sommeil", "la musique"),
     *("les chats", "la neige", "les livres", "le football", "les rivières", "la forêt"),
@@ -94,38 +95,40 @@ def far(model: adi.Model) -> dict[str, list[Any]]:
     }
 
 
-def drift(model: adi.Model, exits: adi.Exits, level: float, near: list[str], guard: Guard) -> list[dict[str, Any]]:
-    """For each kind of text: the true risk of its reflex texts, and what a monitor with spot checks makes of them in turn."""
+def drift(model: adi.Model, exits: adi.Exits, near: list[str], guard: Guard) -> list[dict[str, Any]]:
+    """For each level, share and kind of text: the true risk of its reflex texts, and what a monitor makes of them in turn."""
     kinds = {"calibration's kind": [model.encode(p) for p in near[:FAR_PROMPTS]], **far(model)}
-    rows = []
-    for name, prompts in kinds.items():
-        with guard():
-            plain = adi.generate_batch(model, prompts, adi.Reflex(exits, risk=level), max_new_tokens=FAR_TOKENS)
-            told = tell(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
-        policy = adi.Reflex(exits, risk=level, spot_check=SPOT_CHECK)
-        tokens, fell = 0, None
-        for at in range(0, len(prompts), 10):
+    rows, truths = [], dict[tuple[float, str], dict[str, float]]()
+    for level, spot_check in WATCHED:
+        for name, prompts in kinds.items():
             with guard():
-                for prompt in prompts[at : at + 10] if fell is None else ():
-                    text = adi.generate(model, prompt, policy, max_new_tokens=FAR_TOKENS)
-                    assert text.drift is not None
-                    if text.drift.fell_back_at is not None:
-                        fell = tokens + text.drift.fell_back_at
-                        break
-                    tokens += len(text.steps)
-        assert policy.monitor is not None
-        rows.append(
-            {
-                "text": name,
-                "prompts": len(prompts),
-                "risk": mean(disagreement(t.said_T, t.full_T) for t in told),
-                "mean_depth": mean(s.depth for g in plain for s in g.steps),
-                "checked": policy.monitor.checked,
-                "lower": policy.monitor.lower,
-                "upper": policy.monitor.upper,
-                "tokens": tokens if fell is None else fell,
-                "fell": fell,
-            }
-        )
-        print(rows[-1], flush=True)
+                if (level, name) not in truths:
+                    truths[level, name] = _truth(model, adi.Reflex(exits, risk=level), prompts)
+                policy = adi.Reflex(exits, risk=level, spot_check=spot_check)
+                tokens, fell = _watched(model, policy, prompts)
+            assert policy.monitor is not None
+            found = {"checked": policy.monitor.checked, "lower": policy.monitor.lower, "upper": policy.monitor.upper}
+            setting = {"level": level, "spot_check": spot_check, "text": name, "prompts": len(prompts)}
+            rows.append({**setting, **truths[level, name], **found, "tokens": tokens, "fell": fell})
+            print(rows[-1], flush=True)
     return rows
+
+
+def _truth(model: adi.Model, policy: adi.Reflex, prompts: list[Any]) -> dict[str, float]:
+    """The risk of reflex texts over all their tokens, nothing checked meanwhile, and the mean depth."""
+    plain = adi.generate_batch(model, prompts, policy, max_new_tokens=FAR_TOKENS)
+    told = tell(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
+    risk = mean(disagreement(t.said_T, t.full_T) for t in told)
+    return {"risk": risk, "mean_depth": mean(s.depth for g in plain for s in g.steps)}
+
+
+def _watched(model: adi.Model, policy: adi.Reflex, prompts: list[Any]) -> tuple[int, int | None]:
+    """Tokens said under the certificate, and after how many of them decoding fell back to verified, if it did."""
+    tokens = 0
+    for prompt in prompts:
+        text = adi.generate(model, prompt, policy, max_new_tokens=FAR_TOKENS)
+        assert text.drift is not None
+        if text.drift.fell_back_at is not None:
+            return tokens + text.drift.fell_back_at, tokens + text.drift.fell_back_at
+        tokens += len(text.steps)
+    return tokens, None
