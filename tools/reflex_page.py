@@ -135,7 +135,7 @@ def rules_table(found: dict[str, Any]) -> str:
 def drift_table(found: dict[str, Any]) -> str:
     """What spot checks find on each kind of text."""
     rows = [
-        "| level | checked | text | true risk | mean depth | tokens until verified | checks | running risk found | certificate |"
+        "| level | checked | text | risk | mean depth | tokens until verified | checks | running risk found | certificate |"
     ]
     rows.append("|---:|---:|---|---:|---:|---:|---:|---:|---|")
     for row in found.get("drift", []):
