@@ -1,0 +1,231 @@
+"""Joint laws of sampled tokens, known by enumeration, and the real logic driven to draw from them.
+
+The network is a table whose conditional distributions depend on the whole text; the logic, the rule and the maths are the real
+ones. The band is ``measure.statistics.variation_band``: a total variation above it has a chance of one in a million where the
+law is right.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adi.decoding.controller import Controller
+from adi.decoding.costs import Costs
+from adi.decoding.drawing import Sampler, distribution
+from adi.decoding.ladder import Recollection, ladder
+from adi.decoding.lookup import lookup
+from adi.decoding.sampling import Sampling
+from adi.decoding.sequence import (
+    Advance,
+    Decided,
+    Guess,
+    Plan,
+    Proposed,
+    Proposing,
+    SequenceLogic,
+    immediate,
+    in_rounds,
+    verified,
+)
+from adi.exits.memory import Ngrams
+from adi.exits.triggers import Always, Never, Threshold
+from adi.measure.statistics import leading, total_variation, variation_band
+
+V, TOKENS, LAYERS, DRAWS = 5, 4, 6, 20_000
+PROMPT = (1, 2, 1)
+SETTINGS = {
+    "greedy-ish": Sampling(temperature=0.25, seed=0),
+    "hot": Sampling(temperature=1.6, seed=0),
+    "truncated": Sampling(temperature=1.1, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=0),
+}
+Law = dict[tuple[int, ...], float]
+
+
+@functools.cache
+def full_logits(text: tuple[int, ...]) -> torch.Tensor:
+    """What the table says after a text: other logits after every other text."""
+    return 1.5 * torch.randn(V, generator=torch.Generator().manual_seed(hash(text) % 2**31))
+
+
+@functools.cache
+def early_logits(depth: int, text: tuple[int, ...]) -> torch.Tensor:
+    """An exit's: full depth's, blurred the more the shallower."""
+    noise = torch.randn(V, generator=torch.Generator().manual_seed(hash((depth, text)) % 2**31))
+    return full_logits(text) + (LAYERS - depth) / 3 * noise
+
+
+@functools.cache
+def exact(sampling: Sampling) -> Law:
+    """The joint law of ``TOKENS`` tokens after the prompt."""
+    law: Law = {(): 1.0}
+    for _ in range(TOKENS):
+        longer: Law = {}
+        for said, chance in law.items():
+            p_V = distribution(full_logits(PROMPT + said), PROMPT + said, sampling).tolist()
+            longer.update({(*said, x): chance * p for x, p in enumerate(p_V) if p > 0})
+        law = longer
+    return law
+
+
+class Remembering(Sampler):
+    """The rule, whose distributions are made once for each text, since the table always says the same after it."""
+
+    def __init__(self, sampling: Sampling, made: dict[tuple[int, ...], torch.Tensor] | None = None) -> None:
+        super().__init__(sampling)
+        self.made = made if made is not None else {}
+        self.numbers = iter(())
+
+    def number(self) -> float:
+        """From the same dice, many at once, which is quicker."""
+        if (found := next(self.numbers, None)) is None:
+            self.numbers = iter(torch.rand(10_000, dtype=torch.float64, generator=self._dice).tolist())
+            found = next(self.numbers)
+        return found
+
+    def distribution(self, scores_S: torch.Tensor, text: Sequence[int], ids_S: Any) -> torch.Tensor:
+        key = tuple(text)
+        if key not in self.made:
+            self.made[key] = super().distribution(scores_S, text, ids_S)
+        return self.made[key]
+
+
+@dataclass
+class Row:
+    """A reading of the table at one depth."""
+
+    depth: int
+    text: tuple[int, ...]
+
+    @property
+    def scores(self) -> tuple[torch.Tensor, None]:
+        return (full_logits(self.text) if self.depth == LAYERS else early_logits(self.depth, self.text)), None
+
+    @property
+    def token(self) -> int:
+        return _likeliest(self.depth, self.text)[0]
+
+    @property
+    def signals(self) -> Mapping[str, float]:
+        return {"top_probability": _likeliest(self.depth, self.text)[1]}
+
+
+@functools.cache
+def _likeliest(depth: int, text: tuple[int, ...]) -> tuple[int, float]:
+    p_V = early_logits(depth, text).softmax(-1)
+    return int(p_V.argmax()), float(p_V.max())
+
+
+def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Decided], int]:
+    """Drive a logic against the table: what it says, and how many drafts it made. ``slip`` rolls back that much too little."""
+    ids: list[int] = []
+    said, drafted, reply, chain = list[Decided](), 0, None, list[int]()
+    while True:
+        try:
+            item = next(sequence) if reply is None else sequence.send(reply)
+        except StopIteration:
+            return said, drafted
+        reply = None
+        if isinstance(item, Advance):
+            ids[min(item.keep + slip, len(ids)) if item.keep < len(ids) else item.keep :] = item.ids
+            reply = [Row(item.to, tuple(ids[: row + 1])) for row in range(len(ids) - item.read, len(ids))]
+        elif isinstance(item, Guess):
+            chain = [*(() if item.fresh else chain), item.after]
+            reply = [Row(2, (*ids[: item.known], *chain))]
+        elif isinstance(item, Proposed):
+            drafted += 1
+        else:
+            said.append(item)
+
+
+def plan(rule: Any, trigger: Any = None, stops: tuple[int, ...] = (2, 4)) -> Plan:
+    return Plan(PROMPT, TOKENS, LAYERS, stops, trigger or Always((2,)), lambda _: False, rule)
+
+
+CHEAP = Costs({1: 1.0, 16: 1.01}, 0.001)
+
+
+class Memory:
+    """A habit memory that knows what often follows, and is often wrong."""
+
+    def find(self, text: Sequence[int], most: int) -> Any:
+        from adi.exits.memory import Recall
+
+        return Recall(tuple(_likeliest(4, (*text, i))[0] for i in range(min(3, most))), 3, "habits") if most else None
+
+
+def by_ladder(rule: Any, drafter: bool) -> SequenceLogic:
+    memory = Recollection(() if drafter else (Memory(),), None if drafter else Ngrams())
+    return ladder(plan(rule, Never(), ()), Controller(CHEAP), memory, drafter)
+
+
+KINDS: dict[str, Callable[[Any], SequenceLogic]] = {
+    "memory": lambda rule: by_ladder(rule, False),
+    "drafter": lambda rule: by_ladder(rule, True),
+    "exit head": lambda rule: verified(plan(rule, Threshold("top_probability", 0.45)), 3),
+    "exit head, always": lambda rule: verified(plan(rule), 3),
+    "lookup": lambda rule: lookup(plan(rule, Never(), ()), 3, 2),
+    "full depth": lambda rule: immediate(plan(rule, Never(), ())),
+}
+
+
+def sampled(
+    make: Callable[[Any], SequenceLogic], rule: Sampler, draws: int = DRAWS, slip: int = 0
+) -> tuple[Counter[tuple[int, ...]], int, int]:
+    """Counts of the texts said, drafts made and drafts accepted; one rule, so one stream of numbers, through all draws."""
+    found, drafted, accepted = Counter[tuple[int, ...]](), 0, 0
+    for _ in range(draws):
+        said, made = run(make(rule), slip)
+        found[tuple(d.token for d in said)] += 1
+        drafted += made
+        accepted += sum(d.draft is not None for d in said)
+    return found, drafted, accepted
+
+
+def off(found: Counter[tuple[int, ...]], law: Law) -> float:
+    """Total variation from a law over its band, at its worst over the first token, two, ...: above 1 it is no chance."""
+    parts = [(leading(found, n), leading(law, n)) for n in range(1, TOKENS + 1)]
+    return max(total_variation(f, p) / variation_band(p, found.total()) for f, p in parts)
+
+
+DRAFTERS = ("memory", "drafter", "exit head")
+
+
+class Drawn:
+    """A drafter that draws from an exit's density, with dice of its own, and says what it drew from.
+
+    ``stated`` is another density to state instead; ``dislikes`` makes it look at what it drew, and keep back what it dislikes.
+    """
+
+    def __init__(
+        self, stated: Callable[[torch.Tensor], torch.Tensor] = lambda q: q, dislikes: frozenset[int] = frozenset()
+    ) -> None:
+        self.dice, self.stated, self.dislikes = random.Random(1), stated, dislikes
+
+    def __call__(self, rule: Any) -> SequenceLogic:
+        return in_rounds(plan(rule), 2, self._propose)
+
+    def _propose(self, text: Sequence[int], most: int) -> Proposing:
+        drafts: list[Proposed] = []
+        while len(drafts) < most:
+            known = (*text, *(d.token for d in drafts))
+            q_V = density(known)
+            token = self.dice.choices(range(V), q_V.tolist())[0]
+            if token in self.dislikes:
+                break
+            drafts.append(Proposed(token, 2, (), density_V=self.stated(q_V)))
+            yield drafts[-1]
+        rows = (text[-1], *(d.token for d in drafts))
+        readings = yield Advance(len(text) - 1, rows, LAYERS, len(rows))
+        return drafts, (), readings
+
+
+@functools.cache
+def density(text: tuple[int, ...]) -> torch.Tensor:
+    return early_logits(3, text).double().softmax(-1)
