@@ -38,12 +38,12 @@ from adi.exits.memory import Ngrams
 from adi.exits.triggers import Always, Never, Threshold
 from adi.measure.statistics import leading, total_variation, variation_band
 
-V, TOKENS, LAYERS, DRAWS = 5, 4, 6, 20_000
+V, TOKENS, LAYERS, DRAWS, RISK = 5, 4, 6, 20_000, 1e-6
 PROMPT = (1, 2, 1)
 SETTINGS = {
     "greedy-ish": Sampling(temperature=0.25, seed=0),
     "hot": Sampling(temperature=1.6, seed=0),
-    "truncated": Sampling(temperature=1.1, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=0),
+    "truncated": Sampling(temperature=1.1, top_k=3, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=0),
 }
 Law = dict[tuple[int, ...], float]
 
@@ -191,7 +191,7 @@ def sampled(
 def off(found: Counter[tuple[int, ...]], law: Law) -> float:
     """Total variation from a law over its band, at its worst over the first token, two, ...: above 1 it is no chance."""
     parts = [(leading(found, n), leading(law, n)) for n in range(1, TOKENS + 1)]
-    return max(total_variation(f, p) / variation_band(p, found.total()) for f, p in parts)
+    return max(total_variation(f, p) / variation_band(p, found.total(), RISK / TOKENS) for f, p in parts)
 
 
 DRAFTERS = ("memory", "drafter", "exit head")

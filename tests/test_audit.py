@@ -26,6 +26,7 @@ from adi.measure.audit.sampling import Law
 from adi.measure.audit.ties import divergence
 from adi.model.backbone import States
 from adi.model.hf import HfBackbone
+from adi.model.hf.cache import GrowingLayer
 from conftest import random_exits
 from families import VOCABULARY
 
@@ -78,23 +79,59 @@ def _gullible(call: Callable[..., int]) -> Callable[..., int]:
     return stands
 
 
-def _stale(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """An engine that forgets to roll its KV memory back in one block: it goes on after what was rejected."""
+def _beside(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine whose rows depend on their company."""
+    return _changed(forward, lambda rows, hidden_TD: hidden_TD + (0.05 if len(rows.ids) > 1 and rows.start > 8 else 0.0))
 
+
+def _noisy(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine that never gives the same, drafts or none."""
+    dice = torch.Generator().manual_seed(0)
+    return _changed(
+        forward, lambda rows, x_TD: x_TD + 0.5 * torch.randn(x_TD.shape, generator=dice) * (1.0 if rows.start else 0.0)
+    )
+
+
+def _no_number(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine that gives NaN for several rows in mid-text."""
+    return _changed(forward, lambda rows, x_TD: x_TD * (float("nan") if len(rows.ids) > 2 and rows.start > 8 else 1.0))
+
+
+def _changed(forward: Callable[..., Any], change: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     def wrong(self: Any, rows: Any, lo: int, hi: int, **options: Any) -> Any:
         states = forward(self, rows, lo, hi, **options)
-        return [
-            States(s.hidden_TD + (0.05 if len(r.ids) > 1 and r.start > 8 else 0.0), s.before_TD, s.mlp_TF)
-            for s, r in zip(states, rows, strict=True)
-        ]
+        return [States(change(r, s.hidden_TD), s.before_TD, s.mlp_TF) for s, r in zip(states, rows, strict=True)]
 
     return wrong
 
 
-SABOTAGE: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
-    "rollback is off by one": (Frontier, "rollback", _tail, "parts from full depth|are off by"),
-    "every sampled draft stands": (Sampler, "__call__", _gullible, "not what their seeds say"),
-    "rows beside others are wrong": (HfBackbone, "forward", _stale, "are off by"),
+def _stale(update: Callable[..., Any]) -> Callable[..., Any]:
+    """KV memory that keeps the key of the first position that was rolled back."""
+
+    def wrong(self: Any, *new: Any, **options: Any) -> Any:
+        at, most = self.length, getattr(self, "most", 0)
+        old = self.keys[..., at : at + 1, :].clone() if at < most else None
+        found = update(self, *new, **options)
+        if old is not None:
+            self.keys[..., at : at + 1, :] = old
+        self.most = max(most, self.length)
+        return found
+
+    return wrong
+
+
+OFF = r"replay of prompt 0: {} at depth \d are off by \S+, "
+PARTS, ODD = "{}: prompt 0 parts from full depth", "not what their seeds say"
+SABOTAGE: dict[str, tuple[Any, str, Callable[[Any], Any], tuple[str, ...]]] = {
+    "rollback is off by one": (
+        *(Frontier, "rollback", _tail),
+        (OFF.format("states"), PARTS.format("always at depth 4"), PARTS.format("rollbacks to every length"), ODD),
+    ),
+    "every sampled draft stands": (Sampler, "__call__", _gullible, (ODD,)),
+    "rows beside others are wrong": (HfBackbone, "forward", _beside, (OFF.format("states"),)),
+    "what was rolled back stays in memory": (GrowingLayer, "update", _stale, (OFF.format("memory"), OFF.format("logits"))),
+    "the engine is never the same": (HfBackbone, "forward", _noisy, ("of their size without any drafts",)),
+    "several rows give no number": (HfBackbone, "forward", _no_number, ("hold no distribution: the largest is nan",)),
 }
 
 
@@ -104,7 +141,22 @@ def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytes
     monkeypatch.setattr(home, name, wrong(getattr(home, name)))
     report = small(llama)
     assert not report["passed"]
-    assert any(re.search(words, said) for said in report["violations"]), report["violations"]
+    for each in words:
+        assert any(re.search(each, said) for said in report["violations"]), (each, report["violations"])
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert page(report)
+
+
+def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    report = adi.audit(str(tiny_folder), None, backend="openvino", precisions=("int8",), limit=1, max_new_tokens=8, draws=8)
+    assert report["passed"], report["violations"]
+    (engine,) = report["engines"]
+    assert (engine["backend"], engine["precision"], engine["row_invariant"]) == ("openvino", "int8", True)
+    assert {d["of"] for found in engine["replay"] for d in found["drifts"]} >= {"states", "logits"}
+    assert max(d["drafted"] for found in engine["replay"] for d in found["drifts"]) == 0
 
 
 def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +228,14 @@ def test_differences_that_are_no_numbers_are_not_within() -> None:
     assert Drift("states", 2, 3.9e-3, 1e-3, 1.0).within
     assert not Drift("states", 2, 4.1e-3, 1e-3, 1.0).within
     assert not Drift("states", 2, float("nan"), 1e-3, 1.0).within
+
+
+def test_states_that_are_no_numbers_are_seen(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = HfBackbone.logits
+    monkeypatch.setattr(HfBackbone, "forward", _no_number(HfBackbone.forward))
+    monkeypatch.setattr(HfBackbone, "logits", lambda self, x_TD: logits(self, x_TD.nan_to_num()))
+    found = replay(llama.backbone, list(range(1, 30)), 5, (2, 4), 0)
+    assert any(not d.within and d.drafted != d.drafted for d in found.drifts if d.of == "states")
 
 
 def test_memory_is_read(llama: adi.Model) -> None:

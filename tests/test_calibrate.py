@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -60,8 +61,6 @@ def test_what_cannot_be_certified_says_how_many_prompts_it_takes(tiny_model: adi
 
 
 def _with(exits: adi.Exits, c: adi.Certificate) -> adi.Exits:
-    from dataclasses import replace
-
     return replace(exits, certificates=(c,))
 
 
@@ -85,7 +84,7 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model, exits: adi.Exits
         given: dict[str, Any] = {"levels": [0.1], **options}
         with pytest.raises(ValueError, match=words):
             calibrate(tiny_model, exits, PROMPTS, **given)
-    with pytest.raises(ValueError, match="3 prompts are too few"):
+    with pytest.raises(ValueError, match="3 different prompts are too few"):
         calibrate(tiny_model, exits, PROMPTS[:3], [0.1])
 
 
@@ -116,6 +115,31 @@ def test_a_bolder_rule_is_not_believed_past_a_failure(tiny_model: adi.Model, exi
     assert place is None or place >= len(result.tested) - 2, "testing stops where the boldest level fails"
     assert table.shape == (len(result.tested), 32)
     assert losses(result.tested, "disagreement", [3, 1]).shape[1] == 2
+
+
+def test_a_prompt_that_is_given_again_counts_once(tiny_model: adi.Model, exits: adi.Exits) -> None:
+    once = calibrate(tiny_model, exits, PROMPTS[:20], [0.6], max_new_tokens=3)
+    twice = calibrate(tiny_model, exits, [*PROMPTS[:20], *PROMPTS[:20]], [0.6], max_new_tokens=3)
+    assert twice.certificates == once.certificates
+    assert "20 prompts were given more than once, and count once." in twice.notes
+    with pytest.raises(ValueError, match="5 different prompts are too few"):
+        calibrate(tiny_model, exits, PROMPTS[:5] * 4, [0.6])
+
+
+def test_a_folder_keeps_what_it_has_and_refuses_another_precision(tiny_folder: Path, exits: adi.Exits, tmp_path: Path) -> None:
+    exits.save(tmp_path / "exits")
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS[:20]))
+    args = ["--exits", tmp_path / "exits", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "-n", 2]
+    for risk in (0.6, 0.5):
+        done = adi_("calibrate", tiny_folder, *args, "--risk", risk)
+        assert done.exit_code == 0, done.output
+    there = adi.load_exits(tmp_path / "out")
+    assert [c.level for c in there.certificates] == [0.5, 0.6]
+    replace(there, certificates=tuple(replace(c, precision="int4") for c in there.certificates)).save(tmp_path / "out")
+    done = adi_("calibrate", tiny_folder, *args, "--risk", 0.6)
+    assert done.exit_code == 2
+    assert "holds certificates for int4" in " ".join(done.output.split())
+    assert {c.precision for c in adi.load_exits(tmp_path / "out").certificates} == {"int4"}
 
 
 def test_the_command_saves_certificates_that_run(tiny_folder: Path, exits: adi.Exits, tmp_path: Path) -> None:

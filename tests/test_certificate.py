@@ -65,17 +65,19 @@ def test_only_a_certified_level_is_found() -> None:
     assert find(there, "disagreement", 0.05).level == 0.05
     with pytest.raises(ValueError, match=r"0.03 was never certified.*0.02, disagreement 0.05.*adi calibrate"):
         find(there, "disagreement", 0.03)
-    with pytest.raises(ValueError, match=r"log_loss 0.02 was never certified"):
+    with pytest.raises(ValueError, match=r"log_loss 0.02 was never certified.* --kind log_loss --risk 0.02 .*--out DIR"):
         find(there, "log_loss", 0.02)
     with pytest.raises(ValueError, match="choose one of disagreement, log_loss"):
         find(there, "harm", 0.02)
-    with pytest.raises(ValueError, match="with skipped=propagate"):
+    with pytest.raises(ValueError, match="certified for exact keys and values, not for skipped='propagate'"):
         find(there, "disagreement", 0.02, "propagate")
 
 
 def test_a_new_certificate_takes_the_place_of_the_old() -> None:
     both = merged([certificate(), certificate(level=0.1)], [certificate(observed=0.001)])
     assert [(c.level, c.observed) for c in both] == [(0.02, 0.001), (0.1, 0.012)]
+    with pytest.raises(ValueError, match=r"these would be for fp32, int8"):
+        merged([certificate(precision="int8")], [certificate(precision="fp32")])
 
 
 @pytest.fixture

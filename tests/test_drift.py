@@ -49,6 +49,20 @@ def test_drift_is_found() -> None:
     assert alarms([0.25] * 300, 100) > 0.95
 
 
+def test_how_soon_large_drift_is_found() -> None:
+    """As docs/reflex.md says: a rate of one in five at a level of 2%."""
+    soon = sorted(_until_found(0.2, 0.02, seed) for seed in range(200))
+    assert 11 <= soon[100] <= 15
+    assert soon[180] <= 42
+
+
+def _until_found(rate: float, level: float, seed: int) -> int:
+    monitor, dice = DriftMonitor(level), random.Random(seed)
+    while not monitor.saw(float(dice.random() < rate)):
+        pass
+    return monitor.checked
+
+
 @given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), max_size=40), st.floats(0.02, 0.9))
 def test_evidence_is_the_slow_gamblers(losses: list[float], level: float) -> None:
     monitor = DriftMonitor(level, 1e-12)
@@ -104,3 +118,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ValueError, match=r"level of 0.1.*0.02"):
         DriftMonitor(0.1).check(replace(certificate(), level=0.02))
     assert adi.DriftMonitor.of(certificate()).level == certificate().unit_level
+    loss = certificate(kind="log_loss", nats=3.0, level=0.06)
+    adi.DriftMonitor.of(loss).check(loss)
+    with pytest.raises(ValueError, match=r"over disagreement at a level of 0.02, the certificate is of log_loss at 0.02"):
+        adi.DriftMonitor.of(certificate()).check(loss)

@@ -185,7 +185,7 @@ def test_a_spot_check_needs_something_to_watch(certified: adi.Exits) -> None:
         adi.Reflex(certified, risk=0.02, spot_check=1.5)
     with pytest.raises(ValueError, match="give spot_check"):
         adi.Reflex(certified, risk=0.02, monitor=adi.DriftMonitor(0.02))
-    with pytest.raises(ValueError, match=r"watches over a level of 0\.1"):
+    with pytest.raises(ValueError, match=r"watches over disagreement at a level of 0\.1"):
         adi.Reflex(certified, risk=0.02, spot_check=0.1, monitor=adi.DriftMonitor(0.1))
 
 
@@ -239,7 +239,7 @@ def test_propagation_owes_nothing_and_refuses_what_it_cannot_do(llama: adi.Model
     )
     with pytest.raises(ValueError, match="choose one of exact, propagate"):
         adi.Reflex(certified, trigger=adi.Never(), skipped="guess")
-    with pytest.raises(ValueError, match="with skipped=propagate"):
+    with pytest.raises(ValueError, match="not for skipped='propagate'"):
         adi.Reflex(certified, risk=0.02, skipped="propagate")
 
 

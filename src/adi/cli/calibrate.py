@@ -29,7 +29,10 @@ from adi.files import require_writable, write_json
 from adi.prompts import read_prompts, spread
 
 if TYPE_CHECKING:
+    from adi.exits.artifact import Exits
+    from adi.exits.certificate import Certificate
     from adi.measure.calibrate import Calibration
+    from adi.model.backbone import Spec
 
 
 def calibrate(
@@ -72,6 +75,7 @@ def calibrate(
     if found.heads is None:
         raise ValueError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
     require_writable(out / "exits.json")
+    earlier = _earlier(out, found, loaded.backbone.spec)
     levels = risk or [0.02]
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -79,7 +83,7 @@ def calibrate(
         tell = lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)  # noqa: E731
         ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
         result = measure(loaded, found, chosen, levels, progress=tell, **ways)
-    replace(found, certificates=merged(found.certificates, result.certificates)).save(out)
+    replace(found, certificates=merged(earlier, result.certificates)).save(out)
     if json_out is not None:
         from adi.measure.circumstances import circumstances
 
@@ -88,6 +92,22 @@ def calibrate(
     _tell(Console(highlight=False), result, loaded.backbone.spec.layers)
     use = f"Saved to {out}. Use it: adi run --model {model} --exits {out} --mode reflex --risk {levels[0]:g}"
     console.print(use, highlight=False, markup=False, soft_wrap=True)
+
+
+def _earlier(out: Path, exits: Exits, spec: Spec) -> tuple[Certificate, ...]:
+    """Certificates that stay beside the new ones: those that the folder has for these exits, or else the exits bring along.
+    ValueError where the folder's are for another precision, which would be lost."""
+    from adi.exits.artifact import load_exits
+
+    there = load_exits(out) if (out / "exits.json").exists() else None
+    if there is None or (there.base, there.depths, there.made_by) != (exits.base, exits.depths, exits.made_by):
+        return tuple(c for c in exits.certificates if (c.fingerprint, c.precision) == (spec.fingerprint, spec.precision))
+    if others := {c.precision for c in there.certificates} - {spec.precision}:
+        raise ValueError(
+            f"{out} holds certificates for {', '.join(sorted(others))}, and exits keep those of one precision: give these, for "
+            f"{spec.precision}, a folder of their own: --out OTHER."
+        )
+    return there.certificates
 
 
 def _tell(out: Console, result: Calibration, layers: int) -> None:

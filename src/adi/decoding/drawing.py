@@ -36,7 +36,7 @@ def distribution(logits_V: Tensor, text: Sequence[int], sampling: Sampling, ids_
     """What is drawn from after ``text``, ``[V]`` in float64 on the CPU: exact zeros where a filter removed a token.
 
     ``ids_V`` names the tokens where they are not the whole vocabulary in order. At temperature 0 all mass is on the first of
-    the largest. Raises ValueError for logits that hold no distribution (NaN, or an infinite one).
+    the largest. Raises NoDistributionError for logits that hold none (NaN, or an infinite one).
     """
     scores_V = penalised(logits_V.detach().to("cpu", torch.float64), text, sampling.repetition_penalty, ids_V)
     top = float(scores_V.max())  # NaN where any is

@@ -76,7 +76,7 @@ class Certificate:
             if mine != other:
                 raise ValueError(
                     f"the certificate for {self.kind} {self.level:g} holds for {what} {mine}, and this model has {other}. "
-                    f"Certify it: adi calibrate {spec.name} --precision {spec.precision} --risk {self.level:g}"
+                    f"Certify it: {_command(spec.name, self.kind, self.level, f' --precision {spec.precision}')}"
                 )
 
     def sentence(self) -> str:
@@ -118,15 +118,33 @@ def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: 
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):
             return certificate
-    there = [f"{c.kind} {c.level:g}" + (" (propagate)" if c.skipped == "propagate" else "") for c in certificates]
+    if skipped != "exact":
+        raise ValueError(
+            f"risk is certified for exact keys and values, not for skipped={skipped!r}: take skipped='exact' "
+            "(--skipped exact), or thresholds=..., which are uncertified, instead of risk=..."
+        )
+    there = [f"{c.kind} {c.level:g}" for c in certificates if c.skipped == "exact"]
     raise ValueError(
-        f"{kind} {level:g} was never certified for these exits{' with skipped=propagate' if skipped != 'exact' else ''}; "
-        f"certified are: {', '.join(there) or 'none'}. Certify it: adi calibrate MODEL --exits DIR --risk {level:g} --out DIR"
+        f"{kind} {level:g} was never certified for these exits; certified are: {', '.join(there) or 'none'}. "
+        f"Certify it: {_command('MODEL', kind, level)}"
     )
 
 
+def _command(model: str, kind: str, level: float, more: str = "") -> str:
+    what = "" if kind == KINDS[0] else f" --kind {kind}"
+    return f"adi calibrate {model} --exits DIR{more}{what} --risk {level:g} --prompts FILE --out DIR"
+
+
 def merged(old: Sequence[Certificate], new: Sequence[Certificate]) -> tuple[Certificate, ...]:
-    """Old certificates with new ones in their place, by kind and level."""
+    """Old certificates with new ones in their place, by kind and level; all for one model in one precision, ValueError where
+    old ones are for another."""
+    holds = {(c.fingerprint, c.precision) for c in (*old, *new)}
+    if len(holds) > 1:
+        precisions = ", ".join(sorted(precision for _, precision in holds))
+        raise ValueError(
+            f"exits hold certificates for one precision of a model; these would be for {precisions}. "
+            "Save the new ones to a folder of their own: --out DIR"
+        )
 
     def key(c: Certificate) -> tuple[str, float, str]:
         return (c.kind, c.level, c.skipped)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adi.exits.heads import Shortlist, shortlist
 from adi.exits.signals import Prediction
-from adi.model.backbone import Backbone, DraftNet, ReadOut, normalise
+from adi.model.backbone import Backbone, DraftNet, NoDistributionError, ReadOut, normalise
 
 EPS = 1e-5
 QUIET = 0.2  # how loud the model's own MLP speaks at first: it was made for another place
@@ -183,5 +183,5 @@ class Drafting:
             place = int(logs_S.argmax())
             log = float(logs_S[place])
         if not math.isfinite(log):
-            raise ValueError(f"the drafter holds no distribution: its largest log-probability is {log}.")
+            raise NoDistributionError(f"the drafter holds no distribution: its largest log-probability is {log}.")
         return Guessed(self._ids[place], {"top_probability": math.exp(log)}), state_1D

@@ -22,8 +22,9 @@ BINS = 100  # losses are rounded down to hundredths, which never finds drift too
 class DriftMonitor:
     """What spot checks have seen, over as many generations as it is handed to. State, explicitly: pass it on, or start anew.
 
-    ``level`` is the bound watched over, in [0, 1]; ``delta`` the chance of a false alarm, ever. ``counts`` are checked tokens
-    by hundredths of loss. ``alarmed`` stays once set. ``seed`` seeds the dice that choose what is checked.
+    ``level`` is the bound watched over, in [0, 1], of the risk ``kind``; ``delta`` the chance of a false alarm, ever.
+    ``counts`` are checked tokens by hundredths of loss. ``alarmed`` stays once set. ``seed`` seeds the dice that choose what
+    is checked.
     """
 
     level: float
@@ -32,11 +33,12 @@ class DriftMonitor:
     counts: dict[int, int] = field(default_factory=dict)
     alarmed: bool = False
     generations: int = 0
+    kind: str = "disagreement"
 
     @classmethod
     def of(cls, certificate: Certificate, seed: int = 0) -> DriftMonitor:
         """A monitor that has seen nothing yet, for this certificate."""
-        return cls(certificate.unit_level, certificate.delta or 0.05, seed)
+        return cls(certificate.unit_level, certificate.delta or 0.05, seed, kind=certificate.kind)
 
     def __post_init__(self) -> None:
         if any(not isinstance(share, (int, float)) or not 0 < share < 1 for share in (self.level, self.delta)):
@@ -44,10 +46,10 @@ class DriftMonitor:
 
     def check(self, certificate: Certificate) -> None:
         """ValueError for a monitor that watches over another certificate."""
-        if self.level != certificate.unit_level:
+        if (self.kind, self.level) != (certificate.kind, certificate.unit_level):
             raise ValueError(
-                f"this monitor watches over a level of {self.level:g}, the certificate's is {certificate.unit_level:g}; "
-                "make one of its own: adi.DriftMonitor.of(policy.certificate)."
+                f"this monitor watches over {self.kind} at a level of {self.level:g}, the certificate is of {certificate.kind} "
+                f"at {certificate.unit_level:g}; make one of its own: adi.DriftMonitor.of(policy.certificate)."
             )
 
     def dice(self) -> random.Random:

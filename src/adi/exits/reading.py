@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
-from adi.model.backbone import States
+from adi.model.backbone import NoDistributionError, States
 
 
 class Signals(Mapping[str, float]):
@@ -108,7 +108,9 @@ class Reading:
                 best = int(said.log_probs_TS[0].argmax())
                 log = float(said.log_probs_TS[0, best])
             if not math.isfinite(log):
-                raise ValueError(f"the exit at depth {self.depth} holds no distribution: its largest log-probability is {log}.")
+                raise NoDistributionError(
+                    f"the exit at depth {self.depth} holds no distribution: its largest log-probability is {log}."
+                )
             self._token = best if said.ids_S is None else int(said.ids_S[best])
         return self._token
 

@@ -72,8 +72,9 @@ def calibrate(
 
     Args:
         model, exits: which the certificates will hold for, in the precision that is loaded.
-        prompts: a sample, drawn as the prompts of use will be. A fifth, chosen at random, says in which order thresholds are
-            tried; the others are calibrated on.
+        prompts: a sample, drawn as the prompts of use will be; one that is given again counts once, or it would be taken for
+            more evidence than it is. A fifth, chosen at random, says in which order thresholds are tried; the others are
+            calibrated on.
         levels: shares of tokens (of kind "disagreement") or nats per token ("log_loss").
         delta: the chance, over the draw of prompts, that a level does not hold. It is given per level.
         kind: which risk; ``measure.risk`` defines both.
@@ -84,12 +85,13 @@ def calibrate(
         ValueError: levels or delta outside (0, 1), too few prompts, exits of another model.
     """
     units = _units(levels, kind, method, delta)
-    if len(prompts) < LEAST_PROMPTS:
-        raise ValueError(f"{len(prompts)} prompts are too few to calibrate on; give at least {LEAST_PROMPTS}.")
-    order = list(prompts)
+    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
+    order = list({model.encode(prompt, raw=raw): prompt for prompt in prompts}.values())
+    if len(order) < LEAST_PROMPTS:
+        raise ValueError(f"{len(order)} different prompts are too few to calibrate on; give at least {LEAST_PROMPTS}.")
     random.Random(seed).shuffle(order)
     learning = max(2, round(LEARNING_SHARE * len(order)))
-    told = _told(model, exits, order, max_new_tokens, progress)
+    told = _told(model, exits, order, raw, max_new_tokens, progress)
     layers = model.backbone.spec.layers
     rules = path(told[:learning], exits.depths, layers, sorted(units), kind)
     tested: list[Tested] = []
@@ -109,6 +111,8 @@ def calibrate(
     }
     found = [certify(tested, level, len(told) - learning, layers, about) for level in sorted(levels)]
     notes = [note for c in found if (note := _note(c, delta)) is not None]
+    if (again := len(prompts) - len(order)) > 0:
+        notes.append(f"{again} prompts were given more than once, and count once.")
     return Calibration(tuple(found), tuple(tested), tuple(notes))
 
 
@@ -154,8 +158,7 @@ def text_hash(prompts: Sequence[Sequence[int]]) -> str:
     return hashlib.blake2b(repr([tuple(p) for p in prompts]).encode(), digest_size=8).hexdigest()
 
 
-def _told(model: Model, exits: Exits, prompts: Sequence[str], max_new_tokens: int, progress: Progress) -> list[Told]:
-    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
+def _told(model: Model, exits: Exits, prompts: Sequence[str], raw: bool, max_new_tokens: int, progress: Progress) -> list[Told]:
     found: list[Told] = []
     for at in range(0, len(prompts), 64):
         progress("answers", at, len(prompts))

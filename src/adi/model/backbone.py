@@ -23,6 +23,10 @@ class NotExportableError(ValueError):
     """A model that a compiled engine cannot run; the message says why, and another engine may."""
 
 
+class NoDistributionError(ValueError):
+    """What a network gives holds NaN or infinity, and says nothing."""
+
+
 class MemoryFullError(ValueError):
     """A pass for which no KV memory is left; nothing of it has run, and it may be tried again when a sequence has ended."""
 
@@ -211,9 +215,9 @@ def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
 
 
 def require_number(tops: Sequence[float]) -> None:
-    """ValueError unless the largest logit of every row is a finite number: of NaN there is no likeliest token."""
+    """NoDistributionError unless the largest logit of every row is a finite number: of NaN there is no likeliest token."""
     if bad := [top for top in tops if not math.isfinite(top)]:
-        raise ValueError(f"the model's logits hold no distribution: the largest is {bad[0]}. Try another precision.")
+        raise NoDistributionError(f"the model's logits hold no distribution: the largest is {bad[0]}. Try another precision.")
 
 
 class Backbone(Protocol):

@@ -1,10 +1,11 @@
-"""The four checks of one model at one precision, and what of them is a violation."""
+"""The four checks of one model at one precision."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from adi.decoding.policies import FullDepth, Policy, Verified
@@ -16,7 +17,9 @@ from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
 from adi.measure.audit.replay import MOST, Replay, replay
 from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_draft
-from adi.measure.audit.ties import Divergence, divergence
+from adi.measure.audit.ties import divergence
+from adi.measure.audit.verdict import Tally, draw_violations, replay_violations, text_violations
+from adi.model.backbone import NoDistributionError
 from adi.model.checkpoint import Model
 
 REPLAYED = 56  # positions: engines read longer prompts in another way than they decode
@@ -34,25 +37,6 @@ class Size:
     seed: int
 
 
-@dataclass
-class Tally:
-    """Runs that had to say what full depth says."""
-
-    name: str
-    runs: int = 0
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    divergences: list[Divergence] = field(default_factory=list)
-
-    @property
-    def within(self) -> bool:
-        return all(d.explained for d in self.divergences)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "within": self.within}
-
-
 def policies_of(exits: Exits) -> dict[str, Policy]:
     """Ways of drafting: as a user of these exits would, from exits whatever they say, and from the text's own memory."""
     middle = exits.depths[len(exits.depths) // 2]
@@ -64,39 +48,64 @@ def policies_of(exits: Exits) -> dict[str, Policy]:
 
 
 def check(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], size: Size, notice: Notice) -> dict[str, Any]:
-    """All checks of one loaded model, as plain values; ``violations`` are sentences."""
+    """All checks of one loaded model, as plain values; ``violations`` are sentences.
+
+    A model that stops giving numbers on the way is a violation too, and ends the checks.
+    """
     spec = model.backbone.spec
-    notice(f"{spec.backend} {spec.precision}: full depth and replay")
+    where = f"{spec.backend} {spec.precision}"
+    found: dict[str, Any] = {
+        "backend": spec.backend,
+        "precision": spec.precision,
+        "row_invariant": spec.row_invariant,
+        "noise": 0.0,
+        "replay": [],
+        "greedy": [],
+        "sampling": [],
+        "faults": [],
+        "violations": [],
+    }
+    try:
+        _checks(found, where, model, exits, prompts, size, lambda stage: notice(f"{where}: {stage}"))
+    except NoDistributionError as error:
+        found["violations"].append(f"{where}: {error}")
+    return found
+
+
+def _checks(
+    found: dict[str, Any],
+    where: str,
+    model: Model,
+    exits: Exits,
+    prompts: Sequence[tuple[int, ...]],
+    size: Size,
+    notice: Notice,
+) -> None:
+    """Fill in what was found, check by check."""
+    notice("full depth and replay")
     policies = policies_of(exits)
     model.backbone.prepare((), drafts=True, wait=True)
     texts = [generate(model, ids, max_new_tokens=size.max_new_tokens, stop_at_eos=False).token_ids for ids in prompts]
     replayed = [
         _replay(model, exits, ids, text, size.seed + i) for i, (ids, text) in enumerate(zip(prompts, texts, strict=True))
     ]
-    noise = max(found.noise for found in replayed)
-    notice(f"{spec.backend} {spec.precision}: greedy match")
+    noise = max((one.noise for one in replayed), key=lambda size: (math.isnan(size), size))
+    found |= {"noise": noise if math.isfinite(noise) else None, "replay": [_replay_json(one) for one in replayed]}
+    found["violations"] += replay_violations(where, replayed)
+    notice("greedy match")
     greedy = [_greedy(model, name, policy, prompts, texts, size, noise) for name, policy in policies.items()]
-    notice(f"{spec.backend} {spec.precision}: fault injection")
-    faults = [
-        _faults(model, exits, kind, prompts, texts, size, noise) for kind in ("random rejections", "rollbacks to every length")
-    ]
+    found["greedy"] = [tally.to_json() for tally in greedy]
+    found["violations"] += text_violations(where, greedy)
+    notice("fault injection")
+    kinds = ("random rejections", "rollbacks to every length")
+    faults = [_faults(model, exits, kind, prompts, texts, size, noise) for kind in kinds]
     faults.append(_interrupted(model, policies, prompts, texts, size, noise))
-    notice(f"{spec.backend} {spec.precision}: sampling")
+    found["faults"] = [tally.to_json() for tally in faults]
+    found["violations"] += text_violations(where, faults)
+    notice("sampling")
     drawings = _sampling(model, exits, policies, prompts[0], size, noise)
-    value = {
-        "backend": spec.backend,
-        "precision": spec.precision,
-        "row_invariant": spec.row_invariant,
-        "noise": noise,
-        "replay": [_replay_json(found) for found in replayed],
-        "greedy": [tally.to_json() for tally in greedy],
-        "sampling": [{**asdict(d), "within": d.within} for d in drawings],
-        "faults": [tally.to_json() for tally in faults],
-    }
-    return {
-        **value,
-        "violations": list(_violations(f"{spec.backend} {spec.precision}", replayed, [*greedy, *faults], drawings)),
-    }
+    found["sampling"] = [{**asdict(d), "within": d.within} for d in drawings]
+    found["violations"] += draw_violations(where, drawings)
 
 
 def _replay(model: Model, exits: Exits, ids: tuple[int, ...], text: tuple[int, ...], seed: int) -> Replay:
@@ -106,7 +115,13 @@ def _replay(model: Model, exits: Exits, ids: tuple[int, ...], text: tuple[int, .
 
 
 def _replay_json(found: Replay) -> dict[str, Any]:
-    drifts = [{**asdict(d), "allowed": d.allowed, "within": d.within} for d in found.drifts]
+    drifts = []
+    for d in found.drifts:
+        sizes = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(d).items()
+        }  # JSON has no NaN
+        allowed = d.allowed if math.isfinite(d.allowed) else None
+        drifts.append({**sizes, "allowed": allowed, "within": d.within and d.sound})
     return {
         "positions": found.positions,
         "rollbacks": {str(k): v for k, v in sorted(found.rollbacks.items())},
@@ -190,7 +205,7 @@ def _interrupted(
     """Runs that end before a pass, or after one whose states are lost, and go on from the tokens that had come, as full depth
     goes on from there: below float32 a prompt's long pass may round otherwise than the short ones that made these tokens."""
     tally = Tally("interruptions")
-    for i, (ids, text) in enumerate(zip(prompts[:2], texts, strict=False)):
+    for i, (ids, text) in enumerate(zip(prompts, texts, strict=True)):
         known = {0: tuple(text), len(text): tuple(text)}  # full depth's text, by how much of it was there when it went on
         for policy in policies.values():
             for passes in range(1, 7):
@@ -232,26 +247,3 @@ def _sampling(
         seeds = [prompt_seed(size.seed, way * size.draws + i) for i in range(size.draws)]
         found.append(draws_of(law, name, make, drive, seeds, noise))
     return found
-
-
-def _violations(where: str, replayed: Sequence[Replay], tallies: Sequence[Tally], drawings: Sequence[Drawing]) -> list[str]:
-    """Sentences; none where all is as promised."""
-    said = []
-    for i, found in enumerate(replayed):
-        for drift in found.drifts:
-            if not drift.within:
-                text = f"{drift.of} at depth {drift.depth} are off by {drift.drafted:.2g}, {drift.allowed:.2g} is allowed"
-                said.append(f"{where}: replay of prompt {i}: {text}")
-    for tally in tallies:
-        for gap in tally.divergences:
-            if not gap.explained:
-                text = f"prompt {gap.prompt} parts from full depth at token {gap.at} ({gap.said} for {gap.full}), no tie"
-                said.append(f"{where}: {tally.name}: {text} (gap {gap.gap:.2g}, noise {gap.noise:.2g})")
-    for d in drawings:
-        if d.variation > d.band:
-            said.append(
-                f"{where}: draws with drafts by {d.drafts!r} are {d.variation:.3f} off their law, {d.band:.3f} is allowed"
-            )
-        if (odd := d.draws - d.foreseen - d.near) > 0:
-            said.append(f"{where}: {odd} of {d.draws} draws with drafts by {d.drafts!r} are not what their seeds say")
-    return said

@@ -41,7 +41,7 @@ def _engine(engine: Entry) -> list[str]:
     where = f"{engine['backend']} {engine['precision']}"
     return [
         f"<h1>{escape(where)}</h1>",
-        f'<p class="soft">{rows}; a logit is off by {engine["noise"]:.2g} at most</p>',
+        f'<p class="soft">{rows}; a logit is off by {_size(engine["noise"])} at most</p>',
         _section("Replay", "largest differences from one full pass", _replay(engine)),
         *_texts("Greedy match", engine["greedy"]),
         *_texts("Fault injection", engine["faults"]),
@@ -51,11 +51,15 @@ def _engine(engine: Entry) -> list[str]:
 
 def _replay(engine: Entry) -> str:
     rows = [
-        (d["of"], d["depth"], i, *(f"{d[k]:.2g}" for k in ("drafted", "plain", "allowed", "size")), d["within"])
+        (d["of"], d["depth"], i, *(_size(d[k]) for k in ("drafted", "plain", "allowed", "size")), d["within"])
         for i, found in enumerate(engine["replay"])
         for d in found["drifts"]
     ]
     return _table(("", "depth", "prompt", "drafted", "plain", "allowed", "typical value", ""), rows)
+
+
+def _size(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.2g}"
 
 
 def _texts(title: str, tallies: Sequence[Entry]) -> list[str]:

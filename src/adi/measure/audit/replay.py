@@ -2,7 +2,7 @@
 
 What rounding alone does is measured beside it: ordinary decoding, token by token, against that same pass. A drafted run may be
 four times as far off, and a hundred-thousandth of a typical position's largest value; an error in the frontier is far
-beyond that.
+beyond that. Ordinary decoding is judged too, or a broken engine would excuse whatever it does: by a share of what it gives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from adi.decoding.frontier import Frontier
 from adi.model.backbone import Backbone, Rows
 
 TIMES, SHARE = 4.0, 1e-5
+ROUNDING = {"fp32": 1e-3}  # of a position's largest value, that ordinary decoding may be off by
+COARSE = 0.1  # the same with fewer bits
 MOST = 5  # drafts in a row
 JUMP = 0.3  # chance that blocks run without stopping at the depths between
 
@@ -25,14 +27,16 @@ JUMP = 0.3  # chance that blocks run without stopping at the depths between
 @dataclass(frozen=True)
 class Drift:
     """Largest differences from one full pass: of ``drafted``, of ``plain`` decoding, and what is ``allowed``; ``size`` is the
-    largest value of a typical position. ``of`` is "states", "memory" (keys and values of the blocks since the depth before) or
-    "logits"."""
+    largest value of a typical position. ``rough`` is by what share of its position plain decoding is off at most, and ``most``
+    what that may be. ``of`` is "states", "memory" (keys and values of the blocks since the depth before) or "logits"."""
 
     of: str
     depth: int
     drafted: float
     plain: float
     size: float
+    rough: float = 0.0
+    most: float = ROUNDING["fp32"]
 
     @property
     def allowed(self) -> float:
@@ -41,6 +45,11 @@ class Drift:
     @property
     def within(self) -> bool:
         return self.drafted <= self.allowed  # False for NaN
+
+    @property
+    def sound(self) -> bool:
+        """Whether plain decoding is off by no more than rounding can be."""
+        return self.rough <= self.most
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,10 @@ class Replay:
 
 @dataclass
 class Run:
-    """States seen at each depth ``[T, D]`` (NaN where none was), the logits and the KV memory of one run."""
+    """States at each depth ``[T, D]`` and which of them were seen ``[T]``, the logits and the KV memory of one run."""
 
     at: dict[int, Tensor]
+    seen: dict[int, Tensor]
     logits_TV: Tensor
     memory: list[Tensor | None]
 
@@ -74,15 +84,16 @@ def replay(backbone: Backbone, ids: Sequence[int], start: int, depths: Sequence[
     whole = _straight(backbone, ids, [len(ids)], ends)
     plain = _straight(backbone, ids, [start, *[1] * (len(ids) - start)], ends)
     drafted = player.play(ids, start)
-    drifts = [_drift("states", d, *(run.at[d] for run in (whole, plain, drafted))) for d in ends]
+    runs = (whole, plain, drafted)
+    most = ROUNDING.get(backbone.spec.precision, COARSE)
+    drifts = [_drift("states", d, most, *(run.at[d][drafted.seen[d]] for run in runs)) for d in ends if drafted.seen[d].any()]
     before = 0
     for depth in ends:
-        found = [_memory(run, before, depth) for run in (whole, plain, drafted)]
-        one, two, three = found
+        one, two, three = (_memory(run, before, depth) for run in runs)
         if one is not None and two is not None and three is not None:
-            drifts.append(_drift("memory", depth, one, two, three))
+            drifts.append(_drift("memory", depth, most, one, two, three))
         before = depth
-    drifts.append(_drift("logits", ends[-1], whole.logits_TV, plain.logits_TV, drafted.logits_TV))
+    drifts.append(_drift("logits", ends[-1], most, *(run.logits_TV for run in runs)))
     return Replay(len(ids), player.rollbacks, tuple(drifts))
 
 
@@ -98,16 +109,16 @@ def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], end
             seen[hi].append(hidden_TD)
         start += count
     at = {depth: torch.cat(rows) for depth, rows in seen.items()}
-    return _finished(backbone, cache, at, len(ids))
+    return _finished(backbone, cache, at, {depth: torch.ones(len(ids), dtype=torch.bool) for depth in ends}, len(ids))
 
 
-def _finished(backbone: Backbone, cache: object, at: dict[int, Tensor], length: int) -> Run:
+def _finished(backbone: Backbone, cache: object, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> Run:
     layers = backbone.spec.layers
     memory = [backbone.peek(cache, block, length) for block in range(layers)]
     logits = torch.cat([backbone.logits(at[layers][i : i + 32]) for i in range(0, length, 32)])
     if (close := getattr(cache, "close", None)) is not None:
         close()
-    return Run(at, logits, memory)
+    return Run(at, seen, logits, memory)
 
 
 def _memory(run: Run, lo: int, hi: int) -> Tensor | None:
@@ -115,11 +126,12 @@ def _memory(run: Run, lo: int, hi: int) -> Tensor | None:
     return torch.cat([part.float().flatten() for part in parts]) if len(parts) == hi - lo else None
 
 
-def _drift(of: str, depth: int, whole: Tensor, plain: Tensor, drafted: Tensor) -> Drift:
-    seen = ~torch.isnan(drafted)
-    off = float((drafted - whole)[seen].abs().max())
-    rows = whole.abs().amax(-1) if whole.dim() > 1 else whole.abs().max()  # some models have a first position beyond measure
-    return Drift(of, depth, off, float((plain - whole).abs().max()), float(rows.median()))
+def _drift(of: str, depth: int, most: float, whole: Tensor, plain: Tensor, drafted: Tensor) -> Drift:
+    """NaN anywhere stays NaN, which is within nothing."""
+    size_T, off_T = (x.abs().amax(-1) for x in (whole, plain - whole))  # some models have a first position beyond measure
+    typical = size_T.median()
+    rough = (off_T / size_T.clamp(min=float(typical))).max() if typical > 0 else off_T.max()
+    return Drift(of, depth, float((drafted - whole).abs().max()), float(off_T.max()), float(typical), float(rough), most)
 
 
 class Player:
@@ -129,12 +141,14 @@ class Player:
         self.frontier, self.backbone, self.ends, self.dice = Frontier(backbone), backbone, ends, dice
         self.rollbacks: dict[int, int] = {}
         self.at: dict[int, Tensor] = {}
+        self.seen: dict[int, Tensor] = {}
 
     def play(self, ids: Sequence[int], start: int) -> Run:
         """Until all of ``ids`` stand."""
         frontier, vocabulary, length = self.frontier, self.backbone.spec.vocabulary, len(ids)
         width = self.backbone.spec.width
-        self.at = {depth: torch.full((length + MOST, width), float("nan")) for depth in self.ends}
+        self.at = {depth: torch.zeros(length + MOST, width) for depth in self.ends}
+        self.seen = {depth: torch.zeros(length + MOST, dtype=torch.bool) for depth in self.ends}
         frontier.append(ids[:start])
         self._advance(self.ends[-1])
         stands = start
@@ -153,7 +167,8 @@ class Player:
             self.rollbacks[back] = self.rollbacks.get(back, 0) + 1
             frontier.rollback(stands)
         self._advance(self.ends[-1])
-        return _finished(self.backbone, frontier.cache, {d: rows[:length] for d, rows in self.at.items()}, length)
+        at, seen = ({d: rows[:length] for d, rows in kept.items()} for kept in (self.at, self.seen))
+        return _finished(self.backbone, frontier.cache, at, seen, length)
 
     def _advance(self, to: int) -> None:
         jump = self.dice.random() < JUMP
@@ -168,5 +183,5 @@ class Player:
         end = start + hidden_TD.shape[0]
         for depth in self.ends:
             if lo < depth < hi:
-                self.at[depth][start:end] = float("nan")  # these rows went past it unseen
-        self.at[hi][start:end] = hidden_TD
+                self.seen[depth][start:end] = False  # these rows went past it
+        self.at[hi][start:end], self.seen[hi][start:end] = hidden_TD, True

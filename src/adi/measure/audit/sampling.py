@@ -116,9 +116,8 @@ def draws_of(
             near += at < min(len(said), TOKENS) and _rounded(law, seed, at, wanted[:at], noise)
     exact = law.joint(TOKENS)
     parts = [(leading(found, n), leading(exact, n)) for n in range(1, TOKENS + 1)]
-    worst = max(
-        ((total_variation(f, p), variation_band(p, len(seeds), RISK)) for f, p in parts), key=lambda pair: pair[0] / pair[1]
-    )
+    bands = [(total_variation(f, p), variation_band(p, len(seeds), RISK / TOKENS)) for f, p in parts]
+    worst = max(bands, key=lambda pair: pair[0] / pair[1])
     return Drawing(drafts, len(seeds), drafted, accepted, TOKENS, len(exact), *worst, foreseen, near)
 
 
