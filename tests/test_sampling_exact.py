@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,9 @@ from adi.decoding.frontier import Frontier
 from adi.decoding.sampling import Sampling
 from adi.decoding.sequence import immediate
 from adi.exits.triggers import Always
+from conftest import random_drafter, random_exits
 from laws import (
+    CHEAP,
     DRAFTERS,
     DRAWS,
     KINDS,
@@ -82,30 +85,52 @@ def small() -> adi.Model:
     return adi.load(network)
 
 
-def real_law(model: adi.Model, sampling: Sampling) -> Law:
+def real_law(model: adi.Model, sampling: Sampling, prompt: tuple[int, ...]) -> Law:
     """By one full pass of the whole text for every conditional distribution."""
     law: Law = {(): 1.0}
     for _ in range(TOKENS):
         longer: Law = {}
         for said, chance in law.items():
             with torch.no_grad():
-                logits_V = model.backbone.model(torch.tensor([PROMPT + said])).logits[0, -1]  # type: ignore[attr-defined]
-            p_V = distribution(logits_V, PROMPT + said, sampling).tolist()
+                logits_V = model.backbone.model(torch.tensor([prompt + said])).logits[0, -1]  # type: ignore[attr-defined]
+            p_V = distribution(logits_V, prompt + said, sampling).tolist()
             longer.update({(*said, x): chance * p for x, p in enumerate(p_V) if p > 0})
         law = longer
     return law
 
 
-def drawn(model: adi.Model, policy: Any, sampling: Sampling, draws: int) -> Counter[tuple[int, ...]]:
+def policies(model: adi.Model) -> dict[str, adi.Policy]:
+    trained = dataclasses.replace(random_exits(model, (1,), adi.Never(), V), drafter=random_drafter(model, V))
+    return {
+        "exit head": adi.Verified(adi.bare_exits(model, (1,)), adi.Always((1,)), draft_tokens=2),
+        "drafter": adi.Verified(trained),
+        "memory": adi.Verified(),
+        "lookup": adi.Lookup(),
+    }
+
+
+def drawn(model: adi.Model, policy: Any, sampling: Sampling, prompt: tuple[int, ...]) -> tuple[Counter[tuple[int, ...]], int]:
+    """Counts of the texts said, and how many drafts were accepted."""
     options = {**sampling.to_json(), "max_new_tokens": TOKENS, "stop_at_eos": False}
-    return Counter(adi.generate(model, PROMPT, policy, **{**options, "seed": seed}).token_ids for seed in range(draws))
+    texts = [adi.generate(model, prompt, policy, **{**options, "seed": seed}) for seed in range(NETWORK_DRAWS)]
+    return Counter(text.token_ids for text in texts), sum(text.counters.accepted for text in texts)
 
 
-def test_the_law_through_a_real_network(small: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+NETWORK_DRAWS = 500  # a network takes a thousand times as long as the table
+STARTS = {"exit head": PROMPT, "drafter": PROMPT, "memory": (4, 4, 4, 4), "lookup": (4, 4, 4, 4)}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_the_law_through_a_real_network(small: adi.Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adi.decoding.logic.costs_of", lambda *_: CHEAP)
     sampling = Sampling(temperature=1.0, top_k=3, seed=0)
-    policy = adi.Verified(adi.bare_exits(small, (1,)), adi.Always((1,)), draft_tokens=2)
-    law = real_law(small, sampling)
-    assert off(drawn(small, policy, sampling, 400), law) < 1
-    rollback = Frontier.rollback
+    found, accepted = drawn(small, policies(small)[kind], sampling, STARTS[kind])
+    assert off(found, real_law(small, sampling, STARTS[kind])) < 1
+    assert accepted > NETWORK_DRAWS / 50
+
+
+def test_an_off_by_one_in_rollback_is_caught_through_a_real_network(small: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling, rollback = Sampling(temperature=1.0, top_k=3, seed=0), Frontier.rollback
     monkeypatch.setattr(Frontier, "rollback", lambda self, length: rollback(self, min(length + 1, self.length)))
-    assert off(drawn(small, policy, sampling, 400), law) > 1.2
+    found, _ = drawn(small, policies(small)["exit head"], sampling, PROMPT)
+    assert off(found, real_law(small, sampling, PROMPT)) > 1.2

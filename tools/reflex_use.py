@@ -25,7 +25,7 @@ from adi.measure.told import tell
 Guard = Callable[[], AbstractContextManager[object]]
 TASKS = Path(__file__).parent / "data" / "tasks.jsonl"
 FAR_TOKENS, FAR_PROMPTS = 48, 60
-WATCHED = ((0.02, 0.05), (0.02, 0.5), (0.1, 0.05))  # levels, and shares of tokens that are checked
+WATCHED = ((0.02, 0.05), (0.02, 0.5), (0.1, 0.05), (0.1, 0.5))  # levels, and shares of tokens that are checked
 FRENCH_TOPICS = (
     *("les volcans", "la cuisine", "les abeilles", "la lune", "le pain", "la mer", "les trains", "le sommeil", "la musique"),
     *("les chats", "la neige", "les livres", "le football", "les rivières", "la forêt"),
