@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import adi
+from adi.measure.risk import disagreement
+from adi.measure.told import tell
 from adi.prompts import read_prompts
 
 pytestmark = [
@@ -148,3 +150,22 @@ def test_the_demo_says_identical() -> None:
     assert document["identical"] is True
     assert document["drafted"] > 0
     assert document["precision"] == ("int8" if document["backend"] == "openvino" else "fp32")
+
+
+@pytest.mark.parametrize("risk", [0.01, 0.02, 0.05, 0.1])
+def test_a_certified_level_is_kept_on_prompts_that_nobody_calibrated_on(exits: adi.Exits, risk: float) -> None:
+    """The bench prompts are of like kinds: the share of tokens that full depth would have said otherwise, text by text."""
+    pytest.importorskip("openvino")
+    compiled = adi.load("smollm2-135m", backend="openvino", precision="int8")
+    prompts = [item.prompt for item in read_prompts("bench")[2::10]]
+    policy = adi.Reflex(exits, risk=risk, spot_check=0.2)
+    texts = [adi.generate(compiled, prompt, policy, max_new_tokens=32) for prompt in prompts]
+    assert all(text.certified is not None and f"at most {risk:.1%}" in text.certified for text in texts)
+    assert policy.monitor is not None
+    assert policy.monitor.checked > 10
+    assert not policy.monitor.alarmed
+    plain = adi.generate_batch(compiled, prompts, adi.Reflex(exits, risk=risk), max_new_tokens=32)
+    told = tell(compiled.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
+    wrong = [disagreement(t.said_T, t.full_T) for t in told]
+    assert sum(wrong) / len(wrong) < risk + 2 * (risk * (1 - risk) / 100) ** 0.5  # 256 tokens, in runs
+    assert any(0 < step.depth < 30 for text in plain for step in text.steps)

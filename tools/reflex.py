@@ -263,7 +263,7 @@ def use(topics: Path, work: Path, stage: str, guard: Guard = nullcontext) -> Non
     random.Random(2).shuffle(prompts)
     file = work / "use.json"
     made: Any = {
-        "speed": lambda: speeds(model, exits, levels, prompts[:10], 48),
+        "speed": lambda: speeds(model, exits, levels, prompts[:24], 48),
         "tasks": lambda: tasks(model, exits, levels),
         "drift": lambda: drift(model, exits, prompts, guard),
     }[stage]()
