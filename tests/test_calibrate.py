@@ -108,11 +108,11 @@ def test_risks_wanted_reach_from_a_quarter_of_the_lowest_to_near_the_highest() -
     assert wanted == sorted(wanted)
 
 
-def test_a_bolder_rule_is_not_believed_past_a_failure(tiny_model: adi.Model, exits: adi.Exits) -> None:
+def test_testing_stops_where_the_boldest_level_fails(tiny_model: adi.Model, exits: adi.Exits) -> None:
     result = calibrate(tiny_model, exits, PROMPTS, [0.3], max_new_tokens=4)
     table = losses(result.tested, "disagreement")
     place = choose(table, 0.3, "ltt", 0.05)
-    assert place is None or place >= len(result.tested) - 2, "testing stops where the boldest level fails"
+    assert place is None or place >= len(result.tested) - 2
     assert table.shape == (len(result.tested), 32)
     assert losses(result.tested, "disagreement", [3, 1]).shape[1] == 2
 

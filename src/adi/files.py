@@ -26,18 +26,24 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step; ValueError, naming the path, when that cannot be done."""
     data = text.encode("utf-8", errors="replace")  # half a surrogate pair is no reason to lose a result
+    made: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+            made = Path(file.name)
             file.write(data)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        made.chmod(0o644)
+        made.replace(path)
     except OSError as error:
+        if made is not None:
+            made.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
 def require_writable(path: Path) -> None:
     """ValueError if ``path`` could not be written: better before an hour's work than after it."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):

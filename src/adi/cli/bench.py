@@ -35,7 +35,8 @@ def bench(
     precision: Annotated[str, typer.Option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
     backend: BackendOption = "auto",
     exits: Annotated[str | None, typer.Option("--exits", "-e", help="Trained exits; by default those shipped.")] = None,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="For reflex mode.")] = None,
+    risk: Annotated[float | None, typer.Option("--risk", help="For reflex mode: a level that adi calibrate certified.")] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="For reflex mode, uncertified.")] = None,
     static: Annotated[str | None, typer.Option("--static", metavar="DEPTH,K", help="For static mode.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Find static mode's depth and draft length first.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
@@ -60,6 +61,8 @@ def bench(
     chosen, pair = _listed(modes), None if static is None else _pair(static)
     _check_modes(chosen, pair, sweep, batch)
     precisions = _known("precision", _listed(precision), PRECISIONS)
+    if not precisions:
+        raise ValueError(f"--precision is empty; choose among {', '.join(PRECISIONS)}.")
     from adi.exits.artifact import shipped
     from adi.measure.bench import Extent, finished
     from adi.measure.bench import bench as measure
@@ -69,7 +72,9 @@ def bench(
     names = [f"adi:{mode}:{p}" for p in precisions for mode in _known("mode", chosen, MODES)]
     names += list(PEERS) if peers == "all" else _known("peer", _listed(peers), tuple(PEERS))
     trained = exits if exits is not None else (model if model in shipped() else None)
-    setting = Setting(model, trained, threshold, threads, seed, backend, pair)
+    if "reflex" in chosen and (risk is None) == (threshold is None):
+        raise ValueError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
+    setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
     if json_out is not None:
         require_writable(json_out)
     with _shown(Console(stderr=True)) as tell:

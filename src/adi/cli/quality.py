@@ -26,6 +26,8 @@ def quality(
     """What fewer bits cost a model: perplexity and predictions on held-out text, against float32."""
     from adi.measure.quality import quality as measure
 
+    if not precision.replace(",", " ").split():
+        raise ValueError("--precision is empty; choose among fp32, int8, int4.")
     if tokens < 2:
         raise ValueError(f"--tokens is {tokens}; it must be at least 2.")
     if json_out is not None:

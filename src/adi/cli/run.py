@@ -109,7 +109,7 @@ def run(
     if trace is not None:
         _write_trace(generation, policy, text, trace)
     if json_out:
-        print(json.dumps(document(generation, full), ensure_ascii=False))
+        print(json.dumps(document(generation, full, loaded.backbone.spec.row_invariant), ensure_ascii=False))
         return
     _closing(out, generation, full)
     if trace is not None:
@@ -122,10 +122,11 @@ def _write_trace(generation: Generation, policy: Policy, text: str, file: Path) 
     write_trace(trace_of(generation, policy, text), file)
 
 
-def document(generation: Generation, full: Generation | None) -> dict[str, Any]:
+def document(generation: Generation, full: Generation | None, row_invariant: bool | None = None) -> dict[str, Any]:
     """What ``--json`` prints: text, tokens and summary, and with ``full`` the comparison."""
     value = {"text": generation.text, "token_ids": list(generation.token_ids), **generation.summary().to_json()}
     value["sampling"] = generation.sampling
+    value["row_invariant"] = row_invariant
     if full is not None:
         value["full"] = {"text": full.text, "token_ids": list(full.token_ids), **full.summary().to_json()}
         value["identical"] = generation.token_ids == full.token_ids

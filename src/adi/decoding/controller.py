@@ -167,7 +167,7 @@ class Controller:
     def _acceptances(self, offer: Choice) -> Iterator[float]:
         """Of one draft after the other, those before it given."""
         if offer.recall is None:
-            yield from (self._guessed(draft) for draft in itertools.count(1))
+            yield from self._guesses()
             return
         trust = self._trust[offer.source].value
         if offer.recall.shares:
@@ -190,15 +190,15 @@ class Controller:
             self._shares[key] = Share(priors[place])
         return self._shares[key]
 
-    def _guessed(self, draft: int) -> float:
-        """Before the drafter has spoken: how often its draft of this place in a row was accepted, those before it given.
+    def _guesses(self) -> Iterator[float]:
+        """Before the drafter has spoken: how often its first, second, ... draft in a row was accepted, those before it given.
 
         A place that was hardly reached is taken for as good as the one before it.
         """
-        share = GUESSED
-        for place in range(1, draft + 1):
+        share, trust = GUESSED, self._trust["drafter"].value
+        for place in itertools.count(1):
             share = self._steps.setdefault(place, Share(share)).given(share)
-        return min(0.98, share * self._trust["drafter"].value)
+            yield min(0.98, share * trust)
 
     def believed(self, confidence: float) -> float:
         """How often a draft of this confidence is accepted, those before it given."""
@@ -218,12 +218,12 @@ class Controller:
         drafts, reach = len(confidences), 1.0
         for confidence in confidences:
             reach *= self.believed(confidence)
-        gain = 0.0
-        for more in range(1, max(1, LONGEST_CHAIN - drafts) + 1):
-            reach *= self._guessed(drafts + more)
+        gain, made, there = 0.0, self.costs.drafting(drafts), self.costs.rows(drafts + 1)
+        guesses = itertools.islice(self._guesses(), drafts, None)
+        for more, share in zip(range(1, max(1, LONGEST_CHAIN - drafts) + 1), guesses, strict=False):
+            reach *= share
             gain += reach
-            steps = self.costs.drafting(drafts + more) - self.costs.drafting(drafts)
-            seconds = self.costs.rows(drafts + more + 1) - self.costs.rows(drafts + 1) + steps
+            seconds = self.costs.rows(drafts + more + 1) - there + self.costs.drafting(drafts + more) - made
             if gain > self._rate * seconds:
                 return self._affords("drafter", drafts + more)
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -130,7 +131,10 @@ class Session:
         if self._stop.hit:
             self.finish = "stop"
         if isinstance(self.policy, Verified) and self.policy.habits is not None:
-            self.policy.habits.learn(self._said)
+            try:
+                self.policy.habits.learn(self._said)
+            except ValueError as error:  # a file that was damaged or a full disk meanwhile; the text is there
+                warnings.warn(f"this text was not remembered: {error}", stacklevel=2)
 
     def answer(self, value: Any) -> None:
         """What was asked for last."""

@@ -6,6 +6,7 @@ machine whose speed drifts wrongs nobody.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -130,8 +131,19 @@ def _partial(
     if result is None:
         return None
     kept = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
-    own = asdict(setting) | {"static": list(setting.static) if setting.static else None}
+    own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": _files(setting)}
     return Partial.beside(result, {"contestants": list(names), **kept, **own, **asdict(extent)})
+
+
+def _files(setting: Setting) -> str:
+    """What tells exits and a model of the same names apart: when their files were written, and how long they are."""
+    found = []
+    for name in (setting.exits, setting.model):
+        place = Path(name) if name else None
+        if place is not None and place.exists():
+            states = [(f.name, f.stat()) for f in sorted(place.iterdir() if place.is_dir() else [place]) if f.is_file()]
+            found += [(file, state.st_size, state.st_mtime_ns) for file, state in states]
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
 def _check(extent: Extent, prompts: int) -> None:
@@ -199,6 +211,7 @@ def _start(
         return ids
 
     encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in items]
+    _fit(encoded, extent.max_new_tokens, speaker.details.get("spec", {}).get("context"))
     tasks = [Task(ids, extent.max_new_tokens, speaker.ends) for ids in encoded]
     context = max(len(ids) for ids in encoded) + extent.max_new_tokens + SPARE
     others = [c for c in contestants if c not in own]
@@ -209,6 +222,16 @@ def _start(
         tell(f"warming up {contestant.name}")
         contestant.run(replace(tasks[0], max_new_tokens=min(WARM_UP_TOKENS, extent.max_new_tokens)))
     return tasks
+
+
+def _fit(encoded: Sequence[Sequence[int]], new: int, context: int | None) -> None:
+    """ValueError for a prompt that has no room for its answer: better now than in the middle."""
+    longest = max(range(len(encoded)), key=lambda place: len(encoded[place]))
+    if context is not None and len(encoded[longest]) + new > context:
+        raise ValueError(
+            f"prompt {longest + 1} has {len(encoded[longest])} tokens, and with --max-new-tokens {new} that is more than the "
+            f"model's context of {context}: shorten it, or ask for fewer tokens."
+        )
 
 
 def _load(contestants: Sequence[Contestant], tell: Callable[[str], None]) -> None:

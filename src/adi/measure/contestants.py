@@ -25,8 +25,8 @@ BARE_SHARE = 0.75  # where the model's own head is asked when there are no train
 class Setting:
     """What all contestants share.
 
-    ``exits`` names trained exits, None the model's own head; ``threshold`` is for reflex; ``backend`` is of adi's modes;
-    ``static`` is the depth and draft length of static mode; ``context`` the longest sequence that will come.
+    ``exits`` names trained exits, None the model's own head; ``risk`` or ``threshold`` is for reflex; ``backend`` is of adi's
+    modes; ``static`` is the depth and draft length of static mode; ``context`` the longest sequence that will come.
     """
 
     model: str
@@ -37,6 +37,7 @@ class Setting:
     backend: str = "auto"
     static: tuple[int, int] | None = None
     context: int = 2048
+    risk: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,4 @@ def _policy(mode: str, exits: Exits | None, setting: Setting) -> Policy:
         if depth not in exits.depths:
             raise ValueError(f"there is no exit at depth {depth} to draft from; choose among {list(exits.depths)}.")
         return Verified(exits, Always((depth,)), draft_tokens)
-    if setting.threshold is None:
-        raise ValueError("reflex mode needs a threshold (--threshold): nothing is calibrated yet.")
-    return Reflex(exits, thresholds=setting.threshold)
+    return Reflex(exits, thresholds=setting.threshold, risk=setting.risk)

@@ -67,6 +67,9 @@ class Contestant:
     def run(self, task: Task) -> Outcome | None:
         """One generation, and what memory it has needed so far."""
         outcome: Outcome | None = self.ask("run", task)
+        if outcome is not None and not outcome.token_ids:
+            self.error = "it gave no token"
+            return None
         self.peak_bytes = max(self.peak_bytes, self.ask("peak") or 0)
         return outcome
 
