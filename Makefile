@@ -24,12 +24,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The exits that the package ships, made again from nothing (about an hour on 2 cores). PROMPTS may add prompt files.
+# The exits that the package ships, made again from nothing: the heads (about an hour on 2 cores), then the drafter and the
+# answers, from conversations that the model writes by itself (some hours). PROMPTS may add prompt files.
 exits: $(READY)
 	$(BIN)/adi tune smollm2-135m --out out/smollm2-135m --prompts builtin $(foreach file,$(PROMPTS),--prompts $(file)) \
 	  --tokens 300000 --rank 256 --seed 0
+	$(BIN)/adi tune smollm2-135m --out out/smollm2-135m-talk --keep out/smollm2-135m --talk 770000 --talk-precision int8,int4 \
+	  --max-new-tokens 200 --drafter-epochs 4 --prompts builtin $(foreach file,$(PROMPTS),--prompts $(file)) --seed 0
 	mkdir -p src/adi/data/exits/smollm2-135m
-	cp out/smollm2-135m/exits.json out/smollm2-135m/exits.safetensors src/adi/data/exits/smollm2-135m/
+	cp out/smollm2-135m-talk/exits.json out/smollm2-135m-talk/exits.safetensors src/adi/data/exits/smollm2-135m/
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "adi needs Python 3.11 or newer, this is " + sys.version'
