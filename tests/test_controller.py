@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -34,14 +34,22 @@ Right = Callable[[int], float]  # position to the chance that a draft there is r
 
 
 def simulate(
-    costs: Costs, right: Right, tokens: int, *, confidence: Callable[[int, bool], float], memory: bool = False, seed: int = 0
+    costs: Costs,
+    right: Right,
+    tokens: int,
+    *,
+    confidence: Callable[[int, bool], float],
+    memory: bool = False,
+    beside: Sequence[Recall] = (),
+    seed: int = 0,
 ) -> Outcome:
-    """Decode with a drafter (or a memory with long matches) that is right as ``right`` says."""
+    """Decode with a drafter (or a memory with long matches; or a drafter with those ``beside`` it) that is right as ``right``
+    says."""
     rng = random.Random(seed)
     controller = Controller(costs.copy())
     now, position, rounds, times = 0.0, 0, [], []
     while position < tokens:
-        recalls = [Recall((1,) * 15, 8, "context")] if memory else []
+        recalls = [Recall((1,) * 15, 8, "context")] if memory else list(beside)
         choice = controller.choose(recalls, not memory, 15)
         drafts, agreed, confidences = 0, 0, list[float]()
         truths = [rng.random() < right(position + i) for i in range(16)]
@@ -78,6 +86,14 @@ def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(table: str, memory
     costs = TABLES[table]
     got = simulate(costs, lambda _: 0.0, 1000, confidence=boastful, memory=memory)
     assert got.worst_ratio(costs.rows(1), 200) >= 0.97
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_many_that_are_always_wrong_cost_no_more_than_one(table: str) -> None:
+    beside = (Recall((1,) * 15, 8, "context"), Recall((2,) * 15, 6, "habits"), Recall((3,) * 8, 5, "answers", (0.9,) * 8))
+    got = simulate(TABLES[table], lambda _: 0.0, 1000, confidence=boastful, beside=beside)
+    assert got.worst_ratio(TABLES[table].rows(1), 200) >= 0.97
+    assert "memory" in {level for level, _, _ in got.rounds}
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from adi.cli.app import app
+from adi.measure.standings import page as drawn
+from adi.measure.standings import read_result
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +29,11 @@ def test_the_reflex_page_is_current() -> None:
         [sys.executable, ROOT / "tools" / "reflex_page.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_plots_is_current() -> None:
+    results = ROOT / "docs" / "results"
+    assert (results / "ladder.html").read_text() == drawn(read_result(results / "ladder.json"))
 
 
 def test_links_lead_somewhere() -> None:
