@@ -32,7 +32,7 @@ from adi.training.fit import schedule
 from adi.training.tracks import read_tracks
 
 LAYERS = 30
-SHALLOW, DEEP = (0, 2, 4, 8), (10, 20, 28, 29, LAYERS)  # states kept; the last one is normed, as drafters read it
+SHALLOW, DEEP = (0, 2, 4, 8), (20, 28, 29, LAYERS)  # states kept; the last one is normed, as drafters read it
 BENCH, ANSWER = 40, 96
 PROMPT_WEIGHT, RATE, JUMP_RATE = 0.3, 1e-3, 5e-4
 UPDATE = 192  # positions
@@ -52,14 +52,19 @@ class Kind:
 
 KINDS = (
     Kind("as shipped: depth 0, last state, shortlist 4096"),
-    *(Kind(f"depth {d}", shallow=d) for d in SHALLOW[1:]),
-    Kind("state at depth 20", deep=(20,)),
+    Kind("jump from depth 0 into the last block", 0, (), jump=1),
+    Kind("depth 4", shallow=4),
+    Kind("jump from depth 4 into the last two blocks", 4, (), jump=2),
+    Kind("shortlist 2048", shortlist=2048),
+    Kind("shortlist 16384", shortlist=16384),
     Kind("states at depths 20 and 30", deep=(20, LAYERS)),
-    Kind("states at depths 10, 20 and 30", deep=(10, 20, LAYERS)),
-    *(Kind(f"shortlist {size}", shortlist=size) for size in (2048, 8192, 16384)),
-    *(Kind(f"jump from depth {d} into the last block", d, (), jump=1) for d in (0, 4)),
-    *(Kind(f"jump from depth {d} into the last two blocks", d, (), jump=2) for d in (0, 4)),
     Kind("jump from depth 0 into the last block, last state beside it", jump=1),
+    Kind("state at depth 20", deep=(20,)),
+    Kind("depth 8", shallow=8),
+    Kind("depth 2", shallow=2),
+    Kind("jump from depth 0 into the last two blocks", 0, (), jump=2),
+    Kind("jump from depth 4 into the last block", 4, (), jump=1),
+    Kind("shortlist 8192", shortlist=8192),
 )
 
 

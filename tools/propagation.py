@@ -32,14 +32,19 @@ def main(topics: Path, out: Path) -> None:
     rules = {c.level: c.trigger for c in sorted(certificates, key=lambda c: c.level)}
     about = circumstances(f"python tools/propagation.py {topics.name} {out}", items)
     about |= {"engine": "hf", "precision": "fp32", "sequences": PROMPTS, "tokens": TOKENS, "seed": SEED}
-    rows: list[Any] = read_json(out, "measurement")["rules"] if out.exists() else []
+    wanted = [trigger.to_json() for trigger in rules.values()]
+    kept: list[Any] = read_json(out, "measurement")["rules"] if out.exists() else []
+    rows = [row for row in kept if row["trigger"] in wanted]
     full = [adi.generate(model, prompt, max_new_tokens=TOKENS) for prompt in prompts]
     told = tell(model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in full])
-    for level, trigger in list(rules.items())[len(rows) :]:
+    for level, trigger in rules.items():
+        if any(row["trigger"] == trigger.to_json() for row in rows):
+            continue
         ways = {way: _summary(own_text(model, exits, told, trigger, TOKENS, way)) for way in ("exact", "propagate")}
         rows.append({"level": level, "trigger": trigger.to_json(), **ways})
+        rows.sort(key=lambda row: row["level"])
         write_json(out, {"format": "adi-propagation", **about, "rules": rows})
-        print(rows[-1], flush=True)
+        print(level, ways, flush=True)
 
 
 def _summary(samples: list[Sample]) -> dict[str, float]:
