@@ -103,14 +103,12 @@ def _middle(value: Any) -> float:
 def habits_table() -> str:
     """Tokens per full pass as the same kinds of task come again, and of unrelated ones between them."""
     found: dict[str, Any] = json.loads((RESULTS / "habits.json").read_text())
-    rows = ["| time | same kind: with habits | without | ratio | unrelated: with | without | ratio |"]
-    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+    rows = ["| asked for the | same kind, with habits | same kind, without | unrelated, with | unrelated, without |"]
+    rows.append("|---|---:|---:|---:|---:|")
     for row in found["by_time"]:
-        cells = [row["time"]]
-        for kind in (row["same"], row["unrelated"]):
-            ratio = f"{kind['ratio']:.2f} ({kind['low']:.2f} to {kind['high']:.2f})"
-            cells += [f"{kind['habits']:.2f}", f"{kind['none']:.2f}", ratio]
-        rows.append(f"| {' | '.join(cells)} |")
+        if row["time"] in (1, 2, 4, 8):
+            cells = [row[f"{kind}_{way}"] for kind in ("same", "unrelated") for way in ("habits", "none")]
+            rows.append(f"| {row['time']}. time | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
     return "\n".join(rows) + f"\n\n`python tools/habit.py`: {found['tokens']} tokens at most each, {found['precision']}."
 
 
