@@ -148,7 +148,9 @@ def plan(rule: Any, trigger: Any = None, stops: tuple[int, ...] = (2, 4)) -> Pla
     return Plan(PROMPT, TOKENS, LAYERS, stops, trigger or Always((2,)), lambda _: False, rule)
 
 
-CHEAP = Costs({1: 1.0, 16: 1.01}, 0.001)
+def cheap() -> Costs:
+    """Costs at which drafts are always worth their while."""
+    return Costs({1: 1.0, 16: 1.01}, 0.001)
 
 
 class Memory:
@@ -162,7 +164,7 @@ class Memory:
 
 def by_ladder(rule: Any, drafter: bool) -> SequenceLogic:
     memory = Recollection(() if drafter else (Memory(),), None if drafter else Ngrams())
-    return ladder(plan(rule, Never(), ()), Controller(CHEAP), memory, drafter)
+    return ladder(plan(rule, Never(), ()), Controller(cheap()), memory, drafter)
 
 
 KINDS: dict[str, Callable[[Any], SequenceLogic]] = {

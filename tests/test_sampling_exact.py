@@ -18,7 +18,6 @@ from adi.decoding.sequence import immediate
 from adi.exits.triggers import Always
 from conftest import random_drafter, random_exits
 from laws import (
-    CHEAP,
     DRAFTERS,
     DRAWS,
     KINDS,
@@ -29,6 +28,7 @@ from laws import (
     Law,
     Remembering,
     V,
+    cheap,
     early_logits,
     exact,
     full_logits,
@@ -122,7 +122,7 @@ STARTS = {"exit head": PROMPT, "drafter": PROMPT, "memory": (4, 4, 4, 4), "looku
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_the_law_through_a_real_network(small: adi.Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adi.decoding.logic.costs_of", lambda *_: CHEAP)
+    monkeypatch.setattr("adi.decoding.logic.costs_of", lambda *_: cheap())  # its own: use teaches costs
     sampling = Sampling(temperature=1.0, top_k=3, seed=0)
     found, accepted = drawn(small, policies(small)[kind], sampling, STARTS[kind])
     assert off(found, real_law(small, sampling, STARTS[kind])) < 1
