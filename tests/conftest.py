@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,6 +90,15 @@ def tiny_model(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
 def llama() -> adi.Model:
     """A tiny llama without tokenizer: prompts are token ids."""
     return adi.load(tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
+    """The tiny model with a louder head: a random model is sure of nothing, and then there is nothing to learn."""
+    loud = copy.deepcopy(tiny_hf)
+    with torch.no_grad():
+        loud.lm_head.weight *= 6
+    return adi.load(loud, tokenizer=tiny_tokenizer)
 
 
 def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger, size: int = 40) -> adi.Exits:

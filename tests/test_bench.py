@@ -269,6 +269,7 @@ def test_an_idle_contestant_lets_the_others_run(tiny_folder: Path) -> None:
         (["--precision", ","], "--precision is empty"),
         (["--modes", "full,reflex"], "reflex mode needs --risk R"),
         (["--modes", "full,reflex", "--risk", "0.1", "--threshold", "1"], "reflex mode needs --risk R"),
+        (["--modes", "full", "--risk", "0.1"], "--risk and --threshold are of reflex mode"),
         (["--json", "{folder}"], "it is a folder. Name a file."),
         (["--modes", "full,static"], "static mode needs either --static DEPTH,K or --sweep"),
         (["--sweep"], "static mode needs either --static DEPTH,K or --sweep"),

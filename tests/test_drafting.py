@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,6 @@ PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fo
 
 class Stop(Exception):  # noqa: N818
     """Stands for Ctrl-C."""
-
-
-@pytest.fixture(scope="module")
-def sharp(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
-    """The tiny model with a louder head: a random model is sure of nothing, and then there is nothing to learn."""
-    loud = copy.deepcopy(tiny_hf)
-    with torch.no_grad():
-        loud.lm_head.weight *= 6
-    return adi.load(loud, tokenizer=tiny_tokenizer)
 
 
 def own_text(model: adi.Model, prompt: str, length: int) -> Answer:

@@ -287,16 +287,6 @@ def test_habits_take_fewer_rounds_the_second_time_and_change_nothing_else(model:
     assert known.info().sequences == before, "a text left early is not learned"
 
 
-def test_a_text_that_cannot_be_remembered_is_given_all_the_same(model: adi.Model, tmp_path: Path) -> None:
-    known = habits(tmp_path)
-    adi.generate(model, PROMPTS[0], adi.Verified(habits=known), max_new_tokens=6, stop_at_eos=False)
-    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
-    file.write_bytes(b"junk" * 64)
-    with pytest.warns(UserWarning, match="this text was not remembered"):
-        got = adi.generate(model, PROMPTS[1], adi.Verified(habits=known), max_new_tokens=6, stop_at_eos=False)
-    assert got.token_ids == adi.generate(model, PROMPTS[1], max_new_tokens=6, stop_at_eos=False).token_ids
-
-
 def test_what_the_controller_does_not_decide_is_refused(model: adi.Model, tmp_path: Path) -> None:
     exits = exits_with_drafter(model)
     assert adi.Verified().adaptive

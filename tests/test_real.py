@@ -152,11 +152,17 @@ def test_the_demo_says_identical() -> None:
     assert document["precision"] == ("int8" if document["backend"] == "openvino" else "fp32")
 
 
-@pytest.mark.parametrize("risk", [0.01, 0.02, 0.05, 0.1])
-def test_a_certified_level_is_kept_on_prompts_that_nobody_calibrated_on(exits: adi.Exits, risk: float) -> None:
-    """The bench prompts are of like kinds: the share of tokens that full depth would have said otherwise, text by text."""
+@pytest.fixture(scope="module")
+def compiled() -> adi.Model:
     pytest.importorskip("openvino")
-    compiled = adi.load("smollm2-135m", backend="openvino", precision="int8")
+    return adi.load("smollm2-135m", backend="openvino", precision="int8")
+
+
+@pytest.mark.parametrize("risk", [0.01, 0.02, 0.05, 0.1])
+def test_a_certified_level_is_kept_on_prompts_that_nobody_calibrated_on(
+    exits: adi.Exits, compiled: adi.Model, risk: float
+) -> None:
+    """The bench prompts are of like kinds: the share of tokens that full depth would have said otherwise, text by text."""
     prompts = [item.prompt for item in read_prompts("bench")[2::10]]
     policy = adi.Reflex(exits, risk=risk, spot_check=0.2)
     texts = [adi.generate(compiled, prompt, policy, max_new_tokens=32) for prompt in prompts]

@@ -25,15 +25,6 @@ OPTIONS = adi.TuneOptions(depths=(2, 4, 5), tokens=900, max_new_tokens=24, short
 
 
 @pytest.fixture(scope="module")
-def sharp(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
-    """The tiny model with a louder head: a random model is sure of nothing, and then there is nothing to learn."""
-    loud = copy.deepcopy(tiny_hf)
-    with torch.no_grad():
-        loud.lm_head.weight *= 6
-    return adi.load(loud, tokenizer=tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def tuned(sharp: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[adi.Exits, Path]:
     out = tmp_path_factory.mktemp("tuned")
     return tune(sharp, out, [PROMPTS], OPTIONS, made_by={"command": "a test"}), out

@@ -60,8 +60,8 @@ def bench(
     )
     chosen, pair = _listed(modes), None if static is None else _pair(static)
     _check_modes(chosen, pair, sweep, batch)
-    precisions = _known("precision", _listed(precision), PRECISIONS)
-    if not precisions:
+    _check_reflex(chosen, risk, threshold)
+    if not (precisions := _known("precision", _listed(precision), PRECISIONS)):
         raise ValueError(f"--precision is empty; choose among {', '.join(PRECISIONS)}.")
     from adi.exits.artifact import shipped
     from adi.measure.bench import Extent, finished
@@ -72,21 +72,13 @@ def bench(
     names = [f"adi:{mode}:{p}" for p in precisions for mode in _known("mode", chosen, MODES)]
     names += list(PEERS) if peers == "all" else _known("peer", _listed(peers), tuple(PEERS))
     trained = exits if exits is not None else (model if model in shipped() else None)
-    if "reflex" in chosen and (risk is None) == (threshold is None):
-        raise ValueError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
     setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
     if json_out is not None:
         require_writable(json_out)
     with _shown(Console(stderr=True)) as tell:
-        found = measure(
-            names,
-            items,
-            setting,
-            Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch),
-            command=shlex.join(["adi", *sys.argv[1:]]),
-            result=json_out,
-            progress=tell,
-        )
+        extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch)
+        command = shlex.join(["adi", *sys.argv[1:]])
+        found = measure(names, items, setting, extent, command=command, result=json_out, progress=tell)
     if json_out is not None:
         write_json(json_out, found)
         finished(json_out)
@@ -106,6 +98,13 @@ def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: boo
         raise ValueError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
     if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
         raise ValueError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+
+
+def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | None) -> None:
+    if "reflex" in chosen and (risk is None) == (threshold is None):
+        raise ValueError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
+    if "reflex" not in chosen and (risk, threshold) != (None, None):
+        raise ValueError("--risk and --threshold are of reflex mode; put reflex into --modes, or leave them out.")
 
 
 def _listed(text: str) -> list[str]:

@@ -31,11 +31,11 @@ def compress(
     """
     if precision == "fp32":
         return blocks, head
-    import nncf
-
     if precision == "int4":
         _four_bits(blocks, attentions, samples)
     with quiet_nncf():
+        import nncf
+
         mode = nncf.CompressWeightsMode.INT8_ASYM
         return nncf.compress_weights(blocks, mode=mode), nncf.compress_weights(head, mode=mode)
 
@@ -121,12 +121,14 @@ def _packed(values: Any, shape: tuple[int, ...]) -> Any:
 
 @contextlib.contextmanager
 def quiet_nncf() -> Iterator[None]:
-    """NNCF prints tables and bars; they are nobody's business here."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """NNCF prints tables and bars, and torch warns that it finds no CUDA as NNCF is imported; nobody's business here."""
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

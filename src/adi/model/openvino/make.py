@@ -10,6 +10,7 @@ from typing import Any
 from adi.model.openvino import store
 from adi.model.openvino.check import settle_rows
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
+from adi.model.sources import quiet_transformers
 
 Notice = Callable[[str], None]
 
@@ -54,7 +55,8 @@ def make(
     key = store.key_of(model, weights)
     folder = store.place(key, precision)
     if not (folder / "model.json").exists():
-        export(HfBackbone(model, name, weights), folder, precision, samples, notice)
+        with quiet_transformers():
+            export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
         store.remember(source, precision, key)
     return _opened(folder, stops, kv_bytes, threads)
