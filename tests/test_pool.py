@@ -66,8 +66,25 @@ def test_blocks_are_not_lost_when_giving_them_back_is_interrupted(pool: Pool, af
     gc.collect()
     pool._free = list(pool._free)
     other = PagedCache(pool)
-    assert pool.fits([(other, 32 * 40)])
-    assert not pool.fits([(other, 32 * 41)])
+    with pytest.raises(MemoryFullError):
+        pool.reserve([(other, 32 * 41)])
     pool.reserve([(other, 32 * 40)])
     assert kept.blocks == mine
     assert sorted([*mine, *other.blocks]) == list(range(1, BLOCKS + 1))
+
+
+def test_blocks_that_were_found_are_not_given_back_a_second_time(pool: Pool) -> None:
+    """Another thread may have ended a sequence whose turn to give its blocks back comes after they were found."""
+    late = PagedCache(pool)
+    pool.reserve([(late, 32 * 30)])
+    blocks = late.blocks
+    late._close.detach()
+    del late
+    gc.collect()
+    other = PagedCache(pool)
+    pool.reserve([(other, 32 * BLOCKS)])
+    pool.give_back(blocks)
+    assert pool.free == 0
+    other.close()
+    assert sorted(pool._free) == list(range(1, BLOCKS + 1))
+    assert not pool._owners

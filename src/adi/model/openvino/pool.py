@@ -19,7 +19,7 @@ class PagedCache:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.blocks: list[int] = []
-        pool.caches.add(self)
+        pool.own(self)
         self._close = weakref.finalize(self, pool.give_back, self.blocks)
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class Pool:
         self.version = 0
         self.block_bytes = 0
         self.blocks = 0
-        self.caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
+        self._owners: dict[int, tuple[weakref.ref[PagedCache], list[int]]] = {}  # by the list's id
         self._free: list[int] = []
         self._ports: dict[str, tuple[Any, list[int]]] = {}
 
@@ -74,16 +74,15 @@ class Pool:
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether ``reserve`` would succeed."""
-        total = sum(_missing(wanted).values())
-        if total > self.free:
-            self._recount()
-        return total <= self.free
+        return sum(_missing(wanted).values()) <= self.free
 
     def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
         """See to it that each cache holds so many positions; MemoryFullError, with nothing changed, where the budget ends."""
         missing = _missing(wanted)
         total = sum(missing.values())
-        if not self.fits(wanted):
+        if total > self.free:
+            self._recount()
+        if total > self.free:
             raise MemoryFullError(
                 f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
                 f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
@@ -114,10 +113,24 @@ class Pool:
         """Take blocks back from a sequence that has ended."""
         self._free.extend(blocks)
         blocks.clear()
+        self._owners.pop(id(blocks), None)
+
+    def own(self, cache: PagedCache) -> None:
+        """Know of a sequence, so that its blocks can be found when it is gone."""
+        self._owners[id(cache.blocks)] = weakref.ref(cache), cache.blocks
 
     def _recount(self) -> None:
-        """Free is what no sequence holds: an interruption may have come while blocks were given back."""
-        held = {block for cache in self.caches for block in cache.blocks}
+        """Free is what no living sequence holds: an interruption may have come while blocks were given back.
+
+        Only ``reserve`` may ask for it, or it would run beside one. Lists of the dead are emptied, so that one whose turn to be
+        given back is still to come gives nothing twice.
+        """
+        owners = list(self._owners.items())
+        held = {block for _, (cache, blocks) in owners if cache() is not None for block in blocks}
+        for key, (cache, blocks) in owners:
+            if cache() is None:
+                blocks.clear()
+                self._owners.pop(key, None)
         self._free = [block for block in range(self.blocks, SPARE, -1) if block not in held]
 
     def begin(self) -> None:
