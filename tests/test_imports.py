@@ -45,7 +45,8 @@ decoding.stream decoding.batch
 training.answers
 training.features
 training.fit training.tracks
-training.talk training.drafting
+training.talk training.kinds
+training.drafting
 training.lessons
 training.report training.probe
 training.tune

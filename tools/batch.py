@@ -10,7 +10,7 @@ from adi.measure.bench import Extent, bench
 from adi.measure.contestants import Setting
 from adi.prompts import read_prompts, spread
 
-TOKENS, PAIRS, PROMPTS = 64, 3, 8
+TOKENS, PAIRS, PROMPTS = 128, 3, 8
 PRECISIONS = ("int4", "int8", "fp32")
 
 

@@ -37,7 +37,9 @@ def bench(
     exits: Annotated[str | None, typer.Option("--exits", "-e", help="Trained exits; by default those shipped.")] = None,
     risk: Annotated[float | None, typer.Option("--risk", help="For reflex mode: a level that adi calibrate certified.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="For reflex mode, uncertified.")] = None,
-    static: Annotated[str | None, typer.Option("--static", metavar="DEPTH,K", help="For static mode.")] = None,
+    static: Annotated[
+        str | None, typer.Option("--static", metavar="DEPTH,K", help="For static mode; at 0 the drafter.")
+    ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Find static mode's depth and draft length first.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Make every prompt exactly so long.")] = None,
@@ -128,7 +130,7 @@ def _pair(text: str) -> tuple[int, int]:
         depth, draft_tokens = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
-    _at_least_one(static=min(depth, draft_tokens))
+    _at_least_one(static=draft_tokens)
     return depth, draft_tokens
 
 

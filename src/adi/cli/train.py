@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -64,7 +65,8 @@ def tune(
 
     console = Console(stderr=True)
     require_folder(out)
-    groups = [[i.prompt for i in read_prompts(s)] for s in (prompts if prompts is not None else [] if text else ["builtin"])]
+    sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text else ["builtin"])]
+    groups = [[item.prompt for item in items] for items in sets]
     loaded = Source(model, backend="hf", device=device).load(console)
     options = TuneOptions(
         depths=parse_depths(depths),
@@ -82,6 +84,7 @@ def tune(
     talks = talk_precision.split(",") if talk and drafter_epochs else []
     voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
     more: dict[str, Any] = {"texts": text or (), "voices": voices, "made_by": _made_by()}
+    more["categories"] = {item.prompt: item.category for items in sets for item in items}
     more["keep"] = None if keep is None else load_exits(keep)
     with Progress(*COLUMNS, console=console) as bar:
         exits = train(loaded, out, groups, options, progress=_Teller(bar, _log(out)), **more)
@@ -98,6 +101,8 @@ def _report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(_table(report))
     if "drafter" in report:
         console.print(_drafter(report["drafter"]), highlight=False)
+    if (table := _categories(report)) is not None:
+        console.print(table)
 
 
 class _Teller:
@@ -131,6 +136,27 @@ def _drafter(judged: dict[str, Any]) -> str:
         f"Drafter: agreement by step, those before it having agreed: {steps}; {judged['accepted_in_a_row']:.2f} accepted of 5 "
         f"in a row, {judged['positions']} held-out tokens."
     )
+
+
+def _categories(report: Mapping[str, Any]) -> Table | None:
+    """Agreement by category of prompt: the drafter's steps, and the exits of each depth. None where no category is known."""
+    drafts = report.get("drafter", {}).get("by_category", {})
+    depths = {row["depth"]: row.get("by_category", {}) for row in report["depths"]}
+    kinds = sorted({*drafts, *(kind for found in depths.values() for kind in found)})
+    if len(kinds) < 2:
+        return None
+    table = Table(title="Agreement by kind of prompt", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in ("held-out\ntokens", "draft 1", "draft 2", "draft 3", "in a row\nof 5", *(f"depth {d}" for d in depths)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in kinds:
+        judged = drafts.get(kind)
+        steps = ["", "", "", "", ""]
+        if judged is not None:
+            shares = [f"{share:.0%}" for share in judged["agreement_by_step"][:3]]
+            steps = [str(judged["positions"]), *shares, f"{judged['accepted_in_a_row']:.2f}"]
+        table.add_row(kind, *steps, *("" if kind not in found else f"{found[kind]:.0%}" for found in depths.values()))
+    return table
 
 
 def _table(report: object) -> Table:

@@ -110,6 +110,10 @@ class Controller:
     _rate: float = 0.0
     _lost: float = 0.0  # seconds
 
+    def stand(self, length: int) -> None:
+        """The next round begins behind so many positions."""
+        self.costs.stand(length)
+
     def choose(self, recalls: Sequence[Recall], drafter: bool, most: int) -> Choice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
         most = min(most, self.drafts)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adi.decoding.controller import Choice, Controller
+from adi.decoding.controller import Choice
 from adi.decoding.sequence import Advance, Guess, Plan, Proposed, Proposing, Reading, SequenceLogic, Yields, in_rounds
 from adi.exits.memory import Ngrams, Recall
 
@@ -33,7 +33,43 @@ class Recollection:
         return [recall for recall in said if recall is not None]
 
 
-def ladder(plan: Plan, controller: Controller, memory: Recollection, drafter: bool) -> SequenceLogic:
+class Decides(Protocol):
+    """Who drafts, and how far; ``decoding.controller.Controller`` is one."""
+
+    @property
+    def drafts(self) -> int: ...
+
+    def stand(self, length: int) -> None: ...
+
+    def choose(self, recalls: Sequence[Recall], drafter: bool, most: int) -> Choice: ...
+
+    def goes_on(self, confidences: Sequence[float]) -> bool: ...
+
+    def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Steady:
+    """No controller: so many steps of the drafter in every round, come what may. What a controller has to beat."""
+
+    drafts: int
+
+    def stand(self, length: int) -> None:
+        """It does not matter to it where the text is."""
+
+    def choose(self, recalls: Sequence[Recall], drafter: bool, most: int) -> Choice:
+        """The drafter, where there is room for a draft."""
+        return Choice("drafter", most) if most else Choice("full")
+
+    def goes_on(self, confidences: Sequence[float]) -> bool:
+        """Whatever they are."""
+        return len(confidences) < self.drafts
+
+    def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
+        """It learns nothing."""
+
+
+def ladder(plan: Plan, controller: Decides, memory: Recollection, drafter: bool) -> SequenceLogic:
     """Rounds in which whoever the controller names drafts, and full depth verifies."""
     rungs = Ladder(plan, controller, memory, drafter)
     return in_rounds(plan, controller.drafts, rungs.propose, rungs.hear)
@@ -44,13 +80,13 @@ class Ladder:
     """``propose`` for rounds; what it remembers between them is what the controller must be told."""
 
     plan: Plan
-    controller: Controller
+    controller: Decides
     memory: Recollection
     drafter: bool
     _tried: tuple[Choice, list[float], int] | None = None
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
-        self.controller.costs.stand(len(text))
+        self.controller.stand(len(text))
         choice = self.controller.choose(self.memory.find(text, most), self.drafter, most)
         drafts: list[Proposed] = []
         confidences: list[float] = []

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from adi.decoding.controller import Controller
 from adi.decoding.costs import Costs, costs_of
-from adi.decoding.ladder import Recollection, ladder
+from adi.decoding.ladder import Recollection, Steady, ladder
 from adi.decoding.lookup import lookup
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
 from adi.decoding.reflex import Fell, Loss, SpotCheck, disagrees, watched
 from adi.decoding.sequence import Plan, Reading, Yields, immediate, verified
+from adi.exits.artifact import Exits
 from adi.exits.drift import DriftMonitor
 from adi.exits.memory import Ngrams
 from adi.exits.reading import Reading as FullReading
@@ -40,6 +41,9 @@ def logic_of(policy: Policy, plan: Plan, backbone: Backbone) -> Logic:
     match policy:
         case Verified(adaptive=True):
             return _climbing(policy, plan, backbone)
+        case Verified(drafts_at_once=True, exits=Exits() as exits):
+            steady = ladder(plan, Steady(policy.draft_tokens or DRAFT_TOKENS), Recollection((), None), True)
+            return Logic(steady, exits.drafting(backbone))
         case Verified():
             return Logic(verified(plan, policy.draft_tokens or DRAFT_TOKENS))
         case Lookup():

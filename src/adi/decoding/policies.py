@@ -10,7 +10,7 @@ from adi.exits.certificate import SKIPPED, Certificate
 from adi.exits.drift import DriftMonitor
 from adi.exits.habits import Habits
 from adi.exits.signals import SIGNALS
-from adi.exits.triggers import Never, Trigger, with_thresholds
+from adi.exits.triggers import Always, Never, Trigger, with_thresholds
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Verified:
     (where it has one), full depth; it drafts as far as measured costs and acceptance say. ``Verified()`` needs no training.
     With a ``trigger`` or ``draft_tokens`` of your own, or with exits that have no drafter, drafts come from exits by that
     rule alone: at most ``draft_tokens`` (6) are drafted before they are verified, and a token for which the trigger stays
-    silent at every exit ends the draft earlier.
+    silent at every exit ends the draft earlier. The trigger ``Always((0,))`` drafts before any block has run: the drafter of
+    ``exits`` takes ``draft_tokens`` steps in every round.
     """
 
     exits: Exits | None = None
@@ -44,6 +45,11 @@ class Verified:
         by_rule = self.trigger is not None or self.draft_tokens is not None
         return not by_rule and (self.exits is None or self.exits.drafter is not None)
 
+    @property
+    def drafts_at_once(self) -> bool:
+        """Whether the drafter makes all drafts, and always as many."""
+        return self.trigger == Always((0,)) and self.exits is not None and self.exits.drafter is not None
+
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and (type(self.draft_tokens) is not int or self.draft_tokens < 1):
             raise ValueError(f"draft_tokens is {self.draft_tokens!r}; it must be a whole number of at least 1.")
@@ -55,7 +61,8 @@ class Verified:
             raise ValueError(
                 "habits are read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
             )
-        _check(self.exits, trigger_of(self))
+        if not self.drafts_at_once:
+            _check(self.exits, trigger_of(self))
 
 
 @dataclass(frozen=True)
@@ -144,11 +151,11 @@ def in_force(policy: Policy) -> Policy:
 
 
 def depths_of(policy: Policy) -> tuple[int, ...]:
-    """The depths below the last one at which a token may be put forward; 0 is a memory of the text."""
+    """The depths below the last one at which a token may be put forward; 0: before any block, by a memory or the drafter."""
     match policy:
         case FullDepth():
             return ()
-        case Lookup() | Verified(adaptive=True):
+        case Lookup() | Verified(adaptive=True) | Verified(drafts_at_once=True):
             return (0,)
         case _:
             assert policy.exits is not None

@@ -168,7 +168,7 @@ class Session:
 
     def _exits(self) -> tuple[Trigger, tuple[int, ...], Reader]:
         exits = getattr(self.policy, "exits", None)
-        if exits is None or (isinstance(self.policy, Verified) and self.policy.adaptive):
+        if exits is None or (isinstance(self.policy, Verified) and (self.policy.adaptive or self.policy.drafts_at_once)):
             return trigger_of(self.policy), (), _no_reader
         return trigger_of(self.policy), exits.depths, exits.reader(self.model.backbone)
 
@@ -176,13 +176,13 @@ class Session:
         """One step of the drafter."""
         drafting, costs = self._logic.drafting, self._logic.costs
         assert drafting is not None
-        assert costs is not None
         started = time.perf_counter()
         if request.fresh:
             self._state = drafting.start(self.frontier.newest(request.known - 1))
         assert self._state is not None
         guessed, self._state = drafting.step(request.after, self._state)
-        costs.drafted(time.perf_counter() - started, request.fresh)
+        if costs is not None:
+            costs.drafted(time.perf_counter() - started, request.fresh)
         return guessed
 
     def _events(self) -> Iterator[Pass | Score | Event]:

@@ -12,7 +12,7 @@ from typing import Any
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
 from adi.exits.artifact import Exits, bare_exits, load_exits
 from adi.exits.triggers import Always
-from adi.measure.sweep import Sweep, sweep
+from adi.measure.sweep import Sweep, static_depths, sweep
 from adi.measure.timing import Outcome, Task, Together, timed, timed_together
 from adi.model.checkpoint import BACKENDS, Model, load
 
@@ -113,7 +113,7 @@ def _policy(mode: str, exits: Exits | None, setting: Setting) -> Policy:
     if mode == "static":
         assert setting.static is not None
         depth, draft_tokens = setting.static
-        if depth not in exits.depths:
-            raise ValueError(f"there is no exit at depth {depth} to draft from; choose among {list(exits.depths)}.")
+        if depth not in (depths := static_depths(exits)):
+            raise ValueError(f"there is no exit at depth {depth} to draft from; choose among {list(depths)}.")
         return Verified(exits, Always((depth,)), draft_tokens)
     return Reflex(exits, thresholds=setting.threshold, risk=setting.risk)

@@ -48,8 +48,8 @@ class Sweep:
 
 
 def sweep(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> Sweep:
-    """Every depth of the exits with every draft length on the same prompts, in turn: a drifting machine wrongs none."""
-    choices = list(product(exits.depths, DRAFT_LENGTHS))
+    """Every depth that can draft with every draft length on the same prompts, in turn: a drifting machine wrongs none."""
+    choices = list(product(static_depths(exits), DRAFT_LENGTHS))
     policies: list[Policy] = [FullDepth(), *(Verified(exits, Always((depth,)), draft) for depth, draft in choices)]
     for policy in policies:
         timed(model, policy, prompts[0], WARM_UP_TOKENS)
@@ -62,6 +62,11 @@ def sweep(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], max_ne
         Tried(depth, draft, speeds[place], accepted_share(found[place])) for place, (depth, draft) in enumerate(choices, 1)
     )
     return Sweep(len(prompts), max_new_tokens, speeds[0], grid)
+
+
+def static_depths(exits: Exits) -> tuple[int, ...]:
+    """Where static mode can draft: at the exits, and at depth 0 where there is a drafter."""
+    return (*((0,) if exits.drafter is not None else ()), *exits.depths)
 
 
 def accepted_share(outcomes: Sequence[Outcome]) -> float | None:

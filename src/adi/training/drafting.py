@@ -22,6 +22,7 @@ from adi.exits.heads import Shortlist
 from adi.exits.signals import Prediction
 from adi.model.backbone import ReadOut
 from adi.training.fit import resume_state, save_state, schedule
+from adi.training.kinds import Kinds, Tally
 from adi.training.tracks import Tracks, read_tracks
 
 PROMPT_WEIGHT = 0.3  # of positions in prompts, where the text is not the model's own
@@ -185,30 +186,31 @@ def opening(tracks: Tracks) -> Tensor:
 
 
 @torch.no_grad()
-def judge(net: Drafter, readout: ReadOut, among: Shortlist, embed: Embed, shards: Sequence[Path]) -> dict[str, Any]:
+def judge(
+    net: Drafter, readout: ReadOut, among: Shortlist, embed: Embed, shards: Sequence[Path], kinds: Kinds | None = None
+) -> dict[str, Any]:
     """How drafts fare on answers: agreement with the full model's greedy token at each step, those before it having agreed;
-    accepted drafts in a row (of 5); and acceptance by tenth of confidence."""
-    right, asked = [0] * (STEPS_SHOWN + 1), [0] * (STEPS_SHOWN + 1)
+    accepted drafts in a row (of 5); both by category of prompt where ``kinds`` knows any; and acceptance by tenth of
+    confidence."""
+    tally, kinds = Tally(STEPS_SHOWN), kinds or Kinds()
     bins = {place: [0, 0] for place in range(10)}
     for path in shards:
         text = read_text(path, readout, embed)
+        names, kind_N = kinds.numbered(text.tracks)
         alive = text.tracks.answer_N.clone()
         for done in unroll(net, readout, among, text, torch.arange(len(alive)), STEPS_SHOWN):
             logs, places = done.said.log_probs_TS.max(-1)
             live = alive[done.start_R]
             agreed = (among.ids_S[places] == text.tracks.token_N[done.at_R]) & live
-            asked[done.step] += int(live.sum())
-            right[done.step] += int(agreed.sum())
+            tally.add(names, kind_N[done.start_R[live]], done.step, agreed[live])
             for place, hit in zip((logs.exp()[live] * 10).clamp(0, 9).int().tolist(), agreed[live].tolist(), strict=True):
                 bins[place][0] += hit
                 bins[place][1] += 1
             alive = torch.zeros_like(alive)
             alive[done.start_R[agreed]] = True
-    steps = [right[k] / max(1, asked[k]) for k in range(1, STEPS_SHOWN + 1)]
     return {
-        "agreement_by_step": steps,
-        "accepted_in_a_row": sum(right[1:]) / max(1, asked[1]),
-        "positions": asked[1],
+        **tally.total(),
+        **({"by_category": tally.by_category()} if kinds.known else {}),
         "acceptance": {str(place): hit / of for place, (hit, of) in bins.items() if of >= 20},
     }
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adi.exits.answers import Answers
+from adi.files import read_text
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
-from adi.training.answers import Answer
+from adi.training.answers import Answer, is_held_out
 from adi.training.talk import TalkOptions, talk, tokens_in
 from adi.training.tracks import read_tracks, write_tracks
 
+TEXT_WINDOW = 256
+MOST_TEXT_BYTES = 4 << 30
 HELD_SHARE = 30  # one shard in so many is held out
 Tell = Callable[[str, int, int], None]
 
@@ -88,3 +91,12 @@ def said_in(shards: Sequence[Path], held_out: bool) -> list[Answer]:
 def _spoken(shards: Sequence[Path]) -> Answers:
     """Every answer with the two tokens before it."""
     return Answers.of([a.ids[max(0, a.start - 2) :] for a in said_in(shards, False)])
+
+
+def windows_of(model: Model, path: Path) -> list[Answer]:
+    """A text file cut into sequences; every token after a window's first is one to learn from."""
+    if model.tokenizer is None:
+        raise ValueError("text files need a tokenizer; load the model with one.")
+    ids = model.tokenizer.encode(read_text(path, "text", MOST_TEXT_BYTES))
+    names = [(f"{path.name}:{at}", ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW)]
+    return [Answer(name, tuple(part), 1, True, is_held_out(name)) for name, part in names if len(part) > 1]

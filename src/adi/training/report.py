@@ -26,7 +26,7 @@ BARE_ROWS = 2000
 class DepthReport:
     """One exit on held-out rows: share of rows where its token (and the bare final head's) is the full model's greedy
     one, KL from the full model in nats; and for the default trigger, asked from shallow to deep, the share of all rows that
-    it decides here and how often it is then right."""
+    it decides here and how often it is then right. ``by_category``: agreement by category of prompt, where it is known."""
 
     depth: int
     agreement: float
@@ -35,6 +35,7 @@ class DepthReport:
     threshold: float | None
     fires: float
     precision: float
+    by_category: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,14 @@ class Held:
 
 
 def evaluate(
-    backbone: Backbone, adapters: Mapping[int, Adapter], among: Shortlist, shards: Sequence[Path]
+    backbone: Backbone,
+    adapters: Mapping[int, Adapter],
+    among: Shortlist,
+    shards: Sequence[Path],
+    kinds: Sequence[str] = (),
 ) -> tuple[list[DepthReport], Trigger, dict[str, Any]]:
-    """Per-depth reports, the default trigger, and figures on the held-out text as a whole."""
+    """Per-depth reports, the default trigger, and figures on the held-out text as a whole. ``kinds``: the category of each
+    held-out sequence, by its number, where reports are to have them apart."""
     parts = list(read_shards(shards))
     joined = Shard(*(torch.cat([getattr(p, n) for p in parts]) for n in Shard.__dataclass_fields__))
     reports, thresholds = [], {}
@@ -70,6 +76,7 @@ def evaluate(
                 threshold=threshold,
                 fires=_share(fired_N),
                 precision=_share(held.right_N[fired_N]),
+                by_category=_by_category(held.right_N, joined.sequence_N, kinds),
             )
         )
     covered = torch.isin(joined.token_N, among.ids_S.int())
@@ -95,8 +102,21 @@ def loosest_threshold(entropy_N: Tensor, right_N: Tensor, of: int, precision: fl
 
 
 def report_json(reports: Sequence[DepthReport], totals: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in reports]
+    rows = [{k: _rounded(v) for k, v in asdict(r).items()} for r in reports]
     return {"held_out": dict(totals), "training_tokens": tokens, "target_precision": PRECISION, "depths": rows}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _by_category(right_N: Tensor, sequence_N: Tensor, kinds: Sequence[str]) -> dict[str, float]:
+    """The share of right rows in each category."""
+    named = {kind: torch.tensor([i for i, of in enumerate(kinds) if of == kind]) for kind in sorted(set(kinds))}
+    masks = {kind: torch.isin(sequence_N, numbers.int()) for kind, numbers in named.items()}
+    return {kind: _share(right_N[mask_N]) for kind, mask_N in masks.items() if bool(mask_N.any())}
 
 
 @torch.no_grad()

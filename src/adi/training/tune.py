@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
 from adi.exits.heads import Heads, Shortlist, shortlist
-from adi.files import read_text
 from adi.model.backbone import Backbone, ReadOut
 from adi.model.checkpoint import Model
 from adi.training.answers import (
@@ -31,13 +31,12 @@ from adi.training.answers import (
 from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
 from adi.training.features import choose_shortlist, write_shards
 from adi.training.fit import FitOptions, changed, fit, fresh_checkpoint
-from adi.training.lessons import Lessons, Tell, lessons_from_answers, lessons_from_talk, said
+from adi.training.kinds import Kinds
+from adi.training.lessons import Lessons, Tell, lessons_from_answers, lessons_from_talk, said, windows_of
 from adi.training.report import evaluate, report_json
 from adi.training.talk import TalkOptions, share_of_own
 
-TEXT_WINDOW = 256
 WARM = 0.5  # learning rate of a warm start, against a cold one's
-MOST_TEXT_BYTES = 4 << 30
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -85,6 +84,7 @@ def tune(
     texts: Sequence[str | os.PathLike[str]] = (),
     keep: Exits | None = None,
     voices: Sequence[Model] = (),
+    categories: Mapping[str, str] | None = None,
     made_by: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total, note: None,
 ) -> Exits:
@@ -100,6 +100,7 @@ def tune(
             with theirs under ``options.warm_start``.
         voices: the same model on the engines (or precisions) that drafts are for, to talk where ``options.talk_tokens`` asks
             for it, each its share; by default ``model``.
+        categories: of prompts, by their text; the report then says what was reached in each.
         made_by: noted in the exits: the command and the data.
         progress: is told ``(stage, done, total, note)``.
 
@@ -109,8 +110,9 @@ def tune(
     options = options or TuneOptions()
     backbone, work, begin = model.backbone, Path(out) / "work", _begin(keep, options)
     depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout())
-    windows = [window for path in texts for window in _windows(model, Path(path))]
+    windows = [window for path in texts for window in windows_of(model, Path(path))]
     given = interleave(prompts)
+    kinds = Kinds.of(categories or {}, partial(model.encode, raw=_is_raw(model)))
     if not (talks := options.drafter_epochs > 0 and options.talk_tokens > 0):
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
@@ -125,13 +127,13 @@ def tune(
     made = {**(made_by or {}), "options": asdict(options), "answers": answers_hash(answers)}
     if keep is None:
         shown = (first_of(train, options.tokens), first_of(held, options.tokens)) if talks else (train, held)
-        exits = replace(_heads(backbone, readout, depths, shown, among, work, options, progress), made_by=made)
+        exits = replace(_heads(backbone, readout, depths, shown, among, work, options, progress, kinds), made_by=made)
     else:
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": made})
     if options.drafter_epochs:
         lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
-        drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin)
+        drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin, kinds)
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
@@ -172,6 +174,7 @@ def _heads(
     work: Path,
     options: TuneOptions,
     progress: Progress,
+    kinds: Kinds,
 ) -> Exits:
     """Features of the answers (to train on, and held out), an adapter for every depth, thresholds and a report."""
     (train, held), ids_S = answers, among.ids_S
@@ -182,7 +185,8 @@ def _heads(
     note = lambda done, total, losses: progress("heads", done, total, _losses(losses))  # noqa: E731
     adapters = fit(readout, among, depths, shards, work / "checkpoint.pt", fitting, note)
     progress("report", 0, 1, "")
-    reports, trigger, totals = evaluate(backbone, adapters, among, checks)
+    named = [kinds.named(answer) for answer in held] if kinds.known else ()
+    reports, trigger, totals = evaluate(backbone, adapters, among, checks, named)
     progress("report", 1, 1, "")
     spec = backbone.spec
     return Exits(
@@ -207,6 +211,7 @@ def train_drafter(
     options: TuneOptions,
     progress: Progress,
     begin: Drafter | None = None,
+    kinds: Kinds | None = None,
 ) -> tuple[Drafter, dict[str, Any]]:
     """A drafter that learned from the lessons, from ``begin`` on if it is given, and what it does on those held out."""
     quick = quicker_in_bfloat16(work / "drafter.dtype", lambda: multiplies_faster_in_bfloat16(torch.device("cpu")))
@@ -218,7 +223,7 @@ def train_drafter(
     embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
     note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
     drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp, begin)
-    judged = judge(as_halves(drafter), readout, among, embed, lessons.checks)
+    judged = judge(as_halves(drafter), readout, among, embed, lessons.checks, kinds)
     return drafter, {**judged, "answer_tokens": lessons.tokens, "settings": asdict(fitting)}
 
 
@@ -261,15 +266,6 @@ def _enough(held_out: Sequence[bool]) -> None:
             f"{len(held_out)} prompts or stretches of text are too few: {held} of them would be held out to test on, and there "
             "must be some of each kind. Give more (a hundred or so)."
         )
-
-
-def _windows(model: Model, path: Path) -> list[Answer]:
-    """A text file cut into sequences; every token after a window's first is one to learn from."""
-    if model.tokenizer is None:
-        raise ValueError("text files need a tokenizer; load the model with one.")
-    ids = model.tokenizer.encode(read_text(path, "text", MOST_TEXT_BYTES))
-    names = [(f"{path.name}:{at}", ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW)]
-    return [Answer(name, tuple(part), 1, True, is_held_out(name)) for name, part in names if len(part) > 1]
 
 
 def _depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:

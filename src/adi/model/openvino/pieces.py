@@ -72,9 +72,9 @@ class Pieces:
         while True:
             with self.lock:
                 lane = next(iter(self._wanted), None)
-                if lane is None:
+                if lane is None or _ending():
                     self._opening = None
-                    return
+                    break
                 stops = self._wanted[lane]
             made = self._compiled(stops, lane)
             head = self.heads[lane] if lane in self.heads else self._fixed_head(lane)
@@ -84,6 +84,8 @@ class Pieces:
                 self.open = sorted({*self.open, lane})
                 if self._wanted[lane] == stops:
                     del self._wanted[lane]
+        if not _ending():
+            gather_pages()  # once, when all is there: it would hold up a first answer by half a second
 
     def _fixed_head(self, lane: int) -> Head:
         graph = self._head.clone()
@@ -140,7 +142,6 @@ class Pieces:
             feed.room(f"state.{segment.lo}", (1, rows, self._page.width))
             segment.run(feed, self._pool)
         nobody.blocks.clear()
-        gather_pages()
 
     def path(self, lo: int, hi: int, lane: int) -> list[Segment]:
         """The longest pieces of this lane that lead from ``lo`` to ``hi``; compiled where there are none. Holds the lock."""
@@ -162,3 +163,8 @@ class Pieces:
                 path.append(self._segments[at, max(ends), lane])
             self._paths[lo, hi, lane] = path
         return self._paths[lo, hi, lane]
+
+
+def _ending() -> bool:
+    """Whether the program is about to end and only waits for threads: nobody will use what is opened now."""
+    return not threading.main_thread().is_alive()
