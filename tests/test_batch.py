@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adi
-from adi.decoding.batch import _Member
+from adi.decoding.batch import _Member, sharing
 from adi.model.hf import HfBackbone
 from families import VOCABULARY, tiny
 
@@ -177,3 +177,29 @@ def test_a_text_that_cannot_fit_alone_is_named_and_costs_no_other(restarts: list
     for i, found in error.finished.items():
         assert same(found, adi.generate(model, prompts[i], max_new_tokens=40))
     assert model.backbone.pool.free == 4  # type: ignore[attr-defined]
+
+
+def test_texts_share_no_pass_that_is_too_long_for_their_bits(model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[list[int]] = []
+    forward = model.backbone.forward
+
+    def counted(rows: Any, lo: int, hi: int, **options: Any) -> Any:
+        counts.append([len(each.ids) for each in rows])
+        return forward(rows, lo, hi, **options)
+
+    monkeypatch.setattr(model.backbone, "forward", counted)
+    prompts = [[i % VOCABULARY for i in range(size)] for size in (60, 40, 3, 90, 20, 5)]
+    adi.generate_batch(model, prompts, max_new_tokens=4, stop_at_eos=False)
+    assert all(sum(each) <= 64 or len(each) == 1 for each in counts), "one text may have a long prompt, several may not"
+    assert max(len(each) for each in counts) == 6, "and all of them go on together"
+    assert sum(map(sum, counts)) == sum(map(len, prompts)) + 6 * 3, "nobody ran twice"
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 64))
+def test_who_shares_a_pass(counts: list[int], most: int) -> None:
+    chosen = sharing(counts, most)
+    assert chosen[0] == 0, "whoever waited longest goes"
+    assert chosen == sorted(set(chosen))
+    total = sum(counts[place] for place in chosen)
+    assert total <= most or chosen == [0]
+    assert all(counts[place] + total > most for place in range(len(counts)) if place not in chosen and place > chosen[-1])

@@ -13,8 +13,8 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows, States
-from adi.model.openvino import OpenVinoBackbone, make, rows_are_invariant
-from adi.model.openvino.check import settle_rows
+from adi.model.openvino import OpenVinoBackbone, make
+from adi.model.openvino.check import merged_rows, rows_are_invariant, settle_rows
 from adi.model.openvino.pieces import LANES
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import LAYERS
@@ -132,3 +132,25 @@ def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
     backbone._pieces.wait()
     assert backbone._pieces.open == [backbone.least_rows], "full depth needs a lane for lone rows only"
     assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}
+
+
+def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
+    made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone = engine(made, "llama")
+    plain = backbone._forward
+
+    def long_passes_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
+        states = plain(rows, lo, hi, mlp, lane)
+        long = sum(len(r.ids) for r in rows) > 40
+        return [States(s.hidden_TD + 1e-3, s.before_TD, s.mlp_TF) for s in states] if long else states
+
+    assert merged_rows(backbone, tmp_path / "before") == 64
+    monkeypatch.setattr(backbone, "_forward", long_passes_differ)
+    assert merged_rows(backbone, tmp_path) == 32
+    monkeypatch.setattr(backbone, "_forward", plain)
+    assert merged_rows(backbone, tmp_path) == 32, "the note answers now"
+    (tmp_path / "rows.json").write_text('{"other": 3}')
+    logits = backbone.logits
+    monkeypatch.setattr(backbone, "logits", lambda hidden_TD: logits(hidden_TD) + 1e-6 * (hidden_TD.shape[0] > 8))
+    assert merged_rows(backbone, tmp_path) == LANES[-1]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import adi
 from adi.measure.risk import disagreement
 from adi.measure.told import tell
-from adi.prompts import read_prompts
+from adi.prompts import read_prompts, spread
 
 pytestmark = [
     pytest.mark.real,
@@ -156,6 +157,28 @@ def test_the_demo_says_identical() -> None:
 def compiled() -> adi.Model:
     pytest.importorskip("openvino")
     return adi.load("smollm2-135m", backend="openvino", precision="int8")
+
+
+def test_prompts_of_a_batch_have_the_states_that_they_have_alone(compiled: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of them are 304 rows, which in one pass take other kernels than a prompt of 60."""
+    states: dict[tuple[int, ...], Any] = {}
+    forward = compiled.backbone.forward
+
+    def noted(rows: Any, lo: int, hi: int, **options: Any) -> Any:
+        given = forward(rows, lo, hi, **options)
+        for each, found in zip(rows, given, strict=True):
+            if each.start == 0 and hi == compiled.backbone.spec.layers:
+                states[each.ids] = found.hidden_TD
+        return given
+
+    monkeypatch.setattr(compiled.backbone, "forward", noted)
+    prompts = [compiled.encode(item.prompt) for item in spread(read_prompts("bench"), 24)[16:]]
+    adi.generate_batch(compiled, prompts, max_new_tokens=1)
+    together = dict(states)
+    for prompt in prompts:
+        adi.generate(compiled, prompt, max_new_tokens=1)
+    assert set(together) == set(prompts)
+    assert all(torch.equal(together[prompt], states[prompt]) for prompt in prompts)
 
 
 @pytest.mark.parametrize("risk", [0.01, 0.02, 0.05, 0.1])

@@ -2,7 +2,8 @@
 
 Every sequence is an ordinary ``Session``. The driver collects what they need next and meets it together: the passes that
 begin at the lowest block first, so that sequences which lag catch up and share what lies above. Reading weights is most of
-the cost of a pass over few rows, so eight sequences in one pass cost little more than one.
+the cost of a pass over few rows, so eight sequences in one pass cost little more than one. Beyond some rows (64) a pass gains
+nothing more, and its kernels have other bits than a text alone gets: the sequences that waited longest go first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from adi.model.backbone import Backbone, MemoryFullError, as_tensor
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
 
-MERGED_ROWS = 64  # a pass of more rows (a prompt) keeps the processor busy alone, and would make the others wait
 NEXT_TOKENS = 32  # of each text, for which KV memory should be free when another enters
 
 
@@ -47,6 +47,7 @@ class _Member:
     work: Iterator[Pass | Score | Event] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     need: Pass | Score | None = None
+    met: int = 0  # how often its needs were
 
     def __post_init__(self) -> None:
         self.work = self.session.work()
@@ -193,25 +194,44 @@ def generate_batch(
     return list(texts.values())
 
 
+def sharing(counts: Sequence[int], most: int) -> list[int]:
+    """The places of those that share a pass (or a call of the head): as many as fit in ``most`` rows together, the first ones
+    before others, and the very first whatever it takes. At least one."""
+    chosen: list[int] = []
+    left = most
+    for place, count in enumerate(counts):
+        if not chosen or count <= left:
+            chosen.append(place)
+            left -= count
+    return chosen
+
+
 def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
-    """Meet the needs of some members; those may go on."""
-    wished = [(member, member.need) for member in active if isinstance(member.need, Score)]
+    """Meet the needs of some members, those first that were met least; these may go on."""
+    waiting = sorted(active, key=lambda member: member.met)
+    wished = [(member, member.need) for member in waiting if isinstance(member.need, Score)]
     scores = [(member, need) for member, need in wished if need.whole == wished[0][1].whole]
     if scores:
-        _score(backbone, scores)
-        return [member for member, _ in scores]
-    passes = [(member, member.need) for member in active if isinstance(member.need, Pass)]
+        chosen_scores = [scores[i] for i in sharing([len(need.raw_TD) for _, need in scores], backbone.spec.merged_rows)]
+        _score(backbone, chosen_scores)
+        return _went_on(chosen_scores)
+    passes = [(member, member.need) for member in waiting if isinstance(member.need, Pass)]
     if not passes:
         return []
     lo = min(need.lo for _, need in passes)
     lowest = [(member, need) for member, need in passes if need.lo == lo]
-    long = [pair for pair in lowest if len(pair[1].rows.ids) > MERGED_ROWS]
-    chosen = long[:1] or lowest
+    chosen = [lowest[i] for i in sharing([len(need.rows.ids) for _, need in lowest], backbone.spec.merged_rows)]
     hi = min(need.hi for _, need in chosen)
     shown = any(member.session.frontier.mlp for member, _ in chosen)
     states = backbone.forward([need.rows for _, need in chosen], lo, hi, mlp=shown)
     for (member, need), left in zip(chosen, states, strict=True):
         member.session.answer((replace(need, hi=hi), left))
+    return _went_on(chosen)
+
+
+def _went_on(chosen: Sequence[tuple[_Member, Pass | Score]]) -> list[_Member]:
+    for member, _ in chosen:
+        member.met += 1
     return [member for member, _ in chosen]
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adi.decoding.batch import sharing
 from adi.exits.artifact import Exits
 from adi.exits.signals import Measured, Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows
 
 TOGETHER = 16  # texts in a pass
-CHUNK_ROWS = 48  # of a text: so few rows give the bits that they give alone, where an engine's rows do not depend on each other
+CHUNK_ROWS = 48  # of a text in a pass
 HEAD_ROWS = 64
 READ: dict[str, Callable[[Prediction | Measured], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
 
@@ -89,7 +90,8 @@ def _states(backbone: Backbone, texts: Sequence[Text], depths: Sequence[int]) ->
     begun = [0] * len(texts)
     ends = [len(prompt) for prompt, _ in texts]
     try:
-        while live := [i for i in range(len(texts)) if begun[i] < ends[i]]:
+        while waiting := [i for i in range(len(texts)) if begun[i] < ends[i]]:
+            live = [waiting[j] for j in sharing([ends[i] - begun[i] for i in waiting], backbone.spec.merged_rows)]
             hidden: list[Tensor | None] = [None] * len(live)
             lo = 0
             for hi in depths:

@@ -27,6 +27,9 @@ class NoDistributionError(ValueError):
     """What a network gives holds NaN or infinity, and says nothing."""
 
 
+MERGED_ROWS = 64
+
+
 class MemoryFullError(ValueError):
     """A pass for which no KV memory is left; nothing of it has run, and it may be tried again when a sequence has ended."""
 
@@ -38,7 +41,8 @@ class Spec:
     ``stops`` are the depths (numbers of blocks run) at which the engine can hand out states, the last one being
     ``layers``. ``context`` is the longest sequence in tokens, None when the model sets no limit. ``fingerprint`` names
     the weights, whatever precision they run in. ``row_invariant`` says whether a row's bits were found not to depend on how
-    many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked.
+    many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked. Of several texts at
+    most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too).
     """
 
     name: str
@@ -53,6 +57,7 @@ class Spec:
     precision: str
     device: str
     row_invariant: bool | None = None
+    merged_rows: int = MERGED_ROWS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adi.files import read_json, write_json
 from adi.machine import processor_hash
-from adi.model.backbone import Rows
+from adi.model.backbone import MERGED_ROWS, Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.pieces import LANES
 from adi.model.openvino.pool import PagedCache
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_ROWS = 9
+MERGED = (MERGED_ROWS, 32, 16)  # of several texts in one pass; to be found fit, or else as many as the longest lane has
 PAST = 28  # so that rows cross from the first block of KV memory into the second
 SEED = 0
 
@@ -91,6 +92,38 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
             write_json(note, found)
     backbone.least_rows = max(1, found[machine])
     return bool(found[machine] > 0)
+
+
+def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
+    """How many rows of two texts may share a pass and keep the bits that they have apart: found once on each kind of machine,
+    with ``least_rows`` settled, and kept beside the export."""
+    note = folder / "rows.json"
+    found = read_json(note, "note about row invariance") if note.exists() else {}
+    found = found if isinstance(found, dict) else {}
+    machine = f"{processor_hash('merged')}-{backbone.threads}"
+    if found.get(machine) not in (*MERGED, LANES[-1]):
+        found[machine] = next((most for most in MERGED if _alike_apart(backbone, most)), LANES[-1])
+        with contextlib.suppress(OSError):
+            write_json(note, found)
+    return int(found[machine])
+
+
+def _alike_apart(backbone: OpenVinoBackbone, rows: int) -> bool:
+    """Whether so many rows, two prompts, have the same states and logits together and apart."""
+    import torch
+
+    rng, context = random.Random(SEED), backbone.spec.context or rows
+    counts = (min(rows - rows // 3, context), min(rows // 3, context))
+    texts = [tuple(rng.randrange(backbone.spec.vocabulary) for _ in range(count)) for count in counts]
+
+    def states(*which: tuple[int, ...]) -> list[Tensor]:
+        given = [Rows(backbone.new_cache(), 0, text, None) for text in which]
+        return [part.hidden_TD for part in backbone.forward(given, 0, backbone.spec.layers)]
+
+    apart_TD, together_TD = torch.cat([*states(texts[0]), *states(texts[1])]), torch.cat(states(*texts))
+    if not torch.equal(apart_TD, together_TD):
+        return False
+    return torch.equal(torch.cat([backbone.logits(row_D[None]) for row_D in apart_TD]), backbone.logits(apart_TD))
 
 
 def _least_rows(backbone: OpenVinoBackbone) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.model.openvino import store
-from adi.model.openvino.check import settle_rows
+from adi.model.openvino.check import merged_rows, settle_rows
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.sources import quiet_transformers
 
@@ -80,6 +80,7 @@ def opened_before(
 
 def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
     backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
-    backbone.spec = replace(backbone.spec, row_invariant=settle_rows(backbone, folder))
+    invariant = settle_rows(backbone, folder)
+    backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder))
     backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model
     return backbone
