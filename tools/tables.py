@@ -1,4 +1,4 @@
-"""Fill the tables in README.md and docs/gemma.md from exits and the files in docs/results (``make tables``)."""
+"""Fill the tables in README.md, docs/limits.md and docs/gemma.md from exits and the files in docs/results (``make tables``)."""
 
 from __future__ import annotations
 
@@ -103,12 +103,14 @@ def _middle(value: Any) -> float:
 def habits_table() -> str:
     """Tokens per full pass as the same kinds of task come again, and of unrelated ones between them."""
     found: dict[str, Any] = json.loads((RESULTS / "habits.json").read_text())
-    rows = ["| asked for the | same kind, with habits | same kind, without | unrelated, with | unrelated, without |"]
-    rows.append("|---|---:|---:|---:|---:|")
+    rows = ["| time | same kind: with habits | without | ratio | unrelated: with | without | ratio |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|")
     for row in found["by_time"]:
-        if row["time"] in (1, 2, 4, 8):
-            cells = [row[f"{kind}_{way}"] for kind in ("same", "unrelated") for way in ("habits", "none")]
-            rows.append(f"| {row['time']}. time | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        cells = [row["time"]]
+        for kind in (row["same"], row["unrelated"]):
+            ratio = f"{kind['ratio']:.2f} ({kind['low']:.2f} to {kind['high']:.2f})"
+            cells += [f"{kind['habits']:.2f}", f"{kind['none']:.2f}", ratio]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\n`python tools/habit.py`: {found['tokens']} tokens at most each, {found['precision']}."
 
 
@@ -170,6 +172,41 @@ def drafter_table(file: Path) -> str:
     return "\n".join(rows) + f"\n\nEach step where those before it agreed. {what}"
 
 
+def bound_table() -> str:
+    """Costs and acceptance, and what they allow at best."""
+    found: dict[str, Any] = json.loads((RESULTS / "bound.json").read_text())
+    names = [row["precision"] for row in found["precisions"]]
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("a pass of 1, 2, 3, 4, 8 rows, ms", lambda r: ", ".join(f"{1e3 * r['pass_seconds'][n]:.1f}" for n in "12348")),
+        ("1, 2, 3 steps of the drafter, ms", lambda r: ", ".join(f"{1e3 * seconds:.1f}" for seconds in r["draft_seconds"])),
+        ("drafts right at steps 1 to 5", lambda r: ", ".join(f"{share:.0%}" for share in r["agreement_by_step"])),
+        ("the drafter alone, at best", lambda r: f"{r['gain']:.2f} x, with {r['drafts']} drafts"),
+        (f"for {found['wanted']} x, all steps right more often by", lambda r: _points(r["needed_points"])),
+    ]
+    rows = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    rows += [f"| {name} | " + " | ".join(say(row) for row in found["precisions"]) + " |" for name, say in lines]
+    where = ", ".join(filter(None, (found.get("processor"), found["machine"])))
+    positions = " and ".join(f"{row['positions']:,}" for row in found["precisions"])
+    about = f"`{found['command']}`: {positions} tokens of greedy answers to the bench prompts, {where}."
+    return "\n".join(rows) + f"\n\n{about} A step counts where those before it were right."
+
+
+def _points(needed: float | None) -> str:
+    return "never" if needed is None else f"{100 * needed:.0f} points"
+
+
+def bound_categories() -> str:
+    """First drafts, and accepted in a row, by category."""
+    found: dict[str, Any] = json.loads((RESULTS / "bound.json").read_text())["precisions"]
+    rows = ["| | " + " | ".join(f"{r['precision']}: first right | in a row, of 5" for r in found) + " |"]
+    rows.append("|---|" + "---:|---:|" * len(found))
+    for kind in found[0]["by_category"]:
+        each = [r["by_category"][kind] for r in found]
+        cells = " | ".join(f"{e['agreement_by_step'][0]:.0%} | {e['accepted_in_a_row']:.2f}" for e in each)
+        rows.append(f"| {kind} | {cells} |")
+    return "\n".join(rows)
+
+
 def if_measured(table: Callable[[], str], needs: Path) -> Callable[[], str]:
     """The table, or a word that its file is not there yet."""
     return lambda: table() if needs.exists() else f"*Not measured yet: {needs.name} is missing.*"
@@ -181,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fp32": lambda: bench_table("fp32.json"),
     "bf16": lambda: bench_table("bf16.json", "verified"),
     "ttft": lambda: bench_table("ttft.json"),
+    "ttft-avx2": lambda: bench_table("ttft_avx2.json"),
     "peers": lambda: bench_table("peers.json", "verified"),
     "ladder": lambda: bench_table("ladder.json", "verified"),
     "ladder-avx2": lambda: bench_table("ladder_avx2.json", "verified"),
@@ -198,7 +236,12 @@ GEMMA = {
     "quality": (lambda: quality_table("gemma_quality.json"), RESULTS / "gemma_quality.json"),
     "bench": (lambda: bench_table("gemma.json", "verified"), RESULTS / "gemma.json"),
 }
+LIMITS = {
+    "bound": (bound_table, RESULTS / "bound.json"),
+    "bound-categories": (bound_categories, RESULTS / "bound.json"),
+}
 PAGES = {
+    ROOT / "docs" / "limits.md": {name: if_measured(*parts) for name, parts in LIMITS.items()},
     ROOT / "README.md": TABLES,
     ROOT / "docs" / "gemma.md": {name: if_measured(*parts) for name, parts in GEMMA.items()},
 }

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from adi.decoding.costs import Costs
 from adi.exits.memory import Recall
@@ -125,9 +125,9 @@ class Controller:
             if not drafts:
                 continue
             if reachable > rate:
-                best, rate = replace(offer, drafts=drafts), reachable
+                best, rate = Choice(offer.level, drafts, offer.recall), reachable
             elif reachable <= plain and best.level == "full" and self._may_look(offer.source):
-                best = replace(offer, drafts=1)
+                best = Choice(offer.level, 1, offer.recall)
         if best.level == "full":
             self._spend(0.0, 1)
         else:
@@ -157,29 +157,33 @@ class Controller:
     def _plan(self, offer: Choice) -> tuple[int, float]:
         """The number of drafts that gives most, and the tokens per second that it gives."""
         best, most, tokens, reach = 0, 0.0, 1.0, 1.0
-        limit = LOSS * self.costs.rows(1) - self._lost + self.costs.rows(1)
-        for drafts, share in zip(range(1, offer.drafts + 1), self._acceptances(offer), strict=False):
-            seconds = self.costs.rows(drafts + 1) + self.costs.drafting(drafts if offer.recall is None else 0)
+        passes = self.costs.passes(offer.drafts + 1)
+        limit = (1 + LOSS) * passes[1] - self._lost
+        for drafts, share in enumerate(self._acceptances(offer), 1):
+            seconds = passes[drafts + 1]
+            if offer.recall is None:
+                seconds += self.costs.drafting(drafts)
             reach *= share
             if seconds > limit or (reach < HOPELESS and drafts > 1):
                 break
             tokens += reach
-            if tokens / seconds > most:
+            if tokens > most * seconds:
                 best, most = drafts, tokens / seconds
+            elif tokens + reach * (offer.drafts - drafts) <= most * seconds:
+                break  # were all the others right, they would not be worth their rows
         return best, most
 
-    def _acceptances(self, offer: Choice) -> Iterator[float]:
-        """Of one draft after the other, those before it given."""
-        if offer.recall is None:
-            yield from self._guesses()
-            return
-        trust = self._trust[offer.source].value
-        if offer.recall.shares:
-            drafts = range(1, len(offer.recall.shares) + 1)
-            yield from (min(0.98, self._run(offer.recall, draft).value * trust) for draft in drafts)
-            return
-        yield min(0.98, self._run(offer.recall, 1).value * trust)
-        yield from itertools.repeat(min(0.98, self._run(offer.recall, 2).value * trust))
+    def _acceptances(self, offer: Choice) -> Iterable[float]:
+        """Of one draft after the other, those before it given; for all drafts of the offer."""
+        recall, drafts = offer.recall, offer.drafts
+        if recall is None:
+            return itertools.islice(self._guesses(), drafts)
+        trust = self._trust[recall.source].value
+        if recall.shares:
+            runs = (self._run(recall, draft).value for draft in range(1, min(drafts, len(recall.shares)) + 1))
+            return (min(0.98, share * trust) for share in runs)
+        first, later = (min(0.98, self._run(recall, draft).value * trust) for draft in (1, 2))
+        return [first, *[later] * (drafts - 1)][:drafts]
 
     def _run(self, recall: Recall, draft: int) -> Share:
         if recall.shares:
@@ -190,9 +194,9 @@ class Controller:
             priors = known.get(recall.source, known["habits"])
             place = min(recall.matched, len(priors) - 1)
         key = (recall.source, place, draft == 1)
-        if key not in self._shares:
-            self._shares[key] = Share(priors[place])
-        return self._shares[key]
+        if (share := self._shares.get(key)) is None:
+            share = self._shares[key] = Share(priors[place])
+        return share
 
     def _guesses(self) -> Iterator[float]:
         """Before the drafter has spoken: how often its first, second, ... draft in a row was accepted, those before it given.
@@ -201,7 +205,9 @@ class Controller:
         """
         share, trust = GUESSED, self._trust["drafter"].value
         for place in itertools.count(1):
-            share = self._steps.setdefault(place, Share(share)).given(share)
+            if (known := self._steps.get(place)) is None:
+                known = self._steps[place] = Share(share)
+            share = known.given(share)
             yield min(0.98, share * trust)
 
     def believed(self, confidence: float) -> float:
@@ -219,17 +225,21 @@ class Controller:
 
         Or several more: where passes cost the same up to some number of rows, the first beyond it pays for all that follow.
         """
-        drafts, reach = len(confidences), 1.0
+        drafts, reach, gain = len(confidences), 1.0, 0.0
+        trust = self._trust["drafter"].value
         for confidence in confidences:
-            reach *= self.believed(confidence)
-        gain, made, there = 0.0, self.costs.drafting(drafts), self.costs.rows(drafts + 1)
-        guesses = itertools.islice(self._guesses(), drafts, None)
-        for more, share in zip(range(1, max(1, LONGEST_CHAIN - drafts) + 1), guesses, strict=False):
+            reach *= min(0.98, self._bin(confidence).value * trust)
+        passes, drafting, longest = self.costs.passes(LONGEST_CHAIN + 1), self.costs.drafting, max(LONGEST_CHAIN, drafts + 1)
+        done = passes[drafts + 1] + drafting(drafts)
+        for place, share in enumerate(self._guesses(), 1):
+            if place <= drafts:
+                continue
             reach *= share
             gain += reach
-            seconds = self.costs.rows(drafts + more + 1) - there + self.costs.drafting(drafts + more) - made
-            if gain > self._rate * seconds:
-                return self._affords("drafter", drafts + more)
+            if gain > self._rate * (self.costs.rows(place + 1) + drafting(place) - done):
+                return self._affords("drafter", place)
+            if place >= longest:
+                return False
         return False
 
     def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ ENGINES = 5  # to be raised when passes come to cost something else, so that tab
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LATELY = 0.1  # weight of one more measurement during use
 FADING = 0.995  # of what was learned of each number of rows, with every measurement
+USUAL_ROWS = 16  # numbers of rows that a controller thinks of
 PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
 OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
 FIRST, FURTHER = "first", "further"
@@ -74,37 +75,64 @@ class Costs:
     """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
     it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
     so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
-    ``lately`` follows what use measures."""
+    ``lately`` follows what use measures. A controller asks some forty times a round: what it asks for is worked out once for a
+    round and kept."""
 
     pass_seconds: dict[int, float]
     draft_seconds: float = 0.0
     further_seconds: float | None = None
     position_seconds: dict[int, float] = field(default_factory=dict)
     lately: Lately = field(default_factory=Lately)
-    _at: int = PAST
-    _table: dict[int, float] = field(default_factory=dict)
+    _beyond: int = 0  # positions past ``PAST``
+    _passes: list[float] = field(default_factory=list, compare=False, repr=False)
+    _steps: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+    _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
 
     def stand(self, length: int) -> None:
         """From now on passes come after so many positions."""
-        self._at = length
-        self._table.clear()
+        self._beyond = max(0, length - PAST)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._passes.clear()
+        self._steps.clear()
 
     def rows(self, count: int) -> float:
         """Seconds of a pass of so many rows; between measured numbers, and beyond them, straight lines."""
-        if (known := self._table.get(count)) is None:
-            known = self._table[count] = self._plain(count) * self.lately.of(count)
+        return self.passes(count)[count]
+
+    def passes(self, most: int) -> Sequence[float]:
+        """The same for all numbers of rows up to ``most`` at least, by that number."""
+        known = self._passes
+        if len(known) <= most:
+            most = max(most, USUAL_ROWS)
+            known[:] = [self._plain(rows) for rows in range(most + 1)]
+            for bits in range(1, most.bit_length() + 1):  # the factor is one for all numbers of so many bits
+                factor = self.lately.of(1 << bits - 1)
+                for rows in range(1 << bits - 1, min(1 << bits, most + 1)):
+                    known[rows] *= factor
         return known
 
     def _plain(self, count: int) -> float:
-        more = _between(self.position_seconds, count) * max(0, self._at - PAST) if self.position_seconds else 0.0
-        return _between(self.pass_seconds, count) + more
+        """By the table: the seconds of a pass after ``PAST`` positions, and more for those beyond."""
+        if len(self._lines) <= count:
+            self._line_up(count)
+        seconds, each = self._lines[count]
+        return seconds + each * self._beyond
+
+    def _line_up(self, most: int) -> None:
+        for rows in range(len(self._lines), most + 1):
+            each = _between(self.position_seconds, rows) if self.position_seconds else 0.0
+            self._lines.append((_between(self.pass_seconds, rows), each))
 
     def drafting(self, steps: int) -> float:
         """Seconds of so many steps of the drafter in a row."""
         if not steps:
             return 0.0
-        further = self._further * self.lately.of_step(FURTHER) if steps > 1 else 0.0
-        return self.draft_seconds * self.lately.of_step(FIRST) + (steps - 1) * further
+        if (known := self._steps.get(steps)) is None:
+            further = self._further * self.lately.of_step(FURTHER) if steps > 1 else 0.0
+            known = self._steps[steps] = self.draft_seconds * self.lately.of_step(FIRST) + (steps - 1) * further
+        return known
 
     @property
     def _further(self) -> float:
@@ -117,17 +145,18 @@ class Costs:
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
         self.lately.passed(rows, seconds / (self._plain(rows) * self.lately.of(rows)))  # others may have taught it since
-        self._table.clear()
+        self._forget()
 
     def drafted(self, seconds: float, first: bool = True) -> None:
         """A drafter's step was timed in use, the first after a pass or a further one."""
         name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
         if table > 0:
             self.lately.stepped(name, seconds / (table * self.lately.of_step(name)))
+            self._steps.clear()
 
     def copy(self) -> Costs:
         """For one sequence, at a place of its own; what use teaches is shared."""
-        return replace(self, _table={})
+        return replace(self, _passes=[], _steps={})
 
 
 def _between(known: Mapping[int, float], count: int) -> float:
