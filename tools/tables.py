@@ -180,7 +180,7 @@ def bound_table() -> str:
         ("a pass of 1, 2, 3, 4, 8 rows, ms", lambda r: ", ".join(f"{1e3 * r['pass_seconds'][n]:.1f}" for n in "12348")),
         ("1, 2, 3 steps of the drafter, ms", lambda r: ", ".join(f"{1e3 * seconds:.1f}" for seconds in r["draft_seconds"])),
         ("drafts right at steps 1 to 5", lambda r: ", ".join(f"{share:.0%}" for share in r["agreement_by_step"])),
-        ("the drafter alone, at best", lambda r: f"{r['gain']:.2f} x, with {r['drafts']} drafts"),
+        ("the drafter alone, at best", lambda r: f"{r['gain']:.2f} x, with {r['drafts']} draft{'s' * (r['drafts'] != 1)}"),
         (f"for {found['wanted']} x, all steps right more often by", lambda r: _points(r["needed_points"])),
     ]
     rows = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
