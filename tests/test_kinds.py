@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import adi
 from adi.cli.train import _categories
@@ -78,8 +80,13 @@ def test_exits_and_drafter_are_told_by_category(tiny_model: adi.Model, tmp_path:
         assert set(row["by_category"]) == {"dogs", "foxes"}
         assert min(row["by_category"].values()) - 1e-4 <= row["agreement"] <= max(row["by_category"].values()) + 1e-4
     assert set(report["drafter"]["by_category"]) == {"dogs", "foxes"}
-    table = _categories(report)
-    assert table is not None
-    assert [column.header for column in table.columns][-2:] == ["depth 2", "depth 4"]
-    assert table.row_count == 2
-    assert _categories({"depths": [{"depth": 2}], "drafter": {}}) is None, "exits made before"
+    tables = _categories(report)
+    assert [[column.header for column in table.columns][1:] for table in tables] == [
+        ["tokens", "1", "2", "3", "4", "5", "in a row"],
+        ["2", "4"],
+    ]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(*tables)
+    assert shown.getvalue().count("dogs") == shown.getvalue().count("foxes") == 2
+    assert "\u2026" not in shown.getvalue(), "nothing is cut off"
+    assert _categories({"depths": [{"depth": 2}], "drafter": {}}) == [], "exits made before"

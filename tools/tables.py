@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,13 @@ def bench_table(file: str, mode: str = "full") -> str:
     return "\n".join(rows) + "\n\n" + "\n".join(notes)
 
 
-def categories_table() -> str:
-    """Verified against full depth and against full depth with prompt lookup, by kind of prompt."""
-    found: dict[str, Any] = json.loads((RESULTS / "ladder.json").read_text())
+def categories_table(file: str = "ladder.json", modes: Sequence[str] = ("full", "lookup"), peers: Sequence[str] = ()) -> str:
+    """Verified against full depth and other modes at the same precision, and against peers, by kind of prompt."""
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text())
     ratios = {(ratio["a"], ratio["b"]): ratio for ratio in found["ratios"]}
-    pairs = [(f"adi:verified:{p}", f"adi:{mode}:{p}") for p in ("int4", "int8", "fp32") for mode in ("full", "lookup")]
+    pairs = [
+        (f"adi:verified:{p}", b) for p in ("int4", "int8", "fp32") for b in (*(f"adi:{mode}:{p}" for mode in modes), *peers)
+    ]
     shown = [pair for pair in pairs if pair in ratios]
     kinds = sorted(ratios[shown[0]]["per_category"])
     rows = ["| | " + " | ".join(f"`{a}` / `{b}`" for a, b in shown) + " |", "|---|" + "---:|" * len(shown)]
@@ -223,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder": lambda: bench_table("ladder.json", "verified"),
     "ladder-avx2": lambda: bench_table("ladder_avx2.json", "verified"),
     "categories": categories_table,
+    "categories-avx2": lambda: categories_table("ladder_avx2.json", ("full", "static"), ("llama.cpp",)),
     "habits": habits_table,
     "quality": quality_table,
     "batch": batch_table,

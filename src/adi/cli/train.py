@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ COLUMNS = (
     TimeRemainingColumn(),
     TextColumn("{task.fields[note]}"),
 )
+STEPS_SHOWN = 5
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
@@ -101,7 +102,7 @@ def _report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(_table(report))
     if "drafter" in report:
         console.print(_drafter(report["drafter"]), highlight=False)
-    if (table := _categories(report)) is not None:
+    for table in _categories(report):
         console.print(table)
 
 
@@ -138,24 +139,33 @@ def _drafter(judged: dict[str, Any]) -> str:
     )
 
 
-def _categories(report: Mapping[str, Any]) -> Table | None:
-    """Agreement by category of prompt: the drafter's steps, and the exits of each depth. None where no category is known."""
+def _categories(report: Mapping[str, Any]) -> list[Table]:
+    """By category of prompt: how often the drafter is right at its steps, and the exits at their depths; where any is known."""
     drafts = report.get("drafter", {}).get("by_category", {})
+    steps = {kind: [f"{share:.0%}" for share in judged["agreement_by_step"]] for kind, judged in drafts.items()}
+    judged = {
+        kind: [str(found["positions"]), *steps[kind], f"{found['accepted_in_a_row']:.2f}"] for kind, found in drafts.items()
+    }
     depths = {row["depth"]: row.get("by_category", {}) for row in report["depths"]}
-    kinds = sorted({*drafts, *(kind for found in depths.values() for kind in found)})
-    if len(kinds) < 2:
-        return None
-    table = Table(title="Agreement by kind of prompt", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for name in ("held-out\ntokens", "draft 1", "draft 2", "draft 3", "in a row\nof 5", *(f"depth {d}" for d in depths)):
+    kinds = sorted({kind for found in depths.values() for kind in found})
+    agreed = {kind: [f"{found[kind]:.0%}" if kind in found else "" for found in depths.values()] for kind in kinds}
+    names = ("tokens", *map(str, range(1, STEPS_SHOWN + 1)), "in a row")
+    tables = [("Drafter, by kind of prompt and step", names, judged), ("Exits, by kind of prompt and depth", depths, agreed)]
+    return [_by_kind(title, map(str, columns), rows) for title, columns, rows in tables if rows]
+
+
+def _drafted(found: Mapping[str, Any]) -> list[str]:
+    shares = [f"{share:.0%}" for share in found["agreement_by_step"]]
+    return [str(found["positions"]), *shares, f"{found['accepted_in_a_row']:.2f}"]
+
+
+def _by_kind(title: str, columns: Iterable[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for kind in kinds:
-        judged = drafts.get(kind)
-        steps = ["", "", "", "", ""]
-        if judged is not None:
-            shares = [f"{share:.0%}" for share in judged["agreement_by_step"][:3]]
-            steps = [str(judged["positions"]), *shares, f"{judged['accepted_in_a_row']:.2f}"]
-        table.add_row(kind, *steps, *("" if kind not in found else f"{found[kind]:.0%}" for found in depths.values()))
+    for kind, cells in rows.items():
+        table.add_row(kind, *cells)
     return table
 
 
