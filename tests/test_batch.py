@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adi
-from adi.decoding.batch import _Member, sharing
+from adi.decoding.batch import _meet, _Member, sharing
+from adi.decoding.frontier import Pass
+from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from families import VOCABULARY, tiny
 
@@ -203,3 +207,19 @@ def test_who_shares_a_pass(counts: list[int], most: int) -> None:
     total = sum(counts[place] for place in chosen)
     assert total <= most or chosen == [0]
     assert all(counts[place] + total > most for place in range(len(counts)) if place not in chosen and place > chosen[-1])
+
+
+def test_nobody_waits_for_the_end_of_others() -> None:
+    """Rows for two of four that all want one: each has its turn, also those that have been there for long."""
+    spec = SimpleNamespace(merged_rows=2)
+    backbone: Any = SimpleNamespace(spec=spec, forward=lambda rows, lo, hi, mlp: [None] * len(rows))
+    served: Counter[int] = Counter()
+
+    def member(index: int, met: int) -> Any:
+        session = SimpleNamespace(frontier=SimpleNamespace(mlp=False), answer=lambda value: served.update([index]))
+        return SimpleNamespace(session=session, met=met, need=Pass(Rows(None, 5, (1,), None), 0, 4))
+
+    members = [member(0, 500), member(1, 499), member(2, 500), member(3, 0)]
+    for turn in range(1, 21):
+        assert len(_meet(backbone, members)) == 2
+        assert max(served[i] for i in range(4)) - min(served[i] for i in range(4)) <= 1, turn

@@ -47,7 +47,7 @@ class _Member:
     work: Iterator[Pass | Score | Event] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     need: Pass | Score | None = None
-    met: int = 0  # how often its needs were
+    met: int = 0  # when a need of it was last met, by a clock of the batch
 
     def __post_init__(self) -> None:
         self.work = self.session.work()
@@ -207,14 +207,14 @@ def sharing(counts: Sequence[int], most: int) -> list[int]:
 
 
 def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
-    """Meet the needs of some members, those first that were met least; these may go on."""
+    """Meet the needs of some members, those first that have waited longest; these may go on."""
     waiting = sorted(active, key=lambda member: member.met)
     wished = [(member, member.need) for member in waiting if isinstance(member.need, Score)]
     scores = [(member, need) for member, need in wished if need.whole == wished[0][1].whole]
     if scores:
         chosen_scores = [scores[i] for i in sharing([len(need.raw_TD) for _, need in scores], backbone.spec.merged_rows)]
         _score(backbone, chosen_scores)
-        return _went_on(chosen_scores)
+        return _went_on(chosen_scores, active)
     passes = [(member, member.need) for member in waiting if isinstance(member.need, Pass)]
     if not passes:
         return []
@@ -226,12 +226,13 @@ def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
     states = backbone.forward([need.rows for _, need in chosen], lo, hi, mlp=shown)
     for (member, need), left in zip(chosen, states, strict=True):
         member.session.answer((replace(need, hi=hi), left))
-    return _went_on(chosen)
+    return _went_on(chosen, active)
 
 
-def _went_on(chosen: Sequence[tuple[_Member, Pass | Score]]) -> list[_Member]:
+def _went_on(chosen: Sequence[tuple[_Member, Pass | Score]], active: Sequence[_Member]) -> list[_Member]:
+    now = 1 + max(member.met for member in active)
     for member, _ in chosen:
-        member.met += 1
+        member.met = now
     return [member for member, _ in chosen]
 
 
