@@ -1,10 +1,11 @@
 """Kinds of drafters on the same text and budget: agreement of the first draft with the full model's greedy token.
 
-``python tools/drafter_study.py SHARDS docs/results/drafters.json [POSITIONS]``: SHARDS is a folder of talk (``adi tune --talk``
-leaves one in its work folder). Every kind sees each position once, one step ahead, in the same order, and is judged on the
-model's own greedy answers to bench prompts. The network is that of ``adi.exits.drafter``, one gated MLP that begins as the
+``python tools/drafter_study.py SHARDS docs/results/drafters.json [POSITIONS [PASSES]]``: SHARDS is a folder of talk (``adi tune
+--talk`` leaves one in its work folder). Every kind sees each position once, one step ahead, in the same order, and is judged on
+the model's own greedy answers to bench prompts. The network is that of ``adi.exits.drafter``, one gated MLP that begins as the
 model's own last one, with other inputs; *jump* runs trained copies of the last blocks on the shallow state, over the exact keys
-and values of the positions before it. Kinds that are in the file already are not trained again.
+and values of the positions before it. Kinds that are in the file already are not trained again. With PASSES above one: so many
+passes over the text, and only the kinds that differ in the deep state they read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from adi.training.fit import schedule
 from adi.training.tracks import read_tracks
 
 LAYERS = 30
-SHALLOW, DEEP = (0, 2, 4, 8), (20, 28, 29, LAYERS)  # states kept; the last one is normed, as drafters read it
+SHALLOW, DEEP = (0, 2, 4, 8), (12, 16, 20, 24, 28, 29, LAYERS)  # states kept; the last one is normed, as drafters read it
 BENCH, ANSWER = 40, 96
 PROMPT_WEIGHT, RATE, JUMP_RATE = 0.3, 1e-3, 5e-4
 UPDATE = 192  # positions
@@ -65,6 +66,14 @@ KINDS = (
     Kind("jump from depth 0 into the last two blocks", 0, (), jump=2),
     Kind("jump from depth 4 into the last block", 4, (), jump=1),
     Kind("shortlist 8192", shortlist=8192),
+)
+STATES = (  # once more for which deep state to feed, with more passes over the same text
+    Kind("state at depth 30 (as shipped)"),
+    Kind("state at depth 20", deep=(20,)),
+    Kind("state at depth 16", deep=(16,)),
+    Kind("state at depth 24", deep=(24,)),
+    Kind("states at depths 20 and 30", deep=(20, LAYERS)),
+    Kind("state at depth 12", deep=(12,)),
 )
 
 
@@ -216,7 +225,7 @@ def texts_of(hf: Any, folder: Path, positions: int) -> list[Text]:
     return found
 
 
-def main(folder: Path, out: Path, positions: int) -> None:
+def main(folder: Path, out: Path, positions: int, passes: int) -> None:
     torch.set_num_threads(2)
     model = adi.load("smollm2-135m", backend="hf")
     hf: Any = model.backbone.model  # type: ignore[attr-defined]
@@ -230,15 +239,15 @@ def main(folder: Path, out: Path, positions: int) -> None:
         bench.append(read(hf, ids_T, torch.arange(len(ids_T)) >= len(g.prompt_ids) - 1))
     counts = torch.bincount(torch.cat([t.ids_T[t.answer_T] for t in talk]), minlength=hf.config.vocab_size)
     often = counts.argsort(descending=True, stable=True)
-    about = circumstances(f"python tools/drafter_study.py {folder.name} {out} {positions}", items)
+    about = circumstances(f"python tools/drafter_study.py {folder.name} {out} {positions} {passes}", items)
     rows: list[dict[str, Any]] = read_json(out, "study")["kinds"] if out.exists() else []
     readout = model.backbone.readout()
-    for kind in KINDS:
+    for kind in KINDS if passes == 1 else STATES:
         if any(row["name"] == kind.name for row in rows):
             continue
         among = shortlist(readout, often[: kind.shortlist].sort().values)
         begun = time.perf_counter()
-        net = train(kind, hf, among, talk)
+        net = train(kind, hf, among, talk * passes)
         known = torch.isin(torch.cat([t.greedy_T[t.answer_T] for t in bench]), among.ids_S).float().mean()
         rows.append(
             {
@@ -249,8 +258,11 @@ def main(folder: Path, out: Path, positions: int) -> None:
             }
         )
         print(rows[-1], flush=True)
-        write_json(out, {"format": "adi-drafters", "version": 1, **about, "positions": positions, "kinds": rows})
+        write_json(
+            out, {"format": "adi-drafters", "version": 1, **about, "positions": positions, "passes": passes, "kinds": rows}
+        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 150_000)
+    numbers = [int(given) for given in sys.argv[3:]]
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *(numbers + [150_000, 1][len(numbers) :]))
