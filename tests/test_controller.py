@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from adi.decoding.controller import Controller, bin_of
+from adi.decoding.controller import HOPELESS, LOSS, Choice, Controller, bin_of
 from adi.decoding.costs import Costs
 from adi.exits.memory import Recall
 
@@ -151,3 +153,41 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
 
 def test_bins_are_tenths() -> None:
     assert [bin_of(p) for p in (-1, 0, 0.05, 0.1, 0.55, 0.999, 1.0)] == [0, 0, 0, 1, 5, 9, 9]
+
+
+def planned_plainly(controller: Controller, offer: Choice) -> tuple[int, float]:
+    """The obvious way to plan: every number of drafts, none left out."""
+    costs, one = controller.costs, controller.costs.rows(1)
+    best, most, tokens, reach = 0, 0.0, 1.0, 1.0
+    for drafts, share in enumerate(list(controller._acceptances(offer)), 1):
+        seconds = costs.rows(drafts + 1) + (costs.drafting(drafts) if offer.recall is None else 0.0)
+        reach *= share
+        if seconds > (1 + LOSS) * one - controller._lost or (reach < HOPELESS and drafts > 1):
+            break
+        tokens += reach
+        if tokens / seconds > most:
+            best, most = drafts, tokens / seconds
+    return best, most
+
+
+@given(
+    st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16),
+    st.floats(0.0, 2.0),
+    st.sampled_from(["context", "habits"]),
+    st.integers(1, 8),
+    st.lists(st.floats(0.0, 1.0), max_size=8),
+    st.integers(0, 15),
+    st.lists(st.booleans(), max_size=30),
+)
+def test_planning_gives_up_only_what_could_not_pay(steps, draft, source, matched, shares, most, past) -> None:
+    costs = Costs({rows: 5.0 + sum(steps[:rows]) for rows in range(1, 17)}, draft)
+    controller = Controller(costs)
+    recalls = [Recall((1,) * 15, matched, source), Recall((1,) * len(shares), matched, "answers", tuple(shares))]
+    offers = [Choice("memory", min(len(recall.tokens), most), recall) for recall in recalls if recall.tokens]
+    offers.append(Choice("drafter", min(6, most)))
+    for right in past:
+        for offer in offers:
+            if offer.drafts:
+                controller.judged(Choice(offer.level, 1, offer.recall), [0.5], 1, int(right))
+    for offer in offers:
+        assert controller._plan(offer) == pytest.approx(planned_plainly(controller, offer))

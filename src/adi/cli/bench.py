@@ -130,7 +130,8 @@ def _pair(text: str) -> tuple[int, int]:
         depth, draft_tokens = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
-    _at_least_one(static=draft_tokens)
+    if depth < 0 or draft_tokens < 1:
+        raise ValueError(f"--static is {text}; the depth must be at least 0 (the drafter), the number of drafts at least 1.")
     return depth, draft_tokens
 
 

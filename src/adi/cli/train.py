@@ -26,7 +26,6 @@ COLUMNS = (
     TimeRemainingColumn(),
     TextColumn("{task.fields[note]}"),
 )
-STEPS_SHOWN = 5
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
@@ -67,7 +66,6 @@ def tune(
     console = Console(stderr=True)
     require_folder(out)
     sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text else ["builtin"])]
-    groups = [[item.prompt for item in items] for items in sets]
     loaded = Source(model, backend="hf", device=device).load(console)
     options = TuneOptions(
         depths=parse_depths(depths),
@@ -85,10 +83,9 @@ def tune(
     talks = talk_precision.split(",") if talk and drafter_epochs else []
     voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
     more: dict[str, Any] = {"texts": text or (), "voices": voices, "made_by": _made_by()}
-    more["categories"] = {item.prompt: item.category for items in sets for item in items}
-    more["keep"] = None if keep is None else load_exits(keep)
+    more |= {"keep": None if keep is None else load_exits(keep), "categories": {i.prompt: i.category for s in sets for i in s}}
     with Progress(*COLUMNS, console=console) as bar:
-        exits = train(loaded, out, groups, options, progress=_Teller(bar, _log(out)), **more)
+        exits = train(loaded, out, [[i.prompt for i in s] for s in sets], options, progress=_Teller(bar, _log(out)), **more)
     _report(console, exits.report)
     console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", **PLAIN)
 
@@ -141,17 +138,17 @@ def _drafter(judged: dict[str, Any]) -> str:
 
 def _categories(report: Mapping[str, Any]) -> list[Table]:
     """By category of prompt: how often the drafter is right at its steps, and the exits at their depths; where any is known."""
-    drafts = report.get("drafter", {}).get("by_category", {})
-    steps = {kind: [f"{share:.0%}" for share in judged["agreement_by_step"]] for kind, judged in drafts.items()}
-    judged = {
-        kind: [str(found["positions"]), *steps[kind], f"{found['accepted_in_a_row']:.2f}"] for kind, found in drafts.items()
-    }
-    depths = {row["depth"]: row.get("by_category", {}) for row in report["depths"]}
+    drafts = {kind: _drafted(found) for kind, found in report.get("drafter", {}).get("by_category", {}).items()}
+    depths = {str(row["depth"]): row.get("by_category", {}) for row in report["depths"]}
     kinds = sorted({kind for found in depths.values() for kind in found})
     agreed = {kind: [f"{found[kind]:.0%}" if kind in found else "" for found in depths.values()] for kind in kinds}
-    names = ("tokens", *map(str, range(1, STEPS_SHOWN + 1)), "in a row")
-    tables = [("Drafter, by kind of prompt and step", names, judged), ("Exits, by kind of prompt and depth", depths, agreed)]
-    return [_by_kind(title, map(str, columns), rows) for title, columns, rows in tables if rows]
+    steps = max((len(cells) - 2 for cells in drafts.values()), default=0)
+    names = ["tokens", *(str(step + 1) for step in range(steps)), "in a row"]
+    tables = [
+        ("Drafter, by kind of prompt and step", names, drafts),
+        ("Exits, by kind of prompt and depth", list(depths), agreed),
+    ]
+    return [_by_kind(title, columns, rows) for title, columns, rows in tables if rows]
 
 
 def _drafted(found: Mapping[str, Any]) -> list[str]:

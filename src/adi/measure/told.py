@@ -17,8 +17,8 @@ from adi.exits.artifact import Exits
 from adi.exits.signals import Measured, Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows
 
-TOGETHER = 16  # texts in a pass
-CHUNK_ROWS = 48  # of a text in a pass
+TOGETHER = 16  # texts under way
+CHUNK_ROWS = 48  # of an answer in a pass
 HEAD_ROWS = 64
 READ: dict[str, Callable[[Prediction | Measured], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
 

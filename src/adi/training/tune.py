@@ -107,13 +107,14 @@ def tune(
     Raises:
         ValueError: options that do not fit the model, unreadable files, a head that adapters cannot start from.
     """
-    options = options or TuneOptions()
-    backbone, work, begin = model.backbone, Path(out) / "work", _begin(keep, options)
+    backbone, work, options = model.backbone, Path(out) / "work", options or TuneOptions()
+    begin = _begin(keep, options)
     depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout())
     windows = [window for path in texts for window in windows_of(model, Path(path))]
     given = interleave(prompts)
-    kinds = Kinds.of(categories or {}, partial(model.encode, raw=_is_raw(model)))
-    if not (talks := options.drafter_epochs > 0 and options.talk_tokens > 0):
+    talks = options.drafter_epochs > 0 and options.talk_tokens > 0
+    kinds = _kinds(model, categories or {}, talks)
+    if not talks:
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
     tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
@@ -122,8 +123,9 @@ def tune(
     answers = [*spoken, *windows]
     _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
-    ids_S = choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
-    among = shortlist(readout, ids_S)
+    among = shortlist(
+        readout, choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
+    )
     made = {**(made_by or {}), "options": asdict(options), "answers": answers_hash(answers)}
     if keep is None:
         shown = (first_of(train, options.tokens), first_of(held, options.tokens)) if talks else (train, held)
@@ -137,6 +139,12 @@ def tune(
         exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
+
+
+def _kinds(model: Model, categories: Mapping[str, str], talks: bool) -> Kinds:
+    """The categories of the prompts that can be held out: of a talk all, else those that always are."""
+    able = {prompt: category for prompt, category in categories.items() if talks or is_held_out(prompt)}
+    return Kinds.of(able, partial(model.encode, raw=_is_raw(model)))
 
 
 def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
