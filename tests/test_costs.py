@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import adi
 from adi.decoding import costs as module
@@ -191,3 +193,22 @@ def test_a_slower_machine_is_learned_from_passes_of_any_number_of_rows_and_each_
     assert costs.rows(2) == pytest.approx(2.13, rel=0.05)
     assert costs.rows(8) == pytest.approx(4.8, rel=0.05)
     assert 1.2 < costs.rows(1) < 3, "never seen: by what the others have in common"
+
+
+@given(
+    st.dictionaries(st.integers(1, 16), st.floats(0.1, 50.0), min_size=1, max_size=6),
+    st.dictionaries(st.integers(1, 16), st.floats(0.0, 0.1), max_size=4),
+    st.lists(st.tuples(st.integers(1, 20), st.floats(0.01, 90.0), st.integers(1, 900)), max_size=12),
+)
+def test_what_is_kept_for_a_round_is_what_it_would_be_worked_out_to(table, each, used) -> None:
+    costs = Costs(table, 0.5, 0.25, each)
+    for rows, seconds, length in used:
+        costs.stand(length)
+        for count in (rows, 1, 17, 40, 2):
+            further = module._between(each, count) * max(0, length - module.PAST) if each else 0.0
+            plain = module._between(table, count) + further
+            assert costs.rows(count) == pytest.approx(plain * costs.lately.of(count))
+        costs.passed(rows, seconds)
+        costs.drafted(seconds, first=bool(rows % 2))
+        first, later = (costs.lately.of_step(name) for name in (module.FIRST, module.FURTHER))
+        assert costs.drafting(3) == pytest.approx(0.5 * first + 2 * 0.25 * later)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
@@ -111,21 +110,17 @@ def tune(
     begin = _begin(keep, options)
     depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout())
     windows = [window for path in texts for window in windows_of(model, Path(path))]
-    given = interleave(prompts)
     talks = options.drafter_epochs > 0 and options.talk_tokens > 0
-    kinds = _kinds(model, categories or {}, talks)
+    given, kinds = interleave(prompts), _kinds(model, categories or {}, talks)
     if not talks:
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
     tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
     lessons = _talked(model, voices, given, work, options, tell) if talks else None
-    spoken = _answers(model, work, prompts, options, progress) if lessons is None else said(lessons)
-    answers = [*spoken, *windows]
+    answers = [*(said(lessons) if lessons else _answers(model, work, prompts, options, progress)), *windows]
     _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
-    among = shortlist(
-        readout, choose_shortlist(train, backbone.spec.vocabulary, options.shortlist) if keep is None else _kept(keep)
-    )
+    among = _among(readout, train, backbone.spec.vocabulary, options, keep)
     made = {**(made_by or {}), "options": asdict(options), "answers": answers_hash(answers)}
     if keep is None:
         shown = (first_of(train, options.tokens), first_of(held, options.tokens)) if talks else (train, held)
@@ -166,11 +161,13 @@ def _talked(
     return lessons_from_talk(voices or (model,), begun, work, talking, tell)
 
 
-def _kept(keep: Exits) -> Tensor:
-    """The shortlist that kept exits speak through."""
+def _among(readout: ReadOut, train: Sequence[Answer], vocabulary: int, options: TuneOptions, keep: Exits | None) -> Shortlist:
+    """What is said most often in the answers, or what kept exits speak through."""
+    if keep is None:
+        return shortlist(readout, choose_shortlist(train, vocabulary, options.shortlist))
     if keep.drafter is None and keep.heads is None:
         raise ValueError("bare exits have no shortlist to keep; leave keep out.")
-    return keep.drafter.ids_S if keep.drafter is not None else keep.heads.ids_S  # type: ignore[union-attr]
+    return shortlist(readout, keep.drafter.ids_S if keep.drafter is not None else keep.heads.ids_S)  # type: ignore[union-attr]
 
 
 def _heads(
