@@ -292,3 +292,9 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     again = tune(sharp, tmp_path / "a", [PROMPTS], replace(options, warm_start=True, drafter_epochs=1), keep=saved)
     assert again.drafter is not None
     assert not torch.equal(again.drafter.mix_DE, saved.drafter.mix_DE)
+    assert saved.answers is not None
+    assert again.answers is not None
+    kept = saved.answers.ids_N.tolist()
+    assert again.answers.ids_N.tolist()[: len(kept)] == kept, "what was said before is still known"
+    assert len(again.answers.ids_N) > len(kept)
+    assert again.made_by["drafter"]["began_with"] == saved.made_by["drafter"]

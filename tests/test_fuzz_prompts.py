@@ -181,6 +181,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "min_p": lambda value: Sampling(1.0, min_p=value),
     "repetition_penalty": lambda value: Sampling(repetition_penalty=value),
     "learning_rate": lambda value: adi.TuneOptions(learning_rate=value),
+    "own_prompts": lambda value: adi.TuneOptions(own_prompts=value),
     "spot_check": lambda value: adi.Reflex(_KEPT["exits"], thresholds=0.1, spot_check=value),
     "risk": lambda value: adi.Reflex(_KEPT["exits"], risk=value),
     "delta": lambda value: DriftMonitor(0.02, value),

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 import adi
+from adi.cli.app import COMMANDS, asked_for
 
 SOURCE = Path(adi.__file__).parent
 # A module may import what stands above it. "adi" itself is only the lazy front door.
 ORDER = """
 files machine
 prompts
-model.backbone model.tokenizer
+model.backbone model.tokenizer model.plain
 model.sources
 model.hf
 model.openvino
@@ -130,6 +131,19 @@ def test_help_loads_no_torch() -> None:
         "print('loaded', [m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert _fresh(code).splitlines()[-1] == "loaded []"
+
+
+def test_a_command_reads_its_own_options_only() -> None:
+    code = (
+        "import sys; sys.argv = ['adi', 'run', '--help']\n"
+        "from adi.cli.app import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('loaded', sorted(m for m in sys.modules if m in ('adi.cli.run', 'adi.cli.train', 'adi.cli.bench')))"
+    )
+    assert _fresh(code).splitlines()[-1] == "loaded ['adi.cli.run']"
+    assert asked_for(["run", "hello"]) == ("run",)
+    for line in ([], ["--help"], ["rn"], ["--version", "run"]):
+        assert asked_for(line) == tuple(COMMANDS)
 
 
 def test_every_public_name_is_there() -> None:

@@ -107,6 +107,8 @@ def test_several_voices_share_the_talking(tiny_model: adi.Model, llama: adi.Mode
 def test_without_a_template_the_model_needs_prompts(llama: adi.Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         talk(llama, [], tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match="own_prompts is 0 and there are no prompts"):
+        talk(llama, [], tmp_path, TalkOptions(tokens=10, own_prompts=0.0))
 
 
 def test_what_all_texts_begin_with_is_found() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -12,16 +14,22 @@ from rich.console import Console
 from rich.markup import escape
 
 import adi
-from adi.cli import audit, bench, calibrate, chat, habits, plot, quality, run, study, train, triggers
 
-app = typer.Typer(
-    name="adi",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Adaptive depth inference: draft from shallow layers where the model is sure, verify with the deep ones.",
-)
+# Every command's name, which its function has too, and the module that holds it.
+COMMANDS = {
+    "run": "run",
+    "chat": "chat",
+    "trace": "plot",
+    "plot": "plot",
+    "inspect": "study",
+    "triggers": "triggers",
+    "bench": "bench",
+    "audit": "audit",
+    "quality": "quality",
+    "habits": "habits",
+    "calibrate": "calibrate",
+    "tune": "train",
+}
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -42,34 +50,47 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run_guarded
 
 
-app.command("run")(guarded(run.run))
-app.command("chat")(guarded(chat.chat))
-app.command("trace")(guarded(plot.trace))
-app.command("plot")(guarded(plot.plot))
-app.command("inspect")(guarded(study.inspect))
-app.command("triggers")(guarded(triggers.triggers))
-app.command("bench")(guarded(bench.bench))
-app.command("audit")(guarded(audit.audit))
-app.command("quality")(guarded(quality.quality))
-app.command("habits")(guarded(habits.habits))
-app.command("calibrate")(guarded(calibrate.calibrate))
-app.command("tune")(guarded(train.tune))
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"adi {adi.__version__}")
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Adaptive depth inference for decoder language models."""
 
 
+def application(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
+    """The program with these commands."""
+    program = typer.Typer(
+        name="adi",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Adaptive depth inference: draft from shallow layers where the model is sure, verify with the deep ones.",
+    )
+    program.callback()(options)
+    for name in names:
+        program.command(name)(guarded(getattr(import_module(f"adi.cli.{COMMANDS[name]}"), name)))
+    return program
+
+
+def asked_for(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The commands that a command line needs: reading the options of all of them takes as long as opening a model does."""
+    first = next(iter(arguments), "")
+    return (first,) if first in COMMANDS else tuple(COMMANDS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return application()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def main() -> None:
     """The ``adi`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    application(asked_for(sys.argv[1:]))()

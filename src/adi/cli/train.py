@@ -50,6 +50,9 @@ def tune(
     talk_precision: Annotated[
         str, typer.Option("--talk-precision", help="Engines' precisions that talk, with commas; each its share of --talk.")
     ] = "auto",
+    own_prompts: Annotated[
+        float | None, typer.Option("--own-prompts", help="Share of those texts whose prompt it writes too, 0 to 1.")
+    ] = None,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Begin with the drafter of --keep.")] = False,
     keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
@@ -77,6 +80,7 @@ def tune(
         learning_rate=learning_rate,
         drafter_epochs=drafter_epochs,
         talk_tokens=talk,
+        own_prompts=own_prompts,
         warm_start=warm_start,
         seed=seed,
     )

@@ -29,6 +29,10 @@ class Answers:
         flat = [token for ids in sequences for token in ids]
         return cls(torch.tensor(flat, dtype=torch.int32), torch.tensor([len(ids) for ids in sequences], dtype=torch.int32))
 
+    def and_more(self, others: Answers) -> Answers:
+        """These and then the others."""
+        return Answers(torch.cat([self.ids_N, others.ids_N]), torch.cat([self.lengths_M, others.lengths_M]))
+
     def tensors(self) -> dict[str, Tensor]:
         return {"ids_N": self.ids_N, "lengths_M": self.lengths_M}
 

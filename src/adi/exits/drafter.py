@@ -12,6 +12,7 @@ Hydra heads (Ankner et al. 2024); training it on its own states: HASS (Zhang et 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
 from collections.abc import Mapping
@@ -57,6 +58,11 @@ class Drafter:
         """The same drafter with ``change`` applied to every weight."""
         weights = {name: change(tensor) for name, tensor in self.tensors().items() if name != "ids_S"}
         return Drafter(ids_S=self.ids_S, **weights)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any weight."""
+        weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in self.tensors().values())
+        return hashlib.blake2b(weights, digest_size=8).hexdigest()
 
 
 def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from adi.files import read_json
 from adi.model.backbone import Backbone, NotExportableError
+from adi.model.plain import plain_tokenizer
 from adi.model.sources import DEFAULT, Notice, local_folder, own_tokenizer, quiet_transformers, source_folder, unreadable
 from adi.model.tokenizer import Message, Prompt, Tokenizer
 
@@ -188,8 +189,7 @@ def _load_openvino(
         opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
         import torch  # noqa: F401  a second of work that everything else here waits for
 
-        with quiet_transformers():
-            found = tokenizer or _read_tokenizer(source, str(folder))
+        found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:
         loaded = _load_path(str(folder), found, "fp32", "cpu", notice)
@@ -206,9 +206,13 @@ def _load_openvino(
     return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
 
 
-def _read_tokenizer(source: str, folder: str) -> Any:
+def _read_tokenizer(source: str, folder: Path) -> Any:
+    def whole() -> Any:
+        with quiet_transformers():
+            return own_tokenizer(str(folder))
+
     try:
-        return own_tokenizer(folder)
+        return plain_tokenizer(folder, whole) or whole()
     except Exception as error:  # readers of foreign files raise what they like
         raise ValueError(unreadable(source, error)) from None
 

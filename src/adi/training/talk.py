@@ -111,6 +111,8 @@ class _Talk:
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], options: TalkOptions, begun: int) -> None:
         self.backbone: Backbone = model.backbone
+        if not prompts and options.own_prompts <= 0:
+            raise ValueError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
         self.ends, self.options, self.prompts = model.eos_ids, options, prompts
         self.template = Template.of(model) if options.own_prompts > 0 else None
         self.dice = np.random.default_rng([options.seed, begun])

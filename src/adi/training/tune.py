@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,8 +44,8 @@ class TuneOptions:
 
     ``tokens`` counts answer tokens (the model's own) to train on; ``shortlist`` tokens that a head can name; ``rank`` of
     the adapters. With ``talk_tokens`` nothing is answered: the drafter learns from so many tokens of texts that the model
-    writes by itself (see ``training.talk``), the heads from the first ``tokens`` of them. ``warm_start``: the drafter begins
-    with the weights of the one that is there, and takes smaller steps.
+    writes by itself (``training.talk``), the heads from the first ``tokens`` of them; ``own_prompts``: the share whose prompts
+    it writes too (None: by model). ``warm_start``: the drafter and the answers that are there go on, in smaller steps.
     """
 
     depths: tuple[int, ...] | None = None
@@ -58,6 +57,7 @@ class TuneOptions:
     learning_rate: float = 3e-3
     drafter_epochs: int = 4
     talk_tokens: int = 0
+    own_prompts: float | None = None
     warm_start: bool = False
     seed: int = 0
 
@@ -72,6 +72,8 @@ class TuneOptions:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate <= 1:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and at most 1.")
+        if self.own_prompts is not None and (type(self.own_prompts) not in (int, float) or not 0 <= self.own_prompts <= 1):
+            raise ValueError(f"own_prompts is {self.own_prompts!r}; it must be from 0 to 1.")
 
 
 def tune(
@@ -127,11 +129,14 @@ def tune(
         exits = replace(_heads(backbone, readout, depths, shown, among, work, options, progress, kinds), made_by=made)
     else:
         keep.check(backbone)
-        exits = replace(keep, made_by={**keep.made_by, "drafter": made})
+        earlier = {"began_with": keep.made_by.get("drafter")} if options.warm_start else {}
+        exits = replace(keep, made_by={**keep.made_by, "drafter": {**made, **earlier}})
     if options.drafter_epochs:
         lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin, kinds)
-        exits = replace(exits, drafter=drafter, answers=lessons.spoken, report={**exits.report, "drafter": judged})
+        known = keep.answers if keep is not None and options.warm_start else None
+        spoken = lessons.spoken if known is None else known.and_more(lessons.spoken)
+        exits = replace(exits, drafter=drafter, answers=spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
 
@@ -155,7 +160,7 @@ def _talked(
     model: Model, voices: Sequence[Model], prompts: Sequence[str], work: Path, options: TuneOptions, tell: Tell
 ) -> Lessons:
     """Lessons from texts that the model writes now."""
-    own = share_of_own(model)
+    own = share_of_own(model) if options.own_prompts is None else options.own_prompts
     talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
     begun = [list(model.encode(p, raw=_is_raw(model))) for p in prompts]
     return lessons_from_talk(voices or (model,), begun, work, talking, tell)
@@ -222,9 +227,8 @@ def train_drafter(
     quick = quicker_in_bfloat16(work / "drafter.dtype", lambda: multiplies_faster_in_bfloat16(torch.device("cpu")))
     rate = DraftOptions.learning_rate * (1.0 if begin is None else WARM)
     fitting = DraftOptions(epochs=options.drafter_epochs, learning_rate=rate, seed=options.seed, bfloat16=quick)
-    names = [p.name for p in lessons.shards]
-    first = None if begin is None else _weights_hash(begin)
-    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, among.ids_S.tolist(), names, first])
+    made_of = [among.ids_S.tolist(), [p.name for p in lessons.shards], None if begin is None else begin.digest()]
+    fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, *made_of])
     embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
     note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
     drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp, begin)
@@ -290,8 +294,3 @@ def _on_cpu(r: ReadOut) -> ReadOut:
 
 def _losses(losses: Mapping[int, float]) -> str:
     return "KL " + " ".join(f"{depth}:{loss:.2f}" for depth, loss in losses.items())
-
-
-def _weights_hash(drafter: Drafter) -> str:
-    weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in drafter.tensors().values())
-    return hashlib.blake2b(weights, digest_size=8).hexdigest()
