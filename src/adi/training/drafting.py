@@ -25,7 +25,7 @@ from adi.training.fit import resume_state, save_state, schedule
 from adi.training.kinds import Kinds, Tally
 from adi.training.tracks import Tracks, read_tracks
 
-PROMPT_WEIGHT = 0.3  # of positions in prompts, where the text is not the model's own
+PROMPT_SHARE = 0.3  # of positions in prompts, where the text is not the model's own, that an epoch learns from
 LATER = 0.8  # weight of a step against the one before it
 DISTANCE = 0.3  # weight of the distance from the true state
 STEPS_SHOWN = 5
@@ -113,14 +113,14 @@ class Teacher:
 
 
 def loss_of(text: Text, teacher: Teacher, done: Unrolled) -> Tensor:
-    """Cross entropy and distance of one step, a weighted mean over its rows."""
+    """Cross entropy and distance of one step, a mean over its rows; later steps weigh less."""
     inside_RS, rest_R = teacher.at(done.at_R)
     assert done.said.tail_T is not None
     entropy_R = -(inside_RS * done.said.log_probs_TS).sum(-1) - rest_R * done.said.tail_T
     true_RD = text.state_ND[done.at_R]
     distance_R = (done.state_RD - true_RD).square().mean(-1) / true_RD.square().mean(-1)
-    weight_R = torch.where(text.tracks.answer_N[done.at_R], 1.0, PROMPT_WEIGHT) * LATER ** (done.step - 1)
-    return ((entropy_R + DISTANCE * distance_R) * weight_R).sum() / max(1, len(weight_R))  # a span may hold no start
+    weight = LATER ** (done.step - 1)
+    return weight * (entropy_R + DISTANCE * distance_R).sum() / max(1, len(entropy_R))  # a span may hold no start
 
 
 def fit_drafter(
@@ -159,9 +159,10 @@ def _shard(
     net: Drafter, readout: ReadOut, among: Shortlist, text: Text, options: DraftOptions, at: int, optimizer: Any
 ) -> float:
     """Updates over the positions of a shard, in spans that keep neighbours together; the mean loss."""
-    spans = torch.nonzero(~opening(text.tracks)).flatten().split(options.positions)
-    losses = []
-    for i in torch.randperm(len(spans), generator=torch.Generator().manual_seed(options.seed + 7919 * at)).tolist():
+    dice, losses = torch.Generator().manual_seed(options.seed + 7919 * at), []
+    taken_N = text.tracks.answer_N | (torch.rand(len(text.tracks.answer_N), generator=dice) < PROMPT_SHARE)
+    spans = torch.nonzero(taken_N & ~opening(text.tracks)).flatten().split(options.positions)
+    for i in torch.randperm(len(spans), generator=dice).tolist():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bfloat16):
             teacher = Teacher.of(among, text, int(spans[i][0]), int(spans[i][-1]) + options.unrolled)
             steps = unroll(net, readout, among, text, spans[i], options.unrolled)
