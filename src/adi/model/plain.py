@@ -37,12 +37,13 @@ class PlainTokenizer:
         self.added_tokens_decoder = tokens.get_added_tokens_decoder()
 
     def __call__(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False, **more: Any
-    ) -> Mapping[str, Any]:
-        if more or not isinstance(text, str):
-            return self._whole(  # type: ignore[no-any-return]
-                text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens, **more
-            )
+        self, text: str, *, split_special_tokens: bool | None = None, add_special_tokens: bool = True, **more: Any
+    ) -> Any:
+        """Token ids under ``input_ids``; read here only where ``split_special_tokens`` is given, as adi always does, so that
+        others find all that transformers returns."""
+        if more or split_special_tokens is None or not isinstance(text, str):
+            more |= {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
+            return self._whole(text, add_special_tokens=add_special_tokens, **more)
         if self._tokens.encode_special_tokens != split_special_tokens:
             self._tokens.encode_special_tokens = split_special_tokens
         return {"input_ids": self._tokens.encode(text, add_special_tokens=add_special_tokens).ids}
