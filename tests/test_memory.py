@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adi.exits.memory import Ngrams, Recall, Runs, SortedRuns
+from adi.exits.memory import _order as order_of
 
 TOKENS = st.lists(st.integers(0, 2), min_size=40, max_size=40)
 
@@ -85,6 +86,15 @@ def test_the_sorted_runs_find_what_the_growing_ones_find(sequences, query, longe
     assert matched == expected
     if matched:
         assert index.tokens(start, stop) == tuple(text[at : stops[at]])
+
+
+@given(st.data())
+def test_the_order_is_what_lexsort_gives(data: st.DataObject) -> None:
+    top = data.draw(st.sampled_from([0, 1, 2, 300, 70_000, 2**31 - 2]))
+    ids = st.integers(-1, top)
+    rows, width = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 9))
+    columns = [np.array(data.draw(st.lists(ids, min_size=rows, max_size=rows)), np.int32) for _ in range(width)]
+    assert order_of(columns).tolist() == np.lexsort(columns[::-1]).tolist()
 
 
 def voted(

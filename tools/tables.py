@@ -223,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ttft-avx2": lambda: bench_table("ttft_avx2.json"),
     "peers": lambda: bench_table("peers.json", "verified"),
     "ladder": lambda: bench_table("ladder.json", "verified"),
+    "ladder-intel": lambda: bench_table("ladder_intel.json", "verified"),
     "ladder-avx2": lambda: bench_table("ladder_avx2.json", "verified"),
     "categories": categories_table,
     "categories-avx2": lambda: categories_table("ladder_avx2.json", ("full", "static"), ("llama.cpp",)),

@@ -133,10 +133,7 @@ class SortedRuns:
         places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found by
         # Column d holds the token d + 1 back; before a sequence begins stands -1, which nobody asks for.
         back = [np.where(offsets[places] > d, self._text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
-        pairs = [a.astype(np.int64) << NODE_SHIFT for a in back[::2]]  # a pair in one number: half the sorts
-        for pair, column in zip(pairs, back[1::2], strict=False):
-            pair += column
-        order = np.lexsort(pairs[::-1])
+        order = _order(back)
         self._columns: list[Ids] = [column[order] for column in back]
         self._places, self._stops = places[order].astype(np.int32), stops
         self._shortest = shortest
@@ -219,3 +216,27 @@ class SortedRuns:
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from position ``start`` to ``stop``."""
         return tuple(self._text[start:stop].tolist())
+
+
+def _order(columns: Sequence[Ids]) -> Any:
+    """What sorts rows by these columns, the first one first; equal rows stay in their order. ``numpy.lexsort`` in half to two
+    thirds of its time: as many ids as fit make one number, and few rows are alike in the first of these."""
+    import numpy as np
+
+    if not len(columns[0]):
+        return np.zeros(0, np.int64)
+    bits = (max(int(column.max()) for column in columns) + 1).bit_length() or 1
+    keys = []
+    for at in range(0, len(columns), 64 // bits):
+        key = np.zeros(len(columns[0]), np.uint64)
+        for column in columns[at : at + 64 // bits]:
+            key <<= np.uint64(bits)
+            key |= (column + 1).astype(np.uint64)
+        keys.append(key)
+    order = keys[0].argsort()
+    first = keys[0][order]
+    alike = first[1:] == first[:-1]
+    tied = np.append(alike, False) | np.append(False, alike)
+    rows = np.sort(order[tied])
+    order[tied] = rows[np.lexsort([key[rows] for key in keys[::-1]])]
+    return order
