@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 import adi
 from adi.model.backbone import Rows
 from adi.training import talk as module
-from adi.training.drafting import opening
+from adi.training.drafting import PROMPT_SHARE, opening, taken
 from adi.training.lessons import lessons_from_talk
 from adi.training.talk import TalkOptions, Template, share_of_own, talk, tokens_in
 from adi.training.tracks import Tracks, read_tracks
@@ -118,6 +118,23 @@ def test_what_all_texts_begin_with_is_found() -> None:
     assert opening(tracks).tolist() == [True, True, False, False, True, True, False, True, True, False]
     alone = Tracks(ids[:4], nothing, nothing, nothing, torch.zeros(4), nothing)
     assert not opening(alone).any()
+
+
+def test_all_of_an_answer_is_learned_from_and_a_share_of_its_prompt() -> None:
+    count, nothing = 4000, torch.zeros(4000)
+    answer_N = torch.arange(count) >= 3000
+    tracks = Tracks(torch.arange(count), nothing, nothing, nothing, torch.zeros(count), answer_N)
+    first, second = (taken(tracks, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert first[3000:].all()
+    assert abs(first[:3000].float().mean() - PROMPT_SHARE) < 0.03
+    assert not torch.equal(first, second), "another share every time"
+    assert not (taken(two_alike(), torch.Generator().manual_seed(0)) & opening(two_alike())).any()
+
+
+def two_alike() -> Tracks:
+    """Two texts that begin alike, all of them answers."""
+    nothing = torch.zeros(6)
+    return Tracks(torch.tensor([1, 2, 3, 1, 2, 4]), nothing, nothing, nothing, torch.tensor([0] * 3 + [1] * 3), nothing == 0)
 
 
 def test_a_model_without_a_template_goes_on_with_its_own_first_words(

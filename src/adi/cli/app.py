@@ -79,7 +79,7 @@ def application(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
 
 
 def asked_for(arguments: Sequence[str]) -> tuple[str, ...]:
-    """The commands that a command line needs: reading the options of all of them takes as long as opening a model does."""
+    """The commands that a command line needs: reading the options of all of them would hold up each."""
     first = next(iter(arguments), "")
     return (first,) if first in COMMANDS else tuple(COMMANDS)
 

@@ -27,6 +27,15 @@ COLUMNS = (
     TextColumn("{task.fields[note]}"),
 )
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
+TalkOption = Annotated[
+    int, typer.Option("--talk", help="Tokens of texts that it writes by itself, to learn from instead of answers.")
+]
+TalkPrecisionOption = Annotated[
+    str, typer.Option("--talk-precision", help="Engines' precisions that talk, with commas; each its share of --talk.")
+]
+OwnPromptsOption = Annotated[
+    float | None, typer.Option("--own-prompts", help="With --talk: share of those texts whose prompt it writes too, 0 to 1.")
+]
 
 
 def tune(
@@ -44,15 +53,9 @@ def tune(
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")] = 3e-3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 160,
     drafter_epochs: Annotated[int, typer.Option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4,
-    talk: Annotated[
-        int, typer.Option("--talk", help="Tokens of texts that it writes by itself, to learn from instead of answers.")
-    ] = 0,
-    talk_precision: Annotated[
-        str, typer.Option("--talk-precision", help="Engines' precisions that talk, with commas; each its share of --talk.")
-    ] = "auto",
-    own_prompts: Annotated[
-        float | None, typer.Option("--own-prompts", help="Share of those texts whose prompt it writes too, 0 to 1.")
-    ] = None,
+    talk: TalkOption = 0,
+    talk_precision: TalkPrecisionOption = "auto",
+    own_prompts: OwnPromptsOption = None,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Begin with the drafter of --keep.")] = False,
     keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,

@@ -1,4 +1,4 @@
-"""Plain tokenizers, read without transformers, whose import takes as long as opening a compiled model does.
+"""Plain tokenizers, read without transformers, whose import would hold up a start.
 
 A tokenizer is plain where all of it is in ``tokenizer.json``, its configuration only names special tokens, and its chat
 template says no more than texts, roles and contents in loops and conditions: then the ``tokenizers`` library and Jinja give

@@ -160,8 +160,7 @@ def _shard(
 ) -> float:
     """Updates over the positions of a shard, in spans that keep neighbours together; the mean loss."""
     dice, losses = torch.Generator().manual_seed(options.seed + 7919 * at), []
-    taken_N = text.tracks.answer_N | (torch.rand(len(text.tracks.answer_N), generator=dice) < PROMPT_SHARE)
-    spans = torch.nonzero(taken_N & ~opening(text.tracks)).flatten().split(options.positions)
+    spans = torch.nonzero(taken(text.tracks, dice)).flatten().split(options.positions)
     for i in torch.randperm(len(spans), generator=dice).tolist():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bfloat16):
             teacher = Teacher.of(among, text, int(spans[i][0]), int(spans[i][-1]) + options.unrolled)
@@ -173,6 +172,12 @@ def _shard(
         optimizer.step()
         losses.append(float(loss.detach()))
     return sum(losses) / max(1, len(losses))
+
+
+def taken(tracks: Tracks, dice: torch.Generator) -> Tensor:
+    """The positions, ``[N]``, to learn from this time: all answers', and of prompts a share that is drawn anew."""
+    drawn_N = torch.rand(len(tracks.answer_N), generator=dice) < PROMPT_SHARE
+    return (tracks.answer_N | drawn_N) & ~opening(tracks)
 
 
 def opening(tracks: Tracks) -> Tensor:

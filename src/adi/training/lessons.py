@@ -30,6 +30,10 @@ class Lessons:
     spoken: Answers
     tokens: int
 
+    def said_after(self, known: Answers | None) -> Answers:
+        """What was said before, where anything is known of it, and then what is said here."""
+        return self.spoken if known is None else known.and_more(self.spoken)
+
 
 def lessons_from_answers(
     backbone: Backbone, train: Sequence[Answer], held: Sequence[Answer], work: Path, tell: Tell

@@ -99,8 +99,7 @@ def tune(
         texts: plain text files to learn from beside the answers.
         keep: exits of this model whose heads, trigger and shortlist stay as they are: only a drafter is trained; it begins
             with theirs under ``options.warm_start``.
-        voices: the same model on the engines (or precisions) that drafts are for, to talk where ``options.talk_tokens`` asks
-            for it, each its share; by default ``model``.
+        voices: the same model on the engines (or precisions) that drafts are for; each talks its share. By default ``model``.
         categories: of prompts, by their text; the report then says what was reached in each.
         made_by: noted in the exits: the command and the data.
         progress: is told ``(stage, done, total, note)``.
@@ -129,13 +128,11 @@ def tune(
         exits = replace(_heads(backbone, readout, depths, shown, among, work, options, progress, kinds), made_by=made)
     else:
         keep.check(backbone)
-        earlier = {"began_with": keep.made_by.get("drafter")} if options.warm_start else {}
-        exits = replace(keep, made_by={**keep.made_by, "drafter": {**made, **earlier}})
+        exits = replace(keep, made_by={**keep.made_by, "drafter": {**made, **_began_with(keep, options)}})
     if options.drafter_epochs:
         lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin, kinds)
-        known = keep.answers if keep is not None and options.warm_start else None
-        spoken = lessons.spoken if known is None else known.and_more(lessons.spoken)
+        spoken = lessons.said_after(keep.answers if keep is not None and options.warm_start else None)
         exits = replace(exits, drafter=drafter, answers=spoken, report={**exits.report, "drafter": judged})
     exits.save(out)
     return exits
@@ -154,6 +151,10 @@ def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
     if keep is None or keep.drafter is None:
         raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
     return keep.drafter
+
+
+def _began_with(keep: Exits, options: TuneOptions) -> dict[str, Any]:
+    return {"began_with": keep.made_by.get("drafter")} if options.warm_start else {}
 
 
 def _talked(
