@@ -18,6 +18,7 @@ SOURCE = Path(adi.__file__).parent
 ORDER = """
 files machine
 prompts
+model.arrays
 model.backbone model.tokenizer model.plain
 model.sources
 model.hf

@@ -12,7 +12,7 @@ import torch
 
 import adi
 from adi.exits.heads import merged
-from adi.model.backbone import normalise
+from adi.model.arrays import normalise
 from adi.training import answers as answers_module
 from adi.training import talk as talk_module
 from adi.training.answers import Answer, collect, interleave, is_greedy, is_held_out, read_answers

@@ -15,6 +15,8 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import adi
 from adi.decoding.costs import Costs, costs_of
 from adi.exits.heads import shortlist
@@ -63,10 +65,10 @@ def measured(precision: str) -> dict[str, Any]:
         for i, t in zip(items, texts, strict=True)
     ]
     kinds = Kinds({answer.ids[: answer.start]: item.category for item, answer in zip(items, answers, strict=True)})
-    readout = backbone.readout()
+    readout = backbone.readout().tensors()
     with tempfile.TemporaryDirectory() as folder:
         shards = write_tracks(backbone, answers, Path(folder), lambda done, of: print(precision, done, of, flush=True))
-        said = judge(drafter, readout, shortlist(readout, drafter.ids_S), backbone.embed, shards, kinds)
+        said = judge(drafter.map(Tensor.clone), readout, shortlist(readout, drafter.ids_S), backbone.embed, shards, kinds)
     rights = [*said["agreement_by_step"], said["agreement_by_step"][-1]][:LONGEST]
     best, drafts = gain(costs, rights)
     return {

@@ -27,7 +27,7 @@ import adi
 from adi.exits.heads import Shortlist, shortlist
 from adi.files import read_json, write_json
 from adi.measure.circumstances import circumstances
-from adi.model.backbone import normalise
+from adi.model.arrays import normalise
 from adi.prompts import read_prompts, spread
 from adi.training.fit import schedule
 from adi.training.tracks import read_tracks
@@ -241,7 +241,7 @@ def main(folder: Path, out: Path, positions: int, passes: int) -> None:
     often = counts.argsort(descending=True, stable=True)
     about = circumstances(f"python tools/drafter_study.py {folder.name} {out} {positions} {passes}", items)
     rows: list[dict[str, Any]] = read_json(out, "study")["kinds"] if out.exists() else []
-    readout = model.backbone.readout()
+    readout = model.backbone.readout().tensors()
     for kind in KINDS if passes == 1 else STATES:
         if any(row["name"] == kind.name for row in rows):
             continue

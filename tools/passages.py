@@ -13,6 +13,8 @@ import random
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 import adi
 from adi.exits.artifact import load_exits
 
@@ -73,7 +75,7 @@ def passages() -> list[str]:
     assert answers is not None
     assert tokenizer is not None
     found = []
-    for ids in answers.ids_N.split(answers.lengths_M.tolist()):
+    for ids in np.split(answers.ids_N, np.cumsum(answers.lengths_M)[:-1]):
         text = tokenizer.decode(ids[2:].tolist()).strip()
         kept, words = "", 0
         for sentence in re.findall(r".+?(?:[.!?:]['\"]?(?=\s)|\n)\s*", text, re.DOTALL):

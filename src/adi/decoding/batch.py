@@ -19,7 +19,8 @@ from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
-from adi.model.backbone import Backbone, MemoryFullError, as_tensor
+from adi.model.arrays import as_tensor
+from adi.model.backbone import Backbone, MemoryFullError
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
 

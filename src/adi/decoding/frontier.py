@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from adi.model.arrays import as_tensor
+from adi.model.backbone import Backbone, Rows, States
 
-from adi.model.backbone import Backbone, Rows, States, as_tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,15 @@ class Frontier:
             for lo, hi, states in self._runs
             if lo < end and start < hi
         ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        if len(found) == 1:
+            return found[0]
+        import torch
+
+        return torch.cat(found)
 
     def newest(self, position: int) -> Any:
         """The deepest state so far of a position among the newest, ``[1, D]``, as ``States.raw_TD`` gives it."""
-        lo, _, states = self._runs[-1]
-        if position < lo:
-            return self.hidden(position, position + 1)
+        lo, states = next((lo, states) for lo, _, states in reversed(self._runs) if lo <= position)
         return states.raw_TD[position - lo : position - lo + 1]
 
     def _forget(self, length: int) -> None:

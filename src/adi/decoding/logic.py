@@ -12,7 +12,8 @@ from adi.decoding.ladder import Recollection, Steady, ladder
 from adi.decoding.lookup import lookup
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
 from adi.decoding.reflex import Fell, Loss, SpotCheck, disagrees, watched
-from adi.decoding.sequence import Plan, Reading, Yields, immediate, verified
+from adi.decoding.sampling import Sampling
+from adi.decoding.sequence import Plan, Reading, Rule, Yields, immediate, likeliest, verified
 from adi.exits.artifact import Exits
 from adi.exits.drift import DriftMonitor
 from adi.exits.memory import Ngrams
@@ -53,6 +54,15 @@ def logic_of(policy: Policy, plan: Plan, backbone: Backbone) -> Logic:
             return Logic(watched(plan, spot, lambda rest: verified(rest, DRAFT_TOKENS)), spot=spot)
         case FullDepth() | Reflex():
             return Logic(immediate(plan))
+
+
+def rule_of(sampling: Sampling | None) -> Rule:
+    """How final tokens come of what full depth says."""
+    if sampling is None:
+        return likeliest
+    from adi.decoding.drawing import Sampler  # with torch, which greedy decoding on the compiled engine does without
+
+    return Sampler(sampling)
 
 
 def _loss(policy: Reflex) -> Loss:

@@ -10,9 +10,8 @@ from typing import Any
 
 from adi.decoding.checks import check_count, check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
-from adi.decoding.drawing import Sampler
 from adi.decoding.frontier import Frontier, Pass, Score
-from adi.decoding.logic import logic_of
+from adi.decoding.logic import logic_of, rule_of
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, in_force, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
@@ -28,7 +27,7 @@ from adi.decoding.records import (
 )
 from adi.decoding.reflex import Fell, told_of
 from adi.decoding.sampling import Sampling
-from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed, likeliest
+from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed
 from adi.decoding.stops import StopText
 from adi.exits.artifact import Reader
 from adi.exits.drafter import Guessed
@@ -90,7 +89,7 @@ class Session:
             stops=tuple(d for d in depths if trigger.may_fire(d)),
             trigger=trigger,
             ends=self._ends,
-            rule=likeliest if self.sampling is None else Sampler(self.sampling),
+            rule=rule_of(self.sampling),
         )
         shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
         model.backbone.prepare(plan.stops, drafts=isinstance(self.policy, (Verified, Lookup)))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adi.exits.memory import LONGEST, Recall, SortedRuns
 from adi.machine import give_back_memory
@@ -19,29 +18,29 @@ SHORTEST = 2
 
 
 class Answers:
-    """Token sequences end to end, ``ids_N`` ``[N]``, and how long each is, ``lengths_M`` ``[M]``."""
+    """Token sequences end to end, ``ids_N`` ``[N]``, and how long each is, ``lengths_M`` ``[M]``: arrays of int32."""
 
-    def __init__(self, ids_N: Tensor, lengths_M: Tensor) -> None:
+    def __init__(self, ids_N: Any, lengths_M: Any) -> None:
         self.ids_N, self.lengths_M = ids_N, lengths_M
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> Answers:
         flat = [token for ids in sequences for token in ids]
-        return cls(torch.tensor(flat, dtype=torch.int32), torch.tensor([len(ids) for ids in sequences], dtype=torch.int32))
+        return cls(np.array(flat, np.int32), np.array([len(ids) for ids in sequences], np.int32))
 
     def and_more(self, others: Answers) -> Answers:
         """These and then the others."""
-        return Answers(torch.cat([self.ids_N, others.ids_N]), torch.cat([self.lengths_M, others.lengths_M]))
+        return Answers(np.concatenate([self.ids_N, others.ids_N]), np.concatenate([self.lengths_M, others.lengths_M]))
 
-    def tensors(self) -> dict[str, Tensor]:
+    def arrays(self) -> dict[str, Any]:
         return {"ids_N": self.ids_N, "lengths_M": self.lengths_M}
 
     def check(self, vocabulary: int) -> None:
         """ValueError for what cannot be such sequences."""
-        for name, tensor in self.tensors().items():
-            if tensor.dim() != 1 or tensor.dtype != torch.int32 or not len(tensor) or int(tensor.min()) < 0:
+        for name, array in self.arrays().items():
+            if array.ndim != 1 or array.dtype != np.int32 or not len(array) or int(array.min()) < 0:
                 raise ValueError(f"the answers' {name} are no list of whole numbers from 0 on")
-        if int(self.ids_N.max()) >= vocabulary or int(self.lengths_M.sum()) != len(self.ids_N):
+        if int(self.ids_N.max()) >= vocabulary or int(self.lengths_M.sum(dtype=np.int64)) != len(self.ids_N):
             raise ValueError(f"the answers hold ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
 
     def find(self, text: Sequence[int], most: int) -> Recall | None:
@@ -54,7 +53,7 @@ class Answers:
     @cached_property
     def _index(self) -> SortedRuns:
         """Sorted at the first question; half a second for a million tokens."""
-        ends = np.cumsum(self.lengths_M.numpy())[:-1]
-        index = SortedRuns(np.split(self.ids_N.numpy(), ends), LONGEST, SHORTEST)
+        ends = np.cumsum(self.lengths_M)[:-1]
+        index = SortedRuns(np.split(self.ids_N, ends), LONGEST, SHORTEST)
         give_back_memory()  # sorting takes twice what it leaves
         return index

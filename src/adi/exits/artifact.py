@@ -12,11 +12,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adi.exits.answers import Answers
 from adi.exits.certificate import Certificate, find
@@ -27,8 +26,12 @@ from adi.exits.probe import Probe, probe_of
 from adi.exits.signals import Measured, Prediction
 from adi.exits.triggers import Threshold, Trigger, trigger_from_json
 from adi.files import expanded, read_json, require_file, write_json
+from adi.model.arrays import as_array
 from adi.model.backbone import Backbone
 from adi.model.checkpoint import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOT_JSON = ("heads", "trigger", "drafter", "answers", "probe", "certificates")
 FORMAT = 2
@@ -40,7 +43,7 @@ JSON_COUNTS = ("layers", "width", "vocabulary")
 JSON_FIELDS = {"format", *JSON_TEXTS, *JSON_COUNTS, "depths", "trigger", "tensors", "report", "made_by"}
 MOST_TENSOR_BYTES = 8 << 30
 BARE_TRIGGER = Threshold("top_probability", 0.5)
-Reader = Callable[[int, Tensor], Prediction | Measured]
+Reader = Callable[[int, "Tensor"], Prediction | Measured]
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Exits:
         if heads is None:
             model = weakref.ref(backbone)  # or the memory of readers would keep its own keys alive
             return lambda _, hidden_TD: Prediction(_alive(model).logits(hidden_TD).log_softmax(-1))
-        among = shortlist(backbone.readout(), heads.ids_S)
+        among = shortlist(backbone.readout().tensors(), heads.ids_S)
         device = among.weight_SD.device
         moved = {d: Adapter(**{n: t.to(device) for n, t in a.tensors().items()}) for d, a in heads.adapters.items()}
         compiled = {depth: backbone.light_head(light_head(adapter, among)) for depth, adapter in moved.items()}
@@ -143,25 +146,24 @@ class Exits:
 
         Each of the two files is replaced whole, and a folder caught between the two is refused on loading.
         """
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
         if self.heads is None:
             raise ValueError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
-        tensors = {"ids_S": self.heads.ids_S.to(torch.int32).contiguous()}
+        arrays = {"ids_S": _stored(self.heads.ids_S, np.int32)}
         for depth, adapter in self.heads.adapters.items():
-            for name, tensor in adapter.tensors().items():
-                tensors[f"{depth}.{name}"] = tensor.detach().to(torch.float16).contiguous()
-        for name, tensor in self.drafter.tensors().items() if self.drafter is not None else ():
-            kind = torch.int32 if name == "ids_S" else torch.float16
-            tensors[f"drafter.{name}"] = tensor.detach().to(kind).contiguous()
-        for name, tensor in self.answers.tensors().items() if self.answers is not None else ():
-            tensors[f"answers.{name}"] = tensor.contiguous()
+            for f in fields(adapter):
+                arrays[f"{depth}.{f.name}"] = _stored(getattr(adapter, f.name), np.float16)
+        for name, array in self.drafter.arrays().items() if self.drafter is not None else ():
+            arrays[f"drafter.{name}"] = _stored(array, np.int32 if name == "ids_S" else np.float16)
+        for name, array in self.answers.arrays().items() if self.answers is not None else ():
+            arrays[f"answers.{name}"] = _stored(array, np.int32)
         for name, tensor in self.probe.tensors().items() if self.probe is not None else ():
-            tensors[f"probe.{name}"] = tensor.detach().contiguous()
+            arrays[f"probe.{name}"] = _stored(tensor)
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         partial = place / ".exits.safetensors.tmp"
-        save_file(tensors, partial)
+        save_file(arrays, partial)
         partial.replace(place / "exits.safetensors")
         write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
 
@@ -171,6 +173,11 @@ class Exits:
         if not self.certificates:
             return {"format": FORMAT, **plain, **own}
         return {"format": CERTIFIED, **plain, **own, "certificates": [c.to_json() for c in self.certificates]}
+
+
+def _stored(given: Any, kind: Any = None) -> Any:
+    with np.errstate(over="ignore"):  # what half precision cannot hold is refused on loading
+        return np.ascontiguousarray(as_array(given), kind)
 
 
 def _alive(model: weakref.ref[Backbone]) -> Backbone:
@@ -215,7 +222,7 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS | more:
         raise ValueError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
     try:
-        return _parse(value, _tensors(folder / "exits.safetensors", value["tensors"]))
+        return _parse(value, _arrays(folder / "exits.safetensors", value["tensors"]))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the exits in {folder} are damaged: {error}") from None
 
@@ -232,8 +239,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _tensors(path: Path, digest: Any) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _arrays(path: Path, digest: Any) -> dict[str, Any]:
+    from safetensors.numpy import load_file
 
     require_file(path, "exits' tensors", MOST_TENSOR_BYTES)
     try:
@@ -244,7 +251,7 @@ def _tensors(path: Path, digest: Any) -> dict[str, Tensor]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
+def _parse(value: dict[str, Any], arrays: dict[str, Any]) -> Exits:
     for name in JSON_COUNTS:
         if type(value[name]) is not int or not 1 <= value[name] < 1 << 31:
             raise ValueError(f"{name} is {value[name]!r}, not a positive whole number")
@@ -259,9 +266,9 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         raise ValueError(f"depths is {depths!r}, not a rising list of whole numbers")
     if not 0 < depths[0] <= depths[-1] < value["layers"]:
         raise ValueError(f"depths {depths} do not lie inside a model of {value['layers']} layers")
-    drafter = drafter_of(value["width"], value["vocabulary"], tensors)
-    answers = answers_of(value["vocabulary"], tensors)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("drafter.", "answers.", "probe."))}
+    drafter = drafter_of(value["width"], value["vocabulary"], arrays)
+    answers = answers_of(value["vocabulary"], arrays)
+    own = {name: array for name, array in arrays.items() if not name.startswith(("drafter.", "answers.", "probe."))}
     heads = heads_of(depths, value["width"], value["vocabulary"], own)
     certificates = value.get("certificates", [])
     if not isinstance(certificates, list):
@@ -274,7 +281,7 @@ def _parse(value: dict[str, Any], tensors: dict[str, Tensor]) -> Exits:
         heads=heads,
         drafter=drafter,
         answers=answers,
-        probe=probe_of(depths, value["width"], tensors),
+        probe=probe_of(depths, value["width"], arrays),
         certificates=tuple(Certificate.from_json(item) for item in certificates),
     )
     try:

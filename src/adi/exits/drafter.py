@@ -17,14 +17,18 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adi.exits.heads import Shortlist, shortlist
 from adi.exits.signals import Prediction
-from adi.model.backbone import Backbone, DraftNet, NoDistributionError, ReadOut, normalise
+from adi.model.arrays import Array, as_array, as_tensor, normalise
+from adi.model.backbone import Backbone, DraftNet, NoDistributionError, ReadOut
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 EPS = 1e-5
 QUIET = 0.2  # how loud the model's own MLP speaks at first: it was made for another place
@@ -36,32 +40,35 @@ class Drafter:
 
     ``shallow_D`` is the gain of the token's normed state, ``mix_DE`` ``[D, 2D]`` reads it and the deep state side by side;
     ``gain_D``, ``gate_FD``, ``up_FD`` and ``down_DF`` are a gated MLP, ``out_D`` and ``shift_D`` the last norm; ``tail_D`` and
-    ``tail_bias`` give one more logit for what is not in the shortlist.
+    ``tail_bias`` give one more logit for what is not in the shortlist. Arrays as a file gives them, or tensors.
     """
 
-    ids_S: Tensor
-    shallow_D: Tensor
-    mix_DE: Tensor
-    gain_D: Tensor
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
-    out_D: Tensor
-    shift_D: Tensor
-    tail_D: Tensor
-    tail_bias: Tensor
+    ids_S: Array
+    shallow_D: Array
+    mix_DE: Array
+    gain_D: Array
+    gate_FD: Array
+    up_FD: Array
+    down_DF: Array
+    out_D: Array
+    shift_D: Array
+    tail_D: Array
+    tail_bias: Array
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: as_tensor(getattr(self, f.name)) for f in fields(self)}
+
+    def arrays(self) -> dict[str, Any]:
+        return {f.name: as_array(getattr(self, f.name)) for f in fields(self)}
 
     def map(self, change: Any) -> Drafter:
-        """The same drafter with ``change`` applied to every weight."""
-        weights = {name: change(tensor) for name, tensor in self.tensors().items() if name != "ids_S"}
-        return Drafter(ids_S=self.ids_S, **weights)
+        """The same drafter in tensors, with ``change`` applied to every weight."""
+        tensors = self.tensors()
+        return Drafter(**{name: tensor if name == "ids_S" else change(tensor) for name, tensor in tensors.items()})
 
     def digest(self) -> str:
         """16 hexadecimal digits that change with any weight."""
-        weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in self.tensors().values())
+        weights = b"".join(array.tobytes() for array in self.arrays().values())
         return hashlib.blake2b(weights, digest_size=8).hexdigest()
 
 
@@ -89,6 +96,8 @@ def fresh_drafter(
 
     ``mlp`` may give it the model's own, ``gain_D``, ``gate_FD``, ``up_FD`` and ``down_DF``, in the place of random weights.
     """
+    import torch
+
     width = readout.gain_D.shape[0]
 
     def noise(rows: int, columns: int, size: float) -> Tensor:
@@ -117,20 +126,26 @@ def fresh_drafter(
 
 def first_state(readout: ReadOut, deep_TD: Tensor) -> Tensor:
     """What drafting starts from: the model's final norm of the last verified positions' deep states, ``[T, D]``."""
-    return normalise(deep_TD.float(), readout.norm, readout.eps) * readout.gain_D + readout.shift_D
+    state_TD: Tensor = normalise(deep_TD.float(), readout.norm, readout.eps) * readout.gain_D + readout.shift_D
+    return state_TD
 
 
 def advance(net: Drafter, readout: ReadOut, x_TD: Tensor, state_TD: Tensor) -> Tensor:
     """One step: shallow states of the newest tokens and the states before them give the next states, ``[T, D]``."""
+    import torch
+
     shallow = normalise(x_TD.float(), "rms", EPS) * net.shallow_D
     u = torch.cat([shallow, state_TD], -1) @ net.mix_DE.T
     n = normalise(u, "rms", EPS) * net.gain_D
     u = u + (torch.nn.functional.silu(n @ net.gate_FD.T) * (n @ net.up_FD.T)) @ net.down_DF.T
-    return normalise(u, readout.norm, readout.eps) * net.out_D + net.shift_D
+    next_TD: Tensor = normalise(u, readout.norm, readout.eps) * net.out_D + net.shift_D
+    return next_TD
 
 
 def speak(net: Drafter, among: Shortlist, state_TD: Tensor) -> Prediction:
     """What the model's own head, cut down to the shortlist, reads from the drafter's states."""
+    import torch
+
     logits_TS = torch.nn.functional.linear(state_TD, among.weight_SD, among.bias_S)
     tail_T = state_TD @ net.tail_D + net.tail_bias
     total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
@@ -153,23 +168,29 @@ class Drafting:
     def __init__(self, net: Drafter, backbone: Backbone) -> None:
         readout = backbone.readout()
         among = shortlist(readout, net.ids_S)
-        self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
-        self._readout, self._among = readout, among
         self._embed = weakref.WeakMethod(backbone.embed)  # or the memory of drafters would keep its own keys alive
         parts = DraftNet(
-            net.tensors(), readout.norm, readout.eps, readout.gain_D, readout.shift_D, among.weight_SD, among.bias_S
+            net.arrays(), readout.norm, readout.eps, readout.gain_D, readout.shift_D, among.weight_SD, among.bias_S
         )
         self._ids: list[int] = net.ids_S.tolist()
         self._compiled = backbone.draft_net(parts)
+        self._net = net
+        self._nothing: Any = np.zeros((1, len(net.out_D)), np.float32)
+        if self._compiled is None:
+            readout = readout.tensors()
+            among = shortlist(readout, net.ids_S)
+            self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
+            self._nothing = as_tensor(self._nothing).to(among.weight_SD.device)
+        self._readout, self._among = readout, among
 
     @property
     def key(self) -> str:
         """Tells drafters apart that cost differently."""
-        return f"{self._net.gate_FD.shape[0]}x{self._among.weight_SD.shape[0]}"
+        return f"{len(self._net.gate_FD)}x{len(self._ids)}"
 
     def try_once(self) -> None:
         """One step on nothing, to be timed."""
-        self.step(0, self.start(torch.zeros(1, self._net.out_D.shape[0], device=self._net.out_D.device)))
+        self.step(0, self.start(self._nothing))
 
     def start(self, raw_1D: Any) -> Any:
         """The state to draft from after a position whose deep state is this, ``[1, D]``, as ``States.raw_TD`` gives it."""

@@ -10,34 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adi.exits.signals import Prediction
-from adi.model.backbone import LightHead, ReadOut, normalise
+from adi.model.arrays import Array, as_array, as_tensor, normalise
+from adi.model.backbone import LightHead, ReadOut
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one depth adds: norm gain and shift ``[D]``, ``up_DR``, ``down_DR``, tail ``[D]`` and its bias ``[1]``."""
+    """What one depth adds: norm gain and shift ``[D]``, ``up_DR``, ``down_DR``, tail ``[D]`` and its bias ``[1]``.
 
-    gain_D: Tensor
-    shift_D: Tensor
-    up_DR: Tensor
-    down_DR: Tensor
-    tail_D: Tensor
-    tail_bias: Tensor
+    Arrays as a file gives them, or tensors.
+    """
+
+    gain_D: Array
+    shift_D: Array
+    up_DR: Array
+    down_DR: Array
+    tail_D: Array
+    tail_bias: Array
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: as_tensor(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class Heads:
     """The shortlist ``ids_S`` that all depths share, and an adapter for each depth."""
 
-    ids_S: Tensor
+    ids_S: Array
     adapters: Mapping[int, Adapter]
 
 
@@ -45,17 +53,18 @@ class Heads:
 class Shortlist:
     """The rows of the model's own head that belong to a shortlist, and how to reach them from a state."""
 
-    ids_S: Tensor
-    weight_SD: Tensor
-    bias_S: Tensor | None
+    ids_S: Array
+    weight_SD: Array
+    bias_S: Array | None
     norm: str
     eps: float
     vocabulary: int
 
 
-def shortlist(readout: ReadOut, ids_S: Tensor) -> Shortlist:
-    """Cut a model's read-out down to the tokens ``ids_S``; its logit scale goes into the rows."""
-    ids_S = ids_S.to(readout.weight_VD.device)
+def shortlist(readout: ReadOut, ids_S: Array) -> Shortlist:
+    """Cut a model's read-out down to the tokens ``ids_S``; its logit scale goes into the rows. Of arrays come arrays."""
+    weight_VD = readout.weight_VD
+    ids_S = as_array(ids_S) if isinstance(weight_VD, np.ndarray) else as_tensor(ids_S).to(weight_VD.device)
     bias_S = None if readout.bias_V is None else readout.scale * readout.bias_V[ids_S]
     weight_SD = readout.scale * readout.weight_VD[ids_S]
     return Shortlist(ids_S, weight_SD, bias_S, readout.norm, readout.eps, readout.weight_VD.shape[0])
@@ -63,6 +72,8 @@ def shortlist(readout: ReadOut, ids_S: Tensor) -> Shortlist:
 
 def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Adapter:
     """An adapter that changes nothing yet: the model's own norm, ``U = 0``, and no tail mass to speak of."""
+    import torch
+
     width = readout.gain_D.shape[0]
     return Adapter(
         gain_D=readout.gain_D.clone(),
@@ -77,11 +88,14 @@ def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Ad
 def adapted(adapter: Adapter, hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
     """``(I + U V^T) norm(h)``: the state as the model's own head would like to see it, ``[T, D]``."""
     x = normalise(hidden_TD.float(), norm, eps) * adapter.gain_D + adapter.shift_D
-    return x + (x @ adapter.down_DR) @ adapter.up_DR.T
+    x = x + (x @ adapter.down_DR) @ adapter.up_DR.T
+    return as_tensor(x)
 
 
 def predict(adapter: Adapter, among: Shortlist, hidden_TD: Tensor) -> Prediction:
     """The head's distribution over the shortlist and the tail, at T rows."""
+    import torch
+
     x = adapted(adapter, hidden_TD, among.norm, among.eps)
     logits_TS = torch.nn.functional.linear(x, among.weight_SD, among.bias_S)
     tail_T = x @ adapter.tail_D + adapter.tail_bias
@@ -113,4 +127,4 @@ def merged(adapter: Adapter, readout: ReadOut) -> Tensor:
     The checkpoint's final norm takes ``gain_D`` and, where it is a layer norm, ``shift_D`` (zero otherwise).
     """
     weight_VD = readout.scale * readout.weight_VD
-    return weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T
+    return as_tensor(weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T)

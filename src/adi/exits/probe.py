@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adi.exits.signals import Measured, Prediction, lumped_entropy
+from adi.model.arrays import Array, as_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they ask
 SAID = 6  # features of what a head says
@@ -33,6 +35,8 @@ class Net:
 
     def logit(self, x_TF: Tensor) -> Tensor:
         """Log-odds, ``[T]``."""
+        import torch
+
         hidden_TH = torch.nn.functional.linear(x_TF, self.in_HF, self.inner_H).relu()
         return x_TF @ self.skip_F + hidden_TH @ self.out_H + self.bias
 
@@ -60,18 +64,24 @@ class Probe:
 
 def state_features(hidden_TD: Tensor) -> Tensor:
     """The states at root mean square 1, ``[T, D]``."""
+    import torch
+
     x = hidden_TD.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def joint_features(hidden_TD: Tensor, said: Prediction | Measured) -> Tensor:
     """State and head side by side, ``[T, D + 6]``."""
+    import torch
+
     return torch.cat([state_features(hidden_TD), said_features(said)], -1)
 
 
 def said_features(said: Prediction | Measured) -> Tensor:
     """What a head says, ``[T, 6]``: log-probabilities of its first and second token and of the tail, probabilities of the first
     token and of the tail, entropy with the tail as one token."""
+    import torch
+
     if isinstance(said, Measured):
         logs = [said.rows.first_T, said.rows.second_T, said.rows.tail_T]
     else:
@@ -82,14 +92,16 @@ def said_features(said: Prediction | Measured) -> Tensor:
     return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(said)], -1).float()
 
 
-def probe_of(depths: list[int], width: int, tensors: Mapping[str, Tensor]) -> Probe | None:
+def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Probe | None:
     """The probe out of a file's tensors (those that begin with ``probe.``), None where there are none.
 
     ValueError for what cannot be a probe for these depths and this width.
     """
-    own = {name.removeprefix("probe."): t for name, t in tensors.items() if name.startswith("probe.")}
+    own = {name.removeprefix("probe."): as_tensor(t) for name, t in tensors.items() if name.startswith("probe.")}
     if not own:
         return None
+    import torch
+
     names = [f.name for f in fields(Net)]
     wanted = {f"{kind}.{depth}.{name}" for kind in KINDS.values() for depth in depths for name in names}
     if set(own) != wanted:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
 from adi.model.backbone import NoDistributionError, States
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Signals(Mapping[str, float]):

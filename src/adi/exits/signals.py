@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adi.model.backbone import HeadRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOP_UNITS = 0.02
 
@@ -76,10 +76,14 @@ def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
 
 def _spread(tail_T: Tensor, size: int) -> Tensor:
     """What a tail adds to the entropy where its tokens are alike; nothing where it has no mass."""
+    import torch
+
     return tail_T.exp() * (math.log(max(size, 1)) - tail_T.clamp_min(torch.finfo(tail_T.dtype).min))
 
 
 def _own_entropy(log_T: Tensor) -> Tensor:
+    import torch
+
     return -(log_T.exp() * log_T.clamp_min(torch.finfo(log_T.dtype).min))
 
 
@@ -95,6 +99,8 @@ def margin(prediction: Prediction | Measured) -> Tensor:
 
     With a shortlist the whole tail counts as one rival, so the lead is negative where the tail outweighs every token.
     """
+    import torch
+
     if isinstance(prediction, Measured):
         rows = prediction.rows
         return rows.first_T.exp() - torch.maximum(rows.second_T, rows.tail_T).exp()
@@ -108,11 +114,15 @@ def margin(prediction: Prediction | Measured) -> Tensor:
 
 def stability(before_TD: Tensor, hidden_TD: Tensor) -> Tensor:
     """Cosine between the states entering and leaving a block, ``[T]``; 0 where one of them is zero."""
+    import torch
+
     return torch.nn.functional.cosine_similarity(before_TD.float(), hidden_TD.float(), dim=-1)
 
 
 def hoyer(mlp_TF: Tensor) -> Tensor:
     """Hoyer sparsity of the MLP activations, ``[T]``: 0 for all units alike, 1 for a single active one."""
+    import torch
+
     x = mlp_TF.float().abs()
     units = x.shape[-1]
     if units == 1:
@@ -124,6 +134,8 @@ def hoyer(mlp_TF: Tensor) -> Tensor:
 
 def top_energy(mlp_TF: Tensor) -> Tensor:
     """Share of the activations' energy (sum of squares) in their top 2% of units, ``[T]``; 0 for all zeros."""
+    import torch
+
     energy = mlp_TF.float().square()
     top = energy.topk(max(1, round(TOP_UNITS * energy.shape[-1])), -1).values.sum(-1)
     total = energy.sum(-1)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from adi.model.arrays import Array, as_tensor
+
 if TYPE_CHECKING:
-    from torch import Tensor  # only to name types: the compiled engine opens while torch is still being imported
+    from torch import Tensor  # only to name types: the compiled engine decodes without torch, whose import takes seconds
 
 
 class NotExportableError(ValueError):
@@ -74,13 +76,6 @@ class Rows:
     hidden_TD: Tensor | None
 
 
-def as_tensor(given: Any) -> Tensor:
-    """A tensor, or an engine's array as one over the same memory."""
-    import torch
-
-    return given if isinstance(given, torch.Tensor) else torch.from_numpy(given)
-
-
 class States:
     """What a pass through ``[lo, hi)`` leaves of its rows.
 
@@ -118,15 +113,24 @@ class ReadOut:
 
     ``norm`` is "rms" or "layer" with ``gain_D``, ``shift_D`` and ``eps``. Exit heads start from these values. A soft cap,
     where a family has one, is left out: it is monotone, and exit heads are trained to the capped distribution anyway.
+    The numbers are as the engine has them, arrays or tensors.
     """
 
     norm: str
-    gain_D: Tensor
-    shift_D: Tensor
+    gain_D: Array
+    shift_D: Array
     eps: float
-    weight_VD: Tensor
-    bias_V: Tensor | None
+    weight_VD: Array
+    bias_V: Array | None
     scale: float
+
+    def tensors(self) -> ReadOut:
+        """The same in tensors."""
+        found: Any = {name: as_tensor(a) for name in READOUT_ARRAYS if (a := getattr(self, name)) is not None}
+        return replace(self, **found)
+
+
+READOUT_ARRAYS = ("gain_D", "shift_D", "weight_VD", "bias_V")
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,14 @@ class LightHead:
 
     norm: str
     eps: float
-    gain_D: Tensor
-    shift_D: Tensor
-    down_DR: Tensor
-    up_DR: Tensor
-    weight_SD: Tensor
-    bias_S: Tensor | None
-    tail_D: Tensor
-    tail_bias: Tensor
+    gain_D: Array
+    shift_D: Array
+    down_DR: Array
+    up_DR: Array
+    weight_SD: Array
+    bias_S: Array | None
+    tail_D: Array
+    tail_bias: Array
     outside: int
 
 
@@ -189,13 +193,13 @@ class DraftNet:
     ``weight_SD`` and ``bias_S`` the shortlist's rows of the model's head.
     """
 
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Array]
     norm: str
     eps: float
-    gain_D: Tensor
-    shift_D: Tensor
-    weight_SD: Tensor
-    bias_S: Tensor | None
+    gain_D: Array
+    shift_D: Array
+    weight_SD: Array
+    bias_S: Array | None
 
 
 class CompiledDraftNet(Protocol):
@@ -208,15 +212,6 @@ class CompiledDraftNet(Protocol):
     def step(self, token: int, state_1D: Any) -> tuple[int, float, Any]:
         """After ``token``: the place of the likeliest next one in the shortlist, its log-probability, the next state."""
         ...
-
-
-def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
-    """RMS or layer normalisation over the last axis, without gain."""
-    import torch
-
-    if norm == "layer":
-        hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdim=True)
-    return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + eps)
 
 
 def require_number(tops: Sequence[float]) -> None:

@@ -185,10 +185,8 @@ def _load_openvino(
 
     folder = local_folder(source, notice)
     chosen = "int8" if precision == "auto" else precision
-    with ThreadPoolExecutor(1) as aside:  # compiling and importing take about a second each, and get on side by side
+    with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
         opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
-        import torch  # noqa: F401  a second of work that everything else here waits for
-
         found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adi.exits.artifact import Exits
 from adi.exits.drafter import Drafter
@@ -109,7 +110,7 @@ def tune(
     """
     backbone, work, options = model.backbone, Path(out) / "work", options or TuneOptions()
     begin = _begin(keep, options)
-    depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout())
+    depths, readout = _depths(options.depths, backbone.spec.layers), _on_cpu(backbone.readout().tensors())
     windows = [window for path in texts for window in windows_of(model, Path(path))]
     talks = options.drafter_epochs > 0 and options.talk_tokens > 0
     given, kinds = interleave(prompts), _kinds(model, categories or {}, talks)
@@ -150,7 +151,7 @@ def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
         return None
     if keep is None or keep.drafter is None:
         raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
-    return keep.drafter
+    return keep.drafter.map(Tensor.clone)
 
 
 def _began_with(keep: Exits, options: TuneOptions) -> dict[str, Any]:

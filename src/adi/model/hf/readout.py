@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.model.backbone import ReadOut, normalise
+from adi.model.arrays import normalise
+from adi.model.backbone import ReadOut
 
 PROBE_ROWS = 6
 NO_START = "exit heads cannot start from it (bare exits still work)"

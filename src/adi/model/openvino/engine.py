@@ -7,14 +7,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, as_tensor, require_number
+from adi.model.arrays import as_array, as_tensor
+from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
 from adi.model.openvino import store
 from adi.model.openvino.feed import Feed, Layout
 from adi.model.openvino.light import CompiledLightHead
 from adi.model.openvino.outlook import Outlooks
 from adi.model.openvino.pieces import LANES, Pieces
 from adi.model.openvino.pool import SPARE, PagedCache, Pool
-from adi.model.openvino.recurrent import CompiledDrafter, Embedding, as_array
+from adi.model.openvino.recurrent import CompiledDrafter, Embedding
 from adi.model.openvino.segment import Config, Segment
 from adi.model.openvino.store import Page
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adi.model.arrays import Array, as_array
 from adi.model.backbone import HeadRows, LightHead
 from adi.model.openvino.segment import Config
 
@@ -102,5 +103,5 @@ def product(x: Any, matrix_NK: Any, eight_bits: bool) -> Any:
     return ops.matmul(x, ops.multiply(codes, ops.constant(scale)), False, True)
 
 
-def array_of(tensor: Any) -> Any:
-    return np.ascontiguousarray(tensor.detach().float().numpy())
+def array_of(given: Array) -> Any:
+    return np.ascontiguousarray(as_array(given), np.float32)

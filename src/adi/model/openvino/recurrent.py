@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adi.model.arrays import as_array
 from adi.model.backbone import DraftNet
 from adi.model.openvino.light import array_of, product
 from adi.model.openvino.segment import Config
@@ -165,8 +166,3 @@ def _norm(x: Any, kind: str, eps: float, gain_D: Any) -> Any:
     square = ops.reduce_mean(ops.multiply(x, x), axis, True)
     x = ops.divide(x, ops.sqrt(ops.add(square, ops.constant(np.float32(eps)))))
     return ops.multiply(x, ops.constant(gain_D[None]))
-
-
-def as_array(raw_TD: Any) -> Any:
-    """States as a numpy array, over the same memory."""
-    return raw_TD if isinstance(raw_TD, np.ndarray) else raw_TD.detach().numpy()

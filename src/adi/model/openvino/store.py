@@ -14,8 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adi.files import cache_folder, read_json, whole_folder, write_json
-from adi.model.backbone import ReadOut
+from adi.model.arrays import as_array
+from adi.model.backbone import READOUT_ARRAYS, ReadOut
 from adi.model.openvino.graph import Attention
 
 FORMAT = 5
@@ -30,7 +33,6 @@ KINDS: dict[str, tuple[type, ...]] = {
     "attentions": (list,),
     "readout": (dict, str),
 }
-NAMES = ("gain_D", "shift_D", "weight_VD", "bias_V")
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,16 @@ def place(key: str, precision: str) -> Path:
 def save(folder: Path, page: Page, blocks: Any, head: Any, readout: ReadOut | None) -> None:
     """Write the folder; ValueError, naming it, where that cannot be done."""
     import openvino as ov
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     try:
         with whole_folder(folder) as fresh:
             ov.save_model(blocks, fresh / "blocks.xml", compress_to_fp16=False)
             ov.save_model(head, fresh / "head.xml", compress_to_fp16=False)
             if readout is not None:
-                tensors = {name: t for name in NAMES if (t := getattr(readout, name)) is not None}
-                save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / "readout.safetensors")
+                parts = {name: a for name in READOUT_ARRAYS if (a := getattr(readout, name)) is not None}
+                arrays = {name: np.ascontiguousarray(as_array(a)) for name, a in parts.items()}
+                save_file(arrays, fresh / "readout.safetensors")
             write_json(fresh / "model.json", {"format": FORMAT, **asdict(page)})
     except (OSError, RuntimeError) as error:
         raise ValueError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
@@ -116,13 +119,13 @@ def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
 def read_readout(folder: Path, page: Page) -> ReadOut:
     """The head taken apart at export; ValueError says why a family has none."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
     if isinstance(page.readout, str):
         raise ValueError(page.readout)
     try:
-        tensors = load_file(folder / "readout.safetensors")
-        return ReadOut(**page.readout, **{name: tensors.get(name) for name in NAMES})
+        arrays = load_file(folder / "readout.safetensors")
+        return ReadOut(**page.readout, **{name: arrays.get(name) for name in READOUT_ARRAYS})
     except (OSError, SafetensorError, TypeError) as error:
         raise ValueError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
 
