@@ -8,10 +8,10 @@ looks again now and then at a level that has not paid.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from adi.decoding.costs import Costs
 from adi.exits.memory import Recall
@@ -44,8 +44,7 @@ VOTED_NEXT = (0.07, 0.07, 0.14, 0.3, 0.41, 0.6, 0.65, 0.7, 0.84, 0.96)
 GUESSED = 0.4
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``recall`` if it is
     a memory's."""
 
@@ -59,7 +58,10 @@ class Choice:
         return self.recall.source if self.recall is not None else self.level
 
 
-@dataclass
+FULL = Choice("full")
+
+
+@dataclass(slots=True)
 class Share:
     """How often something came true: a prior worth some observations, and observations that fade."""
 
@@ -81,7 +83,7 @@ class Share:
         return self.given(self.prior)
 
 
-@dataclass
+@dataclass(slots=True)
 class Trust:
     """Accepted over expected drafts of a level, lately: it falls and rises within a few drafts, whatever the bins say."""
 
@@ -105,7 +107,8 @@ class Controller:
     drafts: int = MOST_DRAFTS
     bins: Mapping[int, float] = field(default_factory=dict)
     _shares: dict[tuple[str, int, bool], Share] = field(default_factory=dict)
-    _steps: dict[int, Share] = field(default_factory=dict)
+    _steps: list[Share] = field(default_factory=lambda: [Share(GUESSED) for _ in range(MOST_DRAFTS)])
+    _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
     _trust: dict[str, Trust] = field(default_factory=lambda: defaultdict(Trust))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _rate: float = 0.0
@@ -118,10 +121,12 @@ class Controller:
     def choose(self, recalls: Sequence[Recall], drafter: bool, most: int) -> Choice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
         most = min(most, self.drafts)
-        plain = self.costs.tokens_per_second(1.0, 0, 0)
-        best, rate = Choice("full"), plain
+        plain = 1 / self.costs.rows(1)
+        best, rate = FULL, plain
         offers = [Choice("memory", min(len(recall.tokens), most), recall) for recall in recalls]
-        for offer in [*offers, *([Choice("drafter", min(LONGEST_CHAIN, most))] if drafter else [])]:
+        if drafter:
+            offers.append(Choice("drafter", min(LONGEST_CHAIN, most)))
+        for offer in offers:
             drafts, reachable = self._plan(offer)
             if not drafts:
                 continue
@@ -178,7 +183,8 @@ class Controller:
         """Of one draft after the other, those before it given; for all drafts of the offer."""
         recall, drafts = offer.recall, offer.drafts
         if recall is None:
-            return itertools.islice(self._guesses(), drafts)
+            self._look_ahead()
+            return self._chain[:drafts]
         trust = self._trust[recall.source].value
         if recall.shares:
             runs = (self._run(recall, draft).value for draft in range(1, min(drafts, len(recall.shares)) + 1))
@@ -199,17 +205,16 @@ class Controller:
             share = self._shares[key] = Share(priors[place])
         return share
 
-    def _guesses(self) -> Iterator[float]:
+    def _look_ahead(self) -> None:
         """Before the drafter has spoken: how often its first, second, ... draft in a row was accepted, those before it given.
 
-        A place that was hardly reached is taken for as good as the one before it.
+        A place that was hardly reached is taken for as good as the one before it. It holds for the round.
         """
-        share, trust = GUESSED, self._trust["drafter"].value
-        for place in itertools.count(1):
-            if (known := self._steps.get(place)) is None:
-                known = self._steps[place] = Share(share)
-            share = known.given(share)
-            yield min(0.98, share * trust)
+        share, trust, chain = GUESSED, self._trust["drafter"].value, self._chain
+        chain.clear()
+        for known in self._steps:
+            share = (share * WEIGHT + known.true) / (WEIGHT + known.seen)
+            chain.append(min(0.98, share * trust))
 
     def believed(self, confidence: float) -> float:
         """How often a draft of this confidence is accepted, those before it given."""
@@ -230,17 +235,13 @@ class Controller:
         trust = self._trust["drafter"].value
         for confidence in confidences:
             reach *= min(0.98, self._bin(confidence).value * trust)
-        passes, drafting, longest = self.costs.passes(LONGEST_CHAIN + 1), self.costs.drafting, max(LONGEST_CHAIN, drafts + 1)
+        passes, drafting = self.costs.passes(MOST_DRAFTS + 1), self.costs.drafting
         done = passes[drafts + 1] + drafting(drafts)
-        for place, share in enumerate(self._guesses(), 1):
-            if place <= drafts:
-                continue
-            reach *= share
+        for place in range(drafts + 1, min(max(LONGEST_CHAIN, drafts + 1), MOST_DRAFTS) + 1):
+            reach *= self._chain[place - 1]
             gain += reach
-            if gain > self._rate * (self.costs.rows(place + 1) + drafting(place) - done):
+            if gain > self._rate * (passes[place + 1] + drafting(place) - done):
                 return self._affords("drafter", place)
-            if place >= longest:
-                return False
         return False
 
     def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
@@ -255,7 +256,7 @@ class Controller:
                 share = self._run(choice.recall, draft)
             else:
                 share = self._bin(confidences[draft - 1])
-                self._steps.setdefault(draft, Share(GUESSED)).add(right)
+                self._steps[draft - 1].add(right)
             self._trust[source].add(right, share.value)
             share.add(right)
 

@@ -26,6 +26,8 @@ FADING = 0.995  # of what was learned of each number of rows, with every measure
 USUAL_ROWS = 16  # numbers of rows that a controller thinks of
 PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
 OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
+STALE = 0.02  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
+KEPT, MOVED = 8, 16  # ... after so many passes, and so many positions on
 FIRST, FURTHER = "first", "further"
 _LATELY: weakref.WeakKeyDictionary[Any, dict[str, Lately]] = weakref.WeakKeyDictionary()
 
@@ -75,8 +77,8 @@ class Costs:
     """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
     it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
     so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
-    ``lately`` follows what use measures. A controller asks some forty times a round: what it asks for is worked out once for a
-    round and kept."""
+    ``lately`` follows what use measures. A controller asks some forty times a round: what it asks for is worked out once and
+    kept for some rounds, until it would differ by some percent."""
 
     pass_seconds: dict[int, float]
     draft_seconds: float = 0.0
@@ -84,18 +86,17 @@ class Costs:
     position_seconds: dict[int, float] = field(default_factory=dict)
     lately: Lately = field(default_factory=Lately)
     _beyond: int = 0  # positions past ``PAST``
+    _learned: float = field(default=0.0, compare=False, repr=False)  # since the passes were worked out
     _passes: list[float] = field(default_factory=list, compare=False, repr=False)
-    _steps: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+    _steps: tuple[float, float] | None = field(default=None, compare=False, repr=False)
     _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
 
     def stand(self, length: int) -> None:
-        """From now on passes come after so many positions."""
-        self._beyond = max(0, length - PAST)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._passes.clear()
-        self._steps.clear()
+        """From now on passes come after about so many positions."""
+        beyond = max(0, length - PAST)
+        if abs(beyond - self._beyond) >= MOVED:
+            self._beyond = beyond
+            self._passes.clear()
 
     def rows(self, count: int) -> float:
         """Seconds of a pass of so many rows; between measured numbers, and beyond them, straight lines."""
@@ -106,6 +107,7 @@ class Costs:
         known = self._passes
         if len(known) <= most:
             most = max(most, USUAL_ROWS)
+            self._learned = 0.0
             known[:] = [self._plain(rows) for rows in range(most + 1)]
             for bits in range(1, most.bit_length() + 1):  # the factor is one for all numbers of so many bits
                 factor = self.lately.of(1 << bits - 1)
@@ -129,10 +131,11 @@ class Costs:
         """Seconds of so many steps of the drafter in a row."""
         if not steps:
             return 0.0
-        if (known := self._steps.get(steps)) is None:
-            further = self._further * self.lately.of_step(FURTHER) if steps > 1 else 0.0
-            known = self._steps[steps] = self.draft_seconds * self.lately.of_step(FIRST) + (steps - 1) * further
-        return known
+        if self._steps is None:
+            of_step = self.lately.of_step
+            self._steps = self.draft_seconds * of_step(FIRST), self._further * of_step(FURTHER)
+        first, further = self._steps
+        return first + (steps - 1) * further
 
     @property
     def _further(self) -> float:
@@ -144,19 +147,22 @@ class Costs:
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        self.lately.passed(rows, seconds / (self._plain(rows) * self.lately.of(rows)))  # others may have taught it since
-        self._forget()
+        ratio = seconds / (self._plain(rows) * self.lately.of(rows))  # others may have taught it since
+        self.lately.passed(rows, ratio)
+        self._learned += LATELY * abs(_mild(ratio)) + STALE / KEPT
+        if self._learned > STALE:
+            self._passes.clear()
 
     def drafted(self, seconds: float, first: bool = True) -> None:
         """A drafter's step was timed in use, the first after a pass or a further one."""
         name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
         if table > 0:
             self.lately.stepped(name, seconds / (table * self.lately.of_step(name)))
-            self._steps.clear()
+            self._steps = None
 
     def copy(self) -> Costs:
         """For one sequence, at a place of its own; what use teaches is shared."""
-        return replace(self, _passes=[], _steps={})
+        return replace(self, _passes=[], _steps=None)
 
 
 def _between(known: Mapping[int, float], count: int) -> float:
