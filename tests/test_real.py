@@ -42,6 +42,28 @@ def test_full_depth_is_transformers_greedy(model: adi.Model) -> None:
     assert list(adi.generate(model, "Why is the sky blue?", max_new_tokens=24).token_ids) == wanted
 
 
+WITHOUT_TORCH = """
+import sys
+import adi
+
+model, exits = adi.load("smollm2-135m", backend="openvino"), adi.load_exits("smollm2-135m")
+policies = (adi.Verified(exits), adi.Verified(), adi.Lookup(), adi.FullDepth())
+texts = [adi.generate(model, "Name three colours.", policy, max_new_tokens=12).token_ids for policy in policies]
+assert len(set(texts)) == 1
+two = adi.generate_batch(model, ["Name three colours.", "Count to five."], policy=policies[0], max_new_tokens=12)
+assert two[0].token_ids == texts[0]
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_decoding_on_the_compiled_engine_loads_no_torch() -> None:
+    """Nor transformers: importing either takes longer than the first token may."""
+    pytest.importorskip("openvino")
+    adi.load("smollm2-135m", backend="openvino")  # exported, and its rows looked at, with both
+    found = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True, timeout=300)
+    assert found.stdout.strip() == "[]"
+
+
 def test_a_user_cannot_write_special_tokens_unless_asked(model: adi.Model) -> None:
     """A text that spells the template's tokens stays one message of the user's, whole; asked for, it is three."""
     assert model.tokenizer is not None

@@ -19,7 +19,7 @@ from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
-from adi.model.arrays import as_tensor
+from adi.model.arrays import joined
 from adi.model.backbone import Backbone, MemoryFullError
 from adi.model.checkpoint import Model
 from adi.model.tokenizer import Prompt
@@ -239,13 +239,11 @@ def _went_on(chosen: Sequence[tuple[_Member, Pass | Score]], active: Sequence[_M
 
 def _score(backbone: Backbone, scores: Sequence[tuple[_Member, Score]]) -> None:
     """One call of the head for all of them, where rows do not depend on each other; else one for each."""
-    import torch
-
     if not backbone.spec.row_invariant:
         for member, need in scores:
             member.session.answer(need.met(backbone))
         return
-    together_TD = torch.cat([as_tensor(need.raw_TD) for _, need in scores])
+    together_TD = joined([need.raw_TD for _, need in scores])
     said = replace(scores[0][1], raw_TD=together_TD).met(backbone)
     for member, need in scores:
         count = len(need.raw_TD)

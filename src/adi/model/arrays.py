@@ -6,6 +6,7 @@ modules and training speak tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,15 @@ def as_tensor(given: Array) -> Tensor:
 def as_array(given: Array) -> Any:
     """A numpy array; a tensor, of any device and grown by any graph, as one over the same memory where that can be."""
     return given if isinstance(given, np.ndarray) else given.detach().cpu().numpy()
+
+
+def joined(given: Sequence[Array]) -> Array:
+    """One after the other along the first axis, all of one kind."""
+    if isinstance(given[0], np.ndarray):
+        return np.concatenate(given)
+    import torch
+
+    return torch.cat(list(given))
 
 
 def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
