@@ -49,6 +49,9 @@ def test_many_rows_are_read_as_one_pass_over_them_reads_them(tiny_model: Any, mo
     found = compare(other, tiny_model.backbone, [ids])
     assert found.perplexity == pytest.approx(math.exp(losses[0]), rel=1e-5)
     assert found.ratio == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-5)
+    worse_N = (b_TV - a_TV)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).double()
+    error = math.exp(float(worse_N.mean())) * float(worse_N.std(correction=0)) / math.sqrt(len(worse_N))
+    assert found.ratio_error == pytest.approx(error, rel=1e-4)
     assert found.divergence == pytest.approx(float((b_TV.exp() * (b_TV - a_TV)).sum(-1).mean()), rel=1e-3)
     assert 0 < found.same_token == int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum()) / len(ids)
 

@@ -124,7 +124,8 @@ def quality_table(file: str = "quality.json") -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in found["precisions"]:
-        cells = f"{row['perplexity']:.2f} | {row['ratio'] - 1:+.2%} | {row['divergence']:.4f} | {row['same_token']:.1%}"
+        error = f" ± {row['ratio_error']:.2%}" if "ratio_error" in row else ""
+        cells = f"{row['perplexity']:.2f} | {row['ratio'] - 1:+.2%}{error} | {row['divergence']:.4f} | {row['same_token']:.1%}"
         rows.append(f"| {row['precision']} | {cells} |")
     return "\n".join(rows) + f"\n\n`{found['command']}`: {found['tokens']:,} tokens of the built-in bench prompts."
 

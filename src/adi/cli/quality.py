@@ -51,7 +51,7 @@ def quality(
         table.add_row(
             row["precision"],
             f"{row['perplexity']:.2f}",
-            f"{row['ratio']:.4f}",
+            f"{row['ratio']:.4f} ± {row['ratio_error']:.4f}",
             f"{row['divergence']:.4f}",
             f"{row['same_token']:.1%}",
         )

@@ -24,13 +24,14 @@ NOTHING = -1  # what follows a window's last token is not asked
 
 @dataclass(frozen=True)
 class Quality:
-    """One precision against float32 on the same text: perplexity and its ratio, mean KL divergence in nats per token, and the
-    share of tokens at which both find the same one likeliest."""
+    """One precision against float32 on the same text: perplexity and its ratio with its standard error (tokens taken for
+    independent), mean KL divergence in nats per token, and the share of tokens at which both find the same one likeliest."""
 
     backend: str
     precision: str
     perplexity: float
     ratio: float
+    ratio_error: float
     divergence: float
     same_token: float
     row_invariant: bool | None
@@ -87,7 +88,7 @@ def windows_of(tokenizer: Tokenizer, text: str, tokens: int) -> list[tuple[int, 
 
 def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> Quality:
     """Both engines over the same windows of token ids; nothing of the text is kept but sums."""
-    mine = theirs = moved = 0.0
+    mine = theirs = moved = squares = 0.0
     same = count = 0
     for window in windows:
         ids = tuple(window)
@@ -96,17 +97,21 @@ def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]
         for mine_TD, theirs_TD, told_T in zip(*parts, strict=True):
             a_TV, b_TV = one.logits(mine_TD).log_softmax(-1), reference.logits(theirs_TD).log_softmax(-1)
             told_N1 = told_T[told_T != NOTHING][:, None]
-            mine -= float(a_TV[: len(told_N1)].gather(1, told_N1).sum())
-            theirs -= float(b_TV[: len(told_N1)].gather(1, told_N1).sum())
+            a_N1, b_N1 = (x_TV[: len(told_N1)].gather(1, told_N1).double() for x_TV in (a_TV, b_TV))
+            mine -= float(a_N1.sum())
+            theirs -= float(b_N1.sum())
+            squares += float((b_N1 - a_N1).square().sum())
             moved += float((b_TV.exp() * (b_TV - a_TV)).sum())
             same += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
         count += len(ids)
     predicted = count - len(windows)
+    worse = (mine - theirs) / predicted
     return Quality(
         backend=one.spec.backend,
         precision=one.spec.precision,
         perplexity=math.exp(mine / predicted),
-        ratio=math.exp((mine - theirs) / predicted),
+        ratio=math.exp(worse),
+        ratio_error=math.exp(worse) * math.sqrt(max(squares / predicted - worse**2, 0.0) / predicted),
         divergence=moved / count,
         same_token=same / count,
         row_invariant=one.spec.row_invariant,
