@@ -192,7 +192,7 @@ def _load_openvino(
     if backbone is None:
         loaded = _load_path(str(folder), found, "fp32", "cpu", notice)
         hf: Any = loaded.backbone
-        samples = calibration_texts(loaded.tokenizer) if chosen == "int4" else ()
+        samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
         options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
         weights = loaded.backbone.spec.fingerprint
         backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)

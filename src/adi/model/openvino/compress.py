@@ -18,6 +18,7 @@ import numpy as np
 from adi.model.openvino.gptq import GROUP, FourBits, quantise
 from adi.model.openvino.graph import Attention, attended_plainly
 from adi.model.openvino.merge import is_linear, linears_before
+from adi.model.openvino.smooth import smooth
 
 SPARED = 1 / 5  # of the weights that could take 4 bits, so many stay in 8: those with the largest error
 
@@ -25,13 +26,15 @@ SPARED = 1 / 5  # of the weights that could take 4 bits, so many stay in 8: thos
 def compress(
     blocks: Any, head: Any, precision: str, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]
 ) -> tuple[Any, Any]:
-    """Both graphs with weights in ``precision``; "int4" looks at how they act on ``samples``, texts as token ids.
+    """Both graphs with weights in ``precision``, by how they act on ``samples``, texts as token ids.
 
     ValueError where a matrix that should take 4 bits has a number of inputs that groups of 32 do not divide.
     """
     if precision == "fp32":
         return blocks, head
-    if precision == "int4":
+    if precision == "int8":
+        smooth(blocks, attentions, samples)
+    else:
         _four_bits(blocks, attentions, samples)
     with quiet_nncf():
         import nncf

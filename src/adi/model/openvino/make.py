@@ -38,7 +38,7 @@ def make(
         precision: "fp32", "int8" or "int4".
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
         source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
-        samples: texts as token ids, on which 4-bit weights are fitted; without them they are only rounded.
+        samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
         stops: depths to be ready to stop at, as far as they exist.
         kv_bytes, threads: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.

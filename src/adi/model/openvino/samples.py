@@ -1,4 +1,4 @@
-"""Texts on which 4-bit weights are fitted: prompts of the package, as a chat and as plain text."""
+"""Texts to which rounded weights are fitted: prompts of the package, as a chat and as plain text."""
 
 from __future__ import annotations
 

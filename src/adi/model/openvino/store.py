@@ -21,7 +21,7 @@ from adi.model.arrays import as_array
 from adi.model.backbone import READOUT_ARRAYS, ReadOut
 from adi.model.openvino.graph import Attention
 
-FORMAT = 5
+FORMAT = 6
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
