@@ -174,19 +174,13 @@ class Drafting:
         )
         self._ids: list[int] = net.ids_S.tolist()
         self._compiled = backbone.draft_net(parts)
-        self._net = net
+        self.key = f"{len(net.gate_FD)}x{len(net.ids_S)}"  # tells drafters apart that cost differently
         self._nothing: Any = np.zeros((1, len(net.out_D)), np.float32)
         if self._compiled is None:
-            readout = readout.tensors()
-            among = shortlist(readout, net.ids_S)
+            self._readout = readout = readout.tensors()
+            self._among = among = shortlist(readout, net.ids_S)
             self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
             self._nothing = as_tensor(self._nothing).to(among.weight_SD.device)
-        self._readout, self._among = readout, among
-
-    @property
-    def key(self) -> str:
-        """Tells drafters apart that cost differently."""
-        return f"{len(self._net.gate_FD)}x{len(self._ids)}"
 
     def try_once(self) -> None:
         """One step on nothing, to be timed."""

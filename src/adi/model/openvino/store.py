@@ -117,17 +117,32 @@ def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
 
 
 def read_readout(folder: Path, page: Page) -> ReadOut:
-    """The head taken apart at export; ValueError says why a family has none."""
+    """The head taken apart at export, its numbers left on disk until looked at; ValueError says why a family has none."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     if isinstance(page.readout, str):
         raise ValueError(page.readout)
     try:
-        arrays = load_file(folder / "readout.safetensors")
-        return ReadOut(**page.readout, **{name: arrays.get(name) for name in READOUT_ARRAYS})
-    except (OSError, SafetensorError, TypeError) as error:
+        arrays = _mapped(folder / "readout.safetensors")
+        parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
+        return ReadOut(**page.readout, **parts)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """A file's arrays of float32 over the file itself: of a whole vocabulary's head most readers want a few thousand rows."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as found:  # refuses what is no such file, or has another length than it says
+        names = set(found.keys())
+    with path.open("rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        stated = json.loads(file.read(start))
+    if any(stated[name]["dtype"] != "F32" for name in names):
+        raise TypeError("its readout is not in float32")
+    places = {name: 8 + start + stated[name]["data_offsets"][0] for name in names}
+    return {name: np.memmap(path, np.float32, "c", places[name], tuple(stated[name]["shape"])) for name in names}
 
 
 def _note_path(source: Path, precision: str) -> Path:
