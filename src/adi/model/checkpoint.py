@@ -185,6 +185,8 @@ def _load_openvino(
 
     folder = local_folder(source, notice)
     chosen = "int8" if precision == "auto" else precision
+    import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
+
     with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
         opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
         found = tokenizer or _read_tokenizer(source, folder)
