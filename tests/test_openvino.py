@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -118,6 +121,20 @@ def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="delete it and load the model again"):
         OpenVinoBackbone.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other numbers"])
+def test_a_damaged_readout_is_named(made: Cached, tmp_path: Path, damage: str) -> None:
+    engine(made, "llama")
+    folder = tmp_path / "copy"
+    shutil.copytree(folder_of("llama"), folder)
+    file = folder / "readout.safetensors"
+    if damage == "other numbers":
+        save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
+    else:
+        file.write_bytes(file.read_bytes()[: -9 if damage == "cut" else 0])
+    with pytest.raises(ValueError, match=r"the exported model in .* is damaged .*; delete it"):
+        OpenVinoBackbone.open(folder).readout()
 
 
 def test_only_blocks_that_exist_can_be_run(made: Cached) -> None:
