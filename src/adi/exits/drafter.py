@@ -98,6 +98,7 @@ def fresh_drafter(
     """
     import torch
 
+    readout = readout.tensors()
     width = readout.gain_D.shape[0]
 
     def noise(rows: int, columns: int, size: float) -> Tensor:

@@ -74,6 +74,7 @@ def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Ad
     """An adapter that changes nothing yet: the model's own norm, ``U = 0``, and no tail mass to speak of."""
     import torch
 
+    readout = readout.tensors()
     width = readout.gain_D.shape[0]
     return Adapter(
         gain_D=readout.gain_D.clone(),
@@ -126,5 +127,5 @@ def merged(adapter: Adapter, readout: ReadOut) -> Tensor:
 
     The checkpoint's final norm takes ``gain_D`` and, where it is a layer norm, ``shift_D`` (zero otherwise).
     """
-    weight_VD = readout.scale * readout.weight_VD
+    weight_VD = readout.scale * readout.tensors().weight_VD
     return as_tensor(weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T)
