@@ -161,7 +161,7 @@ def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Pat
 
 def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "adi.decoding.session.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
+        "adi.decoding.logic.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
     )
     said = small(llama)["violations"]
     for check in ("always at depth 4", "random rejections", "rollbacks to every length"):

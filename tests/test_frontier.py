@@ -111,6 +111,17 @@ def test_any_order_gives_the_states_of_one_full_pass(actions: list[tuple[str, An
     assert torch.equal(deep_TD, whole.hidden(0, whole.length))
 
 
+@given(ACTIONS)
+def test_the_newest_state_is_that_of_the_run_which_its_position_is_in(actions: list[tuple[str, Any]]) -> None:
+    frontier = Frontier(SumBackbone())
+    for action, value in actions:
+        play(frontier, [(action, value)])
+        if frontier._runs:
+            for position in range(frontier._runs[0][0], frontier._runs[-1][1]):
+                wanted = frontier.hidden(position, position + 1)
+                assert torch.equal(torch.as_tensor(frontier.newest(position)), wanted)
+
+
 def test_states_that_no_block_reads_again_are_let_go() -> None:
     frontier = Frontier(SumBackbone())
     for number in range(50):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,27 @@ def test_without_texts_nothing_changes() -> None:
     assert wanted
     smooth(blocks, page.attentions, [])
     assert all(np.array_equal(a, b) for a, b in zip(gains(blocks), wanted, strict=True))
+
+
+def test_an_export_in_eight_bits_is_smoothed_and_nearer_to_float32_where_a_channel_is_loud(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And texts are cut to the model's context."""
+    model = gained("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[3] *= 200
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                matrix.weight[:, 3] /= 200
+        wanted_TV = model(torch.tensor([IDS])).logits[0]
+    texts, errors = [(*IDS, *IDS[::-1]) * 40], []
+    assert len(texts[0]) > model.config.max_position_embeddings
+    for samples in ((), texts):
+        monkeypatch.setenv("ADI_CACHE", str(tmp_path / str(len(samples))))
+        opened = make(model, name="loud", precision="int8", samples=samples)
+        (states,) = opened.forward([Rows(opened.new_cache(), 0, IDS, None)], 0, opened.spec.layers)
+        errors.append(float((opened.logits(states.hidden_TD) - wanted_TV).square().mean()))
+    assert errors[1] < 0.7 * errors[0]
 
 
 @given(arrays(np.float32, 8, elements=st.floats(0, 1e6, width=32)), arrays(np.float32, 8, elements=st.floats(0, 1e3, width=32)))

@@ -51,6 +51,16 @@ def needed(costs: Costs, rights: Sequence[float]) -> float | None:
     return None
 
 
+def answered(model: adi.Model) -> list[Answer]:
+    """The model's own greedy answers to the bench prompts, in their order."""
+    prompts = [item.prompt for item in read_prompts("bench")]
+    texts = adi.generate_batch(model, prompts, max_new_tokens=TOKENS, most=TOGETHER)
+    return [
+        Answer(prompt, (*t.prompt_ids, *t.token_ids), len(t.prompt_ids), True, True)
+        for prompt, t in zip(prompts, texts, strict=True)
+    ]
+
+
 def measured(precision: str) -> dict[str, Any]:
     items = read_prompts("bench")
     model, exits = adi.load("smollm2-135m", precision=precision), adi.load_exits("smollm2-135m")
@@ -59,11 +69,7 @@ def measured(precision: str) -> dict[str, Any]:
     assert drafting is not None
     backbone.prepare((), drafts=True, wait=True)
     costs = costs_of(backbone, drafting.key, drafting.try_once)
-    texts = adi.generate_batch(model, [item.prompt for item in items], max_new_tokens=TOKENS, most=TOGETHER)
-    answers = [
-        Answer(i.prompt, (*t.prompt_ids, *t.token_ids), len(t.prompt_ids), True, True)
-        for i, t in zip(items, texts, strict=True)
-    ]
+    answers = answered(model)
     kinds = Kinds({answer.ids[: answer.start]: item.category for item, answer in zip(items, answers, strict=True)})
     readout = backbone.readout().tensors()
     with tempfile.TemporaryDirectory() as folder:

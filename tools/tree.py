@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bound import TOKENS, answered
 from torch import Tensor
 
 import adi
@@ -25,26 +26,22 @@ from adi.exits.heads import shortlist
 from adi.files import write_json
 from adi.measure.circumstances import circumstances
 from adi.prompts import read_prompts
-from adi.training.answers import Answer
 from adi.training.drafting import read_text, unroll
 from adi.training.tracks import write_tracks
 
-TOKENS, TOGETHER, RANKS = 128, 16, 7
+RANKS = 7
 BOUND = Path(__file__).parent.parent / "docs" / "results" / "bound.json"
 
 
 def ranks(precision: str) -> list[float]:
     """How often the full model's next token is the drafter's first, second, ... candidate."""
-    items = read_prompts("bench")
     model, drafter = adi.load("smollm2-135m", precision=precision), adi.load_exits("smollm2-135m").drafter
     assert drafter is not None
-    texts = adi.generate_batch(model, [item.prompt for item in items], max_new_tokens=TOKENS, most=TOGETHER)
-    answers = [Answer("", (*t.prompt_ids, *t.token_ids), len(t.prompt_ids), True, True) for t in texts]
     readout, net = model.backbone.readout().tensors(), drafter.map(Tensor.clone)
     among = shortlist(readout, net.ids_S)
     right, count = torch.zeros(RANKS), 0
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for path in write_tracks(model.backbone, answers, Path(folder), lambda done, of: None):
+        for path in write_tracks(model.backbone, answered(model), Path(folder), lambda done, of: None):
             text = read_text(path, readout, model.backbone.embed)
             (done,) = unroll(net, readout, among, text, torch.arange(len(text.tracks.answer_N)), 1)
             live_R = text.tracks.answer_N[done.start_R]

@@ -9,9 +9,10 @@ nothing more, and its kernels have other bits than a text alone gets: the sequen
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from adi.decoding.checks import check_count
 from adi.decoding.frontier import Pass, Score
@@ -45,7 +46,7 @@ class _Member:
     index: int
     make: Callable[[], Session]
     session: Session
-    work: Iterator[Pass | Score | Event] = field(init=False)
+    work: Generator[Pass | Score | Event, None, None] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     need: Pass | Score | None = None
     met: int = 0  # when a need of it was last met, by a clock of the batch
@@ -71,7 +72,7 @@ class _Member:
         self.work = self.session.work()
 
     def close(self) -> None:
-        self.work.close()  # type: ignore[attr-defined]
+        self.work.close()
 
 
 @dataclass
@@ -173,11 +174,11 @@ def generate_batch(
     """
     check_count("most", most, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
-    options = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw, "candidates": candidates}
-    options["special_tokens"] = special_tokens
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw}
+    options |= {"candidates": candidates, "special_tokens": special_tokens}
     members = []
     for i, prompt in enumerate(prompts):
-        make = partial(Session, model, prompt, policy, stop=stop, sampling=sampling.of_prompt(i), **options)  # type: ignore[arg-type]
+        make = partial(Session, model, prompt, policy, stop=stop, sampling=sampling.of_prompt(i), **options)
         try:
             members.append(_Member(i, make, make()))
         except ValueError as error:

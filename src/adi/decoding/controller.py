@@ -213,7 +213,7 @@ class Controller:
         share, trust, chain = GUESSED, self._trust["drafter"].value, self._chain
         chain.clear()
         for known in self._steps:
-            share = (share * WEIGHT + known.true) / (WEIGHT + known.seen)
+            share = known.given(share)
             chain.append(min(0.98, share * trust))
 
     def believed(self, confidence: float) -> float:

@@ -141,10 +141,6 @@ class Costs:
     def _further(self) -> float:
         return self.draft_seconds if self.further_seconds is None else self.further_seconds
 
-    def tokens_per_second(self, tokens: float, drafts: int, steps: int) -> float:
-        """Of a round that gives so many tokens from one pass over ``drafts + 1`` rows and so many drafter steps."""
-        return tokens / (self.rows(drafts + 1) + self.drafting(steps))
-
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
         ratio = seconds / (self._plain(rows) * self.lately.of(rows))  # others may have taught it since

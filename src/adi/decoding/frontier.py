@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adi.model.arrays import as_tensor
-from adi.model.backbone import Backbone, Rows, States
+from adi.model.backbone import Backbone, Propagating, Rows, States
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,9 @@ class Frontier:
         start = self.filled[depth]
         assert self.filled[-1] == start, "one exit at a time"
         rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length))
-        self.backbone.propagate(rows, depth)  # type: ignore[attr-defined]
+        engine = self.backbone
+        assert isinstance(engine, Propagating)
+        engine.propagate(rows, depth)
         self.filled = [self.length] * len(self.filled)
         del self._runs[:-1]
 

@@ -112,7 +112,7 @@ class Session:
             else:
                 yield item
 
-    def work(self) -> Iterator[Pass | Score | Event]:
+    def work(self) -> Generator[Pass | Score | Event, None, None]:
         """Events, and between them what the session needs of the network, each to be met by ``answer`` before going on.
 
         Who drives it may meet the needs of many sessions together. A ``Pass`` is answered with itself, or with a lower part

@@ -246,7 +246,8 @@ def _arrays(path: Path, digest: Any) -> dict[str, Any]:
     try:
         if _digest(path) != digest:
             raise ValueError(f"{path.name} is not the file that exits.json was written for (its digest differs)")
-        return load_file(path)  # type: ignore[no-any-return]
+        arrays: dict[str, Any] = load_file(path)
+        return arrays
     except Exception as error:  # what a foreign file makes the reader raise
         raise ValueError(f"{path.name}: {error}") from None
 

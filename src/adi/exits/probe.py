@@ -54,7 +54,8 @@ class Probe:
     def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Callable[[], Prediction | Measured]) -> Tensor:
         """The chance that the exit's token at T rows is full depth's, ``[T]``; ``predict`` is asked where the head is read."""
         x = state_features(hidden_TD) if name == "state_probe" else joint_features(hidden_TD, predict())
-        return getattr(self, KINDS[name])[depth].logit(x).sigmoid()  # type: ignore[no-any-return]
+        nets: Mapping[int, Net] = getattr(self, KINDS[name])
+        return nets[depth].logit(x).sigmoid()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, named ``kind.depth.weight``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adi.model.arrays import Array, as_tensor
 
@@ -218,6 +218,15 @@ def require_number(tops: Sequence[float]) -> None:
     """NoDistributionError unless the largest logit of every row is a finite number: of NaN there is no likeliest token."""
     if bad := [top for top in tops if not math.isfinite(top)]:
         raise NoDistributionError(f"the model's logits hold no distribution: the largest is {bad[0]}. Try another precision.")
+
+
+@runtime_checkable
+class Propagating(Protocol):
+    """An engine that can make up the keys and values of blocks that were not run."""
+
+    def propagate(self, rows: Rows, lo: int) -> None:
+        """Give blocks from ``lo`` on keys and values made from the states of these rows."""
+        ...
 
 
 class Backbone(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -164,6 +165,15 @@ def _count(
         tally.divergences.append(found)
 
 
+def _next_of(known: Sequence[int], said: Sequence[int]) -> int:
+    return known[len(said)]
+
+
+def _right_drafts(right: int, dice: random.Random, most: int) -> int:
+    """So many of a round's drafts are right; below 0, a random number."""
+    return min(right, most) if right >= 0 else dice.randrange(most + 1)
+
+
 def _faults(
     model: Model,
     exits: Exits,
@@ -182,8 +192,8 @@ def _faults(
             session = Scripted(
                 model,
                 ids,
-                lambda said, known=known: known[len(said)],  # type: ignore[misc]
-                lambda most, right=right: min(right, most) if right >= 0 else dice.randrange(most + 1),  # type: ignore[misc]
+                functools.partial(_next_of, known),
+                functools.partial(_right_drafts, right, dice),
                 depths=exits.depths,
                 drafts=DRAFTS,
                 seed=size.seed + i,

@@ -89,5 +89,5 @@ def drive(session: Session, passes: int | None = None, lost: bool = False) -> li
             session.answer((item, states))
         elif isinstance(item, Step):
             steps.append(item)
-    work.close()  # type: ignore[attr-defined]
+    work.close()
     return steps

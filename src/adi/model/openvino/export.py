@@ -34,8 +34,9 @@ def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Seque
     try:
         page, blocks, head = _graphs(hf, precision)
         _check(hf, page, blocks.clone(), head.clone())
+        read = [ids[: page.context] for ids in samples]
         blocks, head = compress(
-            blocks.clone(), head.clone(), precision, page.attentions, samples
+            blocks.clone(), head.clone(), precision, page.attentions, read
         )  # NNCF would follow what they share
     except Exception as error:  # tracer, converter and plugin meet foreign code and raise anything
         raise _refuse(hf.model, error) from error
