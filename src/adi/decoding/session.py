@@ -97,6 +97,7 @@ class Session:
         self._logic = logic_of(self.policy, plan, model.backbone)
         self._state: Any = None  # the drafter's, as its engine has it
         self._said: list[int] = []
+        self._spelled: dict[int, str] = {}
         self._alone = False
         self._fell_at: int | None = 0 if self.policy is not self._asked else None
 
@@ -284,7 +285,10 @@ class Session:
         return Look(reading.depth, reading.token, self._spell(reading.token), glance.fired, signals, found)
 
     def _spell(self, token: int) -> str:
-        return self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
+        """The token's own text; a draft's is asked for when it is made and again when it is thrown away."""
+        if (text := self._spelled.get(token)) is None:
+            text = self._spelled[token] = self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
+        return text
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:

@@ -22,6 +22,9 @@ class StopText:
 
     def watch(self, events: Iterable[Step | Other]) -> Iterator[Step | Other]:
         """The same steps, and whatever is between them, up to the first stop string, which is left out of the text."""
+        if not self.stops:
+            yield from events
+            return
         held: list[Step] = []
         for event in events:
             if not isinstance(event, Step):

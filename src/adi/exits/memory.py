@@ -6,7 +6,7 @@ memories are made of: one grows by a token at a time, the other is sorted once, 
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,15 +127,17 @@ class SortedRuns:
         import numpy as np
 
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
-        self._text: Ids = np.concatenate([*sequences, np.zeros(0, np.int32)])
+        text: Ids = np.concatenate([*sequences, np.zeros(0, np.int32)])
         stops = np.repeat(lengths.cumsum(), lengths).astype(np.int32)
-        offsets = np.arange(len(self._text)) - (stops - np.repeat(lengths, lengths))
+        offsets = np.arange(len(text)) - (stops - np.repeat(lengths, lengths))
         places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found by
         # Column d holds the token d + 1 back; before a sequence begins stands -1, which nobody asks for.
-        back = [np.where(offsets[places] > d, self._text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
+        back = [np.where(offsets[places] > d, text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
         order = _order(back)
-        self._columns: list[Ids] = [column[order] for column in back]
-        self._places, self._stops = places[order].astype(np.int32), stops
+        # Views and not arrays: a question looks at single numbers, which an array makes ten times as dear.
+        self._text, self._stops = text.data, stops.data
+        self._columns = [column[order].data for column in back]
+        self._places = places[order].astype(np.int32).data
         self._shortest = shortest
 
     def find(self, query: Sequence[int]) -> tuple[int, int, int]:
@@ -143,20 +145,20 @@ class SortedRuns:
 
         (0, 0, 0) where fewer than ``shortest`` did. Positions count through all sequences, one after the other.
         """
+        import numpy as np
+
         ranges = self._ranges(query)
         if len(ranges) < self._shortest:
             return 0, 0, 0
-        at = int(self._places[slice(*ranges[-1])].max())
-        return len(ranges), at, int(self._stops[at])
+        at = int(np.asarray(self._places[slice(*ranges[-1])]).max())
+        return len(ranges), at, self._stops[at]
 
     def _ranges(self, query: Sequence[int]) -> list[tuple[int, int]]:
         """Of the last token, the last two and so on: from where to where they stand in the sorted order, as long as they do."""
-        import numpy as np
-
         low, high, found = 0, len(self._places), list[tuple[int, int]]()
-        for column, token in zip(self._columns, np.array(query[: -len(self._columns) - 1 : -1], np.int32), strict=False):
-            within = column[low:high]  # ids of the column's own type, or each search would convert all of it
-            low, high = low + int(within.searchsorted(token)), low + int(within.searchsorted(token, "right"))
+        for column, token in zip(self._columns, query[: -len(self._columns) - 1 : -1], strict=False):
+            low = bisect_left(column, token, low, high)
+            high = bisect_right(column, token, low, high)
             if low == high:
                 break
             found.append((low, high))
@@ -173,23 +175,25 @@ class SortedRuns:
         ranges = self._ranges(query)
         if len(ranges) < self._shortest:
             return 0, (), ()
+        text, stops = self._text, self._stops
         places, votes = self._first_votes(ranges)
         tokens, shares = list[int](), list[float]()
         while votes:
-            tokens.append(max(votes, key=votes.__getitem__))
-            shares.append(votes[tokens[-1]])
-            places = places[self._text[places] == tokens[-1]]
+            token = max(votes, key=votes.__getitem__)
+            tokens.append(token)
+            shares.append(votes[token])
+            places = [place for place in places if text[place] == token]
             if len(tokens) == most or len(places) == 1:
                 break
-            places = places[places + 1 < self._stops[places]] + 1
+            places = [place + 1 for place in places if place + 1 < stops[place]]
             votes = self._votes(places, DOUBT / 2)
         if votes and len(places) == 1:  # nobody else is left to ask
-            at = int(places[0]) + 1
-            rest = self.tokens(at, min(int(self._stops[at - 1]), at + most - len(tokens)))
+            at = places[0] + 1
+            rest = self.tokens(at, min(stops[at - 1], at + most - len(tokens)))
             return len(ranges), (*tokens, *rest), (*shares, *[1 / (1 + DOUBT / 2)] * len(rest))
         return len(ranges), tuple(tokens), tuple(shares)
 
-    def _first_votes(self, ranges: Sequence[tuple[int, int]]) -> tuple[Ids, dict[int, float]]:
+    def _first_votes(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], dict[int, float]]:
         """The places that a continuation is to be followed from, and what they say comes first."""
         places = self._some(*ranges[-1])
         votes = self._votes(places, DOUBT)
@@ -198,24 +202,27 @@ class SortedRuns:
         wider = ranges[self._shortest - 1 : -1]
         more = self._some(*next((r for r in reversed(wider) if r[1] - r[0] >= FEW), wider[0]))
         left = DOUBT / (len(places) + DOUBT)
+        own = set(votes)
         for token, share in self._votes(more, 0.0).items():
             votes[token] = votes.get(token, 0.0) + left * share
-        return (places if max(votes, key=votes.__getitem__) in self._text[places] else more), votes
+        return (places if max(votes, key=votes.__getitem__) in own else more), votes
 
-    def _some(self, low: int, high: int) -> Ids:
+    def _some(self, low: int, high: int) -> list[int]:
         """Places in this range of the sorted order, at most so many, the most recent first."""
-        import numpy as np
+        return sorted(self._places[low : high : -(-(high - low) // VOTERS)], reverse=True)
 
-        places = self._places[low : high : -(-(high - low) // VOTERS)]
-        return np.sort(places)[::-1]
-
-    def _votes(self, places: Ids, doubt: float) -> dict[int, float]:
+    def _votes(self, places: Sequence[int], doubt: float) -> dict[int, float]:
         """The share of each token that stands at these places, as if there were ``doubt`` more of them, in their order."""
-        return {token: count / (len(places) + doubt) for token, count in Counter(self._text[places].tolist()).items()}
+        text, counts = self._text, dict[int, int]()
+        for place in places:
+            token = text[place]
+            counts[token] = counts.get(token, 0) + 1
+        everybody = len(places) + doubt
+        return {token: count / everybody for token, count in counts.items()}
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from position ``start`` to ``stop``."""
-        return tuple(self._text[start:stop].tolist())
+        return tuple(self._text[start:stop])
 
 
 def _order(columns: Sequence[Ids]) -> Any:
