@@ -15,6 +15,8 @@ pytest.importorskip("nncf")
 from adi.model.backbone import Rows, States
 from adi.model.openvino import OpenVinoBackbone, make
 from adi.model.openvino.check import merged_rows, rows_are_invariant, settle_rows
+from adi.model.openvino.engine import evened
+from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.pieces import LANES
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import LAYERS
@@ -42,6 +44,28 @@ def test_a_rows_bits_do_not_depend_on_its_company(made: Cached, precision: str) 
                 hidden[i] = states.hidden_TD
         assert torch.equal(hidden[0], torch.cat(wanted[:count]))
         assert torch.equal(backbone.logits(hidden[0]), logits_TV[:count])
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [(1, 1), (9, 9), (32, 32), (33, 40), (40, 40), (73, 80), (128, 128), (129, 144), (257, 288), (5000, 5024)],
+)
+def test_long_passes_are_filled_up(rows: int, wanted: int) -> None:
+    assert evened(rows) == wanted
+    assert wanted - rows < BLOCK_TOKENS, "what is filled in has one block of KV memory"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_fills_a_pass_up_changes_no_bits_and_takes_no_memory(made: Cached, precision: str) -> None:
+    backbone = engine(made, "llama", precision)
+    layers, whole, parts = backbone.spec.layers, backbone.new_cache(), backbone.new_cache()
+    spare = backbone.pool.used
+    (states,) = backbone.forward([Rows(whole, 0, IDS[:51], None)], 0, layers)
+    assert states.hidden_TD.shape[0] == 51
+    assert {rows for rows, _, _ in backbone._feeds} >= {56}
+    assert backbone.pool.used == spare + 2
+    split = [backbone.forward([Rows(parts, lo, IDS[lo:hi], None)], 0, layers)[0].hidden_TD for lo, hi in ((0, 16), (16, 51))]
+    assert torch.equal(states.hidden_TD, torch.cat(split))
 
 
 def test_the_check_notices_rows_that_vary(made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

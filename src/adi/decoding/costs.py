@@ -19,7 +19,7 @@ from adi.model.backbone import Backbone, MemoryFullError, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
-ENGINES = 6  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LATELY = 0.1  # weight of one more measurement during use
 FADING = 0.995  # of what was learned of each number of rows, with every measurement

@@ -18,8 +18,7 @@ from adi.model.openvino.segment import Config, Head, Segment
 from adi.model.openvino.store import Page
 
 ANY = 0  # the lane of pieces that take any number of rows
-OPENING = (1, 3, 8, 6, 4)  # lanes in the order in which they open: the most used first
-LANES = tuple(sorted(OPENING))
+LANES = (1, 3, 8)
 SETTLING_ROWS = 16
 COMPILING = 2  # pieces at a time
 
@@ -30,10 +29,9 @@ class Pieces:
     """Blocks [lo, hi) as compiled graphs, for any number of rows or, in a lane, for exactly so many.
 
     A graph with fixed shapes works no shapes out and plans its memory once: on two AVX-512 cores a token of SmolLM2-135M
-    takes 6.8 instead of 7.8 ms at int4, and four rows 7.8 instead of 9.2. The bits are the same. On two Intel cores with
-    AVX-512 each row more costs some 4% of a pass, so between three rows and eight there are two lanes more: drafting
-    gains 2 to 3% by them. A lane costs a copy of the weights and a second of compiling, in the background; until it is open,
-    passes run on the pieces for any number of rows.
+    takes 6.8 instead of 7.8 ms at int4, and four rows 7.8 instead of 9.2. The bits are the same. Three rows are what most
+    rounds want: a lane of four costs 0.9 ms more, for a third draft that is seldom right. A lane costs a copy of the
+    weights and a second of compiling, in the background; until it is open, passes run on the pieces for any number of rows.
     """
 
     def __init__(self, core: Any, blocks: Any, head: Any, page: Page, config: Config, pool: Pool) -> None:
