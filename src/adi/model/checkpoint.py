@@ -54,11 +54,11 @@ class Model:
             if raw:
                 return self.tokenizer.encode(prompt, special_tokens=special_tokens)
             return self.tokenizer.chat([{"role": "user", "content": prompt}], special_tokens=special_tokens)
-        items = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
+        items: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
         if items is not None and all(hasattr(i, "__index__") for i in items):
-            return tuple(operator.index(i) for i in items)  # type: ignore[arg-type]
+            return tuple(operator.index(i) for i in items)
         if items is not None and all(isinstance(i, dict) for i in items):
-            messages: list[Message] = items  # type: ignore[assignment]
+            messages: list[Message] = items
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
             if raw:
