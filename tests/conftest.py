@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import adi
-from adi.exits.drafter import Drafter, fresh_drafter
+from adi.drafters.network import Drafter, fresh_drafter
 from adi.exits.heads import Adapter, Heads
 from adi.exits.probe import SAID, Net, Probe
 from families import tiny

@@ -10,7 +10,8 @@ import transformers as t
 
 from adi.model.backbone import Rows
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make, store
+from adi.model.openvino import OpenVinoBackbone, make
+from adi.model.openvino import manifest as store
 from families import KV, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())

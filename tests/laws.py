@@ -17,24 +17,24 @@ from typing import Any
 import torch
 
 from adi.decoding.controller import Controller
-from adi.decoding.costs import Costs
-from adi.decoding.drawing import Sampler, distribution
-from adi.decoding.ladder import Recollection, ladder
+from adi.decoding.cost_model import CostModel
 from adi.decoding.lookup import lookup
+from adi.decoding.proposers import NgramSources, ladder
+from adi.decoding.sampler import Sampler, distribution
 from adi.decoding.sampling import Sampling
-from adi.decoding.sequence import (
-    Advance,
-    Decided,
-    Guess,
-    Plan,
-    Proposed,
+from adi.decoding.speculate import (
+    DraftStep,
+    DraftToken,
+    Emitted,
+    Forward,
     Proposing,
+    Request,
     SequenceLogic,
-    immediate,
-    in_rounds,
+    decode_unverified,
+    speculate,
     verified,
 )
-from adi.exits.memory import Ngrams
+from adi.drafters.ngram import NgramIndex
 from adi.exits.triggers import Always, Never, Threshold
 from adi.measure.statistics import leading, total_variation, variation_band
 
@@ -122,48 +122,48 @@ def _likeliest(depth: int, text: tuple[int, ...]) -> tuple[int, float]:
     return int(p_V.argmax()), float(p_V.max())
 
 
-def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Decided], int]:
+def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Emitted], int]:
     """Drive a logic against the table: what it says, and how many drafts it made. ``slip`` rolls back that much too little."""
     ids: list[int] = []
-    said, drafted, reply, chain = list[Decided](), 0, None, list[int]()
+    said, drafted, reply, chain = list[Emitted](), 0, None, list[int]()
     while True:
         try:
             item = next(sequence) if reply is None else sequence.send(reply)
         except StopIteration:
             return said, drafted
         reply = None
-        if isinstance(item, Advance):
+        if isinstance(item, Forward):
             ids[min(item.keep + slip, len(ids)) if item.keep < len(ids) else item.keep :] = item.ids
             reply = [Row(item.to, tuple(ids[: row + 1])) for row in range(len(ids) - item.read, len(ids))]
-        elif isinstance(item, Guess):
+        elif isinstance(item, DraftStep):
             chain = [*(() if item.fresh else chain), item.after]
             reply = [Row(2, (*ids[: item.known], *chain))]
-        elif isinstance(item, Proposed):
+        elif isinstance(item, DraftToken):
             drafted += 1
         else:
             said.append(item)
 
 
-def plan(rule: Any, trigger: Any = None, stops: tuple[int, ...] = (2, 4)) -> Plan:
-    return Plan(PROMPT, TOKENS, LAYERS, stops, trigger or Always((2,)), lambda _: False, rule)
+def plan(rule: Any, trigger: Any = None, stops: tuple[int, ...] = (2, 4)) -> Request:
+    return Request(PROMPT, TOKENS, LAYERS, stops, trigger or Always((2,)), lambda _: False, rule)
 
 
-def cheap() -> Costs:
+def cheap() -> CostModel:
     """Costs at which drafts are always worth their while."""
-    return Costs({1: 1.0, 16: 1.01}, 0.001)
+    return CostModel({1: 1.0, 16: 1.01}, 0.001)
 
 
 class Memory:
     """A habit memory that knows what often follows, and is often wrong."""
 
     def find(self, text: Sequence[int], most: int) -> Any:
-        from adi.exits.memory import Recall
+        from adi.drafters.ngram import NgramMatch
 
-        return Recall(tuple(_likeliest(4, (*text, i))[0] for i in range(min(3, most))), 3, "habits") if most else None
+        return NgramMatch(tuple(_likeliest(4, (*text, i))[0] for i in range(min(3, most))), 3, "habits") if most else None
 
 
 def by_ladder(rule: Any, drafter: bool) -> SequenceLogic:
-    memory = Recollection(() if drafter else (Memory(),), None if drafter else Ngrams())
+    memory = NgramSources(() if drafter else (Memory(),), None if drafter else NgramIndex())
     return ladder(plan(rule, Never(), ()), Controller(cheap()), memory, drafter)
 
 
@@ -173,7 +173,7 @@ KINDS: dict[str, Callable[[Any], SequenceLogic]] = {
     "exit head": lambda rule: verified(plan(rule, Threshold("top_probability", 0.45)), 3),
     "exit head, always": lambda rule: verified(plan(rule), 3),
     "lookup": lambda rule: lookup(plan(rule, Never(), ()), 3, 2),
-    "full depth": lambda rule: immediate(plan(rule, Never(), ())),
+    "full depth": lambda rule: decode_unverified(plan(rule, Never(), ())),
 }
 
 
@@ -211,20 +211,20 @@ class Drawn:
         self.dice, self.stated, self.dislikes = random.Random(1), stated, dislikes
 
     def __call__(self, rule: Any) -> SequenceLogic:
-        return in_rounds(plan(rule), 2, self._propose)
+        return speculate(plan(rule), 2, self._propose)
 
     def _propose(self, text: Sequence[int], most: int) -> Proposing:
-        drafts: list[Proposed] = []
+        drafts: list[DraftToken] = []
         while len(drafts) < most:
             known = (*text, *(d.token for d in drafts))
             q_V = density(known)
             token = self.dice.choices(range(V), q_V.tolist())[0]
             if token in self.dislikes:
                 break
-            drafts.append(Proposed(token, 2, (), density_V=self.stated(q_V)))
+            drafts.append(DraftToken(token, 2, (), density_V=self.stated(q_V)))
             yield drafts[-1]
         rows = (text[-1], *(d.token for d in drafts))
-        readings = yield Advance(len(text) - 1, rows, LAYERS, len(rows))
+        readings = yield Forward(len(text) - 1, rows, LAYERS, len(rows))
         return drafts, (), readings
 
 

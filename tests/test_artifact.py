@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adi
-from adi.exits.artifact import SHIPPED, _digest
+from adi.artifact import SHIPPED, _digest
 from conftest import random_exits
 from families import tiny
 

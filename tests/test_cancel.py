@@ -17,8 +17,8 @@ pytest.importorskip("nncf")
 import adi
 from adi.decoding.frontier import Frontier
 from adi.decoding.session import Session
-from adi.exits.habits import Habits
-from adi.model.openvino import make
+from adi.drafters.history import History
+from adi.model.openvino import build as make
 from conftest import exits_with_drafter, random_exits
 from families import tiny
 
@@ -201,7 +201,7 @@ def test_an_error_that_is_kept_keeps_no_memory(model: adi.Model) -> None:
 
 
 def test_an_unfinished_text_is_not_learned(model: adi.Model, tmp_path: Path) -> None:
-    habits = Habits.open(tmp_path / "habits", fingerprint="x", vocabulary=model.backbone.spec.vocabulary)
+    habits = History.open(tmp_path / "habits", fingerprint="x", vocabulary=model.backbone.spec.vocabulary)
     policy = adi.Verified(habits=habits)
     with interrupted(model.backbone, 6) as fired, suppress(KeyboardInterrupt):
         adi.generate(model, PROMPTS[0], policy, max_new_tokens=TOKENS)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adi
-from adi.exits.artifact import _digest
-from adi.exits.drafter import shapes
+from adi.artifact import _digest
+from adi.drafters.network import shapes
 from conftest import exits_with_drafter, random_exits
 from families import VOCABULARY, tiny
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import adi
-from adi.exits.answers import Answers
-from adi.exits.artifact import _digest
-from adi.exits.certificate import Certificate
+from adi.artifact import _digest
+from adi.drafters.datastore import Datastore
+from adi.risk.certificate import Certificate
 from conftest import exits_with_drafter, random_probe
 from damage import bombs, changed, damaged, endless, nested, only_value_errors, workplace
 
@@ -42,7 +42,7 @@ def _keep(llama: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         exits_with_drafter(llama),
         trigger=rule,
         probe=random_probe(spec.width, (2, 4)),
-        answers=Answers.of([[1, 2, 3, 4, 5], [6, 7, 8]]),
+        answers=Datastore.of([[1, 2, 3, 4, 5], [6, 7, 8]]),
         certificates=(certificate,),
         report={"drafter": {"acceptance": {"9": 0.9, "3": 0.2}}},
     )

@@ -18,19 +18,19 @@ from typer.testing import CliRunner
 import adi
 from adi.cli.app import app
 from adi.cli.options import likely_stops, read_trigger
-from adi.decoding.costs import costs_of
-from adi.exits.habits import Habits
-from adi.measure.partial import Partial
-from adi.measure.plot import page
-from adi.measure.process import Contestant
-from adi.measure.standings import page as standings
-from adi.measure.standings import read_result
-from adi.model.openvino.store import FORMAT, read_page
+from adi.decoding.cost_model import cost_model_of
+from adi.drafters.history import History
+from adi.measure.bench.report import page as standings
+from adi.measure.bench.report import read_result
+from adi.measure.bench.resume import Partial
+from adi.measure.bench.worker import System
+from adi.measure.trace_page import page
+from adi.model.openvino.manifest import FORMAT, read_manifest
 from adi.prompts import read_prompts
 from adi.training.answers import read_answers
-from adi.training.features import read_shard
-from adi.training.fit import resume_state, save_state
-from adi.training.tracks import read_tracks
+from adi.training.drafter_shards import read_drafter_shard
+from adi.training.shards import read_shard
+from adi.training.train_heads import resume_state, save_state
 from damage import Bomb, bombs, changed, damaged, endless, nested, only_value_errors, workplace
 from families import tiny
 
@@ -50,13 +50,13 @@ def plotted(path: Path) -> str:
 
 def restored(path: Path) -> object:
     partial = Partial(path, _KEPT["terms"])
-    partial.restore([Contestant("a", None)])  # type: ignore[arg-type]
+    partial.restore([System("a", None)])  # type: ignore[arg-type]
     return partial.sweeps()
 
 
 def remembered(path: Path) -> object:
-    habits = Habits.open(path, fingerprint="tokens", vocabulary=50, create=False)
-    return habits.find([1, 2, 3], 4), habits.info(), Habits.look(path).newest(3)
+    habits = History.open(path, fingerprint="tokens", vocabulary=50, create=False)
+    return habits.find([1, 2, 3], 4), habits.info(), History.look(path).newest(3)
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
@@ -68,9 +68,9 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "habits": remembered,
     "answers": read_answers,
     "checkpoint": lambda path: resume_state(path, *optimizer()),
-    "tracks": read_tracks,
+    "tracks": read_drafter_shard,
     "features": read_shard,
-    "model.json": lambda path: read_page(path.parent),
+    "model.json": lambda path: read_manifest(path.parent),
 }
 JSONS = ("trace", "benchmark", "unfinished benchmark", "trigger", "model.json")
 
@@ -85,7 +85,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     shutil.copy(RESULT, place / "benchmark")
     (place / "prompts").write_text('{"prompt": "hello", "category": "a"}\n{"turns": ["a", "b"]}\n')
     (place / "trigger").write_text(json.dumps(adi.AllOf((adi.Threshold("margin", {2: 0.5}), adi.Never())).to_json()))
-    habits = Habits.open(place / "habits", fingerprint="tokens", vocabulary=50)
+    habits = History.open(place / "habits", fingerprint="tokens", vocabulary=50)
     for ids in ((1, 2, 3, 4), (5, 6, 7), (1, 2, 3, 4)):
         habits.learn(ids)
     rows = [{"prompt": "a", "ids": [1, 2, 3], "start": 1, "greedy": True, "held_out": False}]
@@ -99,7 +99,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     counts = {"layers": 1, "width": 32, "vocabulary": 64, "context": None, "has_mlp": True, "attentions": [attention]}
     (place / "model.json").write_text(json.dumps({"format": FORMAT, **stated, **counts}))
     partial = Partial(place / "unfinished benchmark", _KEPT["terms"])
-    partial.save([Contestant("a", None, peak_bytes=5)], {"a": {"b": 1}})  # type: ignore[arg-type]
+    partial.save([System("a", None, peak_bytes=5)], {"a": {"b": 1}})  # type: ignore[arg-type]
     yield
     _KEPT.clear()
 
@@ -210,11 +210,11 @@ def test_a_damaged_cost_table_is_measured_anew(content: bytes) -> None:
     _KEPT["model"] = model
     with workplace() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADI_CACHE", str(folder))
-        patch.setattr("adi.decoding.costs.REPEATS", 1)
-        costs_of(model.backbone)
+        patch.setattr("adi.decoding.cost_model.REPEATS", 1)
+        cost_model_of(model.backbone)
         (note,) = folder.rglob("*.json")
         note.write_bytes(content)
-        assert costs_of(model.backbone).rows(1) > 0
+        assert cost_model_of(model.backbone).rows(1) > 0
 
 
 @settings(max_examples=40)

@@ -19,9 +19,9 @@ import adi
 from adi.cli.app import app
 from adi.cli.options import read_trigger
 from adi.decoding.sampling import Sampling
-from adi.exits.drift import DriftMonitor
 from adi.model.tokenizer import Tokenizer
 from adi.prompts import read_prompts
+from adi.risk.drift import DriftMonitor
 from conftest import random_exits
 from damage import VALUES, only_value_errors
 

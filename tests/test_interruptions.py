@@ -14,7 +14,8 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 import adi
-from adi.model.openvino import make, pool
+from adi.model.openvino import kv_pool as pool
+from adi.model.openvino import make
 from families import tiny
 
 PROMPT, TOKENS = (5, 17, 9, 5, 17), 5

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import adi
-from adi.measure.risk import disagreement
-from adi.measure.told import tell
+from adi.measure.calibration.losses import disagreement
+from adi.measure.forced_read import forced_read
 from adi.prompts import read_prompts, spread
 
 pytestmark = [
@@ -216,7 +216,7 @@ def test_a_certified_level_is_kept_on_prompts_that_nobody_calibrated_on(
     assert policy.monitor.checked > 10
     assert not policy.monitor.alarmed
     plain = adi.generate_batch(compiled, prompts, adi.Reflex(exits, risk=risk), max_new_tokens=32)
-    told = tell(compiled.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
+    told = forced_read(compiled.backbone, None, [(g.prompt_ids, g.token_ids) for g in plain])
     wrong = [disagreement(t.said_T, t.full_T) for t in told]
     assert sum(wrong) / len(wrong) < risk + 2 * (risk * (1 - risk) / 100) ** 0.5  # 256 tokens, in runs
     assert any(0 < step.depth < 30 for text in plain for step in text.steps)

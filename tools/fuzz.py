@@ -17,8 +17,8 @@ import atheris
 
 with atheris.instrument_imports(include=["adi"]):
     import adi
-    from adi.exits import artifact
-    from adi.measure.standings import read_result
+    from adi import artifact
+    from adi.measure.bench.report import read_result
     from adi.measure.trace import read_trace, trace_of, write_trace
     from adi.prompts import read_prompts
 

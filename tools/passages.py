@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 import adi
-from adi.exits.artifact import load_exits
+from adi.artifact import load_exits
 
 MODEL = "smollm2-135m"
 SHORTEST, LONGEST = 40, 170  # words of a passage

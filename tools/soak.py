@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import adi
+from adi.artifact import shipped
 from adi.decoding.frontier import Frontier
-from adi.exits.artifact import shipped
-from adi.measure.circumstances import circumstances
+from adi.measure.provenance import provenance
 from adi.prompts import PromptItem, read_prompts
 
 MIB = 2**20
@@ -141,7 +141,7 @@ def soak(
     work: Work,
     generations: int,
     every: int,
-    tell: Callable[[Sample], object] = lambda sample: None,
+    forced_read: Callable[[Sample], object] = lambda sample: None,
     beside: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Samples every so many generations, the first before any; and how many there were of each kind. ``beside`` is done after
@@ -156,7 +156,7 @@ def soak(
         done, kinds[kind] = done + count, kinds[kind] + count
         if done // every > samples[-1].generations // every or done >= generations:
             samples.append(look(work.model, done, time.monotonic() - started))
-            tell(samples[-1])
+            forced_read(samples[-1])
     raise AssertionError("the kinds never end")
 
 
@@ -217,7 +217,7 @@ def main() -> int:
     found = judged(samples, given.warm_up, given.most_growth_mib)
     print(json.dumps(found, indent=1))
     if given.json is not None:
-        about = circumstances(" ".join(["python", "tools/soak.py", *sys.argv[1:]]), items)
+        about = provenance(" ".join(["python", "tools/soak.py", *sys.argv[1:]]), items)
         spec = work.model.backbone.spec
         value = {"format": "adi-soak", **about, "model": spec.name, "backend": spec.backend, "precision": spec.precision}
         value |= {"generations": samples[-1].generations, "kinds": kinds, "seconds": samples[-1].seconds, **found}

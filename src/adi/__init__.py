@@ -16,48 +16,48 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adi.decoding.batch import BatchMemoryError, generate_batch
+    from adi.artifact import Exits, bare_exits, load_exits
+    from adi.decoding.generate import generate, stream
     from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
     from adi.decoding.records import Generation, Step
     from adi.decoding.sampling import Sampling, prompt_seed
+    from adi.decoding.scheduler import BatchMemoryError, generate_batch
     from adi.decoding.session import Session
-    from adi.decoding.stream import generate, stream
-    from adi.exits.artifact import Exits, bare_exits, load_exits
-    from adi.exits.certificate import Certificate
-    from adi.exits.drift import DriftMonitor
     from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
     from adi.measure.audit.run import audit
-    from adi.measure.calibrate import Calibration, calibrate
-    from adi.measure.headroom import inspect
-    from adi.measure.plot import write_page as plot
-    from adi.measure.shootout import study_triggers
+    from adi.measure.calibration.calibrate import Calibration, calibrate
+    from adi.measure.inspect import inspect
     from adi.measure.trace import Trace, read_trace, trace_of, write_trace
+    from adi.measure.trace_page import write_page as plot
+    from adi.measure.trigger_study.study import study_triggers
     from adi.model.backbone import Backbone
-    from adi.model.checkpoint import Model, load
+    from adi.model.load import Model, load
+    from adi.risk.certificate import Certificate
+    from adi.risk.drift import DriftMonitor
     from adi.training.tune import TuneOptions, tune
 
 _HOMES = {
-    "adi.decoding.batch": ("BatchMemoryError", "generate_batch"),
+    "adi.decoding.scheduler": ("BatchMemoryError", "generate_batch"),
     "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
     "adi.decoding.sampling": ("Sampling", "prompt_seed"),
     "adi.decoding.session": ("Session",),
-    "adi.decoding.stream": ("generate", "stream"),
-    "adi.exits.artifact": ("Exits", "bare_exits", "load_exits"),
-    "adi.exits.certificate": ("Certificate",),
-    "adi.exits.drift": ("DriftMonitor",),
+    "adi.decoding.generate": ("generate", "stream"),
+    "adi.artifact": ("Exits", "bare_exits", "load_exits"),
+    "adi.risk.certificate": ("Certificate",),
+    "adi.risk.drift": ("DriftMonitor",),
     "adi.exits.triggers": ("AllOf", "Always", "AnyOf", "Never", "Threshold", "Trigger", "Weighted"),
     "adi.measure.audit.run": ("audit",),
-    "adi.measure.calibrate": ("Calibration", "calibrate"),
-    "adi.measure.headroom": ("inspect",),
-    "adi.measure.shootout": ("study_triggers",),
+    "adi.measure.calibration.calibrate": ("Calibration", "calibrate"),
+    "adi.measure.inspect": ("inspect",),
+    "adi.measure.trigger_study.study": ("study_triggers",),
     "adi.measure.trace": ("Trace", "read_trace", "trace_of", "write_trace"),
     "adi.model.backbone": ("Backbone",),
-    "adi.model.checkpoint": ("Model", "load"),
+    "adi.model.load": ("Model", "load"),
     "adi.training.tune": ("TuneOptions", "tune"),
 }
 _WHERE = {name: (home, name) for home, names in _HOMES.items() for name in names}
-_WHERE["plot"] = ("adi.measure.plot", "write_page")
+_WHERE["plot"] = ("adi.measure.trace_page", "write_page")
 
 __all__ = [  # noqa: RUF022 - the verbs first
     "load",

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from adi.errors import AdiError
+
 MOST_BYTES = 256 << 20  # of a text or JSON file that adi reads whole
 
 
@@ -20,7 +22,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{str(path)!r} begins with a home folder that does not exist; write the whole path.") from None
+        raise AdiError(f"{str(path)!r} begins with a home folder that does not exist; write the whole path.") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,19 +39,19 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if made is not None:
             made.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+        raise AdiError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
 def require_writable(path: Path) -> None:
     """ValueError if ``path`` could not be written: better before an hour's work than after it."""
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder. Name a file.")
+        raise AdiError(f"cannot write {path}: it is a folder. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+        raise AdiError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -62,11 +64,11 @@ def require_file(path: Path, what: str, most_bytes: int) -> None:
     try:
         state = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise ValueError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
+        raise AdiError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
     if not stat.S_ISREG(state.st_mode):
-        raise ValueError(f"cannot read the {what} {path}: it is not a file.")
+        raise AdiError(f"cannot read the {what} {path}: it is not a file.")
     if state.st_size > most_bytes:
-        raise ValueError(f"the {what} {path} has {state.st_size} bytes; more than {most_bytes} are none that adi wrote.")
+        raise AdiError(f"the {what} {path} has {state.st_size} bytes; more than {most_bytes} are none that adi wrote.")
 
 
 def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
@@ -75,9 +77,9 @@ def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read the {what} {path}: {error.strerror or error}.") from None
+        raise AdiError(f"cannot read the {what} {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"the {what} {path} is damaged: {error}.") from None
+        raise AdiError(f"the {what} {path} is damaged: {error}.") from None
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -86,7 +88,7 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"the {what} {path} is damaged: {error}.") from None
+        raise AdiError(f"the {what} {path} is damaged: {error}.") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -94,7 +96,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise AdiError("it is nested too deeply") from None
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def locked_file(path: Path, what: str, *, writing: bool = False, create: bool = 
     try:
         import fcntl
     except ImportError:  # Windows
-        raise ValueError(f"a {what} needs file locks of a kind that this system lacks; do without it.") from None
+        raise AdiError(f"a {what} needs file locks of a kind that this system lacks; do without it.") from None
     flags = (os.O_RDWR | (os.O_CREAT if create else 0)) if writing else os.O_RDONLY
     try:
         if create:
@@ -136,14 +138,14 @@ def locked_file(path: Path, what: str, *, writing: bool = False, create: bool = 
             handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)  # not to wait for a pipe's other end
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 os.close(handle)
-                raise ValueError(f"{path} is not a file, so it cannot be a {what}; choose another place.")
+                raise AdiError(f"{path} is not a file, so it cannot be a {what}; choose another place.")
             with os.fdopen(handle, "r+b" if writing else "rb") as file:
                 fcntl.flock(handle, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
                 if _still_at(path, handle):
                     yield file
                     return
     except OSError as error:
-        raise ValueError(f"cannot use the {what} {path}: {error.strerror or error}. Choose another place.") from None
+        raise AdiError(f"cannot use the {what} {path}: {error.strerror or error}. Choose another place.") from None
 
 
 def _still_at(path: Path, handle: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adi.errors import AdiError
 from adi.files import expanded, parse_json, read_text
 
 BUILTIN = Path(__file__).parent / "data" / "prompts"
@@ -34,10 +35,10 @@ def read_prompts(source: str | Path) -> list[PromptItem]:
     try:
         lines = read_text(path, "prompts file").split("\n")
     except ValueError as error:
-        raise ValueError(f"{error} Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
+        raise AdiError(f"{error} Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
     items = [_item(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not items:
-        raise ValueError(f"{path} holds no prompts.")
+        raise AdiError(f"{path} holds no prompts.")
     return items
 
 
@@ -56,14 +57,14 @@ def _item(line: str, where: str) -> PromptItem:
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from None
+        raise AdiError(f"{where} is not JSON: {error}.") from None
     if not isinstance(value, dict) or not set(value) <= {"prompt", "turns", "category"}:
-        raise ValueError(f"{where} is not an object with 'prompt' (or 'turns') and 'category'.")
+        raise AdiError(f"{where} is not an object with 'prompt' (or 'turns') and 'category'.")
     turns = value.get("turns", [value["prompt"]] if "prompt" in value else None)
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise ValueError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
+        raise AdiError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
     if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
-        raise ValueError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
+        raise AdiError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
     if not isinstance(value.get("category", "other"), str):
-        raise ValueError(f"{where} has a 'category' that is no text.")
+        raise AdiError(f"{where} has a 'category' that is no text.")
     return PromptItem(tuple(turns), value.get("category", "other"))

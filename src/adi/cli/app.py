@@ -19,16 +19,16 @@ import adi
 COMMANDS = {
     "run": "run",
     "chat": "chat",
-    "trace": "plot",
-    "plot": "plot",
-    "inspect": "study",
+    "trace": "trace",
+    "plot": "trace",
+    "inspect": "inspect",
     "triggers": "triggers",
     "bench": "bench",
     "audit": "audit",
     "quality": "quality",
-    "habits": "habits",
+    "history": "history",
     "calibrate": "calibrate",
-    "tune": "train",
+    "tune": "tune",
 }
 
 

@@ -17,7 +17,7 @@ from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgum
 from adi.files import require_writable, write_json
 
 if TYPE_CHECKING:
-    from adi.model.checkpoint import Model
+    from adi.model.load import Model
 
 FileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report here ('-' prints it).")]
 

@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from adi.cli.options import BackendOption, ModelArgument
+from adi.errors import AdiError
 from adi.files import require_writable, write_json
 from adi.prompts import PromptItem, read_prompts, spread
 
 if TYPE_CHECKING:
-    from adi.measure.bench import Progress as Told
+    from adi.measure.bench.run import Progress as ForcedRead
 
 MODES_HELP = "Of adi: full, verified, reflex, lookup, static."
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
@@ -64,12 +65,12 @@ def bench(
     _check_modes(chosen, pair, sweep, batch)
     _check_reflex(chosen, risk, threshold)
     if not (precisions := _known("precision", _listed(precision), PRECISIONS)):
-        raise ValueError(f"--precision is empty; choose among {', '.join(PRECISIONS)}.")
-    from adi.exits.artifact import shipped
-    from adi.measure.bench import Extent, finished
-    from adi.measure.bench import bench as measure
-    from adi.measure.contestants import MODES, Setting
-    from adi.measure.peers import PEERS
+        raise AdiError(f"--precision is empty; choose among {', '.join(PRECISIONS)}.")
+    from adi.artifact import shipped
+    from adi.measure.bench.peers import PEERS
+    from adi.measure.bench.run import Extent, finished
+    from adi.measure.bench.run import bench as measure
+    from adi.measure.bench.systems import MODES, Setting
 
     names = [f"adi:{mode}:{p}" for p in precisions for mode in _known("mode", chosen, MODES)]
     names += list(PEERS) if peers == "all" else _known("peer", _listed(peers), tuple(PEERS))
@@ -77,10 +78,10 @@ def bench(
     setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
     if json_out is not None:
         require_writable(json_out)
-    with _shown(Console(stderr=True)) as tell:
+    with _shown(Console(stderr=True)) as forced_read:
         extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch)
         command = shlex.join(["adi", *sys.argv[1:]])
-        found = measure(names, items, setting, extent, command=command, result=json_out, progress=tell)
+        found = measure(names, items, setting, extent, command=command, result=json_out, progress=forced_read)
     if json_out is not None:
         write_json(json_out, found)
         finished(json_out)
@@ -95,18 +96,18 @@ def _prompts(source: str, limit: int | None) -> list[PromptItem]:
 
 def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool, batch: int | None) -> None:
     if not chosen:
-        raise ValueError("--modes is empty; at least one of adi's modes must run.")
+        raise AdiError("--modes is empty; at least one of adi's modes must run.")
     if batch is not None and "full" not in chosen:
-        raise ValueError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
+        raise AdiError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
     if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
-        raise ValueError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+        raise AdiError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
 
 
 def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | None) -> None:
     if "reflex" in chosen and (risk is None) == (threshold is None):
-        raise ValueError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
+        raise AdiError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
     if "reflex" not in chosen and (risk, threshold) != (None, None):
-        raise ValueError("--risk and --threshold are of reflex mode; put reflex into --modes, or leave them out.")
+        raise AdiError("--risk and --threshold are of reflex mode; put reflex into --modes, or leave them out.")
 
 
 def _listed(text: str) -> list[str]:
@@ -115,28 +116,28 @@ def _listed(text: str) -> list[str]:
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{what} {unknown[0]!r} is not known; choose among {', '.join(known)}.")
+        raise AdiError(f"{what} {unknown[0]!r} is not known; choose among {', '.join(known)}.")
     return given
 
 
 def _at_least_one(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+            raise AdiError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
 def _pair(text: str) -> tuple[int, int]:
     try:
         depth, draft_tokens = (int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
+        raise AdiError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
     if depth < 0 or draft_tokens < 1:
-        raise ValueError(f"--static is {text}; the depth must be at least 0 (the drafter), the number of drafts at least 1.")
+        raise AdiError(f"--static is {text}; the depth must be at least 0 (the drafter), the number of drafts at least 1.")
     return depth, draft_tokens
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Told]:
+def _shown(console: Console) -> Iterator[ForcedRead]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=None)

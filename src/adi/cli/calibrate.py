@@ -25,14 +25,15 @@ from adi.cli.options import (
     exits_for,
     require_folder,
 )
+from adi.errors import AdiError
 from adi.files import require_writable, write_json
 from adi.prompts import read_prompts, spread
 
 if TYPE_CHECKING:
-    from adi.exits.artifact import Exits
-    from adi.exits.certificate import Certificate
-    from adi.measure.calibrate import Calibration
+    from adi.artifact import Exits
+    from adi.measure.calibration.calibrate import Calibration
     from adi.model.backbone import Spec
+    from adi.risk.certificate import Certificate
 
 
 def calibrate(
@@ -61,33 +62,33 @@ def calibrate(
     The prompts should be drawn as those of use will be, and not be among those that the exits were trained on; without
     --prompts the built-in bench prompts are taken, which are few.
     """
-    from adi.exits.certificate import merged
-    from adi.measure.calibrate import calibrate as measure
+    from adi.measure.calibration.calibrate import calibrate as measure
+    from adi.risk.certificate import merged
 
     console = Console(stderr=True)
     require_folder(out)
     if limit < 1:
-        raise ValueError(f"--limit is {limit}; it must be at least 1.")
+        raise AdiError(f"--limit is {limit}; it must be at least 1.")
     items = [item for source in prompts or ["bench"] for item in read_prompts(source)]
     chosen = [item.prompt for item in spread(items, limit)]
     loaded = Source(model, backend, precision, device).load(console)
     found = exits_for(loaded, exits)
     if found.heads is None:
-        raise ValueError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
+        raise AdiError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
     require_writable(out / "exits.json")
     earlier = _earlier(out, found, loaded.backbone.spec)
     levels = risk or [0.02]
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {name: bar.add_task(name, total=None) for name in ("answers", "rules")}
-        tell = lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)  # noqa: E731
+        forced_read = lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)  # noqa: E731
         ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
-        result = measure(loaded, found, chosen, levels, progress=tell, **ways)
+        result = measure(loaded, found, chosen, levels, progress=forced_read, **ways)
     replace(found, certificates=merged(earlier, result.certificates)).save(out)
     if json_out is not None:
-        from adi.measure.circumstances import circumstances
+        from adi.measure.provenance import provenance
 
-        about = circumstances(shlex.join(["adi", *sys.argv[1:]]), items)
+        about = provenance(shlex.join(["adi", *sys.argv[1:]]), items)
         write_json(json_out, {"format": "adi-calibration", "version": 1, **about, **result.to_json()})
     _tell(Console(highlight=False), result, loaded.backbone.spec.layers)
     use = f"Saved to {out}. Use it: adi run --model {model} --exits {out} --mode reflex --risk {levels[0]:g}"
@@ -97,13 +98,13 @@ def calibrate(
 def _earlier(out: Path, exits: Exits, spec: Spec) -> tuple[Certificate, ...]:
     """Certificates that stay beside the new ones: those that the folder has for these exits, or else the exits bring along.
     ValueError where the folder's are for another precision, which would be lost."""
-    from adi.exits.artifact import load_exits
+    from adi.artifact import load_exits
 
     there = load_exits(out) if (out / "exits.json").exists() else None
     if there is None or (there.base, there.depths, there.made_by) != (exits.base, exits.depths, exits.made_by):
         return tuple(c for c in exits.certificates if (c.fingerprint, c.precision) == (spec.fingerprint, spec.precision))
     if others := {c.precision for c in there.certificates} - {spec.precision}:
-        raise ValueError(
+        raise AdiError(
             f"{out} holds certificates for {', '.join(sorted(others))}, and exits keep those of one precision: give these, for "
             f"{spec.precision}, a folder of their own: --out OTHER."
         )

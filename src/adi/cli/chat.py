@@ -36,12 +36,13 @@ from adi.cli.options import (
     policy_for,
 )
 from adi.decoding.sampling import Sampling
+from adi.errors import AdiError
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
     from adi.decoding.records import Generation, Step
     from adi.decoding.session import Session
-    from adi.model.checkpoint import Model
+    from adi.model.load import Model
 
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
 
@@ -79,7 +80,7 @@ def chat(
     loaded = Source(model, backend, precision, device).load(Console(stderr=True), stops)
     policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, ReflexOptions(risk, kind, spot_check))
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
-        raise ValueError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
+        raise AdiError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     if out.is_terminal:
         out.print(HELP, style="dim")
         out.print(legend(depths_of(policy), loaded.backbone.spec.layers))

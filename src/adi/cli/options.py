@@ -11,12 +11,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from adi.errors import AdiError
+
 if TYPE_CHECKING:
+    from adi.artifact import Exits
     from adi.decoding.policies import Policy
-    from adi.exits.artifact import Exits
-    from adi.exits.habits import Habits
+    from adi.drafters.history import History
     from adi.exits.triggers import Trigger
-    from adi.model.checkpoint import Model
+    from adi.model.load import Model
 
 MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file."
 MODES = ("verified", "reflex", "full", "lookup")
@@ -107,7 +109,7 @@ class Source:
 
     def load(self, console: Console, stops: Sequence[int] = ()) -> Model:
         """The model, with what takes long told on ``console``; ready at once to stop at ``stops``."""
-        from adi.model.checkpoint import load
+        from adi.model.load import load
 
         with console.status(f"Loading {escape(self.model)}") as status:
 
@@ -145,7 +147,7 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
 
 def exits_for(model: Model, given: str | None) -> Exits:
     """The exits named on the command line, else those shipped for the model; ValueError says how to get some."""
-    from adi.exits.artifact import bare_exits, load_exits, shipped
+    from adi.artifact import bare_exits, load_exits, shipped
 
     if given == "bare" or (given or "").startswith("bare:"):
         layers = model.backbone.spec.layers
@@ -157,7 +159,7 @@ def exits_for(model: Model, given: str | None) -> Exits:
     elif model.source in shipped():
         exits = load_exits(model.source)
     else:
-        raise ValueError(
+        raise AdiError(
             f"no exits are shipped for {model.source!r}. Train some with 'adi tune {model.source} --out DIR' and give "
             "--exits DIR, or try the model's own head with --exits bare, or run --mode full."
         )
@@ -183,9 +185,9 @@ def policy_for(
     from adi.exits.triggers import with_thresholds
 
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
+        raise AdiError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
     if threshold is not None and trigger is not None:
-        raise ValueError("give --threshold or --trigger, not both.")
+        raise AdiError("give --threshold or --trigger, not both.")
     watched = reflex or ReflexOptions()
     given = {
         "--exits": exits,
@@ -212,7 +214,7 @@ def policy_for(
             rule = with_thresholds(chosen.trigger, threshold)
         return Verified(chosen, trigger=rule, draft_tokens=draft_tokens, habits=known)
     if sum(value is not None for value in (rule, threshold, watched.risk)) != 1:
-        raise ValueError(
+        raise AdiError(
             "reflex mode lets drafts stand, so it needs to be told how surely: --risk R, a level that adi calibrate certified "
             "for these exits; or, uncalibrated, --threshold X (for the shipped exits an entropy in nats such as 0.3) or "
             "--trigger JSON. Give one of them."
@@ -229,32 +231,32 @@ def _require_meaning(mode: str, given: Mapping[str, object]) -> None:
         "verified": ("--risk", "--spot-check", "--skipped"),
     }
     if wrong := [name for name in unused[mode] if given[name] is not None]:
-        raise ValueError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
+        raise AdiError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
 
 
 def require_folder(out: Path) -> None:
     """ValueError where --out is a file."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder.")
+        raise AdiError(f"--out {out} is a file; give a folder.")
 
 
 def _shipped_for(model: Model) -> bool:
-    from adi.exits.artifact import shipped
+    from adi.artifact import shipped
 
     return model.source in shipped()
 
 
-def opened_habits(model: Model, path: Path | None) -> Habits | None:
+def opened_habits(model: Model, path: Path | None) -> History | None:
     """The habits in a file, made where there is none; ValueError for those of another tokenizer."""
     if path is None:
         return None
-    from adi.exits.habits import Habits
+    from adi.drafters.history import History
     from adi.model.tokenizer import tokenizer_fingerprint
 
     if model.tokenizer is None:
-        raise ValueError("--habits needs a model with a tokenizer, whose texts it remembers.")
+        raise AdiError("--habits needs a model with a tokenizer, whose texts it remembers.")
     vocabulary = model.backbone.spec.vocabulary
-    return Habits.open(path, fingerprint=tokenizer_fingerprint(model.tokenizer), vocabulary=vocabulary)
+    return History.open(path, fingerprint=tokenizer_fingerprint(model.tokenizer), vocabulary=vocabulary)
 
 
 def read_trigger(text: str) -> Trigger:
@@ -267,11 +269,11 @@ def read_trigger(text: str) -> Trigger:
         try:
             source = read_text(expanded(text), "trigger")
         except ValueError as error:
-            raise ValueError(f"{error} Give JSON text or a file.") from None
+            raise AdiError(f"{error} Give JSON text or a file.") from None
     try:
         value: Any = parse_json(source)
     except ValueError as error:
-        raise ValueError(f"the trigger is not JSON: {error}.") from None
+        raise AdiError(f"the trigger is not JSON: {error}.") from None
     return trigger_from_json(value)
 
 
@@ -284,4 +286,4 @@ def _depths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
+        raise AdiError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None

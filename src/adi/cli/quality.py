@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adi.cli.options import ModelArgument
+from adi.errors import AdiError
 from adi.files import read_text, require_writable, write_json
 
 
@@ -27,9 +28,9 @@ def quality(
     from adi.measure.quality import quality as measure
 
     if not precision.replace(",", " ").split():
-        raise ValueError("--precision is empty; choose among fp32, int8, int4.")
+        raise AdiError("--precision is empty; choose among fp32, int8, int4.")
     if tokens < 2:
-        raise ValueError(f"--tokens is {tokens}; it must be at least 2.")
+        raise AdiError(f"--tokens is {tokens}; it must be at least 2.")
     if json_out is not None:
         require_writable(json_out)
     errors = Console(stderr=True)

@@ -50,7 +50,7 @@ from adi.files import require_writable
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
     from adi.decoding.records import Drift, Generation
-    from adi.model.checkpoint import Model
+    from adi.model.load import Model
 
 TRACED_CANDIDATES = 5
 WARM_UP_TOKENS = 4

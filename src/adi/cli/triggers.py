@@ -12,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from adi.cli.inspect import JsonOption, LimitOption, PromptsOption, chosen_prompts, made_of, progress
 from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, PrecisionOption, Source, exits_for
-from adi.cli.study import JsonOption, LimitOption, PromptsOption, chosen_prompts, made_of, progress
+from adi.errors import AdiError
 
 if TYPE_CHECKING:
-    from adi.exits.artifact import Exits
-    from adi.measure.shootout import Study
-    from adi.model.checkpoint import Model
+    from adi.artifact import Exits
+    from adi.measure.trigger_study.study import Study
+    from adi.model.load import Model
 
 
 def triggers(
@@ -54,7 +55,7 @@ def triggers(
     """
     errors, out = Console(stderr=True), Console(highlight=False)
     if fit_probe is not None and save is None:
-        raise ValueError("--fit-probe needs --save DIR: the probe is kept with a copy of the exits.")
+        raise AdiError("--fit-probe needs --save DIR: the probe is kept with a copy of the exits.")
     source = Source(model, backend, precision, device)
     if fit_probe is not None and save is not None:
         loaded = source.load(errors)
@@ -62,16 +63,16 @@ def triggers(
         return
     items, others = chosen_prompts(prompts, limit), chosen_prompts(calibrate, calibrate_limit) if calibrate else []
     if shared := {item.prompt for item in items} & {item.prompt for item in others}:
-        raise ValueError(
+        raise AdiError(
             f"{len(shared)} prompts would calibrate and test; give --calibrate other ones, or '' to split --prompts."
         )
-    from adi.measure.shootout import study_triggers
+    from adi.measure.trigger_study.study import study_triggers
 
     loaded = source.load(errors)
     found = exits_for(loaded, exits)
     test, calibrating = ([item.prompt for item in some] for some in (items, others))
-    with progress(errors, "texts") as tell:
-        study = study_triggers(loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=tell)
+    with progress(errors, "texts") as forced_read:
+        study = study_triggers(loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=forced_read)
     if save is not None:
         _save(found, study, save)
     if json_out:
@@ -98,15 +99,15 @@ def _fit(
     consoles: tuple[Console, Console],
 ) -> None:
     """A probe from the model's answers, saved with the exits."""
-    from adi.measure.walk import answers
+    from adi.measure.forced_pass import answers
     from adi.training.answers import Answer
-    from adi.training.probe import fit_probe
+    from adi.training.train_probe import fit_probe
 
     items = chosen_prompts(prompts, limit)
     texts = answers(model, [item.prompt for item in items], max_new_tokens)
     given = [Answer(item.prompt, text.ids, text.start, True, False) for item, text in zip(items, texts, strict=True)]
-    with progress(consoles[0], "texts") as tell:
-        probe, report = fit_probe(model.backbone, exits, given, progress=tell)
+    with progress(consoles[0], "texts") as forced_read:
+        probe, report = fit_probe(model.backbone, exits, given, progress=forced_read)
     report |= {name: made_of(items)[name] for name in ("command", "prompts_hash")}
     replace(exits, probe=probe, report={**exits.report, "probe": report}).save(folder)
     if json_out:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from adi.decoding.costs import Costs
-from adi.exits.memory import Recall
+from adi.decoding.cost_model import CostModel
+from adi.drafters.ngram import NgramMatch
 
 MOST_DRAFTS = 15
 LONGEST_CHAIN = 6  # of drafter steps
@@ -44,13 +44,13 @@ VOTED_NEXT = (0.07, 0.07, 0.14, 0.3, 0.41, 0.6, 0.65, 0.7, 0.84, 0.96)
 GUESSED = 0.4
 
 
-class Choice(NamedTuple):
+class DraftChoice(NamedTuple):
     """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``recall`` if it is
     a memory's."""
 
     level: str
     drafts: int = 0
-    recall: Recall | None = None
+    recall: NgramMatch | None = None
 
     @property
     def source(self) -> str:
@@ -58,11 +58,11 @@ class Choice(NamedTuple):
         return self.recall.source if self.recall is not None else self.level
 
 
-FULL = Choice("full")
+FULL = DraftChoice("full")
 
 
 @dataclass(slots=True)
-class Share:
+class DecayedRate:
     """How often something came true: a prior worth some observations, and observations that fade."""
 
     prior: float
@@ -103,11 +103,11 @@ class Trust:
 class Controller:
     """One sequence's decisions; it never touches the network. ``calibration`` maps confidence bins to acceptance."""
 
-    costs: Costs
+    costs: CostModel
     drafts: int = MOST_DRAFTS
     bins: Mapping[int, float] = field(default_factory=dict)
-    _shares: dict[tuple[str, int, bool], Share] = field(default_factory=dict)
-    _steps: list[Share] = field(default_factory=lambda: [Share(GUESSED) for _ in range(MOST_DRAFTS)])
+    _shares: dict[tuple[str, int, bool], DecayedRate] = field(default_factory=dict)
+    _steps: list[DecayedRate] = field(default_factory=lambda: [DecayedRate(GUESSED) for _ in range(MOST_DRAFTS)])
     _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
     _trust: dict[str, Trust] = field(default_factory=lambda: defaultdict(Trust))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -118,22 +118,22 @@ class Controller:
         """The next round begins behind so many positions."""
         self.costs.stand(length)
 
-    def choose(self, recalls: Sequence[Recall], drafter: bool, most: int) -> Choice:
+    def choose(self, recalls: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
         most = min(most, self.drafts)
         plain = 1 / self.costs.rows(1)
         best, rate = FULL, plain
-        offers = [Choice("memory", min(len(recall.tokens), most), recall) for recall in recalls]
+        offers = [DraftChoice("memory", min(len(recall.tokens), most), recall) for recall in recalls]
         if drafter:
-            offers.append(Choice("drafter", min(LONGEST_CHAIN, most)))
+            offers.append(DraftChoice("drafter", min(LONGEST_CHAIN, most)))
         for offer in offers:
             drafts, reachable = self._plan(offer)
             if not drafts:
                 continue
             if reachable > rate:
-                best, rate = Choice(offer.level, drafts, offer.recall), reachable
+                best, rate = DraftChoice(offer.level, drafts, offer.recall), reachable
             elif reachable <= plain and best.level == "full" and self._may_look(offer.source):
-                best = Choice(offer.level, 1, offer.recall)
+                best = DraftChoice(offer.level, 1, offer.recall)
         if best.level == "full":
             self._spend(0.0, 1)
         else:
@@ -160,7 +160,7 @@ class Controller:
         self._saved[source] += max(LOOKING * self.costs.rows(1), price / PATIENCE)
         return self._saved[source] >= price
 
-    def _plan(self, offer: Choice) -> tuple[int, float]:
+    def _plan(self, offer: DraftChoice) -> tuple[int, float]:
         """The number of drafts that gives most, and the tokens per second that it gives."""
         best, most, tokens, reach = 0, 0.0, 1.0, 1.0
         passes = self.costs.passes(offer.drafts + 1)
@@ -179,7 +179,7 @@ class Controller:
                 break  # were all the others right, they would not be worth their rows
         return best, most
 
-    def _acceptances(self, offer: Choice) -> Iterable[float]:
+    def _acceptances(self, offer: DraftChoice) -> Iterable[float]:
         """Of one draft after the other, those before it given; for all drafts of the offer."""
         recall, drafts = offer.recall, offer.drafts
         if recall is None:
@@ -192,7 +192,7 @@ class Controller:
         first, later = (min(0.98, self._run(recall, draft).value * trust) for draft in (1, 2))
         return [first, *[later] * (drafts - 1)][:drafts]
 
-    def _run(self, recall: Recall, draft: int) -> Share:
+    def _run(self, recall: NgramMatch, draft: int) -> DecayedRate:
         if recall.shares:
             priors: Sequence[float] = VOTED_FIRST if draft == 1 else VOTED_NEXT
             place = bin_of(recall.shares[draft - 1])
@@ -202,7 +202,7 @@ class Controller:
             place = min(recall.matched, len(priors) - 1)
         key = (recall.source, place, draft == 1)
         if (share := self._shares.get(key)) is None:
-            share = self._shares[key] = Share(priors[place])
+            share = self._shares[key] = DecayedRate(priors[place])
         return share
 
     def _look_ahead(self) -> None:
@@ -220,10 +220,10 @@ class Controller:
         """How often a draft of this confidence is accepted, those before it given."""
         return min(0.98, self._bin(confidence).value * self._trust["drafter"].value)
 
-    def _bin(self, confidence: float) -> Share:
+    def _bin(self, confidence: float) -> DecayedRate:
         key = ("drafter", bin_of(confidence), False)
         if key not in self._shares:
-            self._shares[key] = Share(self.bins.get(key[1], (key[1] + 0.5) / 10))
+            self._shares[key] = DecayedRate(self.bins.get(key[1], (key[1] + 0.5) / 10))
         return self._shares[key]
 
     def goes_on(self, confidences: Sequence[float]) -> bool:
@@ -244,7 +244,7 @@ class Controller:
                 return self._affords("drafter", place)
         return False
 
-    def judged(self, choice: Choice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
+    def judged(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
         """Full depth has spoken: ``agreed`` of ``drafts`` stand. What lies behind the first wrong one says nothing."""
         source = choice.source
         self._spend(self._price(source, drafts), agreed + 1)

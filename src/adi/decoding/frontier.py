@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pass:
+class BlockPass:
     """Blocks [lo, hi), which all stand at the same position, over the rows that they have not seen."""
 
     rows: Rows
@@ -28,7 +28,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Score:
+class HeadPass:
     """A session's wish for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits.
 
     The states are as ``States.raw_TD`` gives them."""
@@ -73,7 +73,7 @@ class Frontier:
         self.filled = [min(f, length) for f in self.filled]
         self._forget(length)
 
-    def next_pass(self, to: int) -> Pass | None:
+    def next_pass(self, to: int) -> BlockPass | None:
         """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
         if to == 0 or self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
             return None
@@ -83,9 +83,9 @@ class Frontier:
             hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
         start = self.filled[lo]
         hidden_TD = self.hidden(start, self.length) if lo else None
-        return Pass(Rows(self.cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
+        return BlockPass(Rows(self.cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
 
-    def absorb(self, done: Pass, states: States) -> None:
+    def absorb(self, done: BlockPass, states: States) -> None:
         """Take in what a pass gave: its rows are now as deep as it went."""
         start, end = done.rows.start, done.rows.start + len(done.rows.ids)
         self._forget(0 if done.hi == len(self.filled) else start)  # a pass goes up to the last position

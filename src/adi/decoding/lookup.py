@@ -8,24 +8,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from adi.decoding.sequence import Advance, Plan, Proposed, Proposing, SequenceLogic, in_rounds
-from adi.exits.memory import Ngrams
+from adi.decoding.speculate import DraftToken, Forward, Proposing, Request, SequenceLogic, speculate
+from adi.drafters.ngram import NgramIndex
 
 
-def lookup(plan: Plan, draft_tokens: int, ngram: int) -> SequenceLogic:
+def lookup(plan: Request, draft_tokens: int, ngram: int) -> SequenceLogic:
     """Draft what the text itself says comes next, verify it in one pass."""
-    return in_rounds(plan, draft_tokens, functools.partial(_propose, plan, Ngrams(ngram)))
+    return speculate(plan, draft_tokens, functools.partial(_propose, plan, NgramIndex(ngram)))
 
 
-def _propose(plan: Plan, ngrams: Ngrams, text: Sequence[int], most: int) -> Proposing:
+def _propose(plan: Request, ngrams: NgramIndex, text: Sequence[int], most: int) -> Proposing:
     """Drafts from memory, up to one that ends the text: nothing follows it, so it need not enter the network."""
-    drafts: list[Proposed] = []
+    drafts: list[DraftToken] = []
     recall = ngrams.find(text, most)
     for token in recall.tokens if recall else ():
-        drafts.append(Proposed(token, 0, (), "memory"))
+        drafts.append(DraftToken(token, 0, (), "memory"))
         yield drafts[-1]
         if plan.ends(token):
             break
     rows = (text[-1], *(d.token for d in drafts if not plan.ends(d.token)))
-    readings = yield Advance(len(text) - 1, rows, plan.layers, len(rows))
+    readings = yield Forward(len(text) - 1, rows, plan.layers, len(rows))
     return drafts, (), readings

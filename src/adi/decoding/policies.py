@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adi.exits.artifact import Exits
-from adi.exits.certificate import SKIPPED, Certificate
-from adi.exits.drift import DriftMonitor
-from adi.exits.habits import Habits
+from adi.artifact import Exits
+from adi.drafters.history import History
+from adi.errors import AdiError
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Always, Never, Trigger, with_thresholds
+from adi.risk.certificate import SKIPPED, Certificate
+from adi.risk.drift import DriftMonitor
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Verified:
     exits: Exits | None = None
     trigger: Trigger | None = None
     draft_tokens: int | None = None
-    habits: Habits | None = None
+    habits: History | None = None
     memory: bool = True
 
     @property
@@ -52,13 +53,13 @@ class Verified:
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and (type(self.draft_tokens) is not int or self.draft_tokens < 1):
-            raise ValueError(f"draft_tokens is {self.draft_tokens!r}; it must be a whole number of at least 1.")
+            raise AdiError(f"draft_tokens is {self.draft_tokens!r}; it must be a whole number of at least 1.")
         if self.adaptive:
             return
         if self.exits is None:
-            raise ValueError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from memory.")
+            raise AdiError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from memory.")
         if self.habits is not None:
-            raise ValueError(
+            raise AdiError(
                 "habits are read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
             )
         if not self.drafts_at_once:
@@ -93,25 +94,25 @@ class Reflex:
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
-            raise ValueError(
+            raise AdiError(
                 "Reflex needs one of risk=... (a level certified by adi calibrate), thresholds=... for the exits' own trigger, "
                 "or trigger=..."
             )
         if self.skipped not in SKIPPED:
-            raise ValueError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
+            raise AdiError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
         if self.thresholds is not None:
             with_thresholds(self.exits.trigger, self.thresholds)  # refuses what cannot be meant
         _check(self.exits, trigger_of(self))
         if not isinstance(self.spot_check, (int, float)) or not 0 <= self.spot_check <= 1:
-            raise ValueError(f"spot_check is {self.spot_check!r}; it is a share of tokens, from 0 to 1.")
+            raise AdiError(f"spot_check is {self.spot_check!r}; it is a share of tokens, from 0 to 1.")
         if self.monitor is not None and not self.spot_check:
-            raise ValueError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
+            raise AdiError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
         if self.spot_check:
             certificate = self.certificate
             if self.skipped != "exact":
-                raise ValueError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
+                raise AdiError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
             if certificate is None:
-                raise ValueError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
+                raise AdiError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
             if self.monitor is None:
                 object.__setattr__(self, "monitor", DriftMonitor.of(certificate))
             assert self.monitor is not None
@@ -137,7 +138,7 @@ class Lookup:
     def __post_init__(self) -> None:
         for name in ("draft_tokens", "ngram"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+                raise AdiError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
 
 
 Policy = FullDepth | Verified | Reflex | Lookup
@@ -180,7 +181,7 @@ def name_of(policy: Policy) -> str:
     """The mode that a policy stands for: full, verified, reflex or lookup. ValueError for what is no policy."""
     names: dict[type, str] = {FullDepth: "full", Verified: "verified", Reflex: "reflex", Lookup: "lookup"}
     if type(policy) not in names:
-        raise ValueError(
+        raise AdiError(
             f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()."
         )
     return names[type(policy)]
@@ -189,6 +190,6 @@ def name_of(policy: Policy) -> str:
 def _check(exits: Exits, trigger: Trigger) -> None:
     """ValueError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
     if stray := sorted(trigger.depths - set(exits.depths)):
-        raise ValueError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
+        raise AdiError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
     if exits.probe is None and (asked := [name for name in trigger.needs if SIGNALS[name].reads == "probe"]):
-        raise ValueError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")
+        raise AdiError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")

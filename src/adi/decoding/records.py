@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from adi.errors import AdiError
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -247,20 +249,20 @@ def _record(kind: Any, value: Any, what: str) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     if not isinstance(value, dict) or set(value) != names:
         got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{what} has the fields {sorted(names)}, got {got}.")
+        raise AdiError(f"{what} has the fields {sorted(names)}, got {got}.")
     for f in fields(kind):
         allowed = _TYPES.get(str(f.type))
         item = value[f.name]
         if allowed and (not isinstance(item, allowed) or (isinstance(item, bool) and bool not in allowed)):
-            raise ValueError(f"{f.name} of {what} is {item!r:.60}, not {f.type}.")
+            raise AdiError(f"{f.name} of {what} is {item!r:.60}, not {f.type}.")
         if allowed == (dict,) and not all(isinstance(v, (int, float)) for v in item.values()):
-            raise ValueError(f"{f.name} of {what} maps names to numbers.")
+            raise AdiError(f"{f.name} of {what} maps names to numbers.")
         if any(isinstance(n, int) and abs(n) >= _MOST for n in (item.values() if allowed == (dict,) else (item,))):
-            raise ValueError(f"{f.name} of {what} holds a number too large to be meant.")
+            raise AdiError(f"{f.name} of {what} holds a number too large to be meant.")
     return value
 
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{what} is a list, got {type(value).__name__}.")
+        raise AdiError(f"{what} is a list, got {type(value).__name__}.")
     return list(value)

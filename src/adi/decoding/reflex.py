@@ -9,14 +9,24 @@ from typing import Any
 
 from adi.decoding.policies import Policy, Reflex
 from adi.decoding.records import Drift
-from adi.decoding.sequence import Advance, Decided, Glance, Plan, Proposed, Reading, SequenceLogic, Yields, climb
-from adi.exits.drift import DriftMonitor
+from adi.decoding.speculate import (
+    DepthOutput,
+    DraftToken,
+    Emitted,
+    ExitCheck,
+    Forward,
+    Request,
+    SequenceLogic,
+    Yields,
+    early_exit,
+)
+from adi.risk.drift import DriftMonitor
 
-Loss = Callable[[Reading, int], float]
+Loss = Callable[[DepthOutput, int], float]
 
 
 @dataclass(frozen=True)
-class Fell:
+class Fallback:
     """Drift was found, the running risk being above ``lower``, and so above ``level``; what follows is verified."""
 
     level: float
@@ -41,62 +51,62 @@ class SpotCheck:
         """Whether the next token is checked; thrown before anything is known of it."""
         return self.dice.random() < self.share
 
-    def saw(self, reading: Reading, token: int) -> None:
+    def saw(self, reading: DepthOutput, token: int) -> None:
         """Full depth's word on a token."""
         self.checked += 1
         self.differed += reading.token != token
         self.monitor.saw(self.loss(reading, token))
 
 
-def disagrees(reading: Reading, token: int) -> float:
+def disagrees(reading: DepthOutput, token: int) -> float:
     """1 where full depth would have said another token."""
     return float(reading.token != token)
 
 
 def watched(
-    plan: Plan, spot: SpotCheck, verify: Callable[[Plan], SequenceLogic]
-) -> Generator[Yields | Fell, Sequence[Reading], None]:
-    """``immediate``, with spot checks. A checked token that differs is corrected, since full depth's is known by then.
+    plan: Request, spot: SpotCheck, verify: Callable[[Request], SequenceLogic]
+) -> Generator[Yields | Fallback, Sequence[DepthOutput], None]:
+    """``decode_unverified``, with spot checks. A checked token that differs is corrected, since full depth's is known by then.
 
     Tokens that full depth decides are checked for nothing, and count as right. ``verify`` goes on where drift is found, by this
     sequence's checks or by another's with the same monitor.
     """
-    (reading,) = yield Advance(0, plan.prompt, plan.layers)
-    yield Decided(reading.token, plan.layers, (Glance(reading, False),), 1)
+    (reading,) = yield Forward(0, plan.prompt, plan.layers)
+    yield Emitted(reading.token, plan.layers, (ExitCheck(reading, False),), 1)
     text, rounds = [*plan.prompt, reading.token], 1
     for left in range(plan.budget - 1, 0, -1):
         if plan.ends(text[-1]):
             return
         if spot.monitor.alarmed:
-            yield Fell(spot.monitor.level, spot.monitor.lower)
+            yield Fallback(spot.monitor.level, spot.monitor.lower)
             rest = replace(plan, prompt=tuple(text), budget=left)
-            yield from _resumed(verify(rest), Advance(len(text) - 1, (text[-1],), plan.layers), rounds)
+            yield from _resumed(verify(rest), Forward(len(text) - 1, (text[-1],), plan.layers), rounds)
             return
         due = spot.due()
-        glances = yield from climb(plan, len(text) - 1, (text[-1],))
+        glances = yield from early_exit(plan, len(text) - 1, (text[-1],))
         believed = glances[-1].reading if glances and glances[-1].fired else None
-        draft = Proposed(believed.token, believed.depth, glances) if believed is not None else None
+        draft = DraftToken(believed.token, believed.depth, glances) if believed is not None else None
         if draft is None or due:
             entered = bool(glances)
-            (reading,) = yield Advance(len(text) - 1 + entered, () if entered else (text[-1],), plan.layers)
-            glances, rounds = (*glances, Glance(reading, False)), rounds + 1
+            (reading,) = yield Forward(len(text) - 1 + entered, () if entered else (text[-1],), plan.layers)
+            glances, rounds = (*glances, ExitCheck(reading, False)), rounds + 1
             if due:
                 spot.saw(reading, reading.token if draft is None else draft.token)
         if draft is not None and due and draft.token != reading.token:
             yield draft
-            decided = Decided(reading.token, plan.layers, glances, rounds, None, (draft,))
+            decided = Emitted(reading.token, plan.layers, glances, rounds, None, (draft,))
         elif draft is not None:
-            decided = Decided(draft.token, draft.depth, glances, rounds, draft)
+            decided = Emitted(draft.token, draft.depth, glances, rounds, draft)
         else:
-            decided = Decided(reading.token, plan.layers, glances, rounds)
+            decided = Emitted(reading.token, plan.layers, glances, rounds)
         text.append(decided.token)
         yield decided
 
 
-def _resumed(sequence: SequenceLogic, first: Advance, rounds: int) -> SequenceLogic:
+def _resumed(sequence: SequenceLogic, first: Forward, rounds: int) -> SequenceLogic:
     """A sequence whose text is in the network already, all but its last token: its first request becomes ``first``."""
     asked = next(sequence)
-    assert isinstance(asked, Advance)
+    assert isinstance(asked, Forward)
     assert asked.keep == 0
     reply = yield first
     while True:
@@ -104,7 +114,7 @@ def _resumed(sequence: SequenceLogic, first: Advance, rounds: int) -> SequenceLo
             item = next(sequence) if reply is None else sequence.send(reply)
         except StopIteration:
             return
-        reply = yield replace(item, round=item.round + rounds - 1) if isinstance(item, Decided) else item
+        reply = yield replace(item, round=item.round + rounds - 1) if isinstance(item, Emitted) else item
 
 
 def told_of(policy: Policy, spot: SpotCheck | None, fell_at: int | None) -> dict[str, Any]:

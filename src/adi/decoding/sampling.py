@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from adi.errors import AdiError
+
 SEEDS = 2**63
 
 
@@ -37,14 +39,12 @@ class Sampling:
         _number(self.min_p, "min_p", "from 0 (keeps every token) to 1", lambda p: 0 <= p <= 1)
         _number(self.repetition_penalty, "repetition_penalty", "above 0 (1 changes nothing)", lambda p: p > 0)
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
+            raise AdiError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
-            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
+            raise AdiError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
         cut = {"top_k": (self.top_k, None), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
         if self.temperature == 0 and (idle := [f"{name}={v}" for name, (v, rest) in cut.items() if v != rest]):
-            raise ValueError(
-                f"{', '.join(idle)} means nothing at temperature 0, which is greedy; give a temperature, such as 1."
-            )
+            raise AdiError(f"{', '.join(idle)} means nothing at temperature 0, which is greedy; give a temperature, such as 1.")
 
     @property
     def plain(self) -> bool:
@@ -71,4 +71,4 @@ def prompt_seed(seed: int, index: int) -> int:
 def _number(value: Any, name: str, allowed: str, fits: Callable[[float], bool]) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not fits(value):
-        raise ValueError(f"{name} is {value!r}; it must be a number {allowed}.")
+        raise AdiError(f"{name} is {value!r}; it must be a number {allowed}.")

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from adi.artifact import Reader
 from adi.decoding.checks import check_count, check_length, check_reflex, check_signals
 from adi.decoding.controller import MOST_DRAFTS
-from adi.decoding.frontier import Frontier, Pass, Score
-from adi.decoding.logic import logic_of, rule_of
+from adi.decoding.frontier import BlockPass, Frontier, HeadPass
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified, in_force, name_of, trigger_of
 from adi.decoding.records import (
     Candidate,
@@ -25,17 +25,17 @@ from adi.decoding.records import (
     Step,
     TakenBack,
 )
-from adi.decoding.reflex import Fell, told_of
+from adi.decoding.reflex import Fallback, told_of
 from adi.decoding.sampling import Sampling
-from adi.decoding.sequence import Advance, Decided, Glance, Guess, Plan, Proposed
-from adi.decoding.stops import StopText
-from adi.exits.artifact import Reader
-from adi.exits.drafter import Guessed
-from adi.exits.reading import Reading
+from adi.decoding.speculate import DraftStep, DraftToken, Emitted, ExitCheck, Forward, Request
+from adi.decoding.stop_strings import StopStrings
+from adi.decoding.strategy import rule_of, strategy_of
+from adi.drafters.network import DraftGuess
+from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.exits.triggers import Trigger
 from adi.model.backbone import Backbone, States
-from adi.model.checkpoint import Model
+from adi.model.load import Model
 from adi.model.tokenizer import Detokenizer, Prompt
 
 COSTED_ROWS = MOST_DRAFTS + 1
@@ -73,7 +73,7 @@ class Session:
         self.finish = "length"
         self._candidates = candidates
         self._detokenizer = Detokenizer(model.tokenizer)
-        self._stop = StopText((stop,) if isinstance(stop, str) else tuple(stop))
+        self._stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop))
         self._rounds = self._drafted = self._accepted = self._index = 0
         self._budget, self._begun, self._seconds = max_new_tokens, False, 0.0
         self._answer: Any = None
@@ -82,7 +82,7 @@ class Session:
         check_length(model, len(self.prompt_ids), max_new_tokens)
         trigger, depths, self._read = self._exits()
         check_signals(model, trigger)
-        self.plan = plan = Plan(
+        self.plan = plan = Request(
             prompt=self.prompt_ids,
             budget=max_new_tokens,
             layers=model.backbone.spec.layers,
@@ -94,7 +94,7 @@ class Session:
         shows_mlp = any(SIGNALS[name].reads == "mlp" for name in trigger.needs) or candidates > 0
         model.backbone.prepare(plan.stops, drafts=isinstance(self.policy, (Verified, Lookup)))
         self.frontier = Frontier(model.backbone, mlp=shows_mlp and model.backbone.has_mlp_tap)
-        self._logic = logic_of(self.policy, plan, model.backbone)
+        self._logic = strategy_of(self.policy, plan, model.backbone)
         self._state: Any = None  # the drafter's, as its engine has it
         self._said: list[int] = []
         self._spelled: dict[int, str] = {}
@@ -105,19 +105,19 @@ class Session:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
         backbone, self._alone = self.model.backbone, True
         for item in self.work():
-            if isinstance(item, Pass):
+            if isinstance(item, BlockPass):
                 (states,) = backbone.forward([item.rows], item.lo, item.hi, mlp=self.frontier.mlp)
                 self.answer((item, states))
-            elif isinstance(item, Score):
+            elif isinstance(item, HeadPass):
                 self.answer(item.met(backbone))
             else:
                 yield item
 
-    def work(self) -> Generator[Pass | Score | Event, None, None]:
+    def work(self) -> Generator[BlockPass | HeadPass | Event, None, None]:
         """Events, and between them what the session needs of the network, each to be met by ``answer`` before going on.
 
-        Who drives it may meet the needs of many sessions together. A ``Pass`` is answered with itself, or with a lower part
-        of it, and the states that this gave; a ``Score`` with what it gives for each of its rows.
+        Who drives it may meet the needs of many sessions together. A ``BlockPass`` is answered with itself, or with a lower
+        part of it, and the states that this gave; a ``HeadPass`` with what it gives for each of its rows.
         """
         if self._begun:
             raise RuntimeError("a session runs once; make another for another generation.")
@@ -172,7 +172,7 @@ class Session:
             return trigger_of(self.policy), (), _no_reader
         return trigger_of(self.policy), exits.depths, exits.reader(self.model.backbone)
 
-    def _guess(self, request: Guess) -> Guessed:
+    def _guess(self, request: DraftStep) -> DraftGuess:
         """One step of the drafter."""
         drafting, costs = self._logic.drafting, self._logic.costs
         assert drafting is not None
@@ -185,7 +185,7 @@ class Session:
             costs.drafted(time.perf_counter() - started, request.fresh)
         return guessed
 
-    def _events(self) -> Iterator[Pass | Score | Event]:
+    def _events(self) -> Iterator[BlockPass | HeadPass | Event]:
         """Serve the sequence's requests, pass on what it says."""
         sequence = self._logic.sequence
         reply: Sequence[Any] | None = None
@@ -196,24 +196,24 @@ class Session:
                 return
             reply = None
             match said:
-                case Advance():
+                case Forward():
                     reply = yield from self._serve(said)
-                case Guess():
+                case DraftStep():
                     reply = [self._guess(said)]
-                case Proposed():
+                case DraftToken():
                     self._drafted += 1
                     yield Drafted(self._draft(said))
-                case Decided():
+                case Emitted():
                     if said.rejected:
                         yield TakenBack(len(said.rejected))
                     if said.depth < self.frontier.backbone.spec.layers and getattr(self.policy, "skipped", "") == "propagate":
                         self.frontier.propagate()
                     yield self._step(said)
-                case Fell():
+                case Fallback():
                     self._fell_at = self._index
                     yield DriftFound(self._index, said.level, said.lower)
 
-    def _serve(self, request: Advance) -> Generator[Pass | Score, None, list[Reading]]:
+    def _serve(self, request: Forward) -> Generator[BlockPass | HeadPass, None, list[ExitOutput]]:
         """Do one request on the frontier and read its last rows there."""
         frontier, spec = self.frontier, self.model.backbone.spec
         started = time.perf_counter()
@@ -226,18 +226,18 @@ class Session:
         states = frontier.last.rows(slice(-request.read, None))
         if request.to < spec.layers:
             read = functools.partial(self._read, request.to, states.hidden_TD)
-            return [Reading(request.to, read, states, probe=self._probe)]
-        yield Score(states.raw_TD, whole=self.sampling is not None)
+            return [ExitOutput(request.to, read, states, probe=self._probe)]
+        yield HeadPass(states.raw_TD, whole=self.sampling is not None)
         if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
             self._logic.costs.passed(len(request.ids), time.perf_counter() - started)
         readings = []
         for i, said in enumerate(self._answer):
             row, (token, logits_V) = states.rows(slice(i, i + 1)), (said, None) if self.sampling is None else (None, said)
             predict = functools.partial(_full_prediction, self.model.backbone, row)
-            readings.append(Reading(request.to, predict, row, token, logits_V))
+            readings.append(ExitOutput(request.to, predict, row, token, logits_V))
         return readings
 
-    def _step(self, said: Decided) -> Step:
+    def _step(self, said: Emitted) -> Step:
         unverified = isinstance(self.policy, Reflex) and self._fell_at is None
         self._rounds = said.round
         drafted = said.draft is not None
@@ -274,12 +274,12 @@ class Session:
         self._said.append(said.token)
         return step
 
-    def _draft(self, proposed: Proposed) -> Draft:
+    def _draft(self, proposed: DraftToken) -> Draft:
         return Draft(proposed.token, self._spell(proposed.token), proposed.depth)
 
-    def _look(self, glance: Glance) -> Look:
+    def _look(self, glance: ExitCheck) -> Look:
         reading = glance.reading
-        assert isinstance(reading, Reading)
+        assert isinstance(reading, ExitOutput)
         found = tuple(Candidate(t, self._spell(t), p) for t, p in reading.candidates(self._candidates))
         signals = {name: reading.signals[name] for name in reading.signals}
         return Look(reading.depth, reading.token, self._spell(reading.token), glance.fired, signals, found)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from adi.errors import AdiError
 from adi.exits.signals import Measured, Prediction, lumped_entropy
 from adi.model.arrays import Array, as_tensor
 
@@ -106,7 +107,7 @@ def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Pro
     names = [f.name for f in fields(Net)]
     wanted = {f"{kind}.{depth}.{name}" for kind in KINDS.values() for depth in depths for name in names}
     if set(own) != wanted:
-        raise ValueError(f"the probe's tensors are not those of depths {depths}: {sorted(set(own) ^ wanted)[:3]} differ")
+        raise AdiError(f"the probe's tensors are not those of depths {depths}: {sorted(set(own) ^ wanted)[:3]} differ")
 
     def net(kind: str, depth: int) -> Net:
         parts = {name: own[f"{kind}.{depth}.{name}"] for name in names}
@@ -116,7 +117,7 @@ def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Pro
         for name, tensor in parts.items():
             fits = tuple(tensor.shape) == shapes[name] and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
             if not fits or not bool(tensor.isfinite().all()):
-                raise ValueError(f"the probe at depth {depth}, {name}: shape or values are not what they must be")
+                raise AdiError(f"the probe at depth {depth}, {name}: shape or values are not what they must be")
         return Net(**{name: tensor.float() for name, tensor in parts.items()})
 
     return Probe({d: net("state", d) for d in depths}, {d: net("joint", d) for d in depths})

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from adi.errors import AdiError
 from adi.model.backbone import HeadRows
 
 if TYPE_CHECKING:
@@ -190,5 +191,5 @@ SIGNALS: dict[str, Signal] = {
 def require_signal(name: Any) -> Signal:
     """The signal of that name; ValueError lists the names there are."""
     if not isinstance(name, str) or name not in SIGNALS:
-        raise ValueError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
+        raise AdiError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
     return SIGNALS[name]

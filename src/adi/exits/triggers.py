@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from adi.errors import AdiError
 from adi.exits.signals import require_signal
 
 PerDepth = float | Mapping[int, float]
@@ -83,7 +84,7 @@ class Combination:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("a combination needs at least one trigger.")
+            raise AdiError("a combination needs at least one trigger.")
         object.__setattr__(self, "parts", tuple(self.parts))
 
     @property
@@ -127,7 +128,7 @@ class Weighted:
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise ValueError("a weighted trigger needs at least one signal.")
+            raise AdiError("a weighted trigger needs at least one signal.")
         for name, weight in self.weights.items():
             require_signal(name)
             _number(weight, f"the weight of {name}")
@@ -195,7 +196,7 @@ class Always:
 
     def __post_init__(self) -> None:
         if not self.at or not all(type(depth) is int for depth in self.at):
-            raise ValueError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
+            raise AdiError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -219,34 +220,34 @@ def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
     """The same rule at other thresholds; ValueError for a combination, whose parts have thresholds of their own."""
     if isinstance(trigger, (Threshold, Weighted)):
         return replace(trigger, at=thresholds)
-    raise ValueError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
+    raise AdiError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
 
 
 def trigger_from_json(value: Any, nested: int = 0) -> Trigger:
     """The rule that ``to_json`` wrote; ValueError, naming what is wrong, for anything else. ``nested``: in so many others."""
     if nested > MOST_NESTED:
-        raise ValueError(f"a trigger is nested more than {MOST_NESTED} times.")
+        raise AdiError(f"a trigger is nested more than {MOST_NESTED} times.")
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _FIELDS:
         got = repr(value.get("kind"))[:100] if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {got}.")
+        raise AdiError(f"a trigger is an object with 'kind' in {', '.join(_FIELDS)}, got {got}.")
     fields = _FIELDS[value["kind"]]
     if set(value) != {"kind", *fields}:
-        raise ValueError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")
+        raise AdiError(f"trigger {value['kind']!r} has the fields {sorted(fields)}, got {sorted(set(value) - {'kind'})}.")
     if value["kind"] == "never":
         return Never()
     if value["kind"] == "always":
         return Always(tuple(value["at"]) if isinstance(value["at"], list) else ())
     if value["kind"] in ("all", "any"):
         if not isinstance(value["parts"], list):
-            raise ValueError(f"'parts' of trigger {value['kind']!r} is a list of triggers.")
+            raise AdiError(f"'parts' of trigger {value['kind']!r} is a list of triggers.")
         parts = tuple(trigger_from_json(part, nested + 1) for part in value["parts"])
         return AllOf(parts) if value["kind"] == "all" else AnyOf(parts)
     if type(value["min_depth"]) is not int:
-        raise ValueError(f"min_depth is a whole number, got {value['min_depth']!r}.")
+        raise AdiError(f"min_depth is a whole number, got {value['min_depth']!r}.")
     if value["kind"] == "threshold":
         return Threshold(value["signal"], value["at"], value["min_depth"])
     if not isinstance(value["weights"], dict):
-        raise ValueError("'weights' of a weighted trigger maps signals to numbers.")
+        raise AdiError("'weights' of a weighted trigger maps signals to numbers.")
     return Weighted(value["weights"], value["bias"], value["at"], value["min_depth"])
 
 
@@ -262,16 +263,16 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 
 def _not_negative(min_depth: int) -> None:
     if type(min_depth) is not int or min_depth < 0:
-        raise ValueError(f"min_depth is {min_depth!r}; it must be a whole number of at least 0.")
+        raise AdiError(f"min_depth is {min_depth!r}; it must be a whole number of at least 0.")
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{what} is {value!r}; it must be a number.")
+        raise AdiError(f"{what} is {value!r}; it must be a number.")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{what} is a whole number too large for any threshold.") from None
+        raise AdiError(f"{what} is a whole number too large for any threshold.") from None
 
 
 def _per_depth(value: Any, what: str) -> PerDepth:
@@ -280,7 +281,7 @@ def _per_depth(value: Any, what: str) -> PerDepth:
     try:
         return {int(depth): _number(v, f"{what} at depth {depth}") for depth, v in value.items()}
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{what} maps depths to numbers: {error}") from None
+        raise AdiError(f"{what} maps depths to numbers: {error}") from None
 
 
 def _at(at: PerDepth, depth: int) -> float | None:

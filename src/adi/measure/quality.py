@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.measure.circumstances import circumstances
+from adi.errors import AdiError
+from adi.measure.provenance import provenance
 from adi.model.backbone import Backbone, Rows
-from adi.model.checkpoint import load
-from adi.model.sources import Notice
+from adi.model.hub import Notice
+from adi.model.load import load
 from adi.model.tokenizer import Tokenizer
 from adi.prompts import read_prompts
 
@@ -59,17 +60,17 @@ def quality(
     """
     reference = load(source, backend="hf", precision="fp32", device="cpu", notice=notice)
     if reference.tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer, so there is no text to read.")
+        raise AdiError(f"{source} has no tokenizer, so there is no text to read.")
     read = text if text is not None else "\n\n".join(item.prompt for item in read_prompts("bench"))
     windows = windows_of(reference.tokenizer, read, tokens)
     if not windows:
-        raise ValueError("the text has fewer than two tokens; give more.")
+        raise AdiError("the text has fewer than two tokens; give more.")
     found = []
     for precision in precisions:
         notice(f"Reading {sum(map(len, windows)):,} tokens in {precision}")
         model = load(source, backend="openvino", precision=precision, notice=notice)
         found.append(asdict(compare(model.backbone, reference.backbone, windows)))
-    about = circumstances(command, read_prompts("bench") if text is None else [])
+    about = provenance(command, read_prompts("bench") if text is None else [])
     return {"format": "adi-quality", "version": 1, **about, "tokens": sum(map(len, windows)), "precisions": found}
 
 

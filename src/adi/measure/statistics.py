@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from adi.errors import AdiError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -25,7 +27,7 @@ def bootstrap_median(values: Sequence[float], *, seed: int = 0, resamples: int =
     Raises ValueError for no values.
     """
     if not values:
-        raise ValueError("a median needs at least one value.")
+        raise AdiError("a median needs at least one value.")
     dice = random.Random(seed)
     return _interval(values, [median(dice.choices(values, k=len(values))) for _ in range(resamples)])
 

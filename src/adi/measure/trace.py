@@ -11,6 +11,7 @@ from typing import Any
 
 from adi.decoding.policies import FullDepth, Lookup, Policy, depths_of, trigger_of
 from adi.decoding.records import Generation, Step, Summary
+from adi.errors import AdiError
 from adi.exits.triggers import trigger_from_json
 from adi.files import read_json, write_text
 
@@ -75,39 +76,39 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file; ValueError says what is wrong with one that is damaged, too large, or of another version."""
     path = Path(path)
     if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"the trace {path} has more than {MAX_BYTES >> 20} MiB; that is no trace that adi wrote.")
+        raise AdiError(f"the trace {path} has more than {MAX_BYTES >> 20} MiB; that is no trace that adi wrote.")
     value = read_json(path, "trace")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
+        raise AdiError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
     if value.get("version") != VERSION:
-        raise ValueError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
+        raise AdiError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
     try:
         return _parse({k: v for k, v in value.items() if k not in ("format", "version")})
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the trace {path} is damaged: {error}") from None
+        raise AdiError(f"the trace {path} is damaged: {error}") from None
 
 
 def _parse(value: dict[str, Any]) -> Trace:
     names = {f.name for f in fields(Trace)}
     if set(value) != names:
-        raise ValueError(f"fields missing or unknown: {sorted(set(value) ^ names)}.")
+        raise AdiError(f"fields missing or unknown: {sorted(set(value) ^ names)}.")
     for name in ("model", "backend", "precision", "mode", "prompt", "text"):
         if not isinstance(value[name], str):
-            raise ValueError(f"{name} is not a text.")
+            raise AdiError(f"{name} is not a text.")
     depths = value["depths"]
     if not isinstance(depths, list) or not all(type(d) is int for d in depths):
-        raise ValueError("depths is not a list of whole numbers.")
+        raise AdiError("depths is not a list of whole numbers.")
     layers = value["layers"]
     if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
-        raise ValueError(f"layers is not a whole number from 1 to {MOST_LAYERS}.")
+        raise AdiError(f"layers is not a whole number from 1 to {MOST_LAYERS}.")
     if value["trigger"] is not None:
         trigger_from_json(value["trigger"])
     Summary.from_json(value["summary"])
     if not isinstance(value["steps"], list):
-        raise ValueError("steps is not a list.")
+        raise AdiError("steps is not a list.")
     steps = tuple(Step.from_json(step) for step in value["steps"])
     looked = [look.depth for step in steps for look in step.looks]
     drafted = [draft.depth for step in steps for draft in step.rejected]
     if not all(0 <= depth <= layers for depth in (*depths, *looked, *drafted, *(step.depth for step in steps))):
-        raise ValueError(f"a depth is outside a model of {layers} layers.")
+        raise AdiError(f"a depth is outside a model of {layers} layers.")
     return Trace(**{**value, "depths": tuple(depths), "steps": steps})

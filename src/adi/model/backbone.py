@@ -15,24 +15,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from adi.errors import AdiError
 from adi.model.arrays import Array, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor  # only to name types: the compiled engine decodes without torch, whose import takes seconds
 
 
-class NotExportableError(ValueError):
+class NotExportableError(AdiError):
     """A model that a compiled engine cannot run; the message says why, and another engine may."""
 
 
-class NoDistributionError(ValueError):
+class NoDistributionError(AdiError):
     """What a network gives holds NaN or infinity, and says nothing."""
 
 
 MERGED_ROWS = 64
 
 
-class MemoryFullError(ValueError):
+class MemoryFullError(AdiError):
     """A pass for which no KV memory is left; nothing of it has run, and it may be tried again when a sequence has ended."""
 
 
@@ -167,7 +168,7 @@ class HeadRows:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class TopK:
     """The likeliest next tokens of T rows, best first: ``logits_TK``, ``ids_TK``; ``total_T`` is the logsumexp over all."""
 
     logits_TK: Tensor
@@ -279,7 +280,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
         """The ``most`` likeliest next tokens of each of T states."""
         ...
 

@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from adi.errors import AdiError
+
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 UNFINISHED = "\ufffd"
@@ -42,16 +44,16 @@ class Tokenizer:
         ValueError without a template, and for messages that lack ``role`` or ``content``.
         """
         if not self.has_chat_template:
-            raise ValueError("this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt.")
+            raise AdiError("this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt.")
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(f"a message needs 'role' and 'content', got {message!r}.")
+                raise AdiError(f"a message needs 'role' and 'content', got {message!r}.")
         spelled = _Spelled(self._special, list(messages))
         given = messages if special_tokens else spelled.messages
         try:
             text = self.hf.apply_chat_template(list(given), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs, and raise what they like
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+            raise AdiError(f"the model's chat template refuses these messages: {error}") from None
         ids: list[int] = []
         for part, literal in spelled.parts(text):
             ids += self._ids(part, add_special_tokens=False, split_special_tokens=literal)
@@ -70,7 +72,7 @@ class Tokenizer:
         try:
             return tuple(self.hf(text, **options)["input_ids"])
         except (TypeError, UnicodeError):  # it is a text, so there is one reason left
-            raise ValueError(
+            raise AdiError(
                 "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."
             ) from None
 

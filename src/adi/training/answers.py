@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from adi.errors import AdiError
 from adi.files import parse_json, write_text
 
 HELD_OUT_SHARE = 0.08
@@ -72,7 +73,7 @@ def read_answers(path: Path) -> list[Answer]:
 def interleave(groups: Sequence[Sequence[str]]) -> list[str]:
     """Round-robin over the prompt files, so that a token budget is shared by all of them; duplicates are dropped."""
     if any(isinstance(group, str) for group in groups):
-        raise ValueError("prompts come in groups (one per file): give a list of lists of texts.")
+        raise AdiError("prompts come in groups (one per file): give a list of lists of texts.")
     longest = max((len(group) for group in groups), default=0)
     mixed = (group[i] for i in range(longest) for group in groups if i < len(group))
     return list(dict.fromkeys(mixed))

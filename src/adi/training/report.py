@@ -14,8 +14,8 @@ from adi.exits.heads import Adapter, Shortlist, predict
 from adi.exits.signals import entropy
 from adi.exits.triggers import Never, Threshold, Trigger
 from adi.model.backbone import Backbone
-from adi.training.features import Shard, read_shards
-from adi.training.fit import divergence
+from adi.training.shards import Shard, read_shards
+from adi.training.train_heads import divergence
 
 PRECISION = 0.85
 FEWEST_FIRED = 0.03

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.exits.artifact import Exits
-from adi.exits.drafter import Drafter
+from adi.artifact import Exits
+from adi.drafters.network import Drafter
+from adi.errors import AdiError
 from adi.exits.heads import Heads, Shortlist, shortlist
 from adi.model.backbone import Backbone, ReadOut
-from adi.model.checkpoint import Model
+from adi.model.load import Model
 from adi.training.answers import (
     Answer,
     answers_hash,
@@ -27,13 +28,13 @@ from adi.training.answers import (
     multiplies_faster_in_bfloat16,
     quicker_in_bfloat16,
 )
-from adi.training.drafting import DraftOptions, as_halves, fit_drafter, judge
-from adi.training.features import choose_shortlist, write_shards
-from adi.training.fit import FitOptions, changed, fit, fresh_checkpoint
-from adi.training.kinds import Kinds
-from adi.training.lessons import Lessons, Tell, lessons_from_answers, lessons_from_talk, said, windows_of
+from adi.training.categories import Categories
+from adi.training.dataset import DrafterData, Tell, data_from_answers, data_from_talk, said, windows_of
+from adi.training.generate_data import GenerateOptions, share_of_own
 from adi.training.report import evaluate, report_json
-from adi.training.talk import TalkOptions, share_of_own
+from adi.training.shards import choose_shortlist, write_shards
+from adi.training.train_drafter import DraftOptions, as_halves, fit_drafter, judge
+from adi.training.train_heads import FitOptions, changed, fit, fresh_checkpoint
 
 WARM = 0.5  # learning rate of a warm start, against a cold one's
 Progress = Callable[[str, int, int, str], None]
@@ -65,16 +66,16 @@ class TuneOptions:
     def __post_init__(self) -> None:
         for name in ("tokens", "max_new_tokens", "shortlist", "rank", "epochs"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+                raise AdiError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
         for name in ("drafter_epochs", "talk_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 0.")
+                raise AdiError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 0.")
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
+            raise AdiError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate <= 1:
-            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and at most 1.")
+            raise AdiError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and at most 1.")
         if self.own_prompts is not None and (type(self.own_prompts) not in (int, float) or not 0 <= self.own_prompts <= 1):
-            raise ValueError(f"own_prompts is {self.own_prompts!r}; it must be from 0 to 1.")
+            raise AdiError(f"own_prompts is {self.own_prompts!r}; it must be from 0 to 1.")
 
 
 def tune(
@@ -117,8 +118,8 @@ def tune(
     if not talks:
         _enough([is_held_out(p) for p in given] + [w.held_out for w in windows])
     work.mkdir(parents=True, exist_ok=True)
-    tell = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
-    lessons = _talked(model, voices, given, work, options, tell) if talks else None
+    forced_read = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+    lessons = _talked(model, voices, given, work, options, forced_read) if talks else None
     answers = [*(said(lessons) if lessons else _answers(model, work, prompts, options, progress)), *windows]
     _enough([a.held_out for a in answers])
     train, held = [a for a in answers if not a.held_out], [a for a in answers if a.held_out]
@@ -131,7 +132,7 @@ def tune(
         keep.check(backbone)
         exits = replace(keep, made_by={**keep.made_by, "drafter": {**made, **_began_with(keep, options)}})
     if options.drafter_epochs:
-        lessons = lessons or lessons_from_answers(backbone, train, held, work, tell)
+        lessons = lessons or data_from_answers(backbone, train, held, work, forced_read)
         drafter, judged = train_drafter(backbone, readout, among, lessons, work, options, progress, begin, kinds)
         spoken = lessons.said_after(keep.answers if keep is not None and options.warm_start else None)
         exits = replace(exits, drafter=drafter, answers=spoken, report={**exits.report, "drafter": judged})
@@ -139,10 +140,10 @@ def tune(
     return exits
 
 
-def _kinds(model: Model, categories: Mapping[str, str], talks: bool) -> Kinds:
+def _kinds(model: Model, categories: Mapping[str, str], talks: bool) -> Categories:
     """The categories of the prompts that can be held out: of a talk all, else those that always are."""
     able = {prompt: category for prompt, category in categories.items() if talks or is_held_out(prompt)}
-    return Kinds.of(able, partial(model.encode, raw=_is_raw(model)))
+    return Categories.of(able, partial(model.encode, raw=_is_raw(model)))
 
 
 def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
@@ -150,7 +151,7 @@ def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
     if not options.warm_start:
         return None
     if keep is None or keep.drafter is None:
-        raise ValueError("a warm start needs exits that have a drafter: give keep=... (--keep).")
+        raise AdiError("a warm start needs exits that have a drafter: give keep=... (--keep).")
     return keep.drafter.map(Tensor.clone)
 
 
@@ -159,13 +160,13 @@ def _began_with(keep: Exits, options: TuneOptions) -> dict[str, Any]:
 
 
 def _talked(
-    model: Model, voices: Sequence[Model], prompts: Sequence[str], work: Path, options: TuneOptions, tell: Tell
-) -> Lessons:
+    model: Model, voices: Sequence[Model], prompts: Sequence[str], work: Path, options: TuneOptions, forced_read: Tell
+) -> DrafterData:
     """Lessons from texts that the model writes now."""
     own = share_of_own(model) if options.own_prompts is None else options.own_prompts
-    talking = TalkOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
+    talking = GenerateOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
     begun = [list(model.encode(p, raw=_is_raw(model))) for p in prompts]
-    return lessons_from_talk(voices or (model,), begun, work, talking, tell)
+    return data_from_talk(voices or (model,), begun, work, talking, forced_read)
 
 
 def _among(readout: ReadOut, train: Sequence[Answer], vocabulary: int, options: TuneOptions, keep: Exits | None) -> Shortlist:
@@ -173,7 +174,7 @@ def _among(readout: ReadOut, train: Sequence[Answer], vocabulary: int, options: 
     if keep is None:
         return shortlist(readout, choose_shortlist(train, vocabulary, options.shortlist))
     if keep.drafter is None and keep.heads is None:
-        raise ValueError("bare exits have no shortlist to keep; leave keep out.")
+        raise AdiError("bare exits have no shortlist to keep; leave keep out.")
     return shortlist(readout, keep.drafter.ids_S if keep.drafter is not None else keep.heads.ids_S)  # type: ignore[union-attr]
 
 
@@ -186,7 +187,7 @@ def _heads(
     work: Path,
     options: TuneOptions,
     progress: Progress,
-    kinds: Kinds,
+    kinds: Categories,
 ) -> Exits:
     """Features of the answers (to train on, and held out), an adapter for every depth, thresholds and a report."""
     (train, held), ids_S = answers, among.ids_S
@@ -218,12 +219,12 @@ def train_drafter(
     backbone: Any,
     readout: ReadOut,
     among: Shortlist,
-    lessons: Lessons,
+    lessons: DrafterData,
     work: Path,
     options: TuneOptions,
     progress: Progress,
     begin: Drafter | None = None,
-    kinds: Kinds | None = None,
+    kinds: Categories | None = None,
 ) -> tuple[Drafter, dict[str, Any]]:
     """A drafter that learned from the lessons, from ``begin`` on if it is given, and what it does on those held out."""
     quick = quicker_in_bfloat16(work / "drafter.dtype", lambda: multiplies_faster_in_bfloat16(torch.device("cpu")))
@@ -244,7 +245,7 @@ def _answers(
     """The model's answers to the prompts; those in the folder are kept if this model gave them under these options."""
     hf = getattr(model.backbone, "model", None)
     if hf is None:
-        raise ValueError("tuning runs on the transformers engine; load the model with backend='hf'.")
+        raise AdiError("tuning runs on the transformers engine; load the model with backend='hf'.")
     if not prompts:
         return []
     raw = _is_raw(model)
@@ -273,7 +274,7 @@ def _enough(held_out: Sequence[bool]) -> None:
     """ValueError unless there is something to train on and something to test on (about one prompt in twelve)."""
     held = sum(held_out)
     if not held or held == len(held_out):
-        raise ValueError(
+        raise AdiError(
             f"{len(held_out)} prompts or stretches of text are too few: {held} of them would be held out to test on, and there "
             "must be some of each kind. Give more (a hundred or so)."
         )
@@ -284,7 +285,7 @@ def _depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
         shares = (0.27, 0.4, 0.53, 0.67, 0.8, 0.87, 0.93)
         return tuple(sorted({min(max(1, round(share * layers)), layers - 1) for share in shares}))
     if not chosen or any(not 0 < d < layers for d in chosen) or len(set(chosen)) != len(chosen):
-        raise ValueError(f"depths {chosen} are not possible: the model has {layers} layers, so choose among 1..{layers - 1}.")
+        raise AdiError(f"depths {chosen} are not possible: the model has {layers} layers, so choose among 1..{layers - 1}.")
     return tuple(sorted(chosen))
 
 

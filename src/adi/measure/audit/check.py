@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from adi.artifact import Exits
+from adi.decoding.generate import generate
 from adi.decoding.policies import FullDepth, Policy, Verified
 from adi.decoding.sampling import Sampling, prompt_seed
 from adi.decoding.session import Session
-from adi.decoding.stream import generate
-from adi.exits.artifact import Exits
 from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
 from adi.measure.audit.replay import MOST, Replay, replay
@@ -21,7 +21,7 @@ from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_dr
 from adi.measure.audit.ties import divergence
 from adi.measure.audit.verdict import Tally, draw_violations, replay_violations, text_violations
 from adi.model.backbone import NoDistributionError
-from adi.model.checkpoint import Model
+from adi.model.load import Model
 
 REPLAYED = 56  # positions: engines read longer prompts in another way than they decode
 SHORT = 16  # tokens of the prompt after which tokens are drawn

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.files import write_text
-from adi.measure.plot import filled
+from adi.measure.trace_page import filled
 
 Entry = Mapping[str, Any]
 

@@ -25,7 +25,7 @@ JUMP = 0.3  # chance that blocks run without stopping at the depths between
 
 
 @dataclass(frozen=True)
-class Drift:
+class StateDrift:
     """Largest differences from one full pass: of ``drafted``, of ``plain`` decoding, and what is ``allowed``; ``size`` is the
     largest value of a typical position. ``rough`` is by what share of its position plain decoding is off at most, and ``most``
     what that may be. ``of`` is "states", "memory" (keys and values of the blocks since the depth before) or "logits"."""
@@ -58,7 +58,7 @@ class Replay:
 
     positions: int
     rollbacks: dict[int, int]
-    drifts: tuple[Drift, ...]
+    drifts: tuple[StateDrift, ...]
 
     @property
     def noise(self) -> float:
@@ -67,7 +67,7 @@ class Replay:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """States at each depth ``[T, D]`` and which of them were seen ``[T]``, the logits and the KV memory of one run."""
 
     at: dict[int, Tensor]
@@ -97,7 +97,7 @@ def replay(backbone: Backbone, ids: Sequence[int], start: int, depths: Sequence[
     return Replay(len(ids), player.rollbacks, tuple(drifts))
 
 
-def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], ends: Sequence[int]) -> Run:
+def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], ends: Sequence[int]) -> RecordedRun:
     """Run ``ids`` in passes of so many rows."""
     seen: dict[int, list[Tensor]] = {depth: [] for depth in ends}
     cache, start = backbone.new_cache(), 0
@@ -112,26 +112,26 @@ def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], end
     return _finished(backbone, cache, at, {depth: torch.ones(len(ids), dtype=torch.bool) for depth in ends}, len(ids))
 
 
-def _finished(backbone: Backbone, cache: object, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> Run:
+def _finished(backbone: Backbone, cache: object, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> RecordedRun:
     layers = backbone.spec.layers
     memory = [backbone.peek(cache, block, length) for block in range(layers)]
     logits = torch.cat([backbone.logits(at[layers][i : i + 32]) for i in range(0, length, 32)])
     if (close := getattr(cache, "close", None)) is not None:
         close()
-    return Run(at, seen, logits, memory)
+    return RecordedRun(at, seen, logits, memory)
 
 
-def _memory(run: Run, lo: int, hi: int) -> Tensor | None:
+def _memory(run: RecordedRun, lo: int, hi: int) -> Tensor | None:
     parts = [part for part in run.memory[lo:hi] if part is not None]
     return torch.cat([part.float().flatten() for part in parts]) if len(parts) == hi - lo else None
 
 
-def _drift(of: str, depth: int, most: float, whole: Tensor, plain: Tensor, drafted: Tensor) -> Drift:
+def _drift(of: str, depth: int, most: float, whole: Tensor, plain: Tensor, drafted: Tensor) -> StateDrift:
     """NaN anywhere stays NaN, which is within nothing."""
     size_T, off_T = (x.abs().amax(-1) for x in (whole, plain - whole))  # some models have a first position beyond measure
     typical = size_T.median()
     rough = (off_T / size_T.clamp(min=float(typical))).max() if typical > 0 else off_T.max()
-    return Drift(of, depth, float((drafted - whole).abs().max()), float(off_T.max()), float(typical), float(rough), most)
+    return StateDrift(of, depth, float((drafted - whole).abs().max()), float(off_T.max()), float(typical), float(rough), most)
 
 
 class Player:
@@ -143,7 +143,7 @@ class Player:
         self.at: dict[int, Tensor] = {}
         self.seen: dict[int, Tensor] = {}
 
-    def play(self, ids: Sequence[int], start: int) -> Run:
+    def play(self, ids: Sequence[int], start: int) -> RecordedRun:
         """Until all of ``ids`` stand."""
         frontier, vocabulary, length = self.frontier, self.backbone.spec.vocabulary, len(ids)
         width = self.backbone.spec.width

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adi.exits.artifact import Exits, bare_exits, load_exits, shipped
+from adi.artifact import Exits, bare_exits, load_exits, shipped
+from adi.errors import AdiError
 from adi.measure.audit.check import Size, check
-from adi.measure.circumstances import circumstances
-from adi.measure.contestants import backend_for
-from adi.model.checkpoint import Model, load
+from adi.measure.bench.systems import backend_for
+from adi.measure.provenance import provenance
+from adi.model.load import Model, load
 from adi.prompts import PromptItem, read_prompts, spread
 
 FORMAT, VERSION = "adi-audit", 1
@@ -52,13 +53,13 @@ def audit(
     """
     for name, value in (("limit", limit), ("max_new_tokens", max_new_tokens), ("draws", draws)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+            raise AdiError(f"{name} is {value}; it must be at least 1.")
     if not precisions:
-        raise ValueError("precisions is empty; give at least one, such as fp32.")
+        raise AdiError("precisions is empty; give at least one, such as fp32.")
     items = spread(read_prompts("bench"), limit) if prompts is None else []
     chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
-        raise ValueError("there are no prompts; give at least one.")
+        raise AdiError("there are no prompts; give at least one.")
     engines = []
     for precision in precisions if not isinstance(source, Model) else ("auto",):
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
@@ -78,7 +79,7 @@ def _report(
     return {
         "format": FORMAT,
         "version": VERSION,
-        **circumstances(command, items),
+        **provenance(command, items),
         "model": name,
         "exits": exits,
         **size,
@@ -103,7 +104,7 @@ def _exits(model: Model, given: Given) -> Exits:
         return load_exits(model.source)
     layers = model.backbone.spec.layers
     if layers < 2:
-        raise ValueError("a model of one block has nowhere to stop early; there is nothing to audit.")
+        raise AdiError("a model of one block has nowhere to stop early; there is nothing to audit.")
     return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
 
 

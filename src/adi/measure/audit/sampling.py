@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adi.decoding.drawing import Sampler, distribution, draw
 from adi.decoding.records import Step
+from adi.decoding.sampler import Sampler, distribution, draw
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
 from adi.measure.audit.ties import logits_after
 from adi.measure.statistics import leading, total_variation, variation_band
-from adi.model.checkpoint import Model
+from adi.model.load import Model
 
 TOKENS = 3
 RESTRICTED = Sampling(temperature=1.3, top_k=4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adi.model.backbone import Rows
-from adi.model.checkpoint import Model
+from adi.model.load import Model
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
-from adi.model.hf.blocks import Patch, Run, find_down_projections
-from adi.model.hf.cache import StaircaseCache
-from adi.model.hf.check import RECURRENT_HINT, decoder_of, observe, refuse
+from adi.errors import AdiError
+from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States, TopK, require_number
+from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.mlp import gated_mlp
+from adi.model.hf.patch import Patch, Run, find_down_projections
 from adi.model.hf.readout import take_apart
+from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, observe, refuse
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SELF_CHECK_IDS = (1, 2, 3, 4)
@@ -30,7 +31,7 @@ class HfBackbone:
 
     def __init__(self, model: Any, name: str | None = None, weights: str | None = None) -> None:
         if model.training:
-            raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() first.")
+            raise AdiError(f"{type(model).__name__} is in training mode; call model.eval() first.")
         self.model = model
         self.decoder, blocks = decoder_of(model)
         text = model.config.get_text_config(decoder=True)
@@ -69,7 +70,7 @@ class HfBackbone:
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for each entry of ``rows`` in turn (this engine merges nothing)."""
         if not 0 <= lo < hi <= self.spec.layers:
-            raise ValueError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+            raise AdiError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         return [self._pass(r, lo, hi, mlp) for r in rows]
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class HfBackbone:
         ids = torch.tensor([rows.ids], device=self.model.device)
         positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.model.device)[None]
         if not rows.cache.write_only(True):
-            raise ValueError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
+            raise AdiError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
         try:
             with self._patch.patched(run):
                 self.decoder(input_ids=ids, position_ids=positions, past_key_values=rows.cache, use_cache=True)
@@ -120,10 +121,10 @@ class HfBackbone:
         require_number(logits_TV.amax(-1).tolist())  # NaN where any is
         return logits_TV.argmax(-1).tolist()
 
-    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
         logits_TV = self.logits(hidden_TD)
         best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
-        return Outlook(best.values, best.indices, logits_TV.logsumexp(-1))
+        return TopK(best.values, best.indices, logits_TV.logsumexp(-1))
 
     def light_head(self, head: LightHead) -> None:
         """None: exit heads run as torch modules do."""

@@ -7,18 +7,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adi.errors import AdiError
 from adi.model.arrays import as_array, as_tensor
-from adi.model.backbone import DraftNet, LightHead, Outlook, ReadOut, Rows, Spec, States, require_number
-from adi.model.openvino import store
-from adi.model.openvino.feed import Feed, Layout
+from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States, TopK, require_number
+from adi.model.openvino import manifest as store
+from adi.model.openvino.drafter import CompiledDrafter, Embedding
+from adi.model.openvino.exit_head import CompiledLightHead
 from adi.model.openvino.graph import BLOCK_TOKENS
-from adi.model.openvino.light import CompiledLightHead
-from adi.model.openvino.outlook import Outlooks
-from adi.model.openvino.pieces import LANES, Pieces
-from adi.model.openvino.pool import SPARE, PagedCache, Pool
-from adi.model.openvino.recurrent import CompiledDrafter, Embedding
+from adi.model.openvino.inputs import Layout, PassInputs
+from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
+from adi.model.openvino.manifest import Manifest
 from adi.model.openvino.segment import Config, Segment
-from adi.model.openvino.store import Page
+from adi.model.openvino.segments import LANES, Segments
+from adi.model.openvino.topk import TopKHeads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class OpenVinoBackbone:
 
     def __init__(
         self,
-        page: Page,
+        page: Manifest,
         blocks: Any,
         head: Any,
         *,
@@ -71,8 +72,8 @@ class OpenVinoBackbone:
             device="cpu",
         )
         self._page, self._folder = page, folder
-        self._feeds: dict[tuple[int, int, int], Feed] = {}
-        self.pool = Pool(kv_bytes)
+        self._feeds: dict[tuple[int, int, int], PassInputs] = {}
+        self.pool = KVPool(kv_bytes)
         self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[page.precision]}
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
@@ -80,8 +81,8 @@ class OpenVinoBackbone:
         self._companion = PagedCache(self.pool)
         self._companion.blocks.append(SPARE)
         self._core = ov.Core()
-        self._pieces = Pieces(self._core, blocks, head, page, self._config, self.pool)
-        self._outlooks = Outlooks(self._core, head, self._config)
+        self._pieces = Segments(self._core, blocks, head, page, self._config, self.pool)
+        self._outlooks = TopKHeads(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
         self.threads = self._pieces.threads
 
@@ -99,7 +100,7 @@ class OpenVinoBackbone:
         """
         import openvino as ov
 
-        page = store.read_page(folder)
+        page = store.read_manifest(folder)
         blocks, head = store.read_graphs(folder, ov.Core())
         return cls(page, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads)
 
@@ -138,7 +139,7 @@ class OpenVinoBackbone:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist, MemoryFullError, before
         anything has run, where KV memory is full."""
         if not 0 <= lo < hi <= self.spec.layers:
-            raise ValueError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+            raise AdiError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         count = sum(len(r.ids) for r in rows)
         with self._pieces.lock:
             if count <= LANES[-1]:
@@ -185,7 +186,7 @@ class OpenVinoBackbone:
         lane = self._pieces.lane_for(len(array), self.least_rows)
         return self._pieces.heads[lane].run(array, max(lane, self.least_rows))
 
-    def outlook(self, hidden_TD: Tensor, most: int) -> Outlook:
+    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
         with self._pieces.lock:
             return self._outlooks.run(hidden_TD, most)
 
@@ -203,14 +204,14 @@ class OpenVinoBackbone:
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""
         if self._folder is None:
-            raise ValueError("this engine was not opened from a folder, where the readout is kept.")
+            raise AdiError("this engine was not opened from a folder, where the readout is kept.")
         return store.read_readout(self._folder, self._page)
 
-    def _feed(self, key: tuple[int, int, int]) -> Feed:
+    def _feed(self, key: tuple[int, int, int]) -> PassInputs:
         """The feed for passes of this shape; the oldest goes when there are too many."""
         feed = self._feeds.get(key)
         if feed is None:
-            feed = Feed(*key, self.spec.width)
+            feed = PassInputs(*key, self.spec.width)
             if feed.rows <= KEPT_ROWS:
                 if len(self._feeds) >= KEPT_FEEDS:
                     del self._feeds[next(iter(self._feeds))]
@@ -230,7 +231,7 @@ def evened(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _states(feed: Feed, layout: Layout, last: Segment, mlp: bool) -> list[States]:
+def _states(feed: PassInputs, layout: Layout, last: Segment, mlp: bool) -> list[States]:
     """Each sequence's rows out of the feed's arrays, as arrays of their own."""
     names = [f"state.{last.hi}", last.before, *([f"mlp.{last.hi}"] if mlp else [])]
     whole = [feed.arrays[name].reshape(feed.rows, -1).copy() for name in names]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from adi.model.openvino.merge import merge_matrices
+from adi.errors import AdiError
+from adi.model.openvino.export.fuse_qkv import merge_matrices
 
 BLOCK_TOKENS = 32  # positions in one block of KV memory: what the CPU plugin's paged attention is written for
 
@@ -111,7 +112,7 @@ def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
     token.set_friendly_name("token")
     needed = _parameters([logits])
     if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
-        raise ValueError("its head reads more than the state that leaves its last block")
+        raise AdiError("its head reads more than the state that leaves its last block")
     return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
 
 

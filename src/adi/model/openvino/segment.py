@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from adi.model.openvino.feed import Feed
 from adi.model.openvino.graph import Piece
-from adi.model.openvino.pool import Pool
+from adi.model.openvino.inputs import PassInputs
+from adi.model.openvino.kv_pool import KVPool
 
 Config = dict[str, str]
 
@@ -26,16 +26,16 @@ class Segment:
         renamed = {"hidden": f"state.{self.hi}", "before": f"before.{self.hi}", "mlp": f"mlp.{self.hi}"}
         self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(piece.outputs, compiled.outputs, strict=True)]
         self.before = f"before.{self.hi}" if "before" in piece.outputs else f"state.{self.lo}"
-        self._feed: Feed | None = None
+        self._feed: PassInputs | None = None
         self._version = -1
         self._ports = {name: port for name, port in zip(names, compiled.inputs, strict=True) if "_cache." in name}
 
-    def add_to(self, pool: Pool) -> None:
+    def add_to(self, pool: KVPool) -> None:
         """Ask the pool for room for these blocks' keys and values."""
         for name, port in self._ports.items():
             pool.add(name, port)
 
-    def run(self, feed: Feed, pool: Pool) -> None:
+    def run(self, feed: PassInputs, pool: KVPool) -> None:
         """One pass over the rows in ``feed``."""
         if self._version != pool.version:
             for name in self._ports:

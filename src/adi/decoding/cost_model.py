@@ -1,0 +1,269 @@
+"""What passes cost on this machine by their number of rows, and what a step of the drafter costs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from adi.files import cache_folder, read_json, write_json
+from adi.machine import processor_hash
+from adi.model.backbone import Backbone, MemoryFullError, Rows
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+REPEATS = 7
+ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+PAST, FAR = 64, 512  # positions before a pass that is measured
+LATELY = 0.1  # weight of one more measurement during use
+FADING = 0.995  # of what was learned of each number of rows, with every measurement
+USUAL_ROWS = 16  # numbers of rows that a controller thinks of
+PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
+OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
+STALE = 0.02  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
+KEPT, MOVED = 8, 16  # ... after so many passes, and so many positions on
+FIRST, FURTHER = "first", "further"
+_LATELY: weakref.WeakKeyDictionary[Any, dict[str, CostCorrection]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class CostCorrection:
+    """How much longer things take in use than the table says, as logarithms: ``common`` to all passes, and beside that ``own``
+    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on); ``steps`` of the drafter apart. One for all sequences of a
+    model that have the same drafter: what a neighbour on the same machine takes away, it takes from all of them. What was
+    learned of one number of rows, or of steps that are not taken, fades, or a slow moment would keep it from being tried."""
+
+    common: float = 0.0
+    own: dict[int, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    single: int = 0  # rounds in a row with one step at most
+
+    def of(self, rows: int) -> float:
+        """The factor for passes of so many rows."""
+        return math.exp(self.common + self.own.get(rows.bit_length(), 0.0))
+
+    def of_step(self, name: str) -> float:
+        """The factor for a step of the drafter."""
+        return math.exp(self.steps.get(name, 0.0))
+
+    def passed(self, rows: int, ratio: float) -> None:
+        """A pass took so many times what was expected."""
+        off = LATELY * _mild(ratio)
+        for key in self.own:
+            self.own[key] *= FADING
+        self.common += off
+        self.own[rows.bit_length()] = self.own.get(rows.bit_length(), 0.0) + off
+
+    def stepped(self, name: str, ratio: float) -> None:
+        """The same of a drafter's step."""
+        self.steps[name] = self.steps.get(name, 0.0) + LATELY * _mild(ratio)
+        self.single = 0 if name == FURTHER else self.single + 1
+        if self.single > PATIENCE and FURTHER in self.steps:
+            self.steps[FURTHER] *= FADING
+
+
+def _mild(ratio: float) -> float:
+    return min(max(math.log(max(ratio, 1e-9)), -OUTLIER), OUTLIER)
+
+
+@dataclass
+class CostModel:
+    """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
+    it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
+    so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
+    ``lately`` follows what use measures. A controller asks some forty times a round: what it asks for is worked out once and
+    kept for some rounds, until it would differ by some percent."""
+
+    pass_seconds: dict[int, float]
+    draft_seconds: float = 0.0
+    further_seconds: float | None = None
+    position_seconds: dict[int, float] = field(default_factory=dict)
+    lately: CostCorrection = field(default_factory=CostCorrection)
+    _beyond: int = 0  # positions past ``PAST``
+    _learned: float = field(default=0.0, compare=False, repr=False)  # since the passes were worked out
+    _passes: list[float] = field(default_factory=list, compare=False, repr=False)
+    _steps: tuple[float, float] | None = field(default=None, compare=False, repr=False)
+    _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
+
+    def stand(self, length: int) -> None:
+        """From now on passes come after about so many positions."""
+        beyond = max(0, length - PAST)
+        if abs(beyond - self._beyond) >= MOVED:
+            self._beyond = beyond
+            self._passes.clear()
+
+    def rows(self, count: int) -> float:
+        """Seconds of a pass of so many rows; between measured numbers, and beyond them, straight lines."""
+        return self.passes(count)[count]
+
+    def passes(self, most: int) -> Sequence[float]:
+        """The same for all numbers of rows up to ``most`` at least, by that number."""
+        known = self._passes
+        if len(known) <= most:
+            most = max(most, USUAL_ROWS)
+            self._learned = 0.0
+            known[:] = [self._plain(rows) for rows in range(most + 1)]
+            for bits in range(1, most.bit_length() + 1):  # the factor is one for all numbers of so many bits
+                factor = self.lately.of(1 << bits - 1)
+                for rows in range(1 << bits - 1, min(1 << bits, most + 1)):
+                    known[rows] *= factor
+        return known
+
+    def _plain(self, count: int) -> float:
+        """By the table: the seconds of a pass after ``PAST`` positions, and more for those beyond."""
+        if len(self._lines) <= count:
+            self._line_up(count)
+        seconds, each = self._lines[count]
+        return seconds + each * self._beyond
+
+    def _line_up(self, most: int) -> None:
+        for rows in range(len(self._lines), most + 1):
+            each = _between(self.position_seconds, rows) if self.position_seconds else 0.0
+            self._lines.append((_between(self.pass_seconds, rows), each))
+
+    def drafting(self, steps: int) -> float:
+        """Seconds of so many steps of the drafter in a row."""
+        if not steps:
+            return 0.0
+        if self._steps is None:
+            of_step = self.lately.of_step
+            self._steps = self.draft_seconds * of_step(FIRST), self._further * of_step(FURTHER)
+        first, further = self._steps
+        return first + (steps - 1) * further
+
+    @property
+    def _further(self) -> float:
+        return self.draft_seconds if self.further_seconds is None else self.further_seconds
+
+    def passed(self, rows: int, seconds: float) -> None:
+        """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
+        ratio = seconds / (self._plain(rows) * self.lately.of(rows))  # others may have taught it since
+        self.lately.passed(rows, ratio)
+        self._learned += LATELY * abs(_mild(ratio)) + STALE / KEPT
+        if self._learned > STALE:
+            self._passes.clear()
+
+    def drafted(self, seconds: float, first: bool = True) -> None:
+        """A drafter's step was timed in use, the first after a pass or a further one."""
+        name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
+        if table > 0:
+            self.lately.stepped(name, seconds / (table * self.lately.of_step(name)))
+            self._steps = None
+
+    def copy(self) -> CostModel:
+        """For one sequence, at a place of its own; what use teaches is shared."""
+        return replace(self, _passes=[], _steps=None)
+
+
+def _between(known: Mapping[int, float], count: int) -> float:
+    """Straight lines between the numbers that are known and beyond them, nowhere falling."""
+    places = sorted(known)
+    if len(places) == 1 or count <= places[0]:
+        return known[places[0]]
+    at = min(max(1, bisect_left(places, count)), len(places) - 1)
+    a, b = places[at - 1], places[at]
+    slope = (known[b] - known[a]) / (b - a)
+    return known[a] + max(0.0, slope) * (count - a)
+
+
+def cost_model_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | None = None) -> CostModel:
+    """Measured once for a model, precision and machine, and kept in the cache folder; a second or two the first time.
+
+    ``draft`` makes one drafter step, ``key`` tells one drafter from another.
+    """
+    spec = backbone.spec
+    machine = processor_hash(f"{spec.device} {getattr(backbone, 'threads', '')}")
+    name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
+    lately = _LATELY.setdefault(backbone, {}).setdefault(key, CostCorrection())
+    note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
+    with contextlib.suppress(ValueError, OSError):
+        if (found := _parsed(read_json(note, "cost table"))) is not None:
+            return replace(found, lately=lately)
+    costs = measure(backbone, draft)
+    with contextlib.suppress(OSError, ValueError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        tables = {"pass_seconds": costs.pass_seconds, "position_seconds": costs.position_seconds}
+        text = {table: {str(count): seconds for count, seconds in each.items()} for table, each in tables.items()}
+        write_json(note, {**text, "draft": costs.draft_seconds, "further": costs.further_seconds})
+    return replace(costs, lately=lately)
+
+
+def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> CostModel:
+    """The least of a few passes of each number of rows, in turn, after one that is not counted; after few positions and, where
+    the model's context allows, after many.
+
+    The least and not the median: what other programs do meanwhile can only add to it, and the table is kept.
+    """
+    backbone.prepare((), drafts=True, wait=True)
+    context = backbone.spec.context or FAR + max(ROWS)
+    past = max(1, min(PAST, context - max(ROWS)))
+    near, steps = _passes(backbone, past, draft)
+    each: dict[int, float] = {}
+    with contextlib.suppress(MemoryFullError):  # a small memory, where no text goes that far anyway, or a full one
+        if FAR + max(ROWS) <= context:
+            far, _ = _passes(backbone, FAR, None)
+            more = {count: max(0.0, far[count] - near[count]) / (FAR - PAST) for count in near}
+            each = {count: max(more[fewer] for fewer in near if fewer <= count) for count in near}
+    first, further = (min(times) for times in zip(*steps[1:], strict=True)) if steps else (0.0, None)
+    return CostModel(near, first, further, each)
+
+
+def _passes(
+    backbone: Backbone, past: int, draft: Callable[[], object] | None
+) -> tuple[dict[int, float], list[tuple[float, float]]]:
+    """Seconds by number of rows after so many positions, and of the drafter's first and further steps. More rows are never
+    quicker: where they seem to be, something else ran meanwhile."""
+    context = backbone.spec.context or past + max(ROWS)
+    counts = [count for count in ROWS if past + count <= context] or [1]
+    ids = tuple(i % backbone.spec.vocabulary for i in range(past + max(counts)))
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    steps: list[tuple[float, float]] = []
+    cache = backbone.new_cache()
+    try:
+        backbone.forward([Rows(cache, 0, ids[:past], None)], 0, backbone.spec.layers)
+        for _ in range(REPEATS + 1):
+            for count in counts:
+                rows = Rows(cache, past, ids[past : past + count], None)
+                times[count].append(_seconds(partial(_pass, backbone, rows)))
+            if draft is not None:
+                steps.append((_seconds(draft), _seconds(draft)))
+    finally:
+        if (close := getattr(cache, "close", None)) is not None:
+            close()
+    least = {count: min(t[1:]) for count, t in times.items()}
+    return {count: min(least[more] for more in counts if more >= count) for count in counts}, steps
+
+
+def _pass(backbone: Backbone, rows: Rows) -> None:
+    (states,) = backbone.forward([rows], 0, backbone.spec.layers)
+    backbone.greedy(states.raw_TD)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _parsed(value: Any) -> CostModel | None:
+    """None for what is no cost table of this form: it is measured again."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("pass_seconds"), Mapping):
+        return None
+    each: Any = value.get("position_seconds")
+    if not isinstance(each, Mapping):
+        return None
+    draft: Any = value.get("draft")
+    further: Any = value.get("further")
+    numbers = (*value["pass_seconds"].values(), *each.values(), draft, *(() if further is None else (further,)))
+    if any(not isinstance(number, (int, float)) for number in numbers):
+        return None
+    seconds, more = ({int(k): float(v) for k, v in table.items()} for table in (value["pass_seconds"], each))
+    sane = seconds and min(seconds) == 1 and all(0 < v < math.inf for v in seconds.values())
+    sane = sane and all(0 <= number < math.inf for number in (*more.values(), draft, further or 0.0))
+    return CostModel(seconds, float(draft), None if further is None else float(further), more) if sane else None

@@ -1,0 +1,1 @@
+"""Who proposes tokens without running the deep layers."""

@@ -1,0 +1,209 @@
+"""The drafter: a small recurrent network that reads the last verified position's deep state and says what comes next.
+
+``state' = norm(u + MLP(u))`` with ``u = mix [norm(x), state]``: ``x`` is the embedding of the token that has just been
+chosen, ``state`` the model's own last state, normed, at the position before it, and from the
+second draft on what the drafter itself gave. The model's own head, cut down to a shortlist and with one more output for
+the tail, reads ``state'``. So the slow loop's result feeds a fast loop that then feeds itself: no attention, no KV memory,
+and a rejected draft leaves nothing to undo.
+
+Feature-level drafting: EAGLE (Li et al. 2024); a recurrent drafter over the last state: Cheng et al. 2024 (ReDrafter),
+Hydra heads (Ankner et al. 2024); training it on its own states: HASS (Zhang et al. 2024), EAGLE-3 (Li et al. 2025).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adi.exits.heads import Shortlist, shortlist
+from adi.exits.signals import Prediction
+from adi.model.arrays import Array, as_array, as_tensor, normalise
+from adi.model.backbone import Backbone, DraftNet, NoDistributionError, ReadOut
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+EPS = 1e-5
+QUIET = 0.2  # how loud the model's own MLP speaks at first: it was made for another place
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Weights of the network, for the shortlist ``ids_S``.
+
+    ``shallow_D`` is the gain of the token's normed state, ``mix_DE`` ``[D, 2D]`` reads it and the deep state side by side;
+    ``gain_D``, ``gate_FD``, ``up_FD`` and ``down_DF`` are a gated MLP, ``out_D`` and ``shift_D`` the last norm; ``tail_D`` and
+    ``tail_bias`` give one more logit for what is not in the shortlist. Arrays as a file gives them, or tensors.
+    """
+
+    ids_S: Array
+    shallow_D: Array
+    mix_DE: Array
+    gain_D: Array
+    gate_FD: Array
+    up_FD: Array
+    down_DF: Array
+    out_D: Array
+    shift_D: Array
+    tail_D: Array
+    tail_bias: Array
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: as_tensor(getattr(self, f.name)) for f in fields(self)}
+
+    def arrays(self) -> dict[str, Any]:
+        return {f.name: as_array(getattr(self, f.name)) for f in fields(self)}
+
+    def map(self, change: Any) -> Drafter:
+        """The same drafter in tensors, with ``change`` applied to every weight."""
+        tensors = self.tensors()
+        return Drafter(**{name: tensor if name == "ids_S" else change(tensor) for name, tensor in tensors.items()})
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any weight."""
+        weights = b"".join(array.tobytes() for array in self.arrays().values())
+        return hashlib.blake2b(weights, digest_size=8).hexdigest()
+
+
+def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The shape that each weight must have, ``ids_S`` apart."""
+    vector, wide = (width,), (hidden, width)
+    return {
+        "shallow_D": vector,
+        "mix_DE": (width, 2 * width),
+        "gain_D": vector,
+        "gate_FD": wide,
+        "up_FD": wide,
+        "down_DF": (width, hidden),
+        "out_D": vector,
+        "shift_D": vector,
+        "tail_D": vector,
+        "tail_bias": (1,),
+    }
+
+
+def fresh_drafter(
+    readout: ReadOut, ids_S: Tensor, hidden: int, generator: torch.Generator, mlp: Mapping[str, Tensor] | None = None
+) -> Drafter:
+    """A drafter before training: half token, half deep state, and a gated MLP that says little yet.
+
+    ``mlp`` may give it the model's own, ``gain_D``, ``gate_FD``, ``up_FD`` and ``down_DF``, in the place of random weights.
+    """
+    import torch
+
+    readout = readout.tensors()
+    width = readout.gain_D.shape[0]
+
+    def noise(rows: int, columns: int, size: float) -> Tensor:
+        drawn: Tensor = size * torch.randn(rows, columns, generator=generator) / columns**0.5
+        return drawn
+
+    half = 0.5 * torch.eye(width)
+    drawn = {
+        "gain_D": torch.ones(width),
+        "gate_FD": noise(hidden, width, 1.0),
+        "up_FD": noise(hidden, width, 1.0),
+        "down_DF": noise(width, hidden, 0.1),
+    }
+    own = drawn if mlp is None else {**mlp, "down_DF": QUIET * mlp["down_DF"]}
+    return Drafter(
+        ids_S=ids_S,
+        shallow_D=torch.ones(width),
+        mix_DE=torch.cat([half, half], 1) + noise(width, 2 * width, 0.1),
+        **own,
+        out_D=readout.gain_D.clone(),
+        shift_D=readout.shift_D.clone(),
+        tail_D=torch.zeros(width),
+        tail_bias=torch.zeros(1),
+    )
+
+
+def first_state(readout: ReadOut, deep_TD: Tensor) -> Tensor:
+    """What drafting starts from: the model's final norm of the last verified positions' deep states, ``[T, D]``."""
+    state_TD: Tensor = normalise(deep_TD.float(), readout.norm, readout.eps) * readout.gain_D + readout.shift_D
+    return state_TD
+
+
+def advance(net: Drafter, readout: ReadOut, x_TD: Tensor, state_TD: Tensor) -> Tensor:
+    """One step: shallow states of the newest tokens and the states before them give the next states, ``[T, D]``."""
+    import torch
+
+    shallow = normalise(x_TD.float(), "rms", EPS) * net.shallow_D
+    u = torch.cat([shallow, state_TD], -1) @ net.mix_DE.T
+    n = normalise(u, "rms", EPS) * net.gain_D
+    u = u + (torch.nn.functional.silu(n @ net.gate_FD.T) * (n @ net.up_FD.T)) @ net.down_DF.T
+    next_TD: Tensor = normalise(u, readout.norm, readout.eps) * net.out_D + net.shift_D
+    return next_TD
+
+
+def speak(net: Drafter, among: Shortlist, state_TD: Tensor) -> Prediction:
+    """What the model's own head, cut down to the shortlist, reads from the drafter's states."""
+    import torch
+
+    logits_TS = torch.nn.functional.linear(state_TD, among.weight_SD, among.bias_S)
+    tail_T = state_TD @ net.tail_D + net.tail_bias
+    total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
+    outside = among.vocabulary - among.ids_S.shape[0]
+    return Prediction(logits_TS - total_T[:, None], among.ids_S, tail_T - total_T, outside)
+
+
+@dataclass(frozen=True)
+class DraftGuess:
+    """What the drafter says comes next."""
+
+    token: int
+    signals: Mapping[str, float]
+    depth: int = 0
+
+
+class Drafting:
+    """A drafter at work beside one model, as a graph of its engine where it has one for it. Holds no sequence's state."""
+
+    def __init__(self, net: Drafter, backbone: Backbone) -> None:
+        readout = backbone.readout()
+        among = shortlist(readout, net.ids_S)
+        self._embed = weakref.WeakMethod(backbone.embed)  # or the memory of drafters would keep its own keys alive
+        parts = DraftNet(
+            net.arrays(), readout.norm, readout.eps, readout.gain_D, readout.shift_D, among.weight_SD, among.bias_S
+        )
+        self._ids: list[int] = net.ids_S.tolist()
+        self._compiled = backbone.draft_net(parts)
+        self.key = f"{len(net.gate_FD)}x{len(net.ids_S)}"  # tells drafters apart that cost differently
+        self._nothing: Any = np.zeros((1, len(net.out_D)), np.float32)
+        if self._compiled is None:
+            self._readout = readout = readout.tensors()
+            self._among = among = shortlist(readout, net.ids_S)
+            self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
+            self._nothing = as_tensor(self._nothing).to(among.weight_SD.device)
+
+    def try_once(self) -> None:
+        """One step on nothing, to be timed."""
+        self.step(0, self.start(self._nothing))
+
+    def start(self, raw_1D: Any) -> Any:
+        """The state to draft from after a position whose deep state is this, ``[1, D]``, as ``States.raw_TD`` gives it."""
+        if self._compiled is not None:
+            return self._compiled.start(raw_1D)
+        return first_state(self._readout, raw_1D)
+
+    def step(self, token: int, state_1D: Any) -> tuple[DraftGuess, Any]:
+        """What comes after ``token``, which follows the position of ``state_1D``; and the state from which to go on."""
+        if self._compiled is not None:
+            place, log, state_1D = self._compiled.step(token, state_1D)
+        else:
+            embed = self._embed()
+            assert embed is not None, "a drafter outlived its model"
+            state_1D = advance(self._net, self._readout, embed((token,)), state_1D)
+            logs_S = speak(self._net, self._among, state_1D).log_probs_TS[0]
+            place = int(logs_S.argmax())
+            log = float(logs_S[place])
+        if not math.isfinite(log):
+            raise NoDistributionError(f"the drafter holds no distribution: its largest log-probability is {log}.")
+        return DraftGuess(self._ids[place], {"top_probability": math.exp(log)}), state_1D

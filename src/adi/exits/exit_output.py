@@ -1,0 +1,141 @@
+"""What one depth shows of one row, worked out only as far as somebody asks.
+
+A trigger that reads stability before entropy pays for the head only where stability says yes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from adi.errors import AdiError
+from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
+from adi.model.backbone import NoDistributionError, States
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Signals(Mapping[str, float]):
+    """Names to values of one row, each measured on first use and kept in ``seen``."""
+
+    def __init__(
+        self,
+        depth: int,
+        predict: Callable[[], Prediction | Measured],
+        states: States,
+        probe: Asked | None = None,
+    ) -> None:
+        self.seen: dict[str, float] = {}
+        self._depth = depth
+        self._predict = predict
+        self._probe = probe
+        self._states = states
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.seen:
+            self.seen[name] = self._measure(name)
+        return self.seen[name]
+
+    def __iter__(self) -> Iterator[str]:
+        there = {"mlp": self._states.mlp_TF is not None, "probe": self._probe is not None}
+        return (name for name, signal in SIGNALS.items() if there.get(signal.reads, True))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _measure(self, name: str) -> float:
+        signal = require_signal(name)
+        if signal.reads == "head":
+            return float(signal.measure(self._predict()))
+        if signal.reads == "states":
+            return float(signal.measure(self._states.before_TD, self._states.hidden_TD))
+        if signal.reads == "probe":
+            if self._probe is None:
+                raise AdiError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
+            return float(signal.measure(self._probe, self._depth, self._states.hidden_TD, self._predict))
+        mlp_TF = self._states.mlp_TF
+        if mlp_TF is None:
+            raise AdiError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
+        return float(signal.measure(mlp_TF))
+
+
+def _spoken(logits_V: Tensor) -> Prediction:
+    return Prediction(logits_V[None].log_softmax(-1))
+
+
+class _Once:
+    """What ``make`` gives, made when it is first asked for; ``functools.cache`` itself takes ten times as long to make."""
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], Prediction | Measured]) -> None:
+        self._make = make
+        self._made: Prediction | Measured | None = None
+
+    def __call__(self) -> Prediction | Measured:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+class ExitOutput:
+    """One row at one depth, whose states these are: its likeliest token, its candidates and its signals.
+
+    ``token`` may be given where it is known without the whole distribution, ``logits_V`` where they are at hand.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        predict: Callable[[], Prediction | Measured],
+        states: States,
+        token: int | None = None,
+        logits_V: Tensor | None = None,
+        probe: Asked | None = None,
+    ) -> None:
+        self.depth = depth
+        self._logits_V = logits_V
+        self._token = token
+        # It must not know of this reading: logits in a cycle would wait for the garbage collector, which counts no bytes.
+        self._said = _Once(predict if logits_V is None else functools.partial(_spoken, logits_V))
+        self.signals: Mapping[str, float] = Signals(depth, self._said, states, probe)
+
+    @property
+    def prediction(self) -> Prediction | Measured:
+        return self._said()
+
+    @property
+    def scores(self) -> tuple[Tensor, Tensor | None]:
+        """What sampling starts from, ``[S]``, and the tokens that they belong to (None: all of the vocabulary): the model's own
+        logits, or an exit's log-probabilities."""
+        if self._logits_V is not None:
+            return self._logits_V, None
+        return self.prediction.log_probs_TS[0], self.prediction.ids_S
+
+    @property
+    def token(self) -> int:
+        """The likeliest token that the head can name; ValueError where it says NaN."""
+        if self._token is None:
+            said = self.prediction
+            if isinstance(said, Measured):
+                best, log = int(said.rows.place_T[0]), float(said.rows.first_T[0])
+            else:
+                best = int(said.log_probs_TS[0].argmax())
+                log = float(said.log_probs_TS[0, best])
+            if not math.isfinite(log):
+                raise NoDistributionError(
+                    f"the exit at depth {self.depth} holds no distribution: its largest log-probability is {log}."
+                )
+            self._token = best if said.ids_S is None else int(said.ids_S[best])
+        return self._token
+
+    def candidates(self, count: int) -> tuple[tuple[int, float], ...]:
+        """The ``count`` likeliest tokens with their probabilities."""
+        logs = self.prediction.log_probs_TS[0]
+        values, places = logs.topk(min(count, logs.shape[0]))
+        ids_S = self.prediction.ids_S
+        ids = places if ids_S is None else ids_S[places]
+        return tuple(zip(ids.tolist(), values.exp().tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Modes of adi and other tools on the same prompts, in turn."""

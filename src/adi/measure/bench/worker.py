@@ -1,0 +1,230 @@
+"""A contestant's process: its memory is its own, and its failure nobody else's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from adi.measure.bench.genai_export import export
+from adi.measure.bench.peers import HOW, build_peer
+from adi.measure.bench.systems import Runner, Setting, adi_model, adi_runner, backend_for
+from adi.measure.bench.timing import Outcome, Pair, Task
+from adi.model.hub import source_folder
+
+# Threads that have nothing to do soon sleep instead of spinning where another contestant runs. Not at once: llama.cpp's threads
+# meet hundreds of times in a token, and without any spinning it runs at a third of its speed.
+QUIET = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(eq=False)
+class System:
+    """One process under test, what it gave for every prompt (several times), and why it stopped if it did."""
+
+    name: str
+    setting: Setting
+    error: str | None = None
+    peak_bytes: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    ends: frozenset[int] = field(default=frozenset())
+    outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
+    sweep: dict[str, Any] | None = None
+    pairs: dict[int, Pair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
+    batch_error: str | None = None
+
+    def start(self) -> None:
+        """Begin to load it in a process of its own. One that failed before stays out."""
+        if self.error is None:
+            self._process, self._pipe = _spawned(serve, self.name, self.setting)
+
+    def ready(self) -> bool:
+        """Wait until it is loaded; where it cannot run, ``error`` tells why."""
+        loaded = self._receive() if self.error is None else None
+        if loaded is not None:
+            self.details, self.ends = loaded
+        return loaded is not None
+
+    def ask(self, *order: Any) -> Any:
+        """Send an order and wait for its answer; None once something went wrong, which ``error`` then tells."""
+        if self.error is not None:
+            return None
+        try:
+            self._pipe.send(order)
+        except OSError:
+            self.error = "its process died"
+            return None
+        return self._receive()
+
+    def run(self, task: Task) -> Outcome | None:
+        """One generation, and what memory it has needed so far."""
+        outcome: Outcome | None = self.ask("run", task)
+        if outcome is not None and not outcome.token_ids:
+            self.error = "it gave no token"
+            return None
+        self.peak_bytes = max(self.peak_bytes, self.ask("peak") or 0)
+        return outcome
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if not hasattr(self, "_process"):
+            return
+        self._pipe.close()  # which it takes as the end
+        self._process.join(timeout=10)
+        self._process.terminate()
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            kind, value = "error", "its process died"
+        if kind == "error":
+            self.error = value
+            return None
+        return value
+
+
+def prepare(names: Sequence[str], setting: Setting) -> None:
+    """Make, in a process of its own, what is made once and then kept, so that it counts in nobody's memory."""
+    jobs = list(dict.fromkeys(job for name in names if (job := _first_use(name, setting)) is not None))
+    if not jobs:
+        return
+    process, pipe = _spawned(_prepare, jobs, setting)
+    with suppress(EOFError):  # the contestants will say what is wrong
+        pipe.recv()
+    process.join()
+
+
+def serve(connection: Connection, name: str, setting: Setting) -> None:
+    """Load, then answer ("encode", text), ("run", task), ("batch", tasks), ("sweep", prompts, n) and ("peak",)
+    until the pipe is closed."""
+    _settle(setting)
+    with suppress(EOFError, OSError):  # nobody is there any more
+        try:
+            runner = build(name, setting)
+        except Exception as error:  # whatever keeps a contestant from running is its result
+            connection.send(("error", told(error)))
+            return
+        connection.send(("ready", (dict(runner.details), runner.ends)))
+        while True:
+            order = connection.recv()
+            try:
+                answer = ("ok", _answer(runner, *order))
+            except Exception as error:
+                answer = ("error", told(error))
+            connection.send(answer)
+
+
+def build(name: str, setting: Setting) -> Runner:
+    """The contestant of that name."""
+    kind, _, rest = name.partition(":")
+    if kind == "adi":
+        mode, _, precision = rest.partition(":")
+        return adi_runner(mode, precision or "auto", setting)
+    return build_peer(name, setting)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed (pip install 'adi-lm[peers]')"
+    said = " ".join(str(error).split())
+    return said[:300] if isinstance(error, ValueError) else f"{type(error).__name__}: {said[:300]}"
+
+
+def peak_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _answer(runner: Runner, what: str, *given: Any) -> Any:
+    if what == "peak":
+        return peak_bytes()
+    if what == "run":
+        return runner.run(*given)
+    if what == "encode":
+        assert runner.encode is not None, "only adi's modes encode"
+        return runner.encode(*given)
+    if what == "batch":
+        assert runner.batch is not None, "only adi's modes run batches"
+        return runner.batch(*given)
+    assert what == "sweep", what
+    assert runner.sweep is not None, "only adi's modes with exits sweep"
+    return runner.sweep(*given).to_json()
+
+
+def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: Setting) -> None:
+    _settle(setting)
+    for job, precision in jobs:
+        try:
+            _JOBS[job](precision, setting)
+        except Exception:  # the contestant that needs it will meet the same and say so
+            continue
+    with suppress(OSError):
+        connection.send(("ready", None))
+
+
+def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
+    """What a contestant would have to make if it came first, None if there is nothing."""
+    kind, _, rest = name.partition(":")
+    if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) == "openvino":
+        return "adi", precision
+    if kind.startswith("openvino-genai") and rest in HOW:
+        return "genai", rest
+    return None if Path(setting.model).is_dir() else ("source", "")
+
+
+_JOBS: dict[str, Callable[[str, Setting], object]] = {
+    "adi": adi_model,
+    "genai": lambda weights, setting: export(Path(source_folder(setting.model, lambda _: None)), weights),
+    "source": lambda _, setting: source_folder(setting.model, lambda _: None),
+}
+
+
+def _settle(setting: Setting) -> None:
+    import torch
+
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(setting.seed)
+
+
+def _spawned(target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *args), daemon=True)
+    with _environment(QUIET), _uninterrupted():
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started meanwhile never sees Ctrl-C: an interruption is the benchmark's own business."""
+    resource_tracker.ensure_running()  # it would be started with the first process, and unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables for what is started meanwhile; those that the user has set stay as they are."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]

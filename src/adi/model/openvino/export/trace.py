@@ -1,0 +1,180 @@
+"""From a transformers model to OpenVINO graphs in which attention is a hole.
+
+The model runs once under the tracer with an attention function of ours: it notes queries, keys and values as outputs of the
+graph and goes on with an input of the graph in place of its result. Loading fills each hole with paged attention. The
+states between the blocks are outputs too, so boundaries, like holes, are found by what was traced and never by the names
+a family gives its modules, and no pattern of some family's attention has to be recognised.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adi.errors import AdiError
+from adi.model.hf.patch import find_down_projections
+from adi.model.hf.splitting import decoder_of
+from adi.model.openvino.graph import Attention
+
+HOLE = "adi_hole"  # the name of our attention function while a model is traced
+EXAMPLE_IDS = (3, 1, 2)
+GROWING_ROPE = ("dynamic", "longrope")
+WINDOW_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass
+class Tape:
+    """What the hooks note in one pass; ``results`` stand in for attention, or None lets torch compute it."""
+
+    results: Sequence[Tensor] | None = None
+    queries: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    mlps: list[Tensor] = field(default_factory=list)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """Stands in for transformers' attention: states ``[1, heads, T, width]`` in, ``[1, T, heads, width]`` out."""
+        if mask is not None:
+            raise AdiError("its attention takes a mask of its own making")
+        for name in ("softcap", "s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise AdiError(f"its attention uses {name}, which paged attention is not given")
+        i = len(self.queries)
+        self.queries.append(query)
+        self.keys.append(key)
+        self.values.append(value)
+        self.scales.append(float(scaling if scaling is not None else query.shape[-1] ** -0.5))
+        self.windows.append(int(sliding_window or 0))
+        if self.results is not None:
+            return self.results[i], None
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+
+@contextmanager
+def holes(model: Any, tape: Tape) -> Iterator[None]:
+    """The model's attention goes to ``tape``; afterwards every configuration and hook is what it was."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _, blocks = decoder_of(model)
+    downs = find_down_projections(blocks, model.config.get_text_config(decoder=True).hidden_size)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    saved = {key: config._attn_implementation_internal for key, config in configs.items()}
+    handles = [block.register_forward_hook(lambda _, args, out: _note_state(tape, out)) for block in blocks]
+    handles += [blocks[0].register_forward_pre_hook(lambda _, *given: _note_first(tape, *given), with_kwargs=True)]
+    handles += [down.register_forward_pre_hook(lambda _, args: tape.mlps.append(args[0])) for down in downs or ()]
+    ALL_ATTENTION_FUNCTIONS[HOLE] = tape.attend
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = HOLE
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = saved[key]
+        del ALL_ATTENTION_FUNCTIONS[HOLE]
+        for handle in handles:
+            handle.remove()
+
+
+def _note_first(tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tape.states.append(args[0] if args else kwargs["hidden_states"])
+
+
+def _note_state(tape: Tape, out: Any) -> None:
+    tape.states.append(out[0] if isinstance(out, tuple) else out)
+
+
+class Traced(nn.Module):
+    """The model as a function of ids, positions and what attention gave; it returns all that the tape notes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *attended: Tensor) -> tuple[Tensor, ...]:
+        tape = Tape(attended)
+        with holes(self.model, tape):
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return (logits, *tape.states, *tape.queries, *tape.keys, *tape.values, *tape.mlps)
+
+
+def attentions(model: Any, layers: int) -> tuple[list[Attention], list[Tensor], int]:
+    """Each block's attention, what it gave for a few tokens, and how many blocks show their MLP. ValueError says why not."""
+    _check_config(model)
+    ids, positions = example(model)
+    tape = Tape()
+    with torch.no_grad(), holes(model, tape):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    if len(tape.queries) != layers or len(tape.states) != layers + 1:
+        raise AdiError(f"{len(tape.queries)} of its {layers} blocks use the attention interface of transformers")
+    windows = _windows(model, tape.windows)
+    found, given = [], []
+    for q, k, v, scale, window in zip(tape.queries, tape.keys, tape.values, tape.scales, windows, strict=True):
+        if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
+            raise AdiError(f"its attention has shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        found.append(Attention(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], scale, window))
+        given.append(torch.zeros((1, ids.shape[1], q.shape[1], v.shape[-1])))
+    return found, given, len(tape.mlps)
+
+
+def example(model: Any) -> tuple[Tensor, Tensor]:
+    """A few ids and their positions, ``[1, T]`` each."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    ids = torch.tensor([[i % vocabulary for i in EXAMPLE_IDS]])
+    return ids, torch.arange(ids.shape[1])[None]
+
+
+def _check_config(model: Any) -> None:
+    text = model.config.get_text_config(decoder=True)
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        raise AdiError(f"it is in {model.dtype} on {model.device}, and export starts from float32 on the cpu")
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {str(rope.get("rope_type")), *(str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict))}
+    if growing := kinds.intersection(GROWING_ROPE):
+        raise AdiError(f"its {growing.pop()} rotary angles depend on how long the text is")
+    if odd := set(getattr(text, "layer_types", None) or ()).difference(WINDOW_TYPES):
+        raise AdiError(f"it has blocks of type {odd.pop()}")
+
+
+def _windows(model: Any, said: Sequence[int]) -> list[int]:
+    """Each block's window by the library's own cache, which must not contradict what its attention was told."""
+    from transformers.cache_utils import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers] if layers else list(said)
+    for i, (own, told) in enumerate(zip(kept, said, strict=True)):
+        if told and told != own:
+            raise AdiError(f"block {i} has a window of {own} or of {told} positions")
+    return kept
+
+
+def trace(model: Any, given: Sequence[Tensor]) -> Any:
+    """The traced graph: inputs ids, positions, one per hole; outputs as ``Traced`` returns them, in that order."""
+    import openvino as ov
+
+    ids, positions = example(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer points at every Python branch; the self-check judges the outcome
+        traced = torch.jit.trace(Traced(model).eval(), (ids, positions, *given), check_trace=False, strict=False)
+        return ov.convert_model(traced, example_input=(ids, positions, *given))

@@ -1,0 +1,176 @@
+"""What is kept of an exported model: two graphs, the head taken apart, and a page about them.
+
+A folder is written whole or not at all. Nothing in it runs code, and the weights of the original need not be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adi.errors import AdiError
+from adi.files import cache_folder, read_json, whole_folder, write_json
+from adi.model.arrays import as_array
+from adi.model.backbone import READOUT_ARRAYS, ReadOut
+from adi.model.openvino.graph import Attention
+
+FORMAT = 6
+PRECISIONS = ("fp32", "int8", "int4")
+MADE_WITH = ("openvino", "nncf", "transformers")
+NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "family", "fingerprint", "precision"), (str,)),
+    **dict.fromkeys(("layers", "width", "vocabulary"), (int,)),
+    "context": (int, type(None)),
+    "has_mlp": (bool,),
+    "attentions": (list,),
+    "readout": (dict, str),
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none."""
+
+    name: str
+    family: str
+    layers: int
+    width: int
+    vocabulary: int
+    context: int | None
+    fingerprint: str
+    precision: str
+    has_mlp: bool
+    attentions: tuple[Attention, ...]
+    readout: dict[str, Any] | str
+
+
+def key_of(model: Any, weights: str) -> str:
+    """Names a model by the fingerprint of its weights and its configuration: a window or a scale matters as well."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NO_MATTER}
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return f"{weights}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def place(key: str, precision: str) -> Path:
+    """Where the export of the model of this key in this precision belongs, for the versions installed now."""
+    made_with = "|".join(f"{package} {version(package)}" for package in MADE_WITH)
+    made = hashlib.blake2b(f"{FORMAT}|{made_with}".encode(), digest_size=4).hexdigest()
+    return cache_folder() / "openvino" / f"{key}-{precision}-{made}"
+
+
+def save(folder: Path, page: Manifest, blocks: Any, head: Any, readout: ReadOut | None) -> None:
+    """Write the folder; ValueError, naming it, where that cannot be done."""
+    import openvino as ov
+    from safetensors.numpy import save_file
+
+    try:
+        with whole_folder(folder) as fresh:
+            ov.save_model(blocks, fresh / "blocks.xml", compress_to_fp16=False)
+            ov.save_model(head, fresh / "head.xml", compress_to_fp16=False)
+            if readout is not None:
+                parts = {name: a for name in READOUT_ARRAYS if (a := getattr(readout, name)) is not None}
+                arrays = {name: np.ascontiguousarray(as_array(a)) for name, a in parts.items()}
+                save_file(arrays, fresh / "readout.safetensors")
+            write_json(fresh / "model.json", {"format": FORMAT, **asdict(page)})
+    except (OSError, RuntimeError) as error:
+        raise AdiError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The page of an exported model; ValueError where the folder holds none of this format."""
+    value = read_json(folder / "model.json", "exported model")
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise AdiError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
+    try:
+        page = Manifest(**value)
+        _check_kinds(page, KINDS)
+        page = replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
+        for attention in page.attentions:
+            _check_kinds(attention, dict.fromkeys(asdict(attention), (int, float)))
+        return page
+    except TypeError as error:
+        raise AdiError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
+
+
+def _check_kinds(value: Manifest | Attention, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """TypeError where a field is of another type, or a number below zero."""
+    for name, allowed in kinds.items():
+        found = getattr(value, name)
+        if type(found) not in allowed or (type(found) in (int, float) and not 0 <= found < 1 << 31):
+            raise TypeError(f"{name} is {found!r:.60}")
+
+
+def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
+    """Blocks with their holes, and head; weights stay on disk until they are needed."""
+    try:
+        return core.read_model(folder / "blocks.xml"), core.read_model(folder / "head.xml")
+    except RuntimeError as error:
+        raise AdiError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+
+
+def read_readout(folder: Path, page: Manifest) -> ReadOut:
+    """The head taken apart at export, its numbers left on disk until looked at; ValueError says why a family has none."""
+    from safetensors import SafetensorError
+
+    if isinstance(page.readout, str):
+        raise AdiError(page.readout)
+    try:
+        arrays = _mapped(folder / "readout.safetensors")
+        parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
+        return ReadOut(**page.readout, **parts)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise AdiError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """A file's arrays of float32 over the file itself: of a whole vocabulary's head most readers want a few thousand rows."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as found:  # refuses what is no such file, or has another length than it says
+        names = set(found.keys())
+    with path.open("rb") as file:
+        start = int.from_bytes(file.read(8), "little")
+        stated = json.loads(file.read(start))
+    if any(stated[name]["dtype"] != "F32" for name in names):
+        raise TypeError("its readout is not in float32")
+    places = {name: 8 + start + stated[name]["data_offsets"][0] for name in names}
+    return {name: np.memmap(path, np.float32, "c", places[name], tuple(stated[name]["shape"])) for name in names}
+
+
+def _note_path(source: Path, precision: str) -> Path:
+    """Named by what the files are now, so that an edited model is exported anew."""
+    files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+    facts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    key = hashlib.blake2b("|".join([str(source.resolve()), *facts]).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "openvino" / "sources" / f"{key}-{precision}.json"
+
+
+def remember(source: Path, precision: str, key: str) -> None:
+    """Note that the model folder ``source`` is the model of this key, so that its weights need not be read again."""
+    write_json(_note_path(source, precision), {"key": key})
+
+
+def recall(source: Path, precision: str) -> Path | None:
+    """The export of the model folder ``source``, or None when there is none for the versions installed now."""
+    note = _note_path(source, precision)
+    if not note.exists():
+        return None
+    stated = read_json(note, "note about an export")
+    key = stated.get("key") if isinstance(stated, dict) else None
+    if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", key):
+        raise AdiError(f"the note about an export {note} is damaged; delete it.")
+    folder = place(key, precision)
+    return folder if (folder / "model.json").exists() else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

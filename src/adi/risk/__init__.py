@@ -1,0 +1,1 @@
+"""How wrong a reflex may be: bounds, certificates, drift."""

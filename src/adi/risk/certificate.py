@@ -1,0 +1,154 @@
+"""``Certificate``: thresholds with a stated risk, and all that the statement depends on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from adi.errors import AdiError
+from adi.exits.triggers import Trigger, trigger_from_json
+from adi.model.backbone import Spec
+
+KINDS = ("disagreement", "log_loss")
+METHODS = ("ltt", "crc")
+SKIPPED = ("exact", "propagate")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """In reflex mode with ``trigger``, the expected risk of an answer is at most ``level``.
+
+    Of an answer to a prompt that is exchangeable with the calibration prompts, its first ``max_new_tokens`` tokens, greedy,
+    on this model in this precision. ``kind`` says which risk (``measure.risk``), in log_loss a level in nats of which a
+    token counts at most ``nats``. By Learn then Test ("ltt") this holds with probability 1 - ``delta`` over the draw of the
+    ``sequences`` calibration prompts; by conformal risk control ("crc", ``delta`` None) on average over that draw.
+
+    ``observed`` is the mean risk on the calibration prompts and ``mean_depth`` the mean depth of a token there. A trigger
+    that never fires is honest too: its risk is 0.
+    """
+
+    method: str
+    kind: str
+    level: float
+    delta: float | None
+    trigger: Trigger
+    sequences: int
+    max_new_tokens: int
+    observed: float
+    mean_depth: float
+    nats: float | None
+    text_hash: str
+    fingerprint: str
+    precision: str
+    skipped: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("kind", KINDS), ("skipped", SKIPPED)):
+            if getattr(self, name) not in allowed:
+                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not one of {', '.join(allowed)}.")
+        for name in ("level", "delta", "observed", "mean_depth", "nats"):
+            value = getattr(self, name)
+            if value is None and name in ("delta", "nats"):
+                continue
+            if not _from_zero(value):
+                raise AdiError(f"{name} of a certificate is {value!r}, not a number from 0 on.")
+        for name in ("sequences", "max_new_tokens"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not a positive whole number.")
+        for name in ("text_hash", "fingerprint", "precision"):
+            if not isinstance(getattr(self, name), str):
+                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not a text.")
+        if (self.delta is None) != (self.method == "crc") or (self.nats is None) != (self.kind == "disagreement"):
+            raise AdiError("a certificate has a delta where its method is ltt, and nats where its kind is log_loss.")
+
+    @property
+    def unit_level(self) -> float:
+        """The level on the scale from 0 to 1 on which losses were tested."""
+        return self.level if self.nats is None else self.level / self.nats
+
+    def check(self, spec: Spec) -> None:
+        """ValueError for another model, or another precision."""
+        for what, mine, other in (
+            ("the weights", self.fingerprint, spec.fingerprint),
+            ("the precision", self.precision, spec.precision),
+        ):
+            if mine != other:
+                raise AdiError(
+                    f"the certificate for {self.kind} {self.level:g} holds for {what} {mine}, and this model has {other}. "
+                    f"Certify it: {_command(spec.name, self.kind, self.level, f' --precision {spec.precision}')}"
+                )
+
+    def sentence(self) -> str:
+        """What it says, for people."""
+        what = "tokens that differ from full depth's in the same context"
+        unit = f"at most {self.level:.1%}"
+        if self.kind == "log_loss":
+            what, unit = "log-probability lost per token under the full model", f"at most {self.level:g} nats"
+        sure = f"confidence {1 - self.delta:.0%}" if self.delta is not None else "on average over calibrations"
+        return (
+            f"certified: {what} {unit}, {sure}, {self.sequences} calibration prompts, "
+            f"first {self.max_new_tokens} tokens of an answer to a prompt like those"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "trigger": self.trigger.to_json()}
+
+    @staticmethod
+    def from_json(value: Any) -> Certificate:
+        """The certificate that ``to_json`` wrote; ValueError for anything else."""
+        names = {f.name for f in fields(Certificate)}
+        if not isinstance(value, dict) or set(value) != names:
+            raise AdiError(f"a certificate has the fields {sorted(names)}")
+        return Certificate(**{**value, "trigger": trigger_from_json(value["trigger"])})
+
+
+def _from_zero(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
+
+
+def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: str = "exact") -> Certificate:
+    """The certificate for exactly this level; ValueError names those that there are."""
+    if kind not in KINDS:
+        raise AdiError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+    if not _from_zero(level):
+        raise AdiError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
+    for certificate in certificates:
+        if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):
+            return certificate
+    if skipped != "exact":
+        raise AdiError(
+            f"risk is certified for exact keys and values, not for skipped={skipped!r}: take skipped='exact' "
+            "(--skipped exact), or thresholds=..., which are uncertified, instead of risk=..."
+        )
+    there = [f"{c.kind} {c.level:g}" for c in certificates if c.skipped == "exact"]
+    raise AdiError(
+        f"{kind} {level:g} was never certified for these exits; certified are: {', '.join(there) or 'none'}. "
+        f"Certify it: {_command('MODEL', kind, level)}"
+    )
+
+
+def _command(model: str, kind: str, level: float, more: str = "") -> str:
+    what = "" if kind == KINDS[0] else f" --kind {kind}"
+    return f"adi calibrate {model} --exits DIR{more}{what} --risk {level:g} --prompts FILE --out DIR"
+
+
+def merged(old: Sequence[Certificate], new: Sequence[Certificate]) -> tuple[Certificate, ...]:
+    """Old certificates with new ones in their place, by kind and level; all for one model in one precision, ValueError where
+    old ones are for another."""
+    holds = {(c.fingerprint, c.precision) for c in (*old, *new)}
+    if len(holds) > 1:
+        precisions = ", ".join(sorted(precision for _, precision in holds))
+        raise AdiError(
+            f"exits hold certificates for one precision of a model; these would be for {precisions}. "
+            "Save the new ones to a folder of their own: --out DIR"
+        )
+
+    def key(c: Certificate) -> tuple[str, float, str]:
+        return (c.kind, c.level, c.skipped)
+
+    kept = {key(c): c for c in (*old, *new)}
+    return tuple(kept[k] for k in sorted(kept))

@@ -1,0 +1,103 @@
+"""The ladder's logic driven by a script: whatever is drafted, exactly the truth; and whose memory speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adi.decoding.controller import Controller, DraftChoice
+from adi.decoding.cost_model import CostModel
+from adi.decoding.proposers import NgramSources, ladder
+from adi.decoding.speculate import DraftStep, Emitted, Forward, Request
+from adi.drafters.ngram import NgramIndex, NgramMatch
+from adi.exits.triggers import Never
+
+LAYERS, END = 10, 99
+TRUTH = st.lists(st.integers(1, 5), min_size=40, max_size=40)
+COSTS = st.builds(lambda one, more, draft: CostModel({1: one, 16: one + more}, draft), *[st.floats(0.01, 9)] * 3)
+
+
+@dataclass(frozen=True)
+class Said:
+    token: int
+    depth: int = LAYERS
+    signals: Any = field(default_factory=dict)
+
+
+def run(plan: Request, truth: list[int], drafts: list[tuple[int, float]], costs: CostModel, memory: bool) -> list[Emitted]:
+    """Answer from ``truth``; off the true path full depth says 0. The drafter says what ``drafts`` says, in turn."""
+    ids, final, said, guesses = list[int](), list(plan.prompt), list[Emitted](), 0
+    before, reply = 0, None
+    sequence = ladder(plan, Controller(costs), NgramSources((), NgramIndex() if memory else None), True)
+    while True:
+        try:
+            item = next(sequence) if reply is None else sequence.send(reply)
+        except StopIteration:
+            return said
+        reply = None
+        if isinstance(item, Forward):
+            ids[item.keep :] = item.ids
+            whole = [*plan.prompt, *truth]
+            rows = range(len(ids) - item.read, len(ids))
+            reply = [Said(whole[r + 1] if ids[: r + 1] == whole[: r + 1] else 0) for r in rows]
+        elif isinstance(item, DraftStep):
+            assert item.known == len(final) - 1
+            assert item.after == (final[-1] if item.fresh else before)
+            before, sure = drafts[guesses % len(drafts)]
+            guesses += 1
+            reply = [Said(before, 0, {"top_probability": sure})]
+        elif isinstance(item, Emitted):
+            final.append(item.token)
+            said.append(item)
+
+
+@given(
+    TRUTH,
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, END]), st.floats(0, 1)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.none() | st.integers(0, 29),
+    COSTS,
+    st.booleans(),
+)
+def test_it_says_exactly_the_truth_whoever_drafts(truth, drafts, prompt, budget, end, costs, memory) -> None:
+    if end is not None:
+        truth[end] = END
+    plan = Request(tuple(range(1, prompt + 1)), budget, LAYERS, (), Never(), lambda token: token == END)
+    said = run(plan, truth, drafts, costs, memory)
+    assert [d.token for d in said] == truth[: budget if end is None else min(budget, end + 1)]
+    assert {d.draft.level for d in said if d.draft} <= {"memory", "drafter"}
+
+
+@dataclass
+class Other:
+    recall: NgramMatch | None
+
+    def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
+        return self.recall
+
+
+def test_every_memory_that_knows_something_is_heard() -> None:
+    text = [1, 2, 3, 9, 2, 3]  # a run of two tokens came before, and 9 after it
+    other = NgramMatch((7, 8), 3, "habits")
+    own, theirs = NgramSources([Other(None), Other(other)]).find(text, 3)
+    assert (own.tokens[0], own.matched, own.source) == (9, 2, "context")
+    assert theirs == other
+    assert NgramSources([Other(other)]).find([1, 2, 3], 3) == [other], "nothing in the text"
+    assert NgramSources([Other(other)], None).find(text, 3) == [other], "the text is not asked"
+    assert NgramSources([Other(None)]).find([1, 2, 3], 3) == []
+    assert NgramSources().find(text, 0) == []
+
+
+def test_the_controller_takes_the_memory_that_was_right_before() -> None:
+    controller = Controller(CostModel({1: 1.0, 16: 1.1}))
+    good, bad = NgramMatch((1,) * 8, 2, "answers"), NgramMatch((2,) * 8, 8, "context")
+    assert controller.choose([good, bad], False, 8).recall is bad, "a run of eight in the text is rarely wrong"
+    for _ in range(12):
+        controller.judged(DraftChoice("memory", 8, bad), [], 8, 0)
+        controller.judged(DraftChoice("memory", 8, good), [], 8, 8)
+    assert controller.choose([good, bad], False, 8).recall is good

@@ -1,0 +1,201 @@
+"""The controller against scripted drafters: its promises about the worst case, and that it finds what pays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adi.decoding.controller import HOPELESS, LOSS, Controller, DraftChoice, bin_of
+from adi.decoding.cost_model import CostModel
+from adi.drafters.ngram import NgramMatch
+
+STEEP = {1: 20.0, 2: 20.2, 3: 23.8, 4: 25.4, 6: 33.7, 8: 42.6, 12: 48.5, 16: 57.5}  # measured, int8 on an AVX2 machine
+FLAT = {1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}
+TABLES = {
+    "steep": CostModel(STEEP, 1.2),
+    "flat": CostModel(FLAT, 1.5),
+    "dear": CostModel({1: 10.0, 2: 13.0, 4: 19.0, 8: 31.0}, 1.5),
+}
+
+
+@dataclass
+class Outcome:
+    """Of one simulated text: when each token was final, and the tokens of each round by level."""
+
+    seconds: list[float]
+    rounds: list[tuple[str, int, int]]
+
+    def worst_ratio(self, plain: float, window: int) -> float:
+        """Of full depth's time over this one's, over any ``window`` tokens."""
+        times = [0.0, *self.seconds]
+        return min(plain * window / (times[i + window] - times[i]) for i in range(len(times) - window))
+
+
+Right = Callable[[int], float]  # position to the chance that a draft there is right
+
+
+def simulate(
+    costs: CostModel,
+    right: Right,
+    tokens: int,
+    *,
+    confidence: Callable[[int, bool], float],
+    memory: bool = False,
+    beside: Sequence[NgramMatch] = (),
+    seed: int = 0,
+) -> Outcome:
+    """Decode with a drafter (or a memory with long matches; or a drafter with those ``beside`` it) that is right as ``right``
+    says."""
+    rng = random.Random(seed)
+    controller = Controller(costs.copy())
+    now, position, rounds, times = 0.0, 0, [], []
+    while position < tokens:
+        recalls = [NgramMatch((1,) * 15, 8, "context")] if memory else list(beside)
+        choice = controller.choose(recalls, not memory, 15)
+        drafts, agreed, confidences = 0, 0, list[float]()
+        truths = [rng.random() < right(position + i) for i in range(16)]
+        if choice.level == "memory":
+            drafts = choice.drafts
+        elif choice.level == "drafter":
+            while True:
+                confidences.append(confidence(position + drafts, truths[drafts]))
+                drafts += 1
+                now += costs.draft_seconds
+                if drafts >= 15 or not controller.goes_on(confidences):
+                    break
+        agreed = next((i for i in range(drafts) if not truths[i]), drafts)
+        now += costs.rows(drafts + 1)
+        if drafts:
+            controller.judged(choice, confidences, drafts, agreed)
+        position += agreed + 1
+        times += [now] * (agreed + 1)
+        rounds.append((choice.level, drafts, agreed))
+    return Outcome(times[:tokens], rounds)
+
+
+def honest(rng: random.Random) -> Callable[[int, bool], float]:
+    return lambda _, right: rng.uniform(0.4, 1.0) if right else rng.uniform(0.1, 0.7)
+
+
+def boastful(_: int, right: bool) -> float:
+    return 0.95
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(table: str, memory: bool) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda _: 0.0, 1000, confidence=boastful, memory=memory)
+    assert got.worst_ratio(costs.rows(1), 200) >= 0.97
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_many_that_are_always_wrong_cost_no_more_than_one(table: str) -> None:
+    beside = (
+        NgramMatch((1,) * 15, 8, "context"),
+        NgramMatch((2,) * 15, 6, "habits"),
+        NgramMatch((3,) * 8, 5, "answers", (0.9,) * 8),
+    )
+    got = simulate(TABLES[table], lambda _: 0.0, 1000, confidence=boastful, beside=beside)
+    assert got.worst_ratio(TABLES[table].rows(1), 200) >= 0.97
+    assert "memory" in {level for level, _, _ in got.rounds}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("period", [40, 100, 300])
+def test_bursts_do_not_ruin_it(table: str, period: int) -> None:
+    costs = TABLES[table]
+    for seed in range(5):
+        got = simulate(
+            costs, lambda i: 0.95 if (i // period) % 2 else 0.0, 1500, confidence=honest(random.Random(seed)), seed=seed
+        )
+        assert got.worst_ratio(costs.rows(1), 200) >= 0.97
+        assert got.seconds[-1] < 1500 * costs.rows(1)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_drafter_that_is_always_right_is_used_in_full(table: str) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda _: 1.0, 400, confidence=boastful)
+    best = max((k + 1) / (costs.rows(k + 1) + k * costs.draft_seconds) for k in range(7))
+    assert 400 / got.seconds[-1] > 0.9 * best
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_it_recovers_within_50_tokens(table: str, memory: bool) -> None:
+    costs = TABLES[table]
+    got = simulate(costs, lambda i: float(i >= 600), 800, confidence=boastful, memory=memory)
+    best = max((k + 1) / (costs.rows(k + 1) + (0 if memory else k) * costs.draft_seconds) for k in range(16 if memory else 7))
+    later = got.seconds[749] - got.seconds[649]
+    assert 100 / later > 0.85 * best
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.65, 0.8])
+def test_it_is_near_the_best_fixed_length(table: str, share: float) -> None:
+    """Of chains with independent drafts, whose best length is known."""
+    costs = TABLES[table]
+    rates = [sum(share**i for i in range(k + 1)) / (costs.rows(k + 1) + k * costs.draft_seconds) for k in range(7)]
+    got = simulate(costs, lambda _: share, 4000, confidence=lambda *_: share)
+    assert 4000 / got.seconds[-1] > 0.92 * max(rates)
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    costs = CostModel({1: 10.0, 4: 16.0, 8: 24.0}, 1.0)
+    assert [costs.rows(n) for n in (1, 2, 3, 4, 6, 8, 10)] == [10, 12, 14, 16, 20, 24, 28]
+    costs.passed(2, 12.0)
+    assert costs.rows(2) == 12
+    for _ in range(200):
+        costs.passed(2, 20.0)
+    assert 19 < costs.rows(2) <= 20
+    before = costs.rows(1)
+    costs.passed(1, 1e9)
+    assert costs.rows(1) <= before * 1.1, "however long it took"
+
+
+def test_bins_are_tenths() -> None:
+    assert [bin_of(p) for p in (-1, 0, 0.05, 0.1, 0.55, 0.999, 1.0)] == [0, 0, 0, 1, 5, 9, 9]
+
+
+def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, float]:
+    """The obvious way to plan: every number of drafts, none left out."""
+    costs, one = controller.costs, controller.costs.rows(1)
+    best, most, tokens, reach = 0, 0.0, 1.0, 1.0
+    for drafts, share in enumerate(list(controller._acceptances(offer)), 1):
+        seconds = costs.rows(drafts + 1) + (costs.drafting(drafts) if offer.recall is None else 0.0)
+        reach *= share
+        if seconds > (1 + LOSS) * one - controller._lost or (reach < HOPELESS and drafts > 1):
+            break
+        tokens += reach
+        if tokens / seconds > most:
+            best, most = drafts, tokens / seconds
+    return best, most
+
+
+@given(
+    st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16),
+    st.floats(0.0, 2.0),
+    st.sampled_from(["context", "habits"]),
+    st.integers(1, 8),
+    st.lists(st.floats(0.0, 1.0), max_size=8),
+    st.integers(0, 15),
+    st.lists(st.booleans(), max_size=30),
+)
+def test_planning_gives_up_only_what_could_not_pay(steps, draft, source, matched, shares, most, past) -> None:
+    costs = CostModel({rows: 5.0 + sum(steps[:rows]) for rows in range(1, 17)}, draft)
+    controller = Controller(costs)
+    recalls = [NgramMatch((1,) * 15, matched, source), NgramMatch((1,) * len(shares), matched, "answers", tuple(shares))]
+    offers = [DraftChoice("memory", min(len(recall.tokens), most), recall) for recall in recalls if recall.tokens]
+    offers.append(DraftChoice("drafter", min(6, most)))
+    for right in past:
+        for offer in offers:
+            if offer.drafts:
+                controller.judged(DraftChoice(offer.level, 1, offer.recall), [0.5], 1, int(right))
+    for offer in offers:
+        assert controller._plan(offer) == pytest.approx(planned_plainly(controller, offer))

@@ -1,0 +1,43 @@
+"""A text of more than 8,000 tokens on the compiled engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as t
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+from adi.model.backbone import Rows
+from adi.model.hf import HfBackbone
+from adi.model.openvino import build as make
+
+LENGTH, STEPS = 8_200, 4
+
+
+def test_a_text_of_eight_thousand_tokens(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, then single steps: the states of transformers' modules, and all KV memory comes back."""
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+    config = t.LlamaConfig(**size, num_hidden_layers=2, max_position_embeddings=LENGTH + STEPS)
+    model = t.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    mine, theirs = make(model, name="long", precision="fp32"), HfBackbone(model)
+    assert mine.spec.context == LENGTH + STEPS
+    ids = tuple(torch.randint(0, 64, (LENGTH + STEPS,)).tolist())
+    caches, free = (mine.new_cache(), theirs.new_cache()), mine.pool.free
+    for start, end in ((0, LENGTH), *((i, i + 1) for i in range(LENGTH, LENGTH + STEPS))):
+        got, wanted = (
+            engine.forward([Rows(cache, start, ids[start:end], None)], 0, 2)[0].hidden_TD
+            for engine, cache in zip((mine, theirs), caches, strict=True)
+        )
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.logits(got[-8:]), theirs.logits(wanted[-8:]), atol=1e-4, rtol=1e-4)
+        assert mine.greedy(got[-8:]) == theirs.greedy(wanted[-8:])
+    assert free - mine.pool.free == -(-(LENGTH + STEPS) // 32)
+    caches[0].close()
+    assert mine.pool.free == free

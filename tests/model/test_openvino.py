@@ -1,0 +1,249 @@
+"""The OpenVINO engine against the transformers engine on tiny random models, and what it promises beside: bits and blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+import adi
+from adi.model.backbone import Rows
+from adi.model.hf import HfBackbone
+from adi.model.hf.engine import fingerprint
+from adi.model.openvino import OpenVinoBackbone, make, opened_before
+from adi.model.openvino.export import pipeline as export_module
+from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
+from families import FAMILIES, KV, LAYERS, C, tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_cache")
+
+EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) -> None:
+    backbone, hf = engine(made, family), HfBackbone(model_of(family))
+    mine, theirs = backbone.new_cache(), hf.new_cache()
+    ids, layers = IDS[: PROMPT + 9], backbone.spec.layers
+    assert dataclasses.replace(backbone.spec, backend="hf", name=hf.spec.name, row_invariant=None) == hf.spec
+
+    def both(start: int, end: int, hidden_TD: Any, lo: int, hi: int) -> Any:
+        rows = [Rows(cache, start, ids[start:end], hidden_TD) for cache in (mine, theirs)]
+        mlp = hf.has_mlp_tap
+        (got,), (wanted,) = (b.forward([r], lo, hi, mlp=mlp) for b, r in zip((backbone, hf), rows, strict=True))
+        for name in ("hidden_TD", "before_TD", *(["mlp_TF"] if mlp else [])):
+            torch.testing.assert_close(getattr(got, name), getattr(wanted, name), atol=1e-4, rtol=1e-5)
+        return got.hidden_TD
+
+    both(0, PROMPT + 6, None, 0, layers)  # to be rolled back
+    for split in (1, 3, 5):
+        end = len(ids)
+        shallow = [both(i, i + 1, None, 0, split) for i in range(PROMPT, end - 2)]
+        shallow.append(both(end - 2, end, None, 0, split))
+        deep_TD = both(PROMPT, end, torch.cat(shallow), split, layers)
+        with torch.no_grad():
+            wanted_TV = hf.model(torch.tensor([ids])).logits[0, PROMPT:]
+        torch.testing.assert_close(backbone.logits(deep_TD), wanted_TV, atol=1e-4, rtol=1e-5)
+        assert backbone.greedy(deep_TD) == wanted_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_verified_decoding_is_plain_decoding(made: Cached, precision: str) -> None:
+    model = adi.Model(backbone=engine(made, "llama", precision), tokenizer=None, eos_ids=frozenset())
+    plain = adi.generate(model, list(IDS[:PROMPT]), max_new_tokens=40)
+    exits = adi.bare_exits(model, (2, 4))
+    ragged = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
+    for trigger in (adi.Threshold("top_probability", 0.0), ragged):
+        policy = adi.Verified(exits, trigger, draft_tokens=5)
+        assert adi.generate(model, list(IDS[:PROMPT]), policy, max_new_tokens=40).token_ids == plain.token_ids
+    if precision == "fp32":
+        reference = adi.generate(adi.load(tiny("llama")), list(IDS[:PROMPT]), max_new_tokens=40)
+        assert reference.token_ids == plain.token_ids
+
+
+def test_an_export_opens_without_the_original(made: Cached) -> None:
+    hf = HfBackbone(tiny("llama"))
+    engine(made, "llama")
+    opened = OpenVinoBackbone.open(folder_of("llama"))
+    assert opened.spec.fingerprint == hf.spec.fingerprint
+    got, wanted = opened.readout().tensors(), hf.readout()
+    for field in dataclasses.fields(got):
+        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_path: Path) -> None:
+    engine(made, "llama")
+    (tmp_path / "config.json").write_text("{}")
+    assert opened_before(tmp_path, precision="fp32") is None
+    make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
+    again = opened_before(tmp_path, precision="fp32")
+    assert again is not None
+    assert again.spec == engine(made, "llama").spec
+    assert opened_before(tmp_path, precision="int8") is None
+    (tmp_path / "config.json").write_text('{"more": 1}')
+    assert opened_before(tmp_path, precision="fp32") is None
+
+
+def test_a_model_has_the_name_it_is_loaded_by(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(tiny_folder)
+    for place in (str(tiny_folder), str(tmp_path / "other")):
+        assert adi.load(place, backend="openvino", precision="fp32").backbone.spec.name == place
+
+
+def test_the_same_weights_in_another_configuration_are_another_export() -> None:
+    assert fingerprint(tiny("llama")) == fingerprint(tiny("mistral"))
+    assert folder_of("llama") != folder_of("mistral")
+
+
+def test_an_export_in_few_bits_is_checked_in_float32_kv_memory_and_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With keys and values in 16 bits this model's logits differ by more, and those of a real Gemma 3 by more than the check
+    allows."""
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    monkeypatch.setattr(export_module, "TOLERANCE", 2e-5)
+    assert make(model_of("gemma3"), name="gemma3", precision="int8").spec.precision == "int8"
+
+
+def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the exported model .*model\.json"):
+        OpenVinoBackbone.open(tmp_path)
+    (tmp_path / "model.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="delete it and load the model again"):
+        OpenVinoBackbone.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other numbers"])
+def test_a_damaged_readout_is_named(made: Cached, tmp_path: Path, damage: str) -> None:
+    engine(made, "llama")
+    folder = tmp_path / "copy"
+    shutil.copytree(folder_of("llama"), folder)
+    file = folder / "readout.safetensors"
+    if damage == "other numbers":
+        save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
+    else:
+        file.write_bytes(file.read_bytes()[: -9 if damage == "cut" else 0])
+    with pytest.raises(ValueError, match=r"the exported model in .* is damaged .*; delete it"):
+        OpenVinoBackbone.open(folder).readout()
+
+
+def test_only_blocks_that_exist_can_be_run(made: Cached) -> None:
+    backbone = engine(made, "llama")
+    assert backbone.spec.stops == tuple(range(1, LAYERS + 1))
+    for lo, hi in ((0, 7), (2, 2), (-1, 3)):
+        with pytest.raises(ValueError, match=rf"the model has blocks \[0, {LAYERS}\)"):
+            backbone.forward([Rows(backbone.new_cache(), 0, (1,), None)], lo, hi)
+    with pytest.raises(ValueError, match=r"stops \[7\] do not exist"):
+        backbone.prepare((7,))
+
+
+def test_the_whole_model_for_any_number_of_rows_is_two_pieces_and_a_lane_one(made: Cached) -> None:
+    engine(made, "llama")
+    opened = OpenVinoBackbone.open(folder_of("llama"))
+    opened.prepare((), drafts=True, wait=True)
+    spans: dict[int, set[tuple[int, int]]] = {}
+    for lo, hi, lane in opened._pieces._segments:
+        spans.setdefault(lane, set()).add((lo, hi))
+    half = LAYERS // 2
+    assert spans.pop(0) == {(0, half), (half, LAYERS)}
+    assert len(spans) >= 2
+    assert all(pieces == {(0, LAYERS)} for pieces in spans.values())
+
+
+def test_blocks_come_back_when_a_sequence_ends(made: Cached) -> None:
+    backbone = engine(made, "llama")
+    gc.collect()
+    before = backbone.pool.free
+    closed, forgotten = prefilled(backbone, IDS[:40]), prefilled(backbone, IDS[:33])
+    assert before - backbone.pool.free == 4
+    closed.close()
+    closed.close()
+    assert before - backbone.pool.free == 2
+    del forgotten
+    gc.collect()
+    assert backbone.pool.free == before
+
+
+def test_full_memory_is_said_before_any_work_and_growth_keeps_what_is_there(made: Cached) -> None:
+    engine(made, "llama")
+    folder, layers = folder_of("llama"), LAYERS
+    small = OpenVinoBackbone.open(folder, kv_bytes=40 * engine(made, "llama").pool.block_bytes)
+    first = prefilled(small, IDS[:PROMPT])
+    others = [prefilled(small, IDS[:PROMPT]) for _ in range(18)]  # 38 blocks: the pool has grown twice
+    with pytest.raises(ValueError, match="3 more blocks of 32 positions are needed and 2 of 40 are free"):
+        small.forward([Rows(small.new_cache(), 0, IDS[:33] + IDS[:32], None)], 0, layers)
+    assert len(others) == 18
+    (states,) = small.forward([Rows(first, PROMPT, IDS[PROMPT:50], None)], 0, layers)
+    with torch.no_grad():
+        wanted_TV = tiny("llama")(torch.tensor([IDS[:50]])).logits[0, PROMPT:]
+    torch.testing.assert_close(small.logits(states.hidden_TD), wanted_TV, atol=1e-4, rtol=0)
+
+
+REFUSED = {
+    "gemma2": "its attention uses softcap",
+    "gptj": "0 of its 6 blocks use the attention interface of transformers",
+    "lfm2": "it has blocks of type conv",
+}
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_what_cannot_be_exported_is_refused_in_a_sentence(family: str) -> None:
+    kind = FAMILIES[family][0]
+    with pytest.raises(ValueError, match=rf"^{kind}ForCausalLM cannot be exported to OpenVINO: {REFUSED[family]}[^\n]*\.$"):
+        make(tiny(family), name=family, precision="fp32")
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(ValueError, match="precision 'int3' is not one of"):
+        make(tiny("llama"), name="llama", precision="int3")
+    half = t.LlamaForCausalLM(tiny("llama").config).eval().bfloat16()
+    with pytest.raises(ValueError, match=r"it is in torch\.bfloat16 on cpu, and export starts from float32"):
+        make(half, name="half")
+    odd = t.LlamaForCausalLM(t.LlamaConfig(**{**C, **KV, "intermediate_size": 48})).eval()
+    with pytest.raises(ValueError, match="a matrix with 48 inputs does not divide into groups of 32 for int4; choose int8"):
+        make(odd, name="odd", precision="int4")
+
+
+def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = t.Qwen2ForCausalLM(t.Qwen2Config(**{**C, **KV, "num_hidden_layers": 2})).eval()
+
+    def snapshot() -> list[Any]:
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
+        return [hooks, model.config._attn_implementation, model.config.to_dict(), sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())]
+
+    before = snapshot()
+    make(model, name="mine", precision="fp32")
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_outlook_is_the_best_of_the_logits_and_their_total(made: Cached, precision: str) -> None:
+    backbone = engine(made, "gemma3", precision)  # its logits are capped
+    hidden_TD = torch.randn(5, backbone.spec.width, generator=torch.Generator().manual_seed(1))
+    logits_TV = backbone.logits(hidden_TD)
+    top_k_tokens = backbone.top_k_tokens(hidden_TD, 7)
+    best = logits_TV.topk(7, -1)
+    torch.testing.assert_close(top_k_tokens.logits_TK, best.values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_TV.gather(1, top_k_tokens.ids_TK), top_k_tokens.logits_TK, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(top_k_tokens.total_T, logits_TV.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_lone_tokens_embedding_is_remembered_and_copied(made: Cached) -> None:
+    backbone = engine(made, "llama")
+    first = backbone.embed([5])
+    kept = first.clone()
+    first += 1  # a caller's business
+    assert torch.equal(backbone.embed([5]), kept)
+    assert torch.equal(backbone.embed([5, 6])[:1], kept)

@@ -1,0 +1,82 @@
+"""Exit heads as graphs against their slow twin in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adi
+from adi.exits.heads import Adapter, light_head, predict, shortlist
+from adi.exits.signals import Measured, entropy, margin, top_probability
+from adi.model.backbone import ReadOut
+from conftest import random_exits
+from families import tiny
+
+pytest.importorskip("openvino")
+VOCABULARY, RANK = 300, 8
+
+
+def parts(norm: str, width: int, bias: bool, size: int) -> tuple[Adapter, ReadOut, torch.Tensor]:
+    draw = torch.Generator().manual_seed(width + size)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    readout = ReadOut(
+        norm, some(width), some(width), 1e-5, 3 * some(VOCABULARY, width), some(VOCABULARY) if bias else None, 0.7
+    )
+    adapter = Adapter(
+        1 + 0.1 * some(width), 0.1 * some(width), 0.1 * some(width, RANK), some(width, RANK), some(width), some(1)
+    )
+    return adapter, readout, torch.randperm(VOCABULARY, generator=draw)[:size].sort().values
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "width", "bias", "size"),
+    [("rms", 64, False, 90), ("layer", 36, True, 41), ("rms", 48, True, 2), ("rms", 32, False, 1)],
+)
+def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool, size: int, eight_bits: bool) -> None:
+    import openvino as ov
+
+    from adi.model.openvino.exit_head import CompiledLightHead
+
+    adapter, readout, ids_S = parts(norm, width, bias, size)
+    among = shortlist(readout, ids_S)
+    head = CompiledLightHead(ov.Core(), light_head(adapter, among), {"INFERENCE_PRECISION_HINT": "f32"}, eight_bits)
+    hidden_TD = 5 * torch.randn((200, width), generator=torch.Generator().manual_seed(7))
+    wanted = predict(adapter, among, hidden_TD)
+    for rows in (slice(0, 200), slice(3, 4), slice(10, 12)):
+        some = hidden_TD[rows]
+        got = Measured(head.read(some), ids_S, VOCABULARY - size, lambda some=some: head.log_probs(some))
+        slow = predict(adapter, among, some)
+        best = slow.log_probs_TS.argmax(-1)
+        if not eight_bits:
+            torch.testing.assert_close(got.log_probs_TS, slow.log_probs_TS, atol=1e-3, rtol=1e-4)
+            for measure in (entropy, margin, top_probability):
+                torch.testing.assert_close(measure(got), measure(slow), atol=1e-4, rtol=1e-4)
+            assert torch.equal(got.rows.place_T, best)
+        assert torch.equal(got.rows.place_T, got.log_probs_TS.argmax(-1))
+    if eight_bits:
+        got = head.read(hidden_TD)
+        assert (got.place_T == wanted.log_probs_TS.argmax(-1)).float().mean() > 0.9
+        assert (got.entropy_T - entropy(wanted)).abs().mean() < 0.1
+
+
+def test_readings_on_the_compiled_engine_come_from_it() -> None:
+    """Verified generation with trained-form heads: same text as full depth, measures from the graph, all of them on demand."""
+    from adi.model.openvino import build as make
+
+    model = adi.Model(make(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
+    exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))
+    assert isinstance(exits.reader(model.backbone)(2, torch.randn(1, model.backbone.spec.width)), Measured)
+    full = adi.generate(model, [1, 2, 3], max_new_tokens=12)
+    got = adi.generate(model, [1, 2, 3], adi.Verified(exits), max_new_tokens=12, candidates=3)
+    assert got.token_ids == full.token_ids
+    twin = adi.load(tiny("llama"))
+    slow = adi.generate(twin, [1, 2, 3], adi.Verified(exits), max_new_tokens=12, candidates=3)
+    for mine, theirs in zip(got.steps, slow.steps, strict=True):
+        for a, b in zip(mine.looks, theirs.looks, strict=True):
+            assert (a.depth, a.token) == (b.depth, b.token)
+            assert a.signals["entropy"] == pytest.approx(b.signals["entropy"], abs=1e-3)
+            assert a.candidates[0].token == a.token

@@ -1,0 +1,39 @@
+"""What several test files make or run: a certificate, the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from typer.testing import CliRunner
+
+import adi
+from adi.cli.app import app
+from adi.risk.certificate import Certificate
+
+
+def certificate(**changes: Any) -> Certificate:
+    given = Certificate(
+        method="ltt",
+        kind="disagreement",
+        level=0.02,
+        delta=0.05,
+        trigger=adi.Threshold("top_probability", {2: 0.9}),
+        sequences=400,
+        max_new_tokens=32,
+        observed=0.012,
+        mean_depth=5.1,
+        nats=None,
+        text_hash="abc",
+        fingerprint="f",
+        precision="fp32",
+    )
+    return replace(given, **changes)
+
+
+def adi_(*args: Any, text: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in args], input=text)
+
+
+def invoke(*args: Any) -> Any:
+    return CliRunner().invoke(app, ["bench", *(str(a) for a in args)])
