@@ -18,7 +18,7 @@ import adi
 from adi.decoding.frontier import Frontier
 from adi.decoding.session import Session
 from adi.drafters.history import History
-from adi.model.openvino import build as make
+from adi.model.openvino import make
 from conftest import exits_with_drafter, random_exits
 from families import tiny
 

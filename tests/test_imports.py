@@ -20,7 +20,8 @@ ORDER = """
 errors
 files machine
 prompts
-model.arrays model.backbone model.tokenizer model.fast_tokenizer model.hub
+model.arrays
+model.backbone model.tokenizer model.fast_tokenizer model.hub
 model.hf
 model.openvino
 model.load
@@ -30,8 +31,10 @@ risk
 artifact_parts
 artifact
 decoding
-training measure
+training measure.forced_pass measure.forced_read measure.statistics measure.provenance measure.trace
+measure.trace_page
 measure.trigger_study measure.calibration measure.bench
+measure
 measure.audit
 cli
 __main__
@@ -46,9 +49,13 @@ def home(module: str) -> str | None:
 
 
 def imports(path: Path) -> Iterator[str]:
-    for node in ast.forced_pass(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "adi":
-            yield node.module.removeprefix("adi").lstrip(".")
+            package = node.module.removeprefix("adi").lstrip(".")
+            inner = {alias.name for alias in node.names if (SOURCE / package.replace(".", "/") / f"{alias.name}.py").exists()}
+            yield from (f"{package}.{name}".lstrip(".") for name in inner)
+            if len(inner) < len(node.names):
+                yield package
         elif isinstance(node, ast.Import):
             yield from (alias.name.removeprefix("adi.") for alias in node.names if alias.name.startswith("adi."))
 

@@ -87,7 +87,7 @@ def model(request: pytest.FixtureRequest, compiled: dict[str, adi.Model]) -> adi
     if request.param == "hf":
         compiled.setdefault("hf", adi.load(loud()))
     elif request.param not in compiled:
-        from adi.model.openvino import build as make
+        from adi.model.openvino import make
 
         compiled[request.param] = adi.Model(make(tiny("llama"), name="llama", precision=request.param), None, frozenset())
     return compiled[request.param]

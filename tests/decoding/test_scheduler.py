@@ -95,7 +95,7 @@ def test_bad_prompts_are_named_before_any_work(model: adi.Model, monkeypatch: py
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     backbone = make(tiny("llama"), name="llama", precision=precision)
     assert backbone.spec.row_invariant
@@ -111,7 +111,7 @@ def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
 def small(blocks: int) -> adi.Model:
     """The tiny llama on the compiled engine with KV memory for so many blocks of 32 positions."""
     pytest.importorskip("openvino")
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     size = make(tiny("llama"), name="llama", precision="fp32", stops=(1,)).pool.block_bytes
     backbone = make(tiny("llama"), name="llama", precision="fp32", kv_bytes=blocks * size)

@@ -171,7 +171,7 @@ def test_what_a_compiled_step_gave_stays_what_it_was() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_both_engines_embed_what_enters_their_first_block(family: str) -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     ids = (5, 7, 5, VOCABULARY - 1, 0)
     compiled = [make(tiny(family), name=family, precision=precision) for precision in ("fp32", "int8")]
@@ -228,7 +228,7 @@ def _readout(width: int) -> ReadOut:
 
 def test_both_engines_draft_alike() -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     slow = adi.load(tiny("llama"))
     exits = replace(random_exits(slow, (2,), adi.Never()), drafter=random_drafter(slow, VOCABULARY))

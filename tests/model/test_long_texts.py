@@ -11,7 +11,7 @@ pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.openvino import build as make
+from adi.model.openvino import make
 
 LENGTH, STEPS = 8_200, 4
 

@@ -60,7 +60,7 @@ def test_logits_that_are_none_are_an_error_in_every_mode(scale: float, only: int
 def test_states_that_are_none_are_an_error_on_the_compiled_engine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
     backbone = make(tiny("llama"), name="llama", precision="fp32")

@@ -65,7 +65,7 @@ def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool,
 
 def test_readings_on_the_compiled_engine_come_from_it() -> None:
     """Verified generation with trained-form heads: same text as full depth, measures from the graph, all of them on demand."""
-    from adi.model.openvino import build as make
+    from adi.model.openvino import make
 
     model = adi.Model(make(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
     exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))

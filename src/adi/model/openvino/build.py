@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
-from adi.model.hub import quiet_transformers
+from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest as store
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
-
-Notice = Callable[[str], None]
 
 
 def make(

@@ -12,8 +12,8 @@ import torch
 from adi.errors import AdiError
 from adi.model.backbone import NotExportableError, ReadOut, Rows
 from adi.model.hf import HfBackbone
+from adi.model.hub import Notice
 from adi.model.openvino import manifest as store
-from adi.model.openvino.build import Notice
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export.quantize import compress
 from adi.model.openvino.export.trace import attentions, trace
