@@ -18,7 +18,7 @@ SOURCE = Path(adi.__file__).parent
 # A module imports what stands in an earlier line, or in its own entry. "adi" itself is only the lazy front door.
 ORDER = """
 errors
-files machine
+files machine progress
 prompts
 model.arrays
 model.backbone model.tokenizer model.fast_tokenizer model.hub

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import adi
 from adi.decoding import cost_model as module
 from adi.decoding.cost_model import CostModel, cost_model_of, measure
-from adi.model.backbone import MemoryFullError
+from adi.errors import MemoryFullError
 
 
 @pytest.fixture

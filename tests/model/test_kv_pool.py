@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from adi.errors import MemoryFullError
+
 pytest.importorskip("openvino")
 
 import openvino as ov
 
-from adi.model.backbone import MemoryFullError
 from adi.model.openvino.kv_pool import KVPool, PagedCache
 
 BLOCKS = 50

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from adi.errors import MemoryFullError
 from adi.files import cache_folder, read_json, write_json
 from adi.machine import processor_hash
-from adi.model.backbone import Backbone, MemoryFullError, Rows
+from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7

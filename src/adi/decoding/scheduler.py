@@ -20,9 +20,9 @@ from adi.decoding.policies import Policy
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
-from adi.errors import AdiError
+from adi.errors import AdiError, MemoryFullError
 from adi.model.arrays import joined
-from adi.model.backbone import Backbone, MemoryFullError
+from adi.model.backbone import Backbone
 from adi.model.load import Model
 from adi.model.tokenizer import Prompt
 

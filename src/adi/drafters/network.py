@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adi.errors import NoDistributionError
 from adi.exits.heads import Shortlist, shortlist
 from adi.exits.signals import Prediction
 from adi.model.arrays import Array, as_array, as_tensor, normalise
-from adi.model.backbone import Backbone, DraftNet, NoDistributionError, ReadOut
+from adi.model.backbone import Backbone, DraftNet, ReadOut
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from adi.errors import AdiError
+from adi.errors import AdiError, NoDistributionError
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
-from adi.model.backbone import NoDistributionError, States
+from adi.model.backbone import States
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,26 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from adi.errors import AdiError
 from adi.model.arrays import Array, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor  # only to name types: the compiled engine decodes without torch, whose import takes seconds
 
 
-class NotExportableError(AdiError):
-    """A model that a compiled engine cannot run; the message says why, and another engine may."""
-
-
-class NoDistributionError(AdiError):
-    """What a network gives holds NaN or infinity, and says nothing."""
-
-
 MERGED_ROWS = 64
-
-
-class MemoryFullError(AdiError):
-    """A pass for which no KV memory is left; nothing of it has run, and it may be tried again when a sequence has ended."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import AdiError, NotExportableError
 from adi.files import read_json
-from adi.model.backbone import Backbone, NotExportableError
+from adi.model.backbone import Backbone
 from adi.model.fast_tokenizer import fast_tokenizer
 from adi.model.hub import DEFAULT, Notice, local_folder, own_tokenizer, quiet_transformers, source_folder, unreadable
 from adi.model.tokenizer import Message, Prompt, Tokenizer

@@ -14,13 +14,13 @@ from adi.decoding.generate import generate
 from adi.decoding.policies import FullDepth, Policy, Verified
 from adi.decoding.sampling import Sampling, prompt_seed
 from adi.decoding.session import Session
+from adi.errors import NoDistributionError
 from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
 from adi.measure.audit.replay import MOST, Replay, replay
 from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_draft
 from adi.measure.audit.ties import divergence
 from adi.measure.audit.verdict import Tally, draw_violations, replay_violations, text_violations
-from adi.model.backbone import NoDistributionError
 from adi.model.load import Model
 
 REPLAYED = 56  # positions: engines read longer prompts in another way than they decode

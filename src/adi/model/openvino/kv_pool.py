@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from adi.model.backbone import MemoryFullError
+from adi.errors import MemoryFullError
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 FIRST_BLOCKS = 16

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from adi.errors import AdiError
-from adi.model.backbone import NotExportableError, ReadOut, Rows
+from adi.errors import AdiError, NotExportableError
+from adi.model.backbone import ReadOut, Rows
 from adi.model.hf import HfBackbone
 from adi.model.hub import Notice
 from adi.model.openvino import manifest as store
