@@ -19,6 +19,7 @@ SOURCE = Path(adi.__file__).parent
 ORDER = """
 errors
 files machine progress
+schema
 prompts
 model.arrays
 model.backbone model.tokenizer model.fast_tokenizer model.hub
