@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from adi.errors import NoDistributionError
 from adi.model.arrays import Array, as_tensor
 
 if TYPE_CHECKING:
