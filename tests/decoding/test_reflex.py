@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 import adi
 from adi.decoding.records import DriftFound
@@ -142,7 +143,7 @@ def test_what_follows_with_the_same_monitor_is_verified_from_the_start(llama: ad
 
 
 def test_a_certificate_that_holds_is_left_alone(llama: adi.Model, certified: adi.Exits) -> None:
-    sound = replace(certified, certificates=(replace(certified.certificates[0], trigger=adi.Never()),))
+    sound = replace(certified, certificates=(structs.replace(certified.certificates[0], trigger=adi.Never()),))
     policy = adi.Reflex(sound, risk=0.02, spot_check=0.3)
     got = adi.generate(llama, [1, 2, 3], policy, max_new_tokens=40)
     assert got.drift is not None
@@ -152,7 +153,7 @@ def test_a_certificate_that_holds_is_left_alone(llama: adi.Model, certified: adi
 
 def test_the_loss_watched_is_the_certificates(llama: adi.Model, certified: adi.Exits) -> None:
     """log_loss: the monitor's mean is the clipped regret of the tokens that were checked, worked out slowly."""
-    mine = replace(certified.certificates[0], kind="log_loss", level=0.03, nats=3.0)
+    mine = structs.replace(certified.certificates[0], kind="log_loss", level=0.03, nats=3.0)
     policy = adi.Reflex(replace(certified, certificates=(mine,)), risk=0.03, kind="log_loss", spot_check=1.0)
     assert policy.monitor is not None
     policy.monitor.delta = 1e-300

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,27 @@ def test_a_weighted_score_is_a_logistic_chance() -> None:
     assert rule.fires({"margin": 0.8, "entropy": 0.3}, 1) == (chance >= 0.7)
 
 
+def test_a_minimum_depth_may_be_left_out_of_json() -> None:
+    assert trigger_from_json({"kind": "threshold", "signal": "entropy", "at": 1.0}) == Threshold("entropy", 1.0)
+
+
+def test_thresholds_by_depth_are_a_copy_in_plain_numbers() -> None:
+    at = {np.int64(2): np.float32(0.5)}
+    rule = Threshold("margin", at)  # type: ignore[arg-type]
+    at.clear()
+    assert rule.to_json()["at"] == {"2": 0.5}
+    for bad in ({None: 0.5}, {False: 0.5}, {1.5: 0.5}, {2: None}):
+        with pytest.raises(ValueError, match="threshold of margin"):
+            Threshold("margin", bad)  # type: ignore[arg-type]
+
+
+def test_nesting_has_an_end() -> None:
+    rule: Trigger = Never()
+    with pytest.raises(ValueError, match="nested more than 16 times"):
+        for _ in range(17):
+            rule = AllOf((rule,))  # type: ignore[arg-type]
+
+
 def test_never() -> None:
     assert not Never().may_fire(3)
     assert Never().needs == ()
@@ -94,7 +116,7 @@ def test_other_thresholds() -> None:
         None,
         [],
         {"kind": "sometimes"},
-        {"kind": "threshold", "signal": "entropy", "at": 1.0},
+        {"kind": "threshold", "signal": "entropy"},
         {"kind": "threshold", "signal": "entropy", "at": 1.0, "min_depth": 0, "extra": 1},
         {"kind": "threshold", "signal": "hope", "at": 1.0, "min_depth": 0},
         {"kind": "threshold", "signal": "entropy", "at": "low", "min_depth": 0},

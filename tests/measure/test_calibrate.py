@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 import adi
 from adi.exits.heads import Heads, fresh_adapter
@@ -135,7 +136,7 @@ def test_a_folder_keeps_what_it_has_and_refuses_another_precision(tiny_folder: P
         assert done.exit_code == 0, done.output
     there = adi.load_exits(tmp_path / "out")
     assert [c.level for c in there.certificates] == [0.5, 0.6]
-    replace(there, certificates=tuple(replace(c, precision="int4") for c in there.certificates)).save(tmp_path / "out")
+    replace(there, certificates=tuple(structs.replace(c, precision="int4") for c in there.certificates)).save(tmp_path / "out")
     done = adi_("calibrate", tiny_folder, *args, "--risk", 0.6)
     assert done.exit_code == 2
     assert "holds certificates for int4" in " ".join(done.output.split())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import adi
 from adi.risk.certificate import Certificate, find, merged
@@ -96,6 +97,6 @@ def test_reflex_takes_its_thresholds_and_says_so(llama: adi.Model, certified: ad
 @pytest.mark.parametrize(("field", "words"), [("fingerprint", "holds for the weights x"), ("precision", "the precision x")])
 def test_another_model_or_precision_is_refused(llama: adi.Model, certified: adi.Exits, field: str, words: str) -> None:
     (mine,) = certified.certificates
-    other = replace(certified, certificates=(replace(mine, **{field: "x"}),))
+    other = replace(certified, certificates=(structs.replace(mine, **{field: "x"}),))
     with pytest.raises(ValueError, match=words):
         adi.generate(llama, [1, 2, 3], adi.Reflex(other, risk=0.02), max_new_tokens=8)

@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from adi.errors import AdiError
-from adi.exits.triggers import Trigger, trigger_from_json
+from adi.exits.triggers import Rule
 from adi.model.backbone import Spec
+from adi.schema import NonNegative, Positive, Record, from_json
 
-KINDS = ("disagreement", "log_loss")
-METHODS = ("ltt", "crc")
-SKIPPED = ("exact", "propagate")
+Kind = Literal["disagreement", "log_loss"]
+Method = Literal["ltt", "crc"]
+Skipped = Literal["exact", "propagate"]
+KINDS: tuple[str, ...] = get_args(Kind)
+SKIPPED: tuple[str, ...] = get_args(Skipped)
+METHODS: tuple[str, ...] = get_args(Method)
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(Record, frozen=True):
     """In reflex mode with ``trigger``, the expected risk of an answer is at most ``level``.
 
-    Of an answer to a prompt that is exchangeable with the calibration prompts, its first ``max_new_tokens`` tokens, greedy,
-    on this model in this precision. ``kind`` says which risk (``measure.risk``), in log_loss a level in nats of which a
-    token counts at most ``nats``. By Learn then Test ("ltt") this holds with probability 1 - ``delta`` over the draw of the
-    ``sequences`` calibration prompts; by conformal risk control ("crc", ``delta`` None) on average over that draw.
+    This holds for the first ``max_new_tokens`` tokens, decoded greedily, of an answer to a prompt that is exchangeable with
+    the calibration prompts, on this model in this precision. ``kind`` is the risk (``adi.measure.calibration.losses``); the
+    level of a log_loss is in nats, of which a token counts at most ``nats``. By Learn then Test ("ltt") the bound holds with
+    probability 1 - ``delta`` over the draw of the ``sequences`` calibration prompts; by conformal risk control ("crc",
+    ``delta`` None) on average over that draw.
 
-    ``observed`` is the mean risk on the calibration prompts and ``mean_depth`` the mean depth of a token there. A trigger
-    that never fires is honest too: its risk is 0.
+    ``observed`` is the mean risk on the calibration prompts and ``mean_depth`` the mean depth of a token there. The risk of a
+    trigger that never fires is 0.
     """
 
-    method: str
-    kind: str
-    level: float
-    delta: float | None
-    trigger: Trigger
-    sequences: int
-    max_new_tokens: int
-    observed: float
-    mean_depth: float
-    nats: float | None
+    method: Method
+    kind: Kind
+    level: NonNegative
+    delta: NonNegative | None
+    trigger: Rule
+    sequences: Positive
+    max_new_tokens: Positive
+    observed: NonNegative
+    mean_depth: NonNegative
+    nats: NonNegative | None
     text_hash: str
     fingerprint: str
     precision: str
-    skipped: str = "exact"
+    skipped: Skipped = "exact"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("kind", KINDS), ("skipped", SKIPPED)):
-            if getattr(self, name) not in allowed:
-                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not one of {', '.join(allowed)}.")
-        for name in ("level", "delta", "observed", "mean_depth", "nats"):
-            value = getattr(self, name)
-            if value is None and name in ("delta", "nats"):
-                continue
-            if not _from_zero(value):
-                raise AdiError(f"{name} of a certificate is {value!r}, not a number from 0 on.")
-        for name in ("sequences", "max_new_tokens"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not a positive whole number.")
-        for name in ("text_hash", "fingerprint", "precision"):
-            if not isinstance(getattr(self, name), str):
-                raise AdiError(f"{name} of a certificate is {getattr(self, name)!r}, not a text.")
         if (self.delta is None) != (self.method == "crc") or (self.nats is None) != (self.kind == "disagreement"):
             raise AdiError("a certificate has a delta where its method is ltt, and nats where its kind is log_loss.")
 
@@ -92,29 +80,17 @@ class Certificate:
             f"first {self.max_new_tokens} tokens of an answer to a prompt like those"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, "trigger": self.trigger.to_json()}
-
     @staticmethod
     def from_json(value: Any) -> Certificate:
-        """The certificate that ``to_json`` wrote; ValueError for anything else."""
-        names = {f.name for f in fields(Certificate)}
-        if not isinstance(value, dict) or set(value) != names:
-            raise AdiError(f"a certificate has the fields {sorted(names)}")
-        return Certificate(**{**value, "trigger": trigger_from_json(value["trigger"])})
-
-
-def _from_zero(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= sys.float_info.max
+        """The certificate that ``to_json`` wrote; AdiError for anything else."""
+        return from_json(value, Certificate, "the certificate")
 
 
 def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: str = "exact") -> Certificate:
     """The certificate for exactly this level; ValueError names those that there are."""
     if kind not in KINDS:
         raise AdiError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
-    if not _from_zero(level):
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < math.inf:
         raise AdiError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):

@@ -14,7 +14,7 @@ import numpy as np
 from adi.artifact import Exits
 from adi.decoding.scheduler import generate_batch
 from adi.errors import AdiError
-from adi.exits.triggers import Never, Trigger
+from adi.exits.triggers import Never, Rule
 from adi.measure.calibration.losses import NATS, Sample, own_text, replayed
 from adi.measure.calibration.risk_path import RiskRule, path
 from adi.measure.forced_read import ForcedRead, forced_read
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 class Tested:
     """One rule on the calibration prompts: its samples, those that were replayed on full depth's text beside them."""
 
-    trigger: Trigger
+    trigger: Rule
     samples: tuple[Sample, ...]
     replayed: tuple[Sample, ...]
 
@@ -141,7 +141,7 @@ def certify(tested: Sequence[Tested], level: float, sequences: int, layers: int,
     kind, method = about["kind"], about["method"]
     unit = level if kind == "disagreement" else level / NATS
     place = choose(losses(tested, kind), unit, method, about["delta"] or 0.05) if tested else None
-    trigger: Trigger = Never() if place is None else tested[place].trigger
+    trigger: Rule = Never() if place is None else tested[place].trigger
     scale = 1.0 if kind == "disagreement" else NATS
     return Certificate(
         level=level,
