@@ -1,0 +1,228 @@
+"""Teacher forcing: run known texts once through the model, stopped at chosen depths, and read every exit there.
+
+Every measurement and all training starts from it. An early state is a function of the text alone, since skipped blocks are
+filled in exactly, so one pass over a finished answer gives what an exit would have predicted at each of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from adi.artifact import Exits
+from adi.decoding.policies import FullDepth, Policy
+from adi.decoding.records import Generation
+from adi.decoding.scheduler import generate_batch, sharing
+from adi.exits.signals import Measured, Prediction, entropy, top_probability
+from adi.model.backbone import Backbone, Rows, States
+from adi.model.load import Model
+
+MOST_TEXTS = 16  # that hold KV memory at a time
+READ: dict[str, Callable[[Prediction | Measured], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
+
+
+@dataclass(frozen=True)
+class KnownText:
+    """Tokens to run. The row of token ``i`` predicts token ``i + 1``; rows from ``first`` on are handed out.
+
+    The first ``prefill`` rows share one pass (None: all rows do); those behind them go in passes of at most
+    ``Spec.merged_rows`` rows, which give the bits of decoding token by token on an engine whose rows are invariant.
+    """
+
+    ids: tuple[int, ...]
+    first: int = 0
+    prefill: int | None = None
+
+    @classmethod
+    def of_answer(cls, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> KnownText:
+        """A prompt and its answer: handed out are the rows that predict the answer's tokens, as decoding computes them."""
+        return cls((*prompt_ids, *token_ids)[:-1], len(prompt_ids) - 1, len(prompt_ids))
+
+
+@dataclass(frozen=True)
+class ForcedPass:
+    """The N rows of a text that were asked for, by depth: ``hidden`` is the state that left the last block run, ``[N, D]``.
+
+    Where details were asked for, ``before`` is the state that entered that block, ``[N, D]``, and ``mlp`` its MLP
+    activations, ``[N, F]``, on an engine that shows them; otherwise both are empty. Full depth is always there.
+    """
+
+    text: KnownText
+    hidden: Mapping[int, Tensor]
+    before: Mapping[int, Tensor]
+    mlp: Mapping[int, Tensor]
+
+    @property
+    def deep_ND(self) -> Tensor:  # noqa: N802, a shape
+        """The states at full depth."""
+        return self.hidden[max(self.hidden)]
+
+
+def forced_pass(
+    backbone: Backbone, texts: Iterable[KnownText], depths: Sequence[int] = (), *, details: bool = False
+) -> Iterator[ForcedPass]:
+    """Run texts to full depth, stopping at ``depths`` on the way; one ``ForcedPass`` for each text, in their order.
+
+    Several texts share a pass where they fit in ``Spec.merged_rows`` rows. At most 16 texts are under way at a time, so
+    results may be written to disk as they come. MemoryFullError where KV memory is too small for a text alone.
+    """
+    stops = (*sorted({*depths} - {backbone.spec.layers}), backbone.spec.layers)
+    given, running = iter(texts), deque[_RunningText]()
+    waiting, most = next(given, None), 1  # an engine knows what a position takes of KV memory once one text has run
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                running.append(_RunningText(backbone, waiting, details))
+                if len(running) > 1 and not backbone.fits([(r.cache, len(r.text.ids)) for r in running if r.next_rows]):
+                    running.pop().close()
+                    break
+                waiting = next(given, None)
+            unfinished, most = [one for one in running if one.next_rows], MOST_TEXTS
+            together = sharing([one.next_rows for one in unfinished], backbone.spec.merged_rows)
+            _run_chunk(backbone, [unfinished[i] for i in together], stops, details)
+            while running and not running[0].next_rows:
+                yield running.popleft().result()
+    finally:
+        for one in running:
+            one.close()
+
+
+def run_to_stops(
+    backbone: Backbone, rows: Sequence[Rows], stops: Sequence[int], *, mlp: bool = False
+) -> Iterator[tuple[int, list[States]]]:
+    """Run rows that enter the first block from stop to stop; at each its depth and one ``States`` per entry of ``rows``."""
+    for lo, hi in pairwise((0, *stops)):
+        states = backbone.forward(rows, lo, hi, mlp=mlp)
+        yield hi, states
+        rows = [replace(row, hidden_TD=left.hidden_TD) for row, left in zip(rows, states, strict=True)]
+
+
+class _RunningText:
+    """One text under way: its KV cache, how many rows have run, and the parts of what is handed out."""
+
+    def __init__(self, backbone: Backbone, text: KnownText, details: bool) -> None:
+        self.text, self.done, self.most = text, 0, backbone.spec.merged_rows
+        self.cache = backbone.new_cache()
+        self.details = details
+        self._parts: dict[str, dict[int, list[Tensor]]] = {"hidden": {}, "before": {}, "mlp": {}}
+
+    @property
+    def next_rows(self) -> int:
+        """How many rows its next pass takes; 0 when the text is finished."""
+        left = len(self.text.ids) - self.done
+        if self.done == 0:
+            return left if self.text.prefill is None else min(left, self.text.prefill)
+        return min(left, self.most)
+
+    def rows(self) -> Rows:
+        return Rows(self.cache, self.done, self.text.ids[self.done : self.done + self.next_rows], None)
+
+    def keep(self, depth: int, states: States) -> None:
+        shown = {"hidden": states.hidden_TD}
+        if self.details:
+            shown["before"] = states.before_TD
+            if states.mlp_TF is not None:
+                shown["mlp"] = states.mlp_TF
+        for name, rows in shown.items():
+            self._parts[name].setdefault(depth, []).append(rows[max(0, self.text.first - self.done) :])
+
+    def advance(self) -> None:
+        self.done += self.next_rows
+        if not self.next_rows:
+            self.close()
+
+    def close(self) -> None:
+        if (close := getattr(self.cache, "close", None)) is not None:
+            close()
+
+    def result(self) -> ForcedPass:
+        whole = {name: {d: torch.cat(parts) for d, parts in kept.items()} for name, kept in self._parts.items()}
+        return ForcedPass(self.text, **whole)
+
+
+def _run_chunk(backbone: Backbone, chosen: Sequence[_RunningText], stops: Sequence[int], details: bool) -> None:
+    for depth, states in run_to_stops(backbone, [one.rows() for one in chosen], stops, mlp=details and backbone.has_mlp_tap):
+        for one, left in zip(chosen, states, strict=True):
+            one.keep(depth, left)
+    for one in chosen:
+        one.advance()
+
+
+def full_logits(backbone: Backbone, deep_ND: Tensor) -> Iterator[Tensor]:
+    """The full model's logits at states of full depth, some rows ``[R, V]`` at a time: a vocabulary may have 262,144 tokens."""
+    return (backbone.logits(part_RD) for part_RD in deep_ND.split(backbone.spec.merged_rows))
+
+
+def full_tokens(backbone: Backbone, deep_ND: Tensor) -> Tensor:
+    """The full model's greedy tokens at these states, ``[N]``."""
+    return torch.cat([logits_RV.argmax(-1).cpu() for logits_RV in full_logits(backbone, deep_ND)])
+
+
+@dataclass(frozen=True)
+class ForcedReading:
+    """An answer of T tokens and what E exits predict at each.
+
+    ``answer_T`` are the answer's own tokens, ``full_T`` full depth's in the same contexts, ``exit_ET`` the exits'.
+    ``signals`` are each exit's top probability and entropy, ``[E, T]``. ``regret_T`` and ``regret_ET`` are by how much less
+    likely than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0; ``log_T`` is the
+    log-probability of ``answer_T``.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_T: Tensor
+    full_T: Tensor
+    exit_ET: Tensor
+    signals: Mapping[str, Tensor]
+    regret_T: Tensor
+    regret_ET: Tensor
+    log_T: Tensor
+
+
+def forced_readings(
+    backbone: Backbone, exits: Exits | None, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> list[ForcedReading]:
+    """Read answers (each a prompt's and an answer's token ids) at every exit and at full depth; without ``exits`` at full
+    depth alone. ValueError for another model's exits."""
+    passes = forced_pass(backbone, [KnownText.of_answer(*one) for one in answers], () if exits is None else exits.depths)
+    return [_reading(backbone, exits, *one, seen) for one, seen in zip(answers, passes, strict=True)]
+
+
+def _reading(
+    backbone: Backbone, exits: Exits | None, prompt_ids: tuple[int, ...], answer: tuple[int, ...], seen: ForcedPass
+) -> ForcedReading:
+    answer_T, depths = torch.tensor(answer), () if exits is None else exits.depths
+    exit_ET = torch.zeros((len(depths), len(answer)), dtype=torch.long)
+    signals = {name: torch.zeros((len(depths), len(answer))) for name in READ}
+    for e, depth in enumerate(depths):
+        assert exits is not None
+        head = exits.reader(backbone)(depth, seen.hidden[depth])
+        exit_ET[e] = head_tokens(head)
+        for name, measure in READ.items():
+            signals[name][e] = measure(head).float().cpu()
+    wanted_RT, full, logs = torch.cat([answer_T[None], exit_ET]), [], []
+    for logits_TV, tokens_RT in zip(
+        full_logits(backbone, seen.deep_ND), wanted_RT.split(backbone.spec.merged_rows, 1), strict=True
+    ):
+        logs_TV = logits_TV.float().log_softmax(-1).cpu()
+        full.append(logs_TV.argmax(-1))
+        logs.append(logs_TV.gather(1, torch.cat([full[-1][None], tokens_RT]).T).T)
+    logs_RT = torch.cat(logs, 1)
+    regret_RT = (logs_RT[:1] - logs_RT[1:]).clamp_min(0)
+    return ForcedReading(prompt_ids, answer_T, torch.cat(full), exit_ET, signals, regret_RT[0], regret_RT[1:], logs_RT[1])
+
+
+def head_tokens(head: Prediction | Measured) -> Tensor:
+    """Each row's likeliest token by an exit head, ``[T]``."""
+    place_T = (head.rows.place_T if isinstance(head, Measured) else head.log_probs_TS.argmax(-1)).long().cpu()
+    return place_T if head.ids_S is None else head.ids_S.cpu()[place_T]
+
+
+def own_answers(model: Model, prompts: Sequence[str], max_new_tokens: int, policy: Policy | None = None) -> list[Generation]:
+    """The model's own answers, all together: at full depth, greedy, unless a policy is given."""
+    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
+    return generate_batch(model, prompts, policy or FullDepth(), max_new_tokens=max_new_tokens, raw=raw, most=MOST_TEXTS)
