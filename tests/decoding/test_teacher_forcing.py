@@ -12,7 +12,8 @@ pytest.importorskip("openvino")
 
 import adi
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, forced_readings, full_tokens, own_answers
-from adi.model.backbone import MemoryFullError, Rows
+from adi.errors import MemoryFullError
+from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.openvino import OpenVinoBackbone
 from conftest import random_exits
