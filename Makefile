@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/adi run --compare
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: about 5 GiB of memory
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -40,6 +40,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the run's own, shared by its workers: an export is made once, and the user's cache is left alone."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "adi-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADI_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 300 tokens, so that characters may span several tokens."""
@@ -147,15 +157,6 @@ def random_probe(width: int, depths: tuple[int, ...], hidden: int = 3) -> Probe:
 def probed_exits(model: adi.Model, depths: tuple[int, ...]) -> adi.Exits:
     """Untrained exits with an untrained probe."""
     return replace(random_exits(model, depths, adi.Never()), probe=random_probe(model.backbone.spec.width, depths))
-
-
-@pytest.fixture(scope="module")
-def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of the module's own, for exports."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("ADI_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")

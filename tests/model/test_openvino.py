@@ -26,8 +26,6 @@ from adi.model.openvino.export import pipeline as export_module
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_cache")
-
 EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
 
 

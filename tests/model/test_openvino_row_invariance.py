@@ -21,8 +21,6 @@ from adi.model.openvino.segments import LANES
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import LAYERS
 
-pytestmark = pytest.mark.usefixtures("compiled_cache")
-
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_rows_bits_do_not_depend_on_its_company(made: Cached, precision: str) -> None:
