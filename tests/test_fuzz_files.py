@@ -228,7 +228,7 @@ def test_a_hint_about_stops_is_never_an_error(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["plot"], ["run", "--exits"], ["run", "--trigger"], ["habits"], ["tune", "--out", "o", "--prompts"]]
+    "command", [["plot"], ["run", "--exits"], ["run", "--trigger"], ["history"], ["tune", "--out", "o", "--prompts"]]
 )
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", nested().encode(), b'{"format": "adi-trace", "version": 1}'])
 def test_the_command_line_says_so_in_a_sentence(

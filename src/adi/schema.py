@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 from msgspec import Meta, Struct
@@ -40,7 +41,11 @@ def to_json(value: Any) -> Any:
     return msgspec.to_builtins(value, str_keys=True)
 
 
-def from_json(value: Any, kind: type[T], what: str) -> T:
+@overload
+def from_json(value: Any, kind: type[T], what: str) -> T: ...
+@overload
+def from_json(value: Any, kind: UnionType, what: str) -> Any: ...
+def from_json(value: Any, kind: Any, what: str) -> Any:
     """A JSON value as an instance of ``kind``; AdiError names ``what``, the field, what it must be and what it is."""
     try:
         return msgspec.convert(value, kind, strict=True, str_keys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -93,10 +94,9 @@ def test_thresholds_by_depth_are_a_copy_in_plain_numbers() -> None:
 
 
 def test_nesting_has_an_end() -> None:
-    rule: Trigger = Never()
+    deepest = functools.reduce(lambda rule, _: AllOf((rule,)), range(16), Never())
     with pytest.raises(ValueError, match="nested more than 16 times"):
-        for _ in range(17):
-            rule = AllOf((rule,))  # type: ignore[arg-type]
+        AllOf((deepest,))
 
 
 def test_never() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from adi.decoding.records import Candidate, Draft, Look, Step, Summary
 from adi.measure.trace import Trace
@@ -66,7 +66,7 @@ def trace(steps: tuple[Step, ...] = STEPS, **changes: Any) -> Trace:
         trigger={"kind": "threshold", "signal": "entropy", "at": 1.0, "min_depth": 0},
         prompt="Why?",
         text="".join(s.text for s in steps),
-        summary=summary.to_json(),
+        summary=summary,
         steps=steps,
     )
     return replace(made, **changes)
@@ -109,7 +109,7 @@ def test_embedded_steps_parse_back() -> None:
     data = embedded(page(trace()))
     assert tuple(Step.from_json(s) for s in data["steps"]) == STEPS
     assert (data["prompt"], data["layers"], data["depths"]) == ("Why?", LAYERS, [EXIT])
-    assert data["summary"] == trace().summary
+    assert data["summary"] == trace().summary.to_json()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_title_is_the_prompt_shortened() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_json_lacks_become_null(bad: float) -> None:
     odd = step(0, 1, EXIT, (look(EXIT, 1, entropy=bad),), signals={"margin": bad})
-    data = embedded(page(trace((odd,), summary={**trace().summary, "tokens_per_second": bad})))
+    data = embedded(page(trace((odd,), summary=replace(trace().summary, tokens_per_second=bad))))
     assert data["steps"][0]["looks"][0]["signals"] == {"entropy": None}
     assert data["steps"][0]["signals"] == {"margin": None}
     assert data["summary"]["tokens_per_second"] is None

@@ -1,47 +1,43 @@
-"""What decoding tells: one ``Step`` per token, joined to a ``Generation``. JSON both ways."""
+"""What decoding reports: one ``Step`` per token, joined to a ``Generation``. Steps and summaries go to JSON and back."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from adi.errors import AdiError
+from adi.schema import Int, Natural, Record, from_json
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Record, frozen=True):
     """A token that a depth considered, with its probability there."""
 
-    token: int
+    token: Int
     text: str
     probability: float
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Record, frozen=True):
     """One depth that was looked at for one position: what it would have said, how sure it was, whether it was believed."""
 
-    depth: int
-    token: int | None
+    depth: Natural
+    token: Int | None
     text: str
     fired: bool
     signals: Mapping[str, float]
     candidates: tuple[Candidate, ...]
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(Record, frozen=True):
     """A token put forward at ``depth`` and not yet verified."""
 
-    token: int
+    token: Int
     text: str
-    depth: int
+    depth: Natural
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Record, frozen=True):
     """One token of the output.
 
     ``depth`` is the number of blocks that had run when the token was chosen and ``level`` says who chose it: "memory" (the
@@ -50,12 +46,12 @@ class Step:
     are those of the depth that decided. ``seconds`` is wall-clock since the call, until the token was final.
     """
 
-    index: int
-    token: int
+    index: Natural
+    token: Int
     text: str
-    depth: int
+    depth: Natural
     level: str
-    round: int
+    round: Natural
     drafted: bool
     accepted: bool
     signals: Mapping[str, float]
@@ -63,22 +59,10 @@ class Step:
     rejected: tuple[Draft, ...]
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def from_json(value: Any) -> Step:
-        """The step that ``to_json`` wrote; ValueError names what is missing, unknown or of another type."""
-        row = _record(Step, value, "a step")
-        looks = []
-        for item in _list(row["looks"], "looks"):
-            look = _record(Look, item, "a look")
-            candidates = tuple(
-                Candidate(**_record(Candidate, c, "a candidate")) for c in _list(look["candidates"], "candidates")
-            )
-            looks.append(Look(**{**look, "candidates": candidates}))
-        rejected = tuple(Draft(**_record(Draft, d, "a draft")) for d in _list(row["rejected"], "rejected"))
-        return Step(**{**row, "looks": tuple(looks), "rejected": rejected})
+        """The step that ``to_json`` wrote; AdiError names the field that is missing, unknown or of another type."""
+        return from_json(value, Step, "the step")
 
 
 @dataclass(frozen=True)
@@ -136,8 +120,7 @@ class Counters:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(Record, frozen=True):
     """The figures of one generation, as ``adi run --json`` prints them.
 
     ``block_rows_full`` and ``block_passes_full`` are what full depth needs for the same tokens.
@@ -147,16 +130,16 @@ class Summary:
     model: str
     backend: str
     precision: str
-    tokens: int
-    rounds: int
-    drafted: int
-    accepted: int
+    tokens: Natural
+    rounds: Natural
+    drafted: Natural
+    accepted: Natural
     mean_depth: float
-    depth_histogram: Mapping[str, int]
-    block_rows: int
-    block_rows_full: int
-    block_passes: int
-    block_passes_full: int
+    depth_histogram: Mapping[str, Natural]
+    block_rows: Natural
+    block_rows_full: Natural
+    block_passes: Natural
+    block_passes_full: Natural
     seconds: float
     tokens_per_second: float
     finish: str
@@ -172,14 +155,6 @@ class Summary:
             f"{saved:+d} block-rows and {self.block_passes_full - self.block_passes:+d} block passes saved, "
             f"{self.tokens_per_second:.1f} tokens/s"
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Any) -> Summary:
-        """The summary that ``to_json`` wrote; ValueError as for a step."""
-        return Summary(**_record(Summary, value, "a summary"))
 
 
 @dataclass(frozen=True)
@@ -231,38 +206,3 @@ class Generation:
             finish=self.finish,
             calibrated=self.mode != "reflex" or self.certified is not None,
         )
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "str": (str,),
-    "float": (float, int),
-    "bool": (bool,),
-    "Mapping[str, float]": (dict,),
-    "Mapping[str, int]": (dict,),
-}
-_MOST = 1 << 63  # of a whole number in a file: beyond it arithmetic would fail far from here
-
-
-def _record(kind: Any, value: Any, what: str) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
-        got = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise AdiError(f"{what} has the fields {sorted(names)}, got {got}.")
-    for f in fields(kind):
-        allowed = _TYPES.get(str(f.type))
-        item = value[f.name]
-        if allowed and (not isinstance(item, allowed) or (isinstance(item, bool) and bool not in allowed)):
-            raise AdiError(f"{f.name} of {what} is {item!r:.60}, not {f.type}.")
-        if allowed == (dict,) and not all(isinstance(v, (int, float)) for v in item.values()):
-            raise AdiError(f"{f.name} of {what} maps names to numbers.")
-        if any(isinstance(n, int) and abs(n) >= _MOST for n in (item.values() if allowed == (dict,) else (item,))):
-            raise AdiError(f"{f.name} of {what} holds a number too large to be meant.")
-    return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise AdiError(f"{what} is a list, got {type(value).__name__}.")
-    return list(value)

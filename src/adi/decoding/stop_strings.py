@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
+
+from msgspec import structs
 
 from adi.decoding.records import Step
 from adi.errors import AdiError
@@ -61,5 +62,5 @@ def _cut(steps: Sequence[Step], at: int) -> Iterator[Step]:
     for step in steps:
         if at <= 0:
             return
-        yield replace(step, text=step.text[:at])
+        yield structs.replace(step, text=step.text[:at])
         at -= len(step.text)

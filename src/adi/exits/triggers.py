@@ -202,7 +202,7 @@ def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
 
 def trigger_from_json(value: Any) -> Trigger:
     """The rule that ``to_json`` wrote; AdiError, naming what is wrong, for anything else."""
-    rule: Trigger = from_json(value, Rule, "the trigger")  # type: ignore[arg-type]
+    rule: Trigger = from_json(value, Rule, "the trigger")
     return rule
 
 

@@ -5,35 +5,35 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from adi.decoding.policies import FullDepth, Lookup, Policy, depths_of, trigger_of
 from adi.decoding.records import Generation, Step, Summary
-from adi.errors import AdiError
-from adi.exits.triggers import trigger_from_json
+from adi.errors import FileError
+from adi.exits.triggers import Rule
 from adi.files import read_json, write_text
+from adi.schema import Natural, Record, from_json
 
 FORMAT, VERSION = "adi-trace", 1
-MAX_BYTES = 256 * 2**20
 MOST_LAYERS = 1 << 14  # the page draws as many
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A generation as a trace file holds it. ``depths`` are the exits (0: memory), ``trigger`` their rule (or None)."""
+class Trace(Record, frozen=True):
+    """A generation as a trace file holds it. ``depths`` are the exits (0: n-gram match), ``trigger`` their rule (or None)."""
 
     model: str
     backend: str
     precision: str
     mode: str
-    layers: int
-    depths: tuple[int, ...]
+    layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
+    depths: tuple[Natural, ...]
     trigger: dict[str, Any] | None
     prompt: str
     text: str
-    summary: dict[str, Any]
+    summary: Summary
     steps: tuple[Step, ...]
 
 
@@ -50,16 +50,15 @@ def trace_of(generation: Generation, policy: Policy | None, prompt: str) -> Trac
         trigger=None if isinstance(policy, (FullDepth, Lookup)) else trigger_of(policy).to_json(),
         prompt=prompt,
         text=generation.text,
-        summary=generation.summary().to_json(),
+        summary=generation.summary(),
         steps=generation.steps,
     )
 
 
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace file, whole or not at all."""
-    values = {f.name: getattr(trace, f.name) for f in fields(trace)}
-    values |= {"depths": list(trace.depths), "steps": [step.to_json() for step in trace.steps]}
-    write_text(Path(path), json.dumps(_rounded({"format": FORMAT, "version": VERSION, **values}), ensure_ascii=False) + "\n")
+    value = {"format": FORMAT, "version": VERSION, **trace.to_json()}
+    write_text(Path(path), json.dumps(_rounded(value), ensure_ascii=False) + "\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -73,42 +72,18 @@ def _rounded(value: Any) -> Any:
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace file; ValueError says what is wrong with one that is damaged, too large, or of another version."""
-    path = Path(path)
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise AdiError(f"the trace {path} has more than {MAX_BYTES >> 20} MiB; that is no trace that adi wrote.")
-    value = read_json(path, "trace")
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise AdiError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
-    if value.get("version") != VERSION:
-        raise AdiError(f"{path} is a trace of version {value.get('version')!r}; this adi reads version {VERSION}.")
-    try:
-        return _parse({k: v for k, v in value.items() if k not in ("format", "version")})
-    except (ValueError, RecursionError) as error:
-        raise AdiError(f"the trace {path} is damaged: {error}") from None
-
-
-def _parse(value: dict[str, Any]) -> Trace:
-    names = {f.name for f in fields(Trace)}
-    if set(value) != names:
-        raise AdiError(f"fields missing or unknown: {sorted(set(value) ^ names)}.")
-    for name in ("model", "backend", "precision", "mode", "prompt", "text"):
-        if not isinstance(value[name], str):
-            raise AdiError(f"{name} is not a text.")
-    depths = value["depths"]
-    if not isinstance(depths, list) or not all(type(d) is int for d in depths):
-        raise AdiError("depths is not a list of whole numbers.")
-    layers = value["layers"]
-    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
-        raise AdiError(f"layers is not a whole number from 1 to {MOST_LAYERS}.")
-    if value["trigger"] is not None:
-        trigger_from_json(value["trigger"])
-    Summary.from_json(value["summary"])
-    if not isinstance(value["steps"], list):
-        raise AdiError("steps is not a list.")
-    steps = tuple(Step.from_json(step) for step in value["steps"])
-    looked = [look.depth for step in steps for look in step.looks]
-    drafted = [draft.depth for step in steps for draft in step.rejected]
-    if not all(0 <= depth <= layers for depth in (*depths, *looked, *drafted, *(step.depth for step in steps))):
-        raise AdiError(f"a depth is outside a model of {layers} layers.")
-    return Trace(**{**value, "depths": tuple(depths), "steps": steps})
+    """Read a trace file; AdiError says what is wrong with one that is damaged, too large, or of another version."""
+    value = read_json(Path(path), "trace")
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise FileError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
+    if (version := value.pop("version", None)) != VERSION:
+        raise FileError(f"{path} is a trace of version {version!r:.60}; this adi reads version {VERSION}.")
+    trace = from_json(value, Trace, f"the trace {path} is damaged")
+    if trace.trigger is not None:
+        from_json(trace.trigger, Rule, f"the trigger in the trace {path} is damaged")
+    depths = [*trace.depths, *(step.depth for step in trace.steps)]
+    for step in trace.steps:
+        depths += [look.depth for look in step.looks] + [draft.depth for draft in step.rejected]
+    if max(depths, default=0) > trace.layers:
+        raise FileError(f"the trace {path} is damaged: depth {max(depths)} is outside a model of {trace.layers} layers.")
+    return trace

@@ -93,7 +93,7 @@ def _data(trace: Trace) -> dict[str, Any]:
         "depths": trace.depths,
         "trigger": trace.trigger,
         "prompt": trace.prompt,
-        "summary": trace.summary,
+        "summary": trace.summary.to_json(),
         "steps": [step.to_json() for step in trace.steps],
         "exits": exit_table(trace),
         "first": _first_shown(trace.steps),
