@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import adi
+from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, advance, fresh_drafter, speak
 from adi.exits.heads import Shortlist, shortlist
 from adi.training import answers as answers_module
 from adi.training import drafter_shards as tracks_module
 from adi.training import tune as tune_module
 from adi.training.answers import Answer
+from adi.training.dataset import said_in
 from adi.training.drafter_shards import MOST_POSITIONS, read_drafter_shard, write_drafter_shards
 from adi.training.train_drafter import (
     DraftOptions,
@@ -29,7 +31,7 @@ from adi.training.train_drafter import (
     read_text,
     unroll,
 )
-from adi.training.tune import tune
+from adi.training.tune import judge_drafter, tune
 from conftest import random_drafter, random_exits
 
 QUIET: Any = lambda *_: None  # noqa: E731
@@ -298,3 +300,28 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     kept = saved.answers.ids_N.tolist()
     assert again.answers.ids_N.tolist()[: len(kept)] == kept < again.answers.ids_N.tolist(), "what was said is still known"
     assert again.made_by["drafter"]["began_with"] == saved.made_by["drafter"]
+
+
+def test_a_drafter_is_judged_again_on_fresh_text_and_nothing_else_changes(sharp: adi.Model, tmp_path: Path) -> None:
+    mine = replace(random_exits(sharp, (2, 4), adi.Threshold("entropy", 3.0)), drafter=random_drafter(sharp))
+    mine = replace(mine, report={"note": "kept", "drafter": {"positions": 7, "answer_tokens": 900, "acceptance": {"3": 0.5}}})
+    options = adi.TuneOptions(talk_tokens=300, max_new_tokens=8, seed=5)
+    stages: set[str] = set()
+    note = lambda stage, done, total, text: stages.add(stage)  # noqa: E731
+    got = judge_drafter(sharp, tmp_path / "a", [], options, keep=mine, made_by={"command": "judge"}, progress=note)
+    report = got.report["drafter"]
+    assert got.report["note"] == "kept"
+    assert report["answer_tokens"] == 900, "what it was trained on"
+    assert report["positions"] > 100
+    assert report["by_precision"]["fp32"]["positions"] == report["positions"]
+    assert got.made_by["judged"]["command"] == "judge"
+    assert stages == {"talk", "judge"}
+    assert adi.load_exits(tmp_path / "a").report == got.report
+    (folder,) = (tmp_path / "a" / "work").iterdir()
+    assert not list(folder.glob("train-*")), "all of it is test text"
+    known = Datastore.of([a.ids[max(0, a.start - 2) :] for a in said_in(sorted(folder.glob("held-*")), True)])
+    again = judge_drafter(sharp, tmp_path / "a", [], options, keep=replace(mine, answers=known))
+    assert again.report["drafter"]["positions"] == 0, "training saw all of them"
+    for kept, tokens in ((random_exits(sharp, (2, 4), adi.Never()), 300), (mine, 0)):
+        with pytest.raises(ValueError, match="judging needs exits with a drafter"):
+            judge_drafter(sharp, tmp_path / "b", [], replace(options, talk_tokens=tokens), keep=kept)

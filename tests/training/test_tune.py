@@ -286,7 +286,7 @@ def test_with_talk_heads_and_drafter_learn_from_it_and_nothing_is_answered(
     options = TuneOptions(
         depths=(2, 4), tokens=100, talk_tokens=300, max_new_tokens=8, shortlist=64, rank=4, epochs=1, drafter_epochs=1
     )
-    exits = tune(tiny_model, tmp_path, [["the fox", "the dog"]], options)
+    exits = tune(tiny_model, tmp_path, [[f"the fox {i}" for i in range(40)]], options)
     assert not (tmp_path / "work" / "answers.jsonl").exists()
     assert exits.heads is not None
     assert exits.drafter is not None

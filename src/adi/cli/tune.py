@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from adi.cli.options import DeviceOption, ModelArgument, Source, parse_depths, require_folder
+from adi.errors import AdiError
 from adi.prompts import read_prompts
 
 COLUMNS = (
@@ -35,6 +36,14 @@ TalkPrecisionOption = Annotated[
 ]
 OwnPromptsOption = Annotated[
     float | None, typer.Option("--own-prompts", help="With --talk: share of those texts whose prompt it writes too, 0 to 1.")
+]
+
+JudgeOption = Annotated[
+    bool,
+    typer.Option(
+        "--judge-only",
+        help="Train nothing: measure the drafter of --keep again, on --talk tokens of new text from a --seed of its own.",
+    ),
 ]
 
 
@@ -58,6 +67,7 @@ def tune(
     own_prompts: OwnPromptsOption = None,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Begin with the drafter of --keep.")] = False,
     keep: Annotated[str | None, typer.Option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
+    judge_only: JudgeOption = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -66,12 +76,12 @@ def tune(
     Without --prompts and --text the 480 built-in prompts are used. Stop it when you like: the same command goes on.
     """
     from adi.artifact import load_exits
-    from adi.training.tune import TuneOptions
+    from adi.training.tune import TuneOptions, judge_drafter
     from adi.training.tune import tune as train
 
     console = Console(stderr=True)
     require_folder(out)
-    sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text else ["builtin"])]
+    sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["builtin"])]
     loaded = Source(model, backend="hf", device=device).load(console)
     options = TuneOptions(
         depths=parse_depths(depths),
@@ -89,10 +99,22 @@ def tune(
     )
     talks = talk_precision.split(",") if talk and drafter_epochs else []
     voices = [Source(model, precision=precision.strip()).load(console) for precision in talks]
-    more: dict[str, Any] = {"texts": text or (), "voices": voices, "made_by": _made_by()}
-    more |= {"keep": None if keep is None else load_exits(keep), "categories": {i.prompt: i.category for s in sets for i in s}}
+    more: dict[str, Any] = {
+        "voices": voices,
+        "made_by": _made_by(),
+        "categories": {i.prompt: i.category for s in sets for i in s},
+    }
+    groups = [[item.prompt for item in items] for items in sets]
+    if judge_only and keep is None:
+        raise AdiError("--judge-only measures the drafter of exits: give them with --keep.")
+    kept = None if keep is None else load_exits(keep)
     with Progress(*COLUMNS, console=console) as bar:
-        exits = train(loaded, out, [[i.prompt for i in s] for s in sets], options, progress=_Teller(bar, _log(out)), **more)
+        more["progress"] = _Teller(bar, _log(out))
+        if judge_only:
+            assert kept is not None
+            exits = judge_drafter(loaded, out, groups, options, keep=kept, **more)
+        else:
+            exits = train(loaded, out, groups, options, keep=kept, texts=text or (), **more)
     _report(console, exits.report)
     console.print(f"Saved to {out}. Use them: adi run --model {model} --exits {out} 'your prompt'", **PLAIN)
 

@@ -46,8 +46,11 @@ def _bucket(prompt: str, buckets: int) -> int:
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") % buckets
 
 
-def is_held_out(prompt: str) -> bool:
-    return _bucket(prompt, 1000) < HELD_OUT_SHARE * 1000
+def is_held_out(prompt: str | Sequence[int], share: float = HELD_OUT_SHARE) -> bool:
+    """Whether texts with this prompt (text or token ids) are only tested on: by the prompt itself, so that a prompt that comes
+    twice, in another run or at another precision, is always on one side."""
+    text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+    return _bucket(text, 1000) < share * 1000
 
 
 def is_greedy(prompt: str) -> bool:

@@ -7,18 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from adi.drafters.datastore import Datastore
 from adi.errors import AdiError
 from adi.files import read_text
 from adi.model.backbone import Backbone
 from adi.model.load import Model
 from adi.training.answers import Answer, is_held_out
-from adi.training.drafter_shards import read_drafter_shard, write_drafter_shards
+from adi.training.drafter_shards import DrafterShard, read_drafter_shard, write_drafter_shards
 from adi.training.generate_data import GenerateOptions, talk, tokens_in
 
 TEXT_WINDOW = 256
+OPENING = 32  # tokens that tell whether a text is one that training saw
 MOST_TEXT_BYTES = 4 << 30
-HELD_SHARE = 30  # one shard in so many is held out
 Tell = Callable[[str, int, int], None]
 
 
@@ -49,12 +53,14 @@ def data_from_answers(
 def data_from_talk(
     voices: Sequence[Model], prompts: Sequence[Sequence[int]], work: Path, options: GenerateOptions, forced_read: Tell
 ) -> DrafterData:
-    """From texts that the model writes now, on the engines that drafts are for, each its share of ``options.tokens``; the last
-    shards of each are held out."""
+    """From texts that the model writes now, on the engines that drafts are for, each its share of ``options.tokens``; texts
+    are held out by their prompts."""
     share = replace(options, tokens=-(-options.tokens // len(voices)))
     parts = [_talked(voice, prompts, work, share, forced_read) for voice in voices]
-    shards = [path for part, _ in parts for path in part]
-    return DrafterData(shards, [path for _, held in parts for path in held], _spoken(shards), tokens_in(shards))
+    shards, checks = ([path for part in parts for path in part[side]] for side in (0, 1))
+    if not checks or (options.held_share < 1 and not shards):
+        raise AdiError(f"a talk of {options.tokens} tokens is too little to train and test on; ask for more.")
+    return DrafterData(shards, checks, _spoken(shards), tokens_in(shards))
 
 
 def _talked(
@@ -64,16 +70,15 @@ def _talked(
 
     A longer talk goes on where a shorter one ended. The folder's name says what else it was written for.
     """
-    stated = [voice.backbone.spec.fingerprint, voice.backbone.spec.precision, options.max_new_tokens, options.own_prompts]
-    text = repr([*stated, options.side_by_side, options.seed, [tuple(p) for p in prompts]])
-    folder = work / f"talk-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
-    paths = talk(voice, prompts, folder, options, lambda d, t: forced_read("talk", min(d, t), t))
-    held = max(1, len(paths) // HELD_SHARE)
-    if len(paths) <= held:
+    if any(work.glob("talk-*")):
         raise AdiError(
-            f"a talk of {options.tokens} tokens fills {len(paths)} shard: too little to train and test on; ask for more."
+            f"the texts in {work} were made by an older adi, whose held-out texts shared prompts with those trained on; delete "
+            "that folder, or choose another --out."
         )
-    return paths[:-held], paths[-held:]
+    stated = [voice.backbone.spec.fingerprint, voice.backbone.spec.precision, options.max_new_tokens, options.own_prompts]
+    text = repr([*stated, options.side_by_side, options.seed, options.held_share, [tuple(p) for p in prompts]])
+    folder = work / f"texts-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    return talk(voice, prompts, folder, options, lambda d, t: forced_read("talk", min(d, t), t))
 
 
 def said(lessons: DrafterData) -> list[Answer]:
@@ -96,6 +101,19 @@ def said_in(shards: Sequence[Path], held_out: bool) -> list[Answer]:
 def _spoken(shards: Sequence[Path]) -> Datastore:
     """Every answer with the two tokens before it."""
     return Datastore.of([a.ids[max(0, a.start - 2) :] for a in said_in(shards, False)])
+
+
+def seen_in(known: Datastore) -> Callable[[DrafterShard], Tensor]:
+    """Marks the positions of texts whose answers begin as one of the datastore's does: those that training saw."""
+    openings = {tuple(part[:OPENING].tolist()) for part in np.split(known.ids_N, np.cumsum(known.lengths_M)[:-1])}
+
+    def mark(shard: DrafterShard) -> Tensor:
+        counts = shard.sequence_N.unique_consecutive(return_counts=True)[1]
+        texts = zip(shard.ids_N.split(counts.tolist()), shard.answer_N.split(counts.tolist()), strict=True)
+        begun = [tuple(ids[max(0, int(answer.int().argmax()) - 1) :][:OPENING].tolist()) for ids, answer in texts]
+        return torch.tensor([opening in openings for opening in begun]).repeat_interleave(counts)
+
+    return mark
 
 
 def windows_of(model: Model, path: Path) -> list[Answer]:

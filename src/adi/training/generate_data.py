@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from adi.errors import AdiError
+from adi.files import write_text
 from adi.model.backbone import Backbone, Rows, TopK
 from adi.model.load import Model
+from adi.training.answers import HELD_OUT_SHARE, is_held_out
 from adi.training.drafter_shards import HEAD_ROWS, SHARD_SEQUENCES, DrafterShard, write_shard
 from adi.training.shards import in_halves
 
@@ -66,13 +68,15 @@ class Template:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """``tokens`` of answers in all, at most ``max_new_tokens`` each, ``side_by_side`` texts at once."""
+    """``tokens`` of answers in all, at most ``max_new_tokens`` each, ``side_by_side`` texts at once; ``held_share`` of
+    the prompts are only tested on (1: all)."""
 
     tokens: int
     max_new_tokens: int = 200
     side_by_side: int = SIDE_BY_SIDE
     own_prompts: float = OWN_PROMPTS
     seed: int = 0
+    held_share: float = HELD_OUT_SHARE
 
 
 @dataclass
@@ -197,33 +201,57 @@ def talk(
     folder: Path,
     options: GenerateOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Path]:
-    """Write shards of tracks into ``folder`` until their answers hold ``options.tokens`` tokens; all shards, oldest first.
+) -> tuple[list[Path], list[Path]]:
+    """Write shards into ``folder`` until their answers hold ``options.tokens`` tokens; those to train on and those held out,
+    oldest first.
 
-    ``prompts`` are token ids up to where an answer begins. The engine should be the one that drafts are for: its states
-    are what a drafter reads. A shard's dice depend on the seed and on its number.
+    ``prompts`` are token ids up to where an answer begins; which side a text is on follows from its prompt alone. The engine
+    should be the one that drafts are for: its states are what a drafter reads. A shard's dice depend on the seed and on its
+    number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = sorted(folder.glob("talk-*.safetensors"))
-    done = sum(int(path.stem.rsplit("-", 1)[1]) for path in paths)
-    talking = _Talk(model, prompts, options, len(paths))
+    done = _finished(folder)
+    tokens = tokens_in([path for paths in done for path in paths])
+    talking = _Talk(model, prompts, options, len(done))
     ready: list[_Text] = []
-    progress(done, options.tokens)
-    while done < options.tokens:
+    progress(tokens, options.tokens)
+    while tokens < options.tokens:
         ready += talking.step()
+        progress(tokens + sum(map(_said, ready)), options.tokens)
         if len(ready) < SHARD_SEQUENCES:
             continue
-        tokens = sum(t.known + 1 - (t.start or t.known) for t in ready)
-        path = folder / f"talk-{len(paths):05d}-{tokens}.safetensors"
-        write_shard(path, [text.tracks(i) for i, text in enumerate(ready)])
-        paths.append(path)
-        done, ready = done + tokens, []
-        progress(done, options.tokens)
+        done.append(_write(folder, len(done), ready, options.held_share))
+        tokens, ready = tokens + tokens_in(done[-1]), []
     for text in talking.running:
         close = getattr(text.cache, "close", None)
         if close is not None:
             close()
+    paths = [path for group in done for path in group]
+    return [p for p in paths if p.name.startswith("train")], [p for p in paths if p.name.startswith("held")]
+
+
+def _said(text: _Text) -> int:
+    """Tokens of its answer."""
+    return text.known + 1 - (text.start or text.known)
+
+
+def _write(folder: Path, number: int, texts: Sequence[_Text], held_share: float) -> list[Path]:
+    """The shards of one group of texts, training and held out; the mark that it is whole comes last."""
+    sides: dict[str, list[_Text]] = {"train": [], "held": []}
+    for text in texts:
+        sides["held" if is_held_out(text.ids[: text.start], held_share) else "train"].append(text)
+    paths = []
+    for side, mine in sides.items():
+        if mine:
+            paths.append(folder / f"{side}-{number:05d}-{sum(map(_said, mine))}.safetensors")
+            write_shard(paths[-1], [text.tracks(i) for i, text in enumerate(mine)])
+    write_text(folder / f"group-{number:05d}", "\n".join(path.name for path in paths))
     return paths
+
+
+def _finished(folder: Path) -> list[list[Path]]:
+    """The shards of every group of texts that is whole."""
+    return [[folder / name for name in mark.read_text().split()] for mark in sorted(folder.glob("group-*"))]
 
 
 def tokens_in(paths: Sequence[Path]) -> int:

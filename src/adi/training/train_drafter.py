@@ -193,17 +193,25 @@ def opening(tracks: DrafterShard) -> Tensor:
 
 @torch.no_grad()
 def judge(
-    net: Drafter, readout: ReadOut, among: Shortlist, embed: Embed, shards: Sequence[Path], kinds: Categories | None = None
+    net: Drafter,
+    readout: ReadOut,
+    among: Shortlist,
+    embed: Embed,
+    shards: Sequence[Path],
+    kinds: Categories | None = None,
+    seen: Callable[[DrafterShard], Tensor] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """How drafts fare on answers: agreement with the full model's greedy token at each step, those before it having agreed;
     accepted drafts in a row (of 5); both by category of prompt where ``kinds`` knows any; and acceptance by tenth of
-    confidence."""
+    confidence. ``seen`` marks the positions, ``[N]``, of texts that training saw: they are left out."""
     tally, kinds = Tally(STEPS_SHOWN), kinds or Categories()
     bins = {place: [0, 0] for place in range(10)}
-    for path in shards:
+    for number, path in enumerate(shards):
+        progress(number, len(shards))
         text = read_text(path, readout, embed)
         names, kind_N = kinds.numbered(text.tracks)
-        alive = text.tracks.answer_N.clone()
+        alive = text.tracks.answer_N.clone() if seen is None else text.tracks.answer_N & ~seen(text.tracks)
         for done in unroll(net, readout, among, text, torch.arange(len(alive)), STEPS_SHOWN):
             logs, places = done.said.log_probs_TS.max(-1)
             live = alive[done.start_R]

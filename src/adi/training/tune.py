@@ -19,6 +19,7 @@ from adi.exits.heads import Heads, Shortlist, shortlist
 from adi.model.backbone import Backbone, ReadOut
 from adi.model.load import Model
 from adi.training.answers import (
+    HELD_OUT_SHARE,
     Answer,
     answers_hash,
     collect,
@@ -29,7 +30,7 @@ from adi.training.answers import (
     quicker_in_bfloat16,
 )
 from adi.training.categories import Categories
-from adi.training.dataset import DrafterData, Tell, data_from_answers, data_from_talk, said, windows_of
+from adi.training.dataset import DrafterData, Tell, data_from_answers, data_from_talk, said, seen_in, windows_of
 from adi.training.generate_data import GenerateOptions, share_of_own
 from adi.training.report import evaluate, report_json
 from adi.training.shards import choose_shortlist, write_shards
@@ -140,6 +141,57 @@ def tune(
     return exits
 
 
+def judge_drafter(
+    model: Model,
+    out: str | os.PathLike[str],
+    prompts: Sequence[Sequence[str]],
+    options: TuneOptions,
+    *,
+    keep: Exits,
+    voices: Sequence[Model] = (),
+    categories: Mapping[str, str] | None = None,
+    made_by: Mapping[str, Any] | None = None,
+    progress: Progress = lambda stage, done, total, note: None,
+) -> Exits:
+    """Measure the drafter of ``keep`` again, on ``options.talk_tokens`` tokens of fresh conversations, and save the exits with
+    the new figures to ``out``; nothing is trained. All of the texts are test texts, so ``prompts`` must be none that training
+    saw; texts that begin as one of the exits' datastore are left out. Arguments as for ``tune``.
+    """
+    backbone, work, begun = model.backbone, Path(out) / "work", interleave(prompts)
+    keep.check(backbone)
+    if keep.drafter is None or not options.talk_tokens:
+        raise AdiError("judging needs exits with a drafter (--keep) and a number of tokens to judge them on (--talk).")
+    readout, kinds = _on_cpu(backbone.readout().tensors()), _kinds(model, categories or {}, talks=True)
+    among, drafter = shortlist(readout, keep.drafter.tensors()["ids_S"]), as_halves(keep.drafter)
+    seen = None if keep.answers is None else seen_in(keep.answers)
+    checks: dict[str, list[Path]] = {}
+    generators = voices or (model,)
+    share = replace(options, talk_tokens=-(-options.talk_tokens // len(generators)))
+    for voice in generators:
+        forced_read = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
+        found = _talked(model, (voice,), begun, work, share, forced_read, held_share=1.0)
+        checks[voice.backbone.spec.precision] = found.checks
+    embed = lambda ids: backbone.embed(ids).cpu()  # noqa: E731
+    judged = {
+        name: judge(drafter, readout, among, embed, paths, kinds, seen, lambda d, t: progress("judge", d, t, ""))
+        for name, paths in (*checks.items(), ("", [path for paths in checks.values() for path in paths]))
+    }
+    whole = judged.pop("")
+    parts = {
+        name: {key: found[key] for key in ("agreement_by_step", "accepted_in_a_row", "positions")}
+        for name, found in judged.items()
+    }
+    old = {key: value for key, value in keep.report.get("drafter", {}).items() if key in ("answer_tokens", "settings")}
+    note = {**(made_by or {}), "options": asdict(options)}
+    exits = replace(
+        keep,
+        report={**keep.report, "drafter": {**whole, "by_precision": parts, **old}},
+        made_by={**keep.made_by, "judged": note},
+    )
+    exits.save(out)
+    return exits
+
+
 def _kinds(model: Model, categories: Mapping[str, str], talks: bool) -> Categories:
     """The categories of the prompts that can be held out: of a talk all, else those that always are."""
     able = {prompt: category for prompt, category in categories.items() if talks or is_held_out(prompt)}
@@ -160,11 +212,18 @@ def _began_with(keep: Exits, options: TuneOptions) -> dict[str, Any]:
 
 
 def _talked(
-    model: Model, voices: Sequence[Model], prompts: Sequence[str], work: Path, options: TuneOptions, forced_read: Tell
+    model: Model,
+    voices: Sequence[Model],
+    prompts: Sequence[str],
+    work: Path,
+    options: TuneOptions,
+    forced_read: Tell,
+    held_share: float = HELD_OUT_SHARE,
 ) -> DrafterData:
     """Lessons from texts that the model writes now."""
     own = share_of_own(model) if options.own_prompts is None else options.own_prompts
     talking = GenerateOptions(options.talk_tokens, options.max_new_tokens, own_prompts=own, seed=options.seed)
+    talking = replace(talking, held_share=held_share)
     begun = [list(model.encode(p, raw=_is_raw(model))) for p in prompts]
     return data_from_talk(voices or (model,), begun, work, talking, forced_read)
 
