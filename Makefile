@@ -46,39 +46,51 @@ $(READY): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# The measurements that README.md shows; let nothing else run meanwhile.
-.PHONY: results
-results: $(READY)
-	mkdir -p docs/results out
-	$(BIN)/adi run --compare > docs/results/demo.txt
-	$(BIN)/python tools/prompts.py > out/topics.jsonl
+# The measurements that README.md and docs/benchmarks.md show. Let nothing else run meanwhile: hours on two cores. GEMMA is a GGUF file
+# (docs/gemma.md); files ending in _avx2 are the same measurements on a processor without AVX-512: make results-avx2.
+RESULTS := docs/results
+GEMMA ?= gemma-3-270m-q4_k_m.gguf
+BENCH := $(BIN)/adi bench smollm2-135m --prompts bench --max-new-tokens 128
+LADDER := --precision int4,int8 --peers llama.cpp,openvino-genai:int4,openvino-genai:int8
+TTFT := --limit 5 --prompt-tokens 512 --max-new-tokens 2 --repeats 3 --modes full $(LADDER)
+QUALITY := $(BIN)/adi quality --precision fp32,int8,int4
+MADE = $(BIN)/python tools/benchmarks.py --made
+
+.PHONY: results results-avx2 peers tables
+results: peers
+	$(BENCH) --modes full,verified,lookup $(LADDER) --json $(RESULTS)/ladder.json
+	$(BENCH) --limit 16 --modes full,verified,static --sweep --precision int8,int4 --peers hf:bf16 --max-new-tokens 96 \
+	  --json $(RESULTS)/static.json
+	$(BENCH) --limit 16 --modes full,verified --precision int4,int8 --peers hf:bf16 --json $(RESULTS)/bf16.json
+	$(BENCH) --limit 6 --modes full,verified --precision int8 --peers all --max-new-tokens 48 --json $(RESULTS)/peers.json
+	$(BENCH) --modes full,verified --precision fp32 --peers hf:fp32 --max-new-tokens 48 --json $(RESULTS)/fp32.json
+	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
+	$(BENCH) --limit 8 --modes full --precision int4,int8,fp32 --batch 8 --repeats 3 --json $(RESULTS)/batch.json
+	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
+	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
+	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed
 	$(BIN)/adi triggers smollm2-135m --exits out/probed --calibrate out/calibrate.jsonl --calibrate-limit 20 --json \
-	  > docs/results/triggers.json
-	$(BIN)/python tools/trigger_runs.py out/probed docs/results/trigger_runs.json
-	$(BIN)/python tools/triggers.py
-	$(BIN)/adi inspect smollm2-135m --json > docs/results/inspect.json
-	$(BIN)/python -m pip install --quiet --editable '.[peers]'
-	$(BIN)/adi quality smollm2-135m --precision fp32,int8,int4 --json docs/results/quality.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --modes full,verified,lookup --precision int4,int8 \
-	  --peers llama.cpp,openvino-genai:int4,openvino-genai:int8 --max-new-tokens 128 --json docs/results/ladder.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 16 --modes full,verified --precision int4,int8 \
-	  --peers hf:bf16 --max-new-tokens 128 --json docs/results/bf16.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 20 --modes full,verified --precision fp32 \
-	  --peers hf:fp32 --max-new-tokens 48 --json docs/results/fp32.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 5 --prompt-tokens 512 --modes full --precision int4,int8 \
-	  --peers openvino-genai:int4,openvino-genai:int8,llama.cpp --max-new-tokens 2 --json docs/results/ttft.json
-	$(BIN)/adi bench smollm2-135m --prompts builtin --limit 6 --modes full,verified --precision int8 --peers all \
-	  --max-new-tokens 48 --json docs/results/peers.json
-	$(BIN)/python tools/batch.py docs/results/batch.json
-	$(BIN)/python tools/propagation.py out/topics.jsonl docs/results/propagation.json
-	$(BIN)/python tools/soak.py --json docs/results/soak.json
-	$(BIN)/python tools/habit.py
-	$(BIN)/adi plot docs/results/ladder.json --out docs/results/ladder.html
-	$(BIN)/adi trace --out out/trace.json && $(BIN)/adi plot out/trace.json
+	  > $(RESULTS)/triggers.json
+	$(BIN)/adi inspect $(GEMMA) --json > $(RESULTS)/gemma_inspect.json
+	$(QUALITY) $(GEMMA) --tokens 2048 --json $(RESULTS)/gemma_quality.json
+	$(BIN)/adi tune $(GEMMA) --out out/gemma3-270m --prompts builtin --tokens 10000 --talk 30000 --max-new-tokens 96 \
+	  --drafter-epochs 3
+	cp out/gemma3-270m/exits.json $(RESULTS)/gemma_exits.json
+	$(BIN)/adi bench $(GEMMA) --exits out/gemma3-270m --prompts bench --limit 16 --modes full,verified,lookup \
+	  --precision int4,int8 --peers llama.cpp --max-new-tokens 96 --json $(RESULTS)/gemma.json
+	$(MADE) $$(find $(RESULTS) -name '*.json' ! -name '*_avx2.json' ! -name made.json)
 
-# Tables in README.md from the files that hold the results.
-.PHONY: tables
+results-avx2: peers
+	$(BENCH) --modes full,verified,lookup,static --sweep $(LADDER) --json $(RESULTS)/ladder_avx2.json
+	$(BENCH) $(TTFT) --json $(RESULTS)/ttft_avx2.json
+	$(QUALITY) smollm2-135m --json $(RESULTS)/quality_avx2.json
+	$(MADE) $(RESULTS)/*_avx2.json
+
+peers: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[peers]'
+
+# docs/benchmarks.md and the table of README.md, from those files.
 tables: $(READY)
-	$(BIN)/python tools/tables.py
+	$(BIN)/python tools/benchmarks.py

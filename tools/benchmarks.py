@@ -1,0 +1,290 @@
+"""Write docs/benchmarks.md and the table of README.md from the files in docs/results (``make tables``).
+
+``--check`` writes nothing and fails where a page is not current. ``--made FILE...`` notes today's date and the commit for
+results that have just been measured (``make results`` does this).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+MADE = RESULTS / "made.json"
+EXITS = ROOT / "src" / "adi" / "data" / "exits" / "smollm2-135m" / "exits.json"
+README_ROWS = {
+    "adi:verified:int8": "**adi, verified (default)**",
+    "adi:full:int8": "adi, full depth",
+    "adi:lookup:int8": "adi, prompt lookup",
+    "openvino-genai:int8": "OpenVINO GenAI",
+    "llama.cpp": "llama.cpp, Q4_1",
+}
+MACHINES = {  # processor and machine, as adi records them -> key
+    ("Intel(R) Xeon(R) Processor @ 2.50GHz", "x86_64, 2 cores, AVX-512 VNNI, Linux"): "A",
+    ("AMD EPYC", "x86_64, 2 cores, Linux"): "B",
+    ("AMD EPYC", "x86_64, 2 cores, AVX2, Linux"): "C",
+}
+Result = dict[str, Any]
+
+
+def load(file: str) -> Result:
+    found: Result = json.loads((RESULTS / file).read_text())
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def source(file: str) -> str:
+    """Which machine, day, commit, and command a table comes from."""
+    found, made = load(file), json.loads(MADE.read_text())[file]
+    where = (found["processor"], found["machine"])
+    if where not in MACHINES:
+        raise SystemExit(f"docs/results/{file} was made on {', '.join(where)}: name this machine in tools/benchmarks.py")
+    return f"[Machine {MACHINES[where]}](#machines), {made['date']}, commit {made['commit']}:\n`{found['command']}`"
+
+
+def interval(ratio: Result | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def ratios(found: Result) -> dict[tuple[str, str], Result]:
+    return {(ratio["a"], ratio["b"]): ratio for ratio in found["ratios"]}
+
+
+def cells(run: Result, compared: Sequence[Result | None]) -> list[str]:
+    """Speed, first token, how much faster the systems in bold are, identical texts, peak memory."""
+    return [
+        f"{run['tokens_per_second']:.1f}",
+        f"{1e3 * run['ttft_seconds']:.0f}",
+        *map(interval, compared),
+        "" if run["match"] is None else f"{run['match']:.0%}",
+        "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**20:.0f}",
+    ]
+
+
+def bench(file: str, mode: str = "verified") -> str:
+    """Every system of a benchmark by speed, and how many times faster adi is in this mode."""
+    found = load(file)
+    ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
+    ours = [f"adi:{mode}:{precision}" for precision in ("int4", "int8", "fp32")]
+    bases, known = [name for name in ours if any(run["name"] == name for run in ran)], ratios(found)
+    head = ["", "tokens/s", "first token, ms", *(f"`{base}` / this" for base in bases), "same text", "peak MiB"]
+    rows = []
+    for run in ran:
+        name = f"**{run['name']}**" if run["name"] in bases else run["name"]
+        rows.append([name, *cells(run, [known.get((base, run["name"])) for base in bases])])
+    failed = [f"\n{run['name']} did not run: {' '.join(run['error'].split())}" for run in found["runs"] if run["error"]]
+    return f"{table(head, rows)}\n\n{source(file)} ({found['prompts']} prompts)." + "".join(failed)
+
+
+def batches(file: str) -> str:
+    """Many prompts in shared passes against one after the other."""
+    rows = [
+        [b["name"], f"{b['alone_tokens_per_second']:.1f}", f"{b['batch_tokens_per_second']:.1f}", interval(b), str(b["same"])]
+        for b in load(file)["batches"]
+    ]
+    return f"{table(['', 'one by one, tokens/s', 'together', 'ratio', 'same tokens'], rows)}\n\n{source(file)}."
+
+
+def categories(file: str, others: Sequence[str]) -> str:
+    """Verified decoding against ``others`` (``{p}`` stands for the precision) by category of prompt."""
+    known = ratios(load(file))
+    pairs = [(f"adi:verified:{p}", other.format(p=p)) for p in ("int4", "int8") for other in others]
+    kinds = sorted(known[pairs[0]]["per_category"])
+    rows = [[kind, *(f"{_middle(known[pair]['per_category'][kind]):.2f}" for pair in pairs)] for kind in kinds]
+    return table(["", *(f"`{a}` / `{b}`" for a, b in pairs)], rows)
+
+
+def _middle(value: Any) -> float:
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def quality(file: str) -> str:
+    """Perplexity and predictions of each precision against float32."""
+    found = load(file)
+    rows = []
+    for row in found["precisions"]:
+        error = f" ± {row['ratio_error']:.2%}" if "ratio_error" in row else ""
+        change = f"{row['ratio'] - 1:+.2%}{error}" if row["precision"] != "fp32" else ""
+        figures = [f"{row['perplexity']:.2f}", change, f"{abs(row['divergence']):.4f}", f"{row['same_token']:.1%}"]
+        rows.append([row["precision"], *figures])
+    head = ["precision", "perplexity", "against float32", "KL divergence, nats", "same likeliest token"]
+    return f"{table(head, rows)}\n\n{source(file)} ({found['tokens']:,} tokens of the bench prompts)."
+
+
+def exits(file: Path = EXITS) -> str:
+    """Agreement per depth, and what the default trigger makes of it."""
+    found = json.loads(file.read_text())
+    held = found["report"]["held_out"]
+    rows = []
+    for row in found["report"]["depths"]:
+        asked = row["threshold"] is not None
+        decides = [f"{row['fires']:.1%}", f"{row['precision']:.1%}"] if asked else ["not used", ""]
+        rows.append([str(row["depth"]), f"{row['agreement']:.1%}", f"{row['bare_agreement']:.1%}", *decides])
+    head = [f"depth (of {found['layers']})", "exit agrees", "untrained head", "decides (of all tokens)", "and is then right"]
+    note = (
+        f"{held['rows']:,} tokens of {held['sequences']} held-out answers; {held['shortlist_coverage']:.1%} of the full model's"
+    )
+    trained = f"{found['report']['training_tokens']:,} tokens of training."
+    return f"{table(head, rows)}\n\n{note} tokens are in the shortlist; {trained}"
+
+
+def drafter(file: Path = EXITS) -> str:
+    """Acceptance of the drafter on held-out text, step by step."""
+    found = json.loads(file.read_text())["report"]["drafter"]
+    steps = found["agreement_by_step"]
+    head = ["step", *(str(step) for step in range(1, len(steps) + 1)), "accepted of 5 in a row"]
+    rows = [["agrees", *(f"{share:.1%}" for share in steps), f"{found['accepted_in_a_row']:.2f}"]]
+    note = f"{found['positions']:,} held-out tokens; {found['answer_tokens']:,} tokens of training in its last run."
+    return f"{table(head, rows)}\n\nA step counts where those before it agreed. {note}"
+
+
+def inspected(file: str) -> str:
+    """What blocks and head cost by the number of rows, and how often the untrained head agrees at each depth."""
+    found = load(file)
+    cost = found["cost"]
+    columns = (cost["rows"], cost["block_seconds"], cost["blocks_seconds"], cost["head_seconds"])
+    rows = [
+        [str(count), f"{1e3 * block:.2f}", f"{1e3 * blocks:.1f}", f"{1e3 * head:.1f}", f"{head / block:.1f}"]
+        for count, block, blocks, head in zip(*columns, strict=True)
+    ]
+    shares = ", ".join(f"{depth}: {share:.0%}" for depth, share in found["agreement"].items())
+    note = f"The untrained head gives full depth's token at depth {shares} ({found['tokens']} tokens)."
+    return (
+        f"{table(['rows', 'one block, ms', 'all blocks, ms', 'head, ms', 'head in blocks'], rows)}\n\n{note}\n\n{source(file)}."
+    )
+
+
+def auroc(file: str) -> str:
+    """AUROC per signal and exit, and what reading it costs."""
+    scores: list[Result] = load(file)["scores"]
+    depths = sorted({score["depth"] for score in scores})
+    found = {(score["signal"], score["depth"]): score for score in scores}
+    rows = [["*the exit agrees*", *(f"*{found[scores[0]['signal'], d]['agreement']:.0%}*" for d in depths), ""]]
+    for signal in dict.fromkeys(score["signal"] for score in scores):
+        mine = [found[signal, depth] for depth in depths]
+        values = ["-" if s["auroc"] is None else f"{s['auroc']:.2f}" for s in mine]
+        rows.append([signal, *values, f"{median(s['share_of_block'] for s in mine):.0%}"])
+    return table(["signal", *(f"depth {d}" for d in depths), "cost, of a block"], rows)
+
+
+def estimates(file: str) -> str:
+    """The fastest setting of each rule, worked out from recorded exits and measured passes."""
+    rows = [
+        [
+            row["rule"],
+            ", ".join(map(str, row["stops"])),
+            "" if row["chance"] is None else f"{row['chance']:g}",
+            str(row["draft_tokens"]),
+            f"{row['tokens_per_round']:.2f}",
+            f"{row['accepted_share']:.0%}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in load(file)["estimates"]
+    ]
+    head = ["rule", "exits", "chance at least", "drafts", "tokens a round", "drafts accepted", "tokens/s of full depth"]
+    return f"{table(head, rows)}\n\n{source(file)}."
+
+
+def audit(file: str) -> str:
+    """What ``adi audit`` tried and found, by precision."""
+    rows = []
+    for engine in load(file)["engines"]:
+        runs = [*engine["greedy"], *engine["faults"]]
+        worst = max(engine["sampling"], key=lambda s: s["variation"] / s["band"])
+        rows.append(
+            [
+                engine["precision"],
+                "yes" if engine["row_invariant"] else "no",
+                f"{max(d['drafted'] for r in engine['replay'] for d in r['drifts']):g}",
+                f"{sum(sum(r['rollbacks'].values()) for r in engine['replay']):,}",
+                f"{sum(run['runs'] for run in runs):,}",
+                f"{sum(run['drafted'] for run in runs):,} ({sum(run['accepted'] for run in runs):,})",
+                f"{sum(len(run['divergences']) for run in runs):,}",
+                f"{sum(s['foreseen'] for s in engine['sampling']):,} of {sum(s['draws'] for s in engine['sampling']):,}",
+                f"{worst['variation']:.3f} of {worst['band']:.3f}",
+            ]
+        )
+    head = [
+        "precision",
+        "rows invariant",
+        "replay: largest difference",
+        "rollbacks",
+        "runs",
+        "drafts (accepted)",
+        "divergences",
+    ]
+    return f"{table([*head, 'draws as their seeds say', 'variation, of its band'], rows)}\n\n{source(file)}."
+
+
+def readme_table() -> str:
+    """The five rows of README.md."""
+    found = load("ladder.json")
+    runs, known = {run["name"]: run for run in found["runs"]}, ratios(found)
+    first = next(iter(README_ROWS))
+    head = [
+        "int8, 2 cores with AVX-512",
+        "tokens/s",
+        "first token, ms",
+        "verified is faster by",
+        "same text as full depth",
+        "peak MiB",
+    ]
+    rows = [[label, *cells(runs[name], [known.get((first, name))])] for name, label in README_ROWS.items()]
+    note = f"{found['model']}, {found['prompts']} built-in prompts, medians and 95% intervals"
+    origin = source("ladder.json").replace("(#machines)", "(docs/benchmarks.md#machines)")
+    return f"{table(head, rows)}\n\n{note}; {origin}."
+
+
+def pages() -> dict[Path, str]:
+    """The text of every generated page."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    environment.globals |= {
+        **{f.__name__: f for f in (bench, batches, categories, quality, exits, drafter, inspected, auroc, estimates, audit)},
+        "results": RESULTS,
+    }
+    readme = ROOT / "README.md"
+    text, count = re.subn(
+        r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{readme_table()}\n{m[2]}", readme.read_text(), flags=re.DOTALL
+    )
+    if count != 1:
+        raise SystemExit("README.md has no place for its table: <!-- table --> ... <!-- end -->")
+    template = environment.from_string((ROOT / "tools" / "benchmarks.md.j2").read_text())
+    return {readme: text, ROOT / "docs" / "benchmarks.md": template.render()}
+
+
+def note_made(files: Sequence[str]) -> None:
+    """Note today's date and the commit for results that were measured just now."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    made = json.loads(MADE.read_text())
+    now = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit.strip()}
+    made |= {Path(file).name: now for file in files}
+    MADE.write_text(json.dumps(dict(sorted(made.items())), indent=1) + "\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--made"]:
+        note_made(arguments[1:])
+    for page, text in pages().items():
+        if "--check" in arguments and (not page.exists() or page.read_text() != text):
+            raise SystemExit(f"{page.name} is not current; run: make tables")
+        if "--check" not in arguments:
+            page.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
