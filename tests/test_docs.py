@@ -47,7 +47,8 @@ def test_files_and_commands_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"\b((?:tests|tools|docs)/[\w./]*\w|src/adi/[\w/]*\w(?:\.\w+)?)", text):
         assert (ROOT / name).exists() or any(ROOT.glob(name)) or "/results/" in name, f"{page.name}: {name}"
-    for command, rest in re.findall(r"(?:^|`)adi (\w+)((?:[^`\n]|\\\n)*)", text, flags=re.MULTILINE):
+    code = re.findall(r"```\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"`(adi [^`\n]+)`", text)
+    for command, rest in re.findall(r"^adi (\w+)((?:\\\n|[^\n#])*)", "\n".join(code), flags=re.MULTILINE):
         assert command in COMMANDS, f"{page.name}: adi {command}"
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - OPTIONS[command]
         assert not unknown, f"{page.name}: adi {command} has no {unknown}"
