@@ -20,11 +20,10 @@ from adi.cli.app import app
 from adi.cli.options import likely_stops, read_trigger
 from adi.decoding.cost_model import cost_model_of
 from adi.drafters.history import History
-from adi.measure.bench.report import page as standings
-from adi.measure.bench.report import read_result
+from adi.measure.bench.report import bench_page, read_result
 from adi.measure.bench.resume import Partial
 from adi.measure.bench.worker import System
-from adi.measure.trace_page import page
+from adi.measure.trace_page import trace_page
 from adi.model.openvino.manifest import FORMAT, read_manifest
 from adi.prompts import read_prompts
 from adi.training.answers import read_answers
@@ -45,7 +44,7 @@ def optimizer() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
 
 
 def plotted(path: Path) -> str:
-    return page(adi.read_trace(path))
+    return trace_page(adi.read_trace(path))
 
 
 def restored(path: Path) -> object:
@@ -61,7 +60,7 @@ def remembered(path: Path) -> object:
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "trace": plotted,
-    "benchmark": lambda path: standings(read_result(path)),
+    "benchmark": lambda path: bench_page(read_result(path)),
     "unfinished benchmark": restored,
     "prompts": read_prompts,
     "trigger": lambda path: read_trigger(str(path)),

@@ -32,7 +32,7 @@ risk
 artifact_parts
 artifact
 decoding
-training measure.forced_pass measure.forced_read measure.statistics measure.provenance measure.trace
+training measure.forced_pass measure.forced_read measure.statistics measure.provenance measure.pages measure.trace
 measure.trace_page
 measure.trigger_study measure.calibration measure.bench
 measure

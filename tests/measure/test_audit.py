@@ -20,8 +20,8 @@ from adi.decoding.cost_model import CostModel
 from adi.decoding.frontier import Frontier
 from adi.decoding.sampler import Sampler
 from adi.measure.audit.faults import Scripted, drive
-from adi.measure.audit.page import page
 from adi.measure.audit.replay import StateDrift, replay
+from adi.measure.audit.report import audit_page
 from adi.measure.audit.sampling import Law
 from adi.measure.audit.ties import divergence
 from adi.model.backbone import States
@@ -144,7 +144,7 @@ def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytes
     for each in words:
         assert any(re.search(each, said) for said in report["violations"]), (each, report["violations"])
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert page(report)
+    assert audit_page(report)
 
 
 def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_tie_explains_only_what_it_can(llama: adi.Model, monkeypatch: pytest.M
     other = (*full[:3], (full[3] + 1) % VOCABULARY, *full[4:])
     found = divergence(llama, 0, [1, 2], full, other, 1e-6)
     assert found is not None
-    assert (found.at, found.full, found.said, found.explained) == (3, full[3], other[3], False)
+    assert (found.at, found.full, found.got, found.explained) == (3, full[3], other[3], False)
     assert found.gap >= found.margin > 0
     wide = divergence(llama, 0, [1, 2], full, other, found.gap)
     assert wide is not None
@@ -277,5 +277,5 @@ def test_the_command_writes_both_reports_and_says_1_on_a_violation(
     assert CliRunner().invoke(app, ["audit", *where, "--draws", "0"]).exit_code == 2
     report["model"], report["violations"] = "<script>alert(1)</script>", ["<img src=x>"]
     found = Tags()
-    found.feed(page(report))
+    found.feed(audit_page(report))
     assert not found.tags & {"script", "img"}

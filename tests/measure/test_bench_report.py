@@ -1,20 +1,19 @@
-"""The page of a benchmark: right numbers the right way round, safe against the texts in it; and README's table of one."""
+"""The page of a benchmark: right numbers the right way round, safe against the texts in it."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from adi.cli.app import app
-from adi.measure.bench.report import against_full, is_result, page, read_result, write_standings
+from adi.measure.bench.report import PairedRatio, RunFigures, against_base, bench_page, is_result, read_result, write_bench_page
 from adi.measure.bench.run import FORMAT, VERSION
 
 HOSTILE = "</style><script>alert(1)</script>"
@@ -61,33 +60,40 @@ RESULT: dict[str, Any] = {
 
 
 def test_ratios_are_of_the_run_over_its_base() -> None:
-    full, verified, llama, _ = RESULT["runs"]
-    assert against_full(full, RESULT["ratios"]) == ("adi:full:int4", 1, 1, 1)
-    assert against_full(verified, RESULT["ratios"]) == ("adi:full:int4", 2.0, 1.0, 6.0)
-    assert against_full(llama, RESULT["ratios"]) == pytest.approx(("adi:full:int4", 1.25, 1 / 2.4, 2.5)), "turned round"
-    assert against_full(llama, RESULT["ratios"], "adi:verified:int4")[1] == pytest.approx(0.625)  # type: ignore[index]
-    assert against_full(run("b", 1.0), RESULT["ratios"]) is None
+    ratios = msgspec.convert(RESULT["ratios"], list[PairedRatio])
+    full, verified, llama = msgspec.convert(RESULT["runs"][:3], list[RunFigures])
+
+    def against(run: RunFigures, base: str | None = None) -> tuple[str, float, float, float]:
+        found = against_base(run, ratios, base)
+        assert found is not None
+        return found.b, found.median, found.low, found.high
+
+    assert against(full) == ("adi:full:int4", 1, 1, 1)
+    assert against(verified) == ("adi:full:int4", 2.0, 1.0, 6.0)
+    assert against(llama) == pytest.approx(("adi:full:int4", 1.25, 1 / 2.4, 2.5)), "inverted"
+    assert against(llama, "adi:verified:int4")[1] == pytest.approx(0.625)
+    assert against_base(msgspec.convert(run("b", 1.0), RunFigures), ratios) is None
 
 
 def test_the_page_shows_everybody_by_speed() -> None:
-    html = page(RESULT)
+    html = bench_page(RESULT)
     bars = html[html.index("Tokens per second") : html.index("Speed against")]
     assert re.findall(r'text-anchor="end">([^<]+)<', bars) == ["adi:verified:int4", "llama.cpp", "adi:full:int4"]
     lengths = [float(w) for w in re.findall(r'<rect class="\w+" x="\d+" y="[\d.]+" width="([\d.]+)"', bars)]
     assert [length / lengths[0] for length in lengths] == pytest.approx([1, 50 / 80, 0.5], abs=1e-3)
     assert "1.25 (0.42 to 2.50)" in html
-    assert "0.62 (0.21 to 1.25)" in page(RESULT, "adi:verified:int4")
+    assert "0.62 (0.21 to 1.25)" in bench_page(RESULT, "adi:verified:int4")
     assert "economize: no\nmodule" in html
     assert '<td class="best">80.0</td>' in html
     assert "<td>25.0</td>" in html, "llama.cpp in the category chat"
 
 
 def test_the_page_needs_no_network_and_no_script() -> None:
-    html = page(RESULT)
+    html = bench_page(RESULT)
     assert not re.search(r"https?://|\bsrc=|@import|url\(|<script|<link|<img", html)
     assert "default-src 'none'" in html
     assert "prefers-color-scheme: dark" in html
-    assert "@@" not in html
+    assert not re.search(r"{{|{%|{#", html)
 
 
 def test_hostile_texts_stay_texts() -> None:
@@ -95,7 +101,7 @@ def test_hostile_texts_stay_texts() -> None:
     value |= {"model": HOSTILE, "command": HOSTILE, "processor": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     value["runs"][2] |= {"name": HOSTILE, "about": HOSTILE, "match_with": HOSTILE, "per_category": {HOSTILE: RESULT["runs"][2]}}
     value["runs"][3] |= {"error": HOSTILE}
-    html = page(value)
+    html = bench_page(value)
     assert HOSTILE not in html
     assert "&amp;lt;" not in html, "nothing was escaped twice"
     assert "&lt;script&gt;alert(1)" in html
@@ -104,7 +110,7 @@ def test_hostile_texts_stay_texts() -> None:
 def test_an_unknown_base_is_refused() -> None:
     for base in ("llama.cpp", "adi:full:int8"):
         with pytest.raises(ValueError, match="choose among adi:verified:int4, adi:full:int4"):
-            page(RESULT, base)
+            bench_page(RESULT, base)
 
 
 def test_the_command_draws_it(tmp_path: Path) -> None:
@@ -113,9 +119,9 @@ def test_the_command_draws_it(tmp_path: Path) -> None:
     assert is_result(file)
     done = CliRunner().invoke(app, ["plot", str(file), "--base", "adi:full:int4"])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "r.html").read_text() == page(RESULT, "adi:full:int4")
-    write_standings(read_result(file), tmp_path / "s.html")
-    assert (tmp_path / "s.html").read_text() == page(RESULT)
+    assert (tmp_path / "r.html").read_text() == bench_page(RESULT, "adi:full:int4")
+    write_bench_page(read_result(file), tmp_path / "s.html")
+    assert (tmp_path / "s.html").read_text() == bench_page(RESULT)
     (tmp_path / "t.json").write_text("{}")
     assert "--base means something" in CliRunner().invoke(app, ["plot", str(tmp_path / "t.json"), "--base", "x"]).output
 
@@ -126,24 +132,3 @@ def test_damaged_results_are_refused(change: dict[str, Any], tmp_path: Path) -> 
     file.write_text(json.dumps({**RESULT, **change}))
     with pytest.raises(ValueError, match=r"r\.json is"):
         read_result(file)
-
-
-@pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    place = Path(__file__).parent.parent.parent / "tools" / "tables.py"
-    spec = importlib.util.spec_from_file_location("tables", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
-
-
-def test_readmes_table_is_sorted_and_tells_what_did_not_run(tables: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text(json.dumps(RESULT))
-    lines = tables.bench_table("bench.json").splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["adi:verified:int4", "llama.cpp", "**adi:full:int4**"]
-    assert "0.80 (0.40 to 2.40)" in lines[3], "adi:full:int4 over llama.cpp, as in the file"
-    assert lines[-1] == "economize did not run: no module."
-    assert len({line.count("|") for line in lines[:5]}) == 1

@@ -43,7 +43,7 @@ def test_a_trace_is_strict_json_even_with_nan_in_it(trace: Trace, tmp_path: Path
     ("change", "complaint"),
     [
         ({"format": "other"}, "not a trace file"),
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"extra": 1}, "extra"),
         ({"model": 3}, "model"),
         ({"layers": "6"}, "layers"),

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from adi.decoding.records import Candidate, Draft, Look, Step, Summary
 from adi.measure.trace import Trace
-from adi.measure.trace_page import exit_table, page, write_page
+from adi.measure.trace_page import level_table, trace_page, write_page
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 LAYERS, EXIT = 6, 2
@@ -43,10 +43,20 @@ def step(index: int, token: int, depth: int, looks: tuple[Look, ...] = (), **cha
     return replace(values, **changes)
 
 
+REJECTED = (Draft(9, " t9", EXIT, "exit"), Draft(4, " t4", 0, "memory"))
 STEPS = (
     step(0, 1, LAYERS, (look(LAYERS, 1),)),
     step(1, 2, EXIT, (look(EXIT, 2, fired=True, entropy=0.25), look(LAYERS, 2))),
-    step(2, 3, LAYERS, (look(EXIT, 9, fired=True, entropy=0.75), look(LAYERS, 3)), rejected=(Draft(9, " t9", EXIT),)),
+    step(
+        2,
+        3,
+        LAYERS,
+        (look(EXIT, 9, fired=True, entropy=0.75), look(LAYERS, 3)),
+        rejected=(
+            Draft(9, " t9", EXIT, "exit"),
+            Draft(4, " t4", 0, "memory"),
+        ),
+    ),
 )
 
 
@@ -96,17 +106,17 @@ class Tags(HTMLParser):
 
 
 def test_page_needs_no_network() -> None:
-    html = page(trace())
+    html = trace_page(trace())
     assert not re.search(r"https?://|\bsrc=|@import|url\(", html)
     assert "default-src 'none'" in html
     assert '<html lang="en">' in html
     assert 'name="viewport"' in html
-    assert "@@" not in html
+    assert not re.search(r"{{|{%|{#", html)
     assert not {"link", "img", "iframe", "object", "base"} & set(Tags(html).tags)
 
 
 def test_embedded_steps_parse_back() -> None:
-    data = embedded(page(trace()))
+    data = embedded(trace_page(trace()))
     assert tuple(Step.from_json(s) for s in data["steps"]) == STEPS
     assert (data["prompt"], data["layers"], data["depths"]) == ("Why?", LAYERS, [EXIT])
     assert data["summary"] == trace().summary.to_json()
@@ -114,16 +124,16 @@ def test_embedded_steps_parse_back() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [HOSTILE, "<!--<script>", "]]>", "@@adi:data@@", "&lt;b&gt;", "\u2028\u2029", "\ud800", "\x00\u202e", '"\\', "é語"],
+    [HOSTILE, "<!--<script>", "]]>", "{{ data }}{% raw %}", "&lt;b&gt;", "\u2028\u2029", "\ud800", "\x00\u202e", '"\\', "é語"],
 )
 def test_hostile_text_stays_text(text: str) -> None:
     odd = step(0, 1, EXIT, (replace(look(EXIT, 1), text=text, candidates=(Candidate(1, text, 1.0),)),), text=text)
     odd = replace(odd, rejected=(Draft(2, text, EXIT),), signals={text: 1.0})
     hostile = trace((odd,), prompt=text, model=text, mode=text, trigger={"kind": text, text: [text]})
-    html = page(hostile)
+    html = trace_page(hostile)
     if "<" in text:
         assert text not in html
-    assert Tags(html).tags == Tags(page(trace())).tags
+    assert Tags(html).tags == Tags(trace_page(trace())).tags
     data = embedded(html)
     assert Step.from_json(data["steps"][0]) == odd
     assert (data["prompt"], data["model"], data["trigger"]) == (text, text, hostile.trigger)
@@ -132,48 +142,59 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 
 def test_title_is_the_prompt_shortened() -> None:
-    assert Tags(page(trace(prompt="a <b>\n & c"))).title == "a <b> & c · tiny"
-    assert len(Tags(page(trace(prompt="word " * 99))).title) < 90
-    assert Tags(page(trace(prompt=" "))).title == "Trace · tiny"
+    assert Tags(trace_page(trace(prompt="a <b>\n & c"))).title == "a <b> & c · tiny"
+    assert len(Tags(trace_page(trace(prompt="word " * 99))).title) < 90
+    assert Tags(trace_page(trace(prompt=" "))).title == "Trace · tiny"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_json_lacks_become_null(bad: float) -> None:
     odd = step(0, 1, EXIT, (look(EXIT, 1, entropy=bad),), signals={"margin": bad})
-    data = embedded(page(trace((odd,), summary=replace(trace().summary, tokens_per_second=bad))))
+    data = embedded(trace_page(trace((odd,), summary=replace(trace().summary, tokens_per_second=bad))))
     assert data["steps"][0]["looks"][0]["signals"] == {"entropy": None}
     assert data["steps"][0]["signals"] == {"margin": None}
     assert data["summary"]["tokens_per_second"] is None
-    assert data["exits"][0]["entropy"] is None
+    assert data["levels"][0]["entropy"] is None
 
 
 def test_empty_traces_and_missing_looks() -> None:
-    empty = embedded(page(trace((), depths=(), trigger=None)))
+    empty = embedded(trace_page(trace((), depths=(), trigger=None)))
     assert (empty["steps"], empty["first"]) == ([], 0)
-    assert [row["depth"] for row in empty["exits"]] == [LAYERS]
-    bare = embedded(page(trace((step(0, 1, LAYERS), step(1, 2, EXIT)))))
-    assert [(row["depth"], row["tokens"], row["looked"]) for row in bare["exits"]] == [(EXIT, 1, 0), (LAYERS, 1, 0)]
+    assert [row["depth"] for row in empty["levels"]] == [LAYERS]
+    bare = embedded(trace_page(trace((step(0, 1, LAYERS), step(1, 2, EXIT)))))
+    assert [(row["depth"], row["tokens"], row["looked"]) for row in bare["levels"]] == [(EXIT, 1, 0), (LAYERS, 1, 0)]
 
 
-def test_exit_table_counts_looks() -> None:
-    shallow, full = exit_table(trace())
+def test_levels_count_tokens_rejected_drafts_and_looks() -> None:
+    memory, shallow, full = level_table(trace())
+    assert (memory["level"], memory["depth"], memory["tokens"], memory["rejected"], memory["looked"]) == ("memory", 0, 0, 1, 0)
     assert shallow == {
-        "depth": EXIT, "looked": 2, "fired": 2, "agreed": 1, "fired_agreed": 1, "entropy": 0.5, "tokens": 1
+        "level": "exit", "depth": EXIT, "tokens": 1, "rejected": 1, "looked": 2, "fired": 2, "agreed": 1, "fired_agreed": 1,
+        "entropy": 0.5,
     }  # fmt: skip
-    assert (full["looked"], full["fired"], full["agreed"], full["tokens"]) == (3, 0, 3, 2)
+    assert (full["level"], full["looked"], full["fired"], full["agreed"], full["tokens"]) == ("full", 3, 0, 3, 2)
 
 
-def test_exit_table_has_depths_that_are_no_exits() -> None:
-    rows = exit_table(trace((step(0, 1, 4), step(1, 2, LAYERS, (look(3, 2),)))))
+def test_memory_and_drafter_are_two_levels() -> None:
+    steps = (step(0, 1, 0, level="drafter"), step(1, 2, 0, level="memory"), step(2, 3, LAYERS), step(3, 4, 0, level="drafter"))
+    rows = level_table(trace(steps, depths=(0,), trigger={"kind": "never"}))
+    assert [(row["level"], row["tokens"]) for row in rows] == [("memory", 1), ("drafter", 2), ("full", 1)]
+    html = trace_page(trace(steps))
+    for name in ("memory", "drafter", "full"):
+        assert f".l-{name} {{" in html, "each level has a colour of its own"
+
+
+def test_levels_have_depths_that_are_no_exits() -> None:
+    rows = level_table(trace((step(0, 1, 4), step(1, 2, LAYERS, (look(3, 2),)))))
     assert [row["depth"] for row in rows] == [EXIT, 3, 4, LAYERS]
 
 
 def test_first_shown_is_a_rejection_else_the_most_looked_at() -> None:
-    assert embedded(page(trace()))["first"] == 2
-    assert embedded(page(trace(STEPS[:2])))["first"] == 1
+    assert embedded(trace_page(trace()))["first"] == 2
+    assert embedded(trace_page(trace(STEPS[:2])))["first"] == 1
 
 
 def test_write_page(tmp_path: Path) -> None:
     target = tmp_path / "new" / "page.html"
     write_page(trace(prompt="\ud800"), target)
-    assert target.read_text(encoding="utf-8") == page(trace(prompt="\ud800"))
+    assert target.read_text(encoding="utf-8") == trace_page(trace(prompt="\ud800"))

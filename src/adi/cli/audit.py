@@ -36,7 +36,7 @@ def audit(
     device: DeviceOption = "auto",
 ) -> None:
     """Prove on your model and machine that verified decoding changes nothing: exit code 1 where it does."""
-    from adi.measure.audit.page import write_audit
+    from adi.measure.audit.report import write_audit
     from adi.measure.audit.run import audit as measure
 
     errors, printed = Console(stderr=True, highlight=False), json_out is not None and str(json_out) == "-"

@@ -87,7 +87,7 @@ def plot(
 
     A trace shows the text as a depth heat map, and all that was looked at; a benchmark speeds, ratios and categories.
     """
-    from adi.measure.bench.report import is_result, read_result, write_standings
+    from adi.measure.bench.report import is_result, read_result, write_bench_page
     from adi.measure.trace import read_trace
     from adi.measure.trace_page import write_page
 
@@ -95,7 +95,7 @@ def plot(
     if target.resolve() == file.resolve():
         raise AdiError(f"--out {target} is the file itself; choose another name.")
     if is_result(file):
-        write_standings(read_result(file), target, base)
+        write_bench_page(read_result(file), target, base)
     elif base is not None:
         raise AdiError("--base means something for a benchmark only; leave it out.")
     else:

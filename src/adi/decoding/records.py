@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from adi.schema import Int, Natural, Record, from_json
+
+Level = Annotated[str, Meta(pattern="^(memory|drafter|exit|full)$")]
+"""What proposed a token: n-gram memory and drafter (both at depth 0), an early exit, or full depth itself."""
 
 
 class Candidate(Record, frozen=True):
@@ -30,18 +35,19 @@ class Look(Record, frozen=True):
 
 
 class Draft(Record, frozen=True):
-    """A token put forward at ``depth`` and not yet verified."""
+    """A token proposed at ``depth`` and not yet verified; ``level`` is what proposed it: "memory", "drafter" or "exit"."""
 
     token: Int
     text: str
     depth: Natural
+    level: Level = "exit"
 
 
 class Step(Record, frozen=True):
     """One token of the output.
 
-    ``depth`` is the number of blocks that had run when the token was chosen and ``level`` says who chose it: "memory" (the
-    text itself, depth 0), "exit" or "full". ``drafted``: it was put forward early; ``accepted``: and full depth agreed.
+    ``depth`` is the number of blocks that had run when the token was chosen, ``level`` what proposed it: "memory" (n-grams,
+    depth 0), "drafter" (depth 0), "exit" or "full". ``drafted``: it was proposed early; ``accepted``: and full depth agreed.
     ``rejected`` are drafts thrown away at this position and after it, the first of them replaced by this token. ``signals``
     are those of the depth that decided. ``seconds`` is wall-clock since the call, until the token was final.
     """
@@ -50,7 +56,7 @@ class Step(Record, frozen=True):
     token: Int
     text: str
     depth: Natural
-    level: str
+    level: Level
     round: Natural
     drafted: bool
     accepted: bool

@@ -275,7 +275,7 @@ class Session:
         return step
 
     def _draft(self, proposed: DraftToken) -> Draft:
-        return Draft(proposed.token, self._spell(proposed.token), proposed.depth)
+        return Draft(proposed.token, self._spell(proposed.token), proposed.depth, proposed.level)
 
     def _look(self, glance: ExitCheck) -> Look:
         reading = glance.reading

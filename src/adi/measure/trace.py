@@ -17,7 +17,7 @@ from adi.exits.triggers import Rule
 from adi.files import read_json, write_text
 from adi.schema import Natural, Record, from_json
 
-FORMAT, VERSION = "adi-trace", 1
+FORMAT, VERSION = "adi-trace", 2
 MOST_LAYERS = 1 << 14  # the page draws as many
 
 

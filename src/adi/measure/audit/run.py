@@ -15,7 +15,7 @@ from adi.measure.provenance import provenance
 from adi.model.load import Model, load
 from adi.prompts import PromptItem, read_prompts, spread
 
-FORMAT, VERSION = "adi-audit", 1
+FORMAT, VERSION = "adi-audit", 2
 BARE = (0.5, 0.75)  # shares of the depth at which exits are put where a model has none
 Given = Exits | str | os.PathLike[str] | Callable[[Model], Exits] | None
 

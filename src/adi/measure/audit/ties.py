@@ -19,7 +19,7 @@ class Divergence:
     prompt: int
     at: int
     full: int
-    said: int
+    got: int
     margin: float
     gap: float
     noise: float

@@ -48,7 +48,7 @@ def text_violations(where: str, tallies: Sequence[Tally]) -> list[str]:
     for tally in tallies:
         for gap in tally.divergences:
             if not gap.explained:
-                text = f"prompt {gap.prompt} parts from full depth at token {gap.at} ({gap.said} for {gap.full}), no tie"
+                text = f"prompt {gap.prompt} parts from full depth at token {gap.at} ({gap.got} for {gap.full}), no tie"
                 said.append(f"{where}: {tally.name}: {text} (gap {gap.gap:.2g}, noise {gap.noise:.2g})")
     return said
 
