@@ -29,7 +29,6 @@ model.load
 exits
 drafters
 risk
-artifact_parts
 artifact
 decoding
 training measure.forced_pass measure.forced_read measure.statistics measure.provenance measure.pages measure.trace

@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def work(
         patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("ADI_HUGE_PAGES", "0")  # filled on request and given back 64 MiB at a time, they would hide a leak
         model = adi.load(str(tiny_folder), backend=request.param)
-        exits = exits_with_drafter(model).with_trigger(adi.Threshold("entropy", 3.0))
+        exits = replace(exits_with_drafter(model), trigger=adi.Threshold("entropy", 3.0))
         found = soak.Work(model, exits, 3.0, ["the quick brown fox", "a dog sleeps"], most_new_tokens=4)
         for number, kind in enumerate(soak.KINDS):  # what opens in the background does so before anything is counted
             found.do(kind, number)

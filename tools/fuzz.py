@@ -47,8 +47,8 @@ def seeds(what: str, corpus: Path) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     page = artifact.SHIPPED / "smollm2-135m"
     if what == "exits":
-        tensors = artifact._tensors(page / "exits.safetensors", artifact._digest(page / "exits.safetensors"))
-        artifact._tensors = lambda path, digest: tensors  # type: ignore[assignment]  # past the digest, which a forger writes too
+        tensors = artifact._read_arrays(page / "exits.safetensors", artifact._digest(page / "exits.safetensors"))
+        artifact._read_arrays = lambda path, digest: tensors  # type: ignore[assignment]  # past the digest, which a forger writes too
         shutil.copy(page / "exits.json", corpus / "seed")
     elif what == "result":
         shutil.copy(RESULTS / "ttft.json", corpus / "seed")

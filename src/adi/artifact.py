@@ -1,4 +1,4 @@
-"""``Exits``: heads, trigger and report in one value, saved beside the fingerprint of the model they belong to.
+"""``Exits``: exit heads, trigger, drafter and all that was trained for one model, saved beside its fingerprint.
 
 A saved folder holds ``exits.json`` and ``exits.safetensors``; loading runs no code.
 """
@@ -9,50 +9,81 @@ import functools
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from msgspec import Meta
 
-from adi.artifact_parts import answers_of, drafter_of, heads_of
 from adi.drafters.datastore import Datastore
-from adi.drafters.network import Drafter, Drafting
-from adi.errors import AdiError
+from adi.drafters.network import Drafter, Drafting, shapes
+from adi.errors import AdiError, FileError
 from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
 from adi.exits.probe import Probe, probe_of
 from adi.exits.signals import Measured, Prediction
-from adi.exits.triggers import Threshold, Trigger, trigger_from_json
-from adi.files import expanded, read_json, require_file, write_json
+from adi.exits.triggers import Rule, Threshold, Trigger
+from adi.files import expanded, package_data, read_json, require_file, write_json
 from adi.model.arrays import as_array
 from adi.model.backbone import Backbone
 from adi.model.load import Model
 from adi.risk.certificate import Certificate, find
+from adi.schema import Positive, Record, Share, from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOT_JSON = ("heads", "trigger", "drafter", "answers", "probe", "certificates")
-FORMAT = 2
-CERTIFIED = 3  # the format of exits with certificates; the same, with one field more
-READ = (1, 2, CERTIFIED)  # formats: the first knew no drafter
-SHIPPED = Path(__file__).parent / "data" / "exits"
-JSON_TEXTS = ("base", "base_name")
-JSON_COUNTS = ("layers", "width", "vocabulary")
-JSON_FIELDS = {"format", *JSON_TEXTS, *JSON_COUNTS, "depths", "trigger", "tensors", "report", "made_by"}
+SHIPPED = package_data("exits")
+JSON, TENSORS = "exits.json", "exits.safetensors"
 MOST_TENSOR_BYTES = 8 << 30
 BARE_TRIGGER = Threshold("top_probability", 0.5)
+FLOATS = (np.float16, np.float32, np.float64)
+INT32 = ("ids_S", "ids_N", "lengths_M")  # token ids and counts; other arrays hold weights
 Reader = Callable[[int, "Tensor"], Prediction | Measured]
+Arrays = dict[str, Any]
+
+
+class _Document(Record, frozen=True, omit_defaults=True):
+    """What exits.json holds. Format 3 is format 2 with certificates; format 1 knew no drafter."""
+
+    format: Literal[1, 2, 3]
+    base: str
+    base_name: str
+    layers: Positive
+    width: Positive
+    vocabulary: Positive
+    depths: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+    report: dict[str, Any]
+    made_by: dict[str, Any]
+    trigger: Rule
+    tensors: str  # digest of the other file
+    certificates: tuple[Certificate, ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.depths) != sorted({*self.depths}) or self.depths[-1] >= self.layers:
+            raise FileError(f"depths {list(self.depths)} do not rise inside a model of {self.layers} layers")
+        if (self.format == 3) != bool(self.certificates):
+            raise FileError(f"format {self.format} with {len(self.certificates)} certificates; only format 3 has any")
+
+
+@dataclass(frozen=True)
+class _DrafterReport:
+    acceptance: dict[Annotated[int, Meta(ge=0, le=9)], Share] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Report:
+    drafter: _DrafterReport = _DrafterReport()
 
 
 @dataclass(frozen=True)
 class Exits:
-    """Where a model may stop early, what it says there and when to believe it.
+    """Exit heads at some depths of a model, the trigger that decides when to use them, and a drafter with its datastore.
 
-    ``base`` is the fingerprint of the model they were made for. ``heads`` is None for bare exits, which speak through the
-    model's own final head. ``report`` is what training measured, ``made_by`` the command, data and seed.
+    ``base`` is the fingerprint of the model they were made for. ``heads`` is None for bare exits, which use the model's own
+    final head. ``report`` is what training measured, ``made_by`` the command, data and seed.
     """
 
     base: str
@@ -76,23 +107,19 @@ class Exits:
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
-    def with_trigger(self, trigger: Trigger) -> Exits:
-        """The same exits under another trigger."""
-        return replace(self, trigger=trigger)
-
     def certificate(self, kind: str, level: float, skipped: str = "exact") -> Certificate:
-        """What ``adi calibrate`` certified for exactly this level; ValueError where it never did."""
+        """What ``adi calibrate`` certified for exactly this level; AdiError where it never did."""
         return find(self.certificates, kind, level, skipped)
 
     def check(self, backbone: Backbone) -> None:
-        """ValueError unless these exits were made for this very model."""
+        """AdiError unless these exits were made for this very model."""
         spec = backbone.spec
         if self.base != spec.fingerprint:
             raise AdiError(
                 f"these exits belong to {self.base_name} (fingerprint {self.base}), not to {spec.name} "
                 f"(fingerprint {spec.fingerprint}). Make its own with: adi tune {spec.name} --out DIR"
             )
-        for name in JSON_COUNTS:  # where the fingerprint is the model's, these are, unless somebody wrote others
+        for name in ("layers", "width", "vocabulary"):  # as the fingerprint says, unless somebody edited the file
             if (mine := getattr(self, name)) != (its := getattr(spec, name)):
                 raise AdiError(f"these exits are damaged: their {name} is {mine}, the model's {its}.")
         if bad := [d for d in self.depths if d not in spec.stops]:
@@ -136,49 +163,39 @@ class Exits:
     @property
     def acceptance(self) -> Mapping[int, float]:
         """How often full depth agreed on held-out text with drafts of each tenth of confidence, 0 to 9, if measured."""
-        known = self.report.get("drafter", {}).get("acceptance", {})
-        shares = {int(place): float(share) for place, share in known.items()}
-        if not all(0 <= place <= 9 and 0 <= share <= 1 for place, share in shares.items()):
-            raise AdiError("the report's acceptance is no table from tenths, 0 to 9, to shares, 0 to 1")
-        return shares
+        return from_json(self.report, _Report, "the report of these exits").drafter.acceptance
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: ValueError.
+        """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: AdiError.
 
         Each of the two files is replaced whole, and a folder caught between the two is refused on loading.
         """
         from safetensors.numpy import save_file
 
+        place, arrays = Path(folder), dict(self._stored())
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _Document.__struct_fields__}
+        known["trigger"] = from_json(self.trigger.to_json(), Rule, "this trigger cannot be saved")
+        place.mkdir(parents=True, exist_ok=True)
+        partial = place / f".{TENSORS}.tmp"
+        save_file(arrays, partial)
+        partial.replace(place / TENSORS)
+        document = _Document(format=3 if self.certificates else 2, tensors=_digest(place / TENSORS), **known)
+        write_json(place / JSON, document.to_json())
+
+    def _stored(self) -> Iterator[tuple[str, Any]]:
+        """Every array by its name in the file: weights in half precision, those of the probe as they are."""
         if self.heads is None:
             raise AdiError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
-        arrays = {"ids_S": _stored(self.heads.ids_S, np.int32)}
-        for depth, adapter in self.heads.adapters.items():
-            for f in fields(adapter):
-                arrays[f"{depth}.{f.name}"] = _stored(getattr(adapter, f.name), np.float16)
-        for name, array in self.drafter.arrays().items() if self.drafter is not None else ():
-            arrays[f"drafter.{name}"] = _stored(array, np.int32 if name == "ids_S" else np.float16)
-        for name, array in self.answers.arrays().items() if self.answers is not None else ():
-            arrays[f"answers.{name}"] = _stored(array, np.int32)
-        for name, tensor in self.probe.tensors().items() if self.probe is not None else ():
-            arrays[f"probe.{name}"] = _stored(tensor)
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        partial = place / ".exits.safetensors.tmp"
-        save_file(arrays, partial)
-        partial.replace(place / "exits.safetensors")
-        write_json(place / "exits.json", self._json(_digest(place / "exits.safetensors")))
-
-    def _json(self, tensors: str) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in NOT_JSON}
-        own = {"depths": list(self.depths), "trigger": self.trigger.to_json(), "tensors": tensors}
-        if not self.certificates:
-            return {"format": FORMAT, **plain, **own}
-        return {"format": CERTIFIED, **plain, **own, "certificates": [c.to_json() for c in self.certificates]}
-
-
-def _stored(given: Any, kind: Any = None) -> Any:
-    with np.errstate(over="ignore"):  # what half precision cannot hold is refused on loading
-        return np.ascontiguousarray(as_array(given), kind)
+        yield "ids_S", np.ascontiguousarray(as_array(self.heads.ids_S), np.int32)
+        parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
+        parts |= {"drafter.": self.drafter.arrays()} if self.drafter is not None else {}
+        parts |= {"answers.": self.answers.arrays()} if self.answers is not None else {}
+        parts |= {"probe.": self.probe.tensors()} if self.probe is not None else {}
+        for prefix, arrays in parts.items():
+            for name, array in arrays.items():
+                kind: Any = np.int32 if name in INT32 else None if prefix == "probe." else np.float16
+                with np.errstate(over="ignore"):  # what half precision cannot hold is refused on loading
+                    yield prefix + name, np.ascontiguousarray(as_array(array), kind)
 
 
 def _alive(model: weakref.ref[Backbone]) -> Backbone:
@@ -188,10 +205,9 @@ def _alive(model: weakref.ref[Backbone]) -> Backbone:
 
 
 def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIGGER) -> Exits:
-    """Exits that speak through the model's own final norm and head at ``depths``: no training, any model.
+    """Exits that read the model's own final norm and head at ``depths`` (the logit lens, nostalgebraist 2020): no training.
 
-    They are exact when verified and, on ordinary checkpoints, poor guesses (the logit lens, nostalgebraist 2020). The
-    default trigger believes a token from a probability of 0.5 on.
+    On ordinary checkpoints their drafts are seldom accepted. The default trigger fires from a probability of 0.5 on.
     """
     spec = model.backbone.spec
     chosen = tuple(sorted(set(depths)))
@@ -209,7 +225,7 @@ def shipped() -> list[str]:
 def load_exits(source: str | os.PathLike[str]) -> Exits:
     """Exits from a folder, or those shipped with the package for a model ("smollm2-135m").
 
-    Raises ValueError for an unknown name, and for a folder that is damaged or written by something else. Whether they
+    Raises AdiError for an unknown name, and for a folder that is damaged or written by something else. Whether they
     fit a model is checked when they meet one.
     """
     folder = SHIPPED / str(source) if str(source) in shipped() else expanded(source)
@@ -218,20 +234,20 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
             f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
             "Make some with: adi tune MODEL --out DIR"
         )
-    value = read_json(folder / "exits.json", "exits file")
-    more = {"certificates"} if isinstance(value, dict) and value.get("format") == CERTIFIED else set()
-    if not isinstance(value, dict) or value.get("format") not in READ or set(value) != JSON_FIELDS | more:
-        raise AdiError(f"{folder / 'exits.json'} is not an exits file of format {FORMAT} or {CERTIFIED} (made by adi tune).")
+    value = read_json(folder / JSON, "exits file")
+    if not isinstance(value, dict) or value.get("format") not in (1, 2, 3):
+        raise FileError(f"{folder / JSON} is not an exits file of format 1 to 3 (made by adi tune).")
     try:
-        return _parse(value, _arrays(folder / "exits.safetensors", value["tensors"]))
-    except (ValueError, RecursionError) as error:
-        raise AdiError(f"the exits in {folder} are damaged: {error}") from None
+        document = from_json(value, _Document, JSON)
+        return _exits_of(document, _read_arrays(folder / TENSORS, document.tensors))
+    except AdiError as error:
+        raise FileError(f"the exits in {folder} are damaged: {error}") from None
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name that no folder can have
+    except (OSError, AdiError):  # a name that no folder can have
         return False
 
 
@@ -240,55 +256,88 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _arrays(path: Path, digest: Any) -> dict[str, Any]:
+def _read_arrays(path: Path, digest: str) -> Arrays:
     from safetensors.numpy import load_file
 
     require_file(path, "exits' tensors", MOST_TENSOR_BYTES)
+    if _digest(path) != digest:
+        raise FileError(f"{path.name} is not the file that {JSON} was written for (its digest differs)")
     try:
-        right = _digest(path) == digest
-        arrays: dict[str, Any] = load_file(path) if right else {}
-    except Exception as error:  # what a foreign file makes the reader raise
-        raise AdiError(f"{path.name}: {error}") from None
-    if not right:
-        raise AdiError(f"{path.name} is not the file that exits.json was written for (its digest differs)")
+        arrays: Arrays = load_file(path)
+    except Exception as error:  # whatever safetensors and numpy raise for a foreign file or a type that numpy lacks
+        raise FileError(f"{path.name}: {error}") from None
     return arrays
 
 
-def _parse(value: dict[str, Any], arrays: dict[str, Any]) -> Exits:
-    for name in JSON_COUNTS:
-        if type(value[name]) is not int or not 1 <= value[name] < 1 << 31:
-            raise AdiError(f"{name} is {value[name]!r}, not a positive whole number")
-    for name in JSON_TEXTS:
-        if not isinstance(value[name], str):
-            raise AdiError(f"{name} is {value[name]!r}, not a text")
-    for name in ("report", "made_by"):
-        if not isinstance(value[name], dict):
-            raise AdiError(f"{name} is not an object")
-    depths = value["depths"]
-    if not isinstance(depths, list) or not depths or any(type(d) is not int for d in depths) or depths != sorted(set(depths)):
-        raise AdiError(f"depths is {depths!r}, not a rising list of whole numbers")
-    if not 0 < depths[0] <= depths[-1] < value["layers"]:
-        raise AdiError(f"depths {depths} do not lie inside a model of {value['layers']} layers")
-    drafter = drafter_of(value["width"], value["vocabulary"], arrays)
-    answers = answers_of(value["vocabulary"], arrays)
-    own = {name: array for name, array in arrays.items() if not name.startswith(("drafter.", "answers.", "probe."))}
-    heads = heads_of(depths, value["width"], value["vocabulary"], own)
-    certificates = value.get("certificates", [])
-    if not isinstance(certificates, list):
-        raise AdiError("certificates is not a list")
-    known = {k: value[k] for k in ("base", "base_name", "layers", "width", "vocabulary", "report", "made_by")}
+def _exits_of(document: _Document, arrays: Arrays) -> Exits:
+    """The exits of both files; AdiError for arrays that are missing, too many, or of another shape or type."""
+    width, vocabulary = document.width, document.vocabulary
+    probe = probe_of(list(document.depths), width, arrays)
+    for name in [name for name in arrays if name.startswith("probe.")]:
+        del arrays[name]
     exits = Exits(
-        **known,
-        depths=tuple(depths),
-        trigger=trigger_from_json(value["trigger"]),
-        heads=heads,
-        drafter=drafter,
-        answers=answers,
-        probe=probe_of(depths, value["width"], arrays),
-        certificates=tuple(Certificate.from_json(item) for item in certificates),
+        **{f.name: getattr(document, f.name) for f in fields(Exits) if f.name in _Document.__struct_fields__},
+        drafter=_drafter(_taken(arrays, "drafter."), width, vocabulary),
+        answers=_datastore(_taken(arrays, "answers."), vocabulary),
+        probe=probe,
+        heads=_heads(document, arrays),
     )
-    try:
-        _ = exits.acceptance
-    except (AttributeError, TypeError, OverflowError) as error:
-        raise AdiError(f"the report's acceptance is no table: {error}") from None
+    _ = exits.acceptance
     return exits
+
+
+def _heads(document: _Document, arrays: Arrays) -> Heads:
+    """The heads out of all arrays that are left."""
+    ids_S, width, adapters = arrays.pop("ids_S", None), document.width, {}
+    _check_ids(ids_S, document.vocabulary)
+    for depth in document.depths:
+        own = _taken(arrays, f"{depth}.")
+        low_rank = (width, own["up_DR"].shape[-1] if "up_DR" in own and own["up_DR"].ndim == 2 else 0)
+        wanted = {f.name: (width,) for f in fields(Adapter)} | {"up_DR": low_rank, "down_DR": low_rank, "tail_bias": (1,)}
+        adapters[depth] = Adapter(**_weights(f"the head at depth {depth}", own, wanted))
+    if arrays:
+        raise FileError(f"unknown tensors {sorted(arrays)[:3]}")
+    return Heads(ids_S.astype(np.int64), adapters)
+
+
+def _drafter(own: Arrays, width: int, vocabulary: int) -> Drafter | None:
+    if not own:
+        return None
+    ids_S = own.pop("ids_S", None)
+    _check_ids(ids_S, vocabulary, "drafter's ")
+    hidden = own["gate_FD"].shape[0] if "gate_FD" in own and own["gate_FD"].ndim == 2 else 0
+    return Drafter(ids_S=ids_S.astype(np.int64), **_weights("the drafter", own, shapes(width, hidden)))
+
+
+def _datastore(own: Arrays, vocabulary: int) -> Datastore | None:
+    if not own:
+        return None
+    if set(own) != {"ids_N", "lengths_M"}:
+        raise FileError(f"the datastore's tensors are {sorted(own)}, not ids_N and lengths_M")
+    datastore = Datastore(**own)
+    datastore.check(vocabulary)
+    return datastore
+
+
+def _taken(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays whose names begin with ``prefix``, without it; they are taken out of ``arrays``."""
+    return {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+
+
+def _weights(what: str, own: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The arrays in float32; FileError unless they are those wanted, in these shapes, and finite."""
+    if set(own) != set(wanted):
+        raise FileError(f"{what} has the tensors {sorted(own)}, not {sorted(wanted)}")
+    for name, shape in wanted.items():
+        with np.errstate(over="ignore"):
+            fits = own[name].shape == shape and own[name].dtype.type in FLOATS
+            if not fits or not np.isfinite(own[name].astype(np.float32)).all():
+                raise FileError(f"{what}, {name}: shape {own[name].shape} or values are not what they must be")
+    return {name: array.astype(np.float32) for name, array in own.items()}
+
+
+def _check_ids(ids_S: Any, vocabulary: int, whose: str = "") -> None:
+    if ids_S is None or ids_S.ndim != 1 or ids_S.dtype != np.int32 or ids_S.size == 0:
+        raise FileError(f"the {whose}shortlist ids_S is missing or has another form")
+    if int(ids_S.min()) < 0 or int(ids_S.max()) >= vocabulary or len(np.unique(ids_S)) != len(ids_S):
+        raise FileError(f"the {whose}shortlist holds ids twice or outside the vocabulary [0, {vocabulary})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_reflex_says_that_nothing_calibrates_it(tiny_model: adi.Model) -> None:
     with pytest.raises(ValueError, match="certified by adi calibrate"):
         adi.Reflex(light)
     with pytest.raises(ValueError, match="AnyOf"):
-        adi.Reflex(light.with_trigger(SOMETIMES), thresholds=0.5)
+        adi.Reflex(replace(light, trigger=SOMETIMES), thresholds=0.5)
 
 
 def test_candidates_record_every_look(tiny_model: adi.Model) -> None:

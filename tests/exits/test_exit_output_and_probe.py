@@ -73,7 +73,7 @@ def test_the_state_is_asked_before_any_head_has_run() -> None:
 def test_a_probe_comes_back_from_disk_and_triggers(llama: adi.Model, tmp_path: Path) -> None:
     parts = (adi.Threshold("state_probe", {2: 0.9, 4: 0.0}), adi.Threshold("joint_probe", {2: 0.08, 4: 0.7}))
     rule = adi.AllOf(parts)
-    exits = probed_exits(llama, (2, 4)).with_trigger(rule)
+    exits = replace(probed_exits(llama, (2, 4)), trigger=rule)
     exits.save(tmp_path)
     again = adi.load_exits(tmp_path)
     assert again.trigger == rule
