@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
+from adi.measure.trigger_study.pass_seconds import PassSeconds
 from adi.risk.certificate import Certificate
 
 
@@ -29,6 +30,15 @@ def certificate(**changes: Any) -> Certificate:
         precision="fp32",
     )
     return replace(given, **changes)
+
+
+def pass_seconds(
+    layers: int, rows: tuple[int, ...], entry: float, block: tuple[float, ...], head: tuple[float, ...]
+) -> PassSeconds:
+    """What would be measured where a pass and each of its blocks cost so much, by number of rows."""
+    half = max(1, layers // 2)
+    whole = tuple(entry + layers * seconds for seconds in block)
+    return PassSeconds(layers, rows, tuple(entry / half + seconds for seconds in block), whole, head)
 
 
 def adi_(*args: Any, text: str | None = None) -> Any:

@@ -31,7 +31,7 @@ drafters
 risk
 artifact
 decoding
-training measure.forced_pass measure.forced_read measure.statistics measure.provenance measure.pages measure.trace
+training measure.statistics measure.provenance measure.pages measure.trace
 measure.trace_page
 measure.trigger_study measure.calibration measure.bench
 measure

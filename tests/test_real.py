@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import adi
+from adi.decoding.teacher_forcing import forced_readings
 from adi.measure.calibration.losses import disagreement
-from adi.measure.forced_read import forced_read
 from adi.prompts import read_prompts, spread
 
 pytestmark = [
@@ -212,6 +212,6 @@ def test_shipped_certificates_hold_on_prompts_that_nobody_calibrated_on(exits: a
         certificate.check(compiled.backbone.spec)
         policy = adi.Reflex(exits, risk=certificate.level, kind=certificate.kind)
         texts = adi.generate_batch(compiled, prompts, policy, max_new_tokens=certificate.max_new_tokens)
-        forced = forced_read(compiled.backbone, None, [(g.prompt_ids, g.token_ids) for g in texts])
-        wrong, risk = [disagreement(f.said_T, f.full_T) for f in forced], certificate.unit_level
+        readings = forced_readings(compiled.backbone, None, [(g.prompt_ids, g.token_ids) for g in texts])
+        wrong, risk = [disagreement(r.answer_T, r.full_T) for r in readings], certificate.unit_level
         assert certificate.kind != "disagreement" or sum(wrong) / len(wrong) < risk + 2 * (risk * (1 - risk) / 100) ** 0.5

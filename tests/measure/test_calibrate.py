@@ -13,12 +13,12 @@ import torch
 from msgspec import structs
 
 import adi
+from adi.decoding.teacher_forcing import forced_readings
 from adi.exits.heads import Heads, fresh_adapter
 from adi.exits.triggers import Never, Threshold
-from adi.measure.calibration.calibrate import calibrate, choose, losses
-from adi.measure.calibration.losses import own_text, replayed
-from adi.measure.calibration.risk_path import path, risks_wanted
-from adi.measure.forced_read import forced_read
+from adi.measure.calibration.calibrate import RiskTest, calibrate
+from adi.measure.calibration.losses import own_text_losses, replayed_loss
+from adi.measure.calibration.risk_path import risk_path, risks_wanted
 from support import adi_
 
 PROMPTS = [f"the fox number {i} jumps over dog {i * 7 % 13}" for i in range(40)]
@@ -47,7 +47,7 @@ def test_a_level_is_certified_and_its_thresholds_do_what_it_says(tiny_model: adi
 
 
 def _samples(result: adi.Calibration, c: adi.Certificate) -> Any:
-    return next(t.samples for t in result.tested if t.trigger == c.trigger)
+    return next(t.own_text for t in result.tested if t.trigger == c.trigger)
 
 
 def test_what_cannot_be_certified_says_how_many_prompts_it_takes(tiny_model: adi.Model, exits: adi.Exits) -> None:
@@ -91,16 +91,16 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model, exits: adi.Exits
 
 def test_the_path_goes_from_safe_to_bold_and_counts_as_replays_do(tiny_model: adi.Model, exits: adi.Exits) -> None:
     texts = [adi.generate(tiny_model, p, max_new_tokens=8) for p in PROMPTS[:12]]
-    told = forced_read(tiny_model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
-    rules = path(told, exits.depths, 6, [0.05, 0.8], "disagreement")
+    readings = forced_readings(tiny_model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
+    rules = risk_path(readings, exits.depths, 6, [0.05, 0.8], "disagreement")
     assert rules
     assert [r.cost for r in rules] == sorted((r.cost for r in rules), reverse=True)
     for rule in rules:
-        samples = [replayed(t, exits.depths, 6, rule.trigger) for t in told]
+        samples = [replayed_loss(r, exits.depths, 6, rule.trigger) for r in readings]
         tokens = sum(s.tokens for s in samples)
         assert rule.risk == pytest.approx(sum(s.disagreement * s.tokens for s in samples) / tokens)
         assert rule.depth == pytest.approx(sum(s.depth * s.tokens for s in samples) / tokens)
-    assert own_text(tiny_model, exits, told, rules[-1].trigger, 8)
+    assert own_text_losses(tiny_model, exits, readings, rules[-1].trigger, 8)
 
 
 def test_risks_wanted_reach_from_a_quarter_of_the_lowest_to_near_the_highest() -> None:
@@ -111,11 +111,10 @@ def test_risks_wanted_reach_from_a_quarter_of_the_lowest_to_near_the_highest() -
 
 def test_testing_stops_where_the_boldest_level_fails(tiny_model: adi.Model, exits: adi.Exits) -> None:
     result = calibrate(tiny_model, exits, PROMPTS, [0.3], max_new_tokens=4)
-    table = losses(result.tested, "disagreement")
-    place = choose(table, 0.3, "ltt", 0.05)
+    test = RiskTest("disagreement", "ltt", 0.05)
+    place = test.boldest(result.tested, 0.3)
     assert place is None or place >= len(result.tested) - 2
-    assert table.shape == (len(result.tested), 32)
-    assert losses(result.tested, "disagreement", [3, 1]).shape[1] == 2
+    assert test.losses(result.tested).shape == (len(result.tested), 32)
 
 
 def test_a_prompt_that_is_given_again_counts_once(tiny_model: adi.Model, exits: adi.Exits) -> None:
@@ -149,7 +148,7 @@ def test_the_command_saves_certificates_that_run(tiny_folder: Path, exits: adi.E
     args = ["--exits", tmp_path / "exits", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "-n", 3]
     done = adi_("calibrate", tiny_folder, *args, "--risk", 0.6, "--risk", 0.001, "--json", tmp_path / "c.json")
     assert done.exit_code == 0, done.output
-    assert "no exit can be believed" in " ".join(done.output.split())
+    assert "no exit could be certified" in " ".join(done.output.split())
     assert [c["level"] for c in json.loads((tmp_path / "c.json").read_text())["certificates"]] == [0.001, 0.6]
     assert [c.level for c in adi.load_exits(tmp_path / "out").certificates] == [0.001, 0.6]
     run = ["run", "hello fox", "--model", tiny_folder, "--exits", tmp_path / "out", "--mode", "reflex", "-n", 6]

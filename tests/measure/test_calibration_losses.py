@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import adi
-from adi.measure.calibration.losses import NATS, disagreement, log_loss, own_text, replay, replayed
-from adi.measure.forced_read import ForcedRead, forced_read
+from adi.decoding.teacher_forcing import ForcedReading, forced_readings
+from adi.measure.calibration.losses import NATS, disagreement, log_loss, own_text_losses, replay_exits, replayed_loss
 from adi.model.backbone import Rows
 from conftest import random_exits
 
@@ -23,14 +23,14 @@ def exits(llama: adi.Model) -> adi.Exits:
 
 
 @pytest.fixture(scope="module")
-def told(llama: adi.Model, exits: adi.Exits) -> list[ForcedRead]:
+def readings(llama: adi.Model, exits: adi.Exits) -> list[ForcedReading]:
     texts = [adi.generate(llama, prompt, max_new_tokens=TOKENS) for prompt in PROMPTS]
-    return forced_read(llama.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
+    return forced_readings(llama.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
 
 
-def rule(told: list[ForcedRead], share: float) -> adi.Threshold:
+def rule(readings: list[ForcedReading], share: float) -> adi.Threshold:
     """Believed at about this share of rows, at each depth."""
-    sure = torch.cat([t.signals["top_probability"] for t in told], 1)
+    sure = torch.cat([t.signals["top_probability"] for t in readings], 1)
     return adi.Threshold("top_probability", {d: float(sure[e].quantile(1 - share)) for e, d in enumerate((2, 4))})
 
 
@@ -40,39 +40,18 @@ def logs(model: adi.Model, ids: list[int]) -> torch.Tensor:
     return backbone.logits(states[-1:]).log_softmax(-1)[0]
 
 
-def test_a_text_of_full_depth_is_its_own_truth(told: list[ForcedRead]) -> None:
-    for one in told:
-        assert torch.equal(one.said_T, one.full_T)
+def test_a_text_of_full_depth_is_its_own_truth(readings: list[ForcedReading]) -> None:
+    for one in readings:
+        assert torch.equal(one.answer_T, one.full_T)
         assert float(one.regret_T.max()) == 0.0
-
-
-def test_it_tells_what_each_row_says_alone(llama: adi.Model, exits: adi.Exits, told: list[ForcedRead]) -> None:
-    """Row by row, from nothing: tokens, signals and log-probabilities."""
-    read = exits.reader(llama.backbone)
-    one = told[2]
-    for t in (0, 5, 11):
-        ids = [*one.prompt_ids, *one.said_T[:t].tolist()]
-        full = logs(llama, ids)
-        assert int(full.argmax()) == int(one.full_T[t])
-        assert float(one.log_T[t]) == pytest.approx(float(full[one.said_T[t]]), abs=1e-4)
-        for e, depth in enumerate((2, 4)):
-            rows = Rows(llama.backbone.new_cache(), 0, tuple(ids), None)
-            said = read(depth, llama.backbone.forward([rows], 0, depth)[0].hidden_TD[-1:])
-            assert said.ids_S is not None
-            token = int(said.ids_S[said.log_probs_TS[0].argmax()])
-            assert token == int(one.token_ET[e, t])
-            assert float(one.signals["top_probability"][e, t]) == pytest.approx(
-                float(said.log_probs_TS[0].max().exp()), abs=1e-5
-            )
-            assert float(one.regret_ET[e, t]) == pytest.approx(float(full.max() - full[token]), abs=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
 def test_own_text_is_what_generation_and_a_slow_judge_say(
-    llama: adi.Model, exits: adi.Exits, told: list[ForcedRead], share: float
+    llama: adi.Model, exits: adi.Exits, readings: list[ForcedReading], share: float
 ) -> None:
-    trigger = rule(told, share)
-    samples = own_text(llama, exits, told, trigger, TOKENS)
+    trigger = rule(readings, share)
+    samples = own_text_losses(llama, exits, readings, trigger, TOKENS)
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         text = adi.generate(llama, prompt, adi.Reflex(exits, trigger=trigger), max_new_tokens=TOKENS)
         context, wrong, regrets = list(prompt), [], []
@@ -87,36 +66,40 @@ def test_own_text_is_what_generation_and_a_slow_judge_say(
         assert (sample.tokens, sample.full) == (len(text.steps), sum(s.depth == 6 for s in text.steps))
 
 
-def test_a_replay_that_says_the_same_is_the_generation(llama: adi.Model, exits: adi.Exits, told: list[ForcedRead]) -> None:
+def test_a_replay_that_says_the_same_is_the_generation(
+    llama: adi.Model, exits: adi.Exits, readings: list[ForcedReading]
+) -> None:
     same = 0
     for share in (0.02, 0.05, 0.1, 0.3):
-        trigger = rule(told, share)
-        for one in told:
-            seen = replay(one, exits.depths, 6, trigger)
+        trigger = rule(readings, share)
+        for one in readings:
+            seen = replay_exits(one, exits.depths, 6, trigger)
             text = adi.generate(llama, one.prompt_ids, adi.Reflex(exits, trigger=trigger), max_new_tokens=TOKENS)
-            differs = (seen.said_T != one.said_T).nonzero()
+            differs = (seen.token_T != one.answer_T).nonzero()
             until = int(differs[0]) + 1 if len(differs) else TOKENS
-            assert list(text.token_ids[:until]) == seen.said_T[:until].tolist(), "up to the first difference it is the text"
+            assert list(text.token_ids[:until]) == seen.token_T[:until].tolist(), "up to the first difference it is the text"
             assert [s.depth for s in text.steps[:until]] == seen.depth_T[:until].tolist()
             same += until == TOKENS
     assert 0 < same < 16
 
 
-def test_a_replay_knows_entropy_and_single_thresholds_too(told: list[ForcedRead]) -> None:
-    low = replay(told[0], (2, 4), 6, adi.Threshold("entropy", 1e9))
-    assert low.depth_T.tolist() == [6] + [2] * (TOKENS - 1)
-    assert replay(told[0], (2, 4), 6, adi.Threshold("entropy", 1e9, min_depth=3)).depth_T.tolist() == [6] + [4] * (TOKENS - 1)
-    assert replay(told[0], (2, 4), 6, adi.Threshold("top_probability", {4: 2.0})).depth_T.tolist() == [6] * TOKENS
+def test_a_replay_knows_entropy_and_single_thresholds_too(readings: list[ForcedReading]) -> None:
+    for trigger, depths in (
+        (adi.Threshold("entropy", 1e9), [6] + [2] * (TOKENS - 1)),
+        (adi.Threshold("entropy", 1e9, min_depth=3), [6] + [4] * (TOKENS - 1)),
+        (adi.Threshold("top_probability", {4: 2.0}), [6] * TOKENS),
+    ):
+        assert replay_exits(readings[0], (2, 4), 6, trigger).depth_T.tolist() == depths
     with pytest.raises(ValueError, match="a replay reads a Threshold"):
-        replay(told[0], (2, 4), 6, adi.Threshold("margin", 0.5))
+        replay_exits(readings[0], (2, 4), 6, adi.Threshold("margin", 0.5))
 
 
-def test_replayed_losses_add_up(told: list[ForcedRead]) -> None:
-    trigger = rule(told, 0.5)
-    for one in told:
-        found = replay(one, (2, 4), 6, trigger)
-        sample = replayed(one, (2, 4), 6, trigger)
-        wrong = [a != b for a, b in zip(found.said_T.tolist(), one.full_T.tolist(), strict=True)]
+def test_replayed_losses_add_up(readings: list[ForcedReading]) -> None:
+    trigger = rule(readings, 0.5)
+    for one in readings:
+        found = replay_exits(one, (2, 4), 6, trigger)
+        sample = replayed_loss(one, (2, 4), 6, trigger)
+        wrong = [a != b for a, b in zip(found.token_T.tolist(), one.full_T.tolist(), strict=True)]
         assert sample.disagreement == pytest.approx(sum(wrong) / TOKENS)
         regrets = [0.0 if e < 0 else min(float(one.regret_ET[e, t]), NATS) for t, e in enumerate(found.exit_T.tolist())]
         assert sample.log_loss == pytest.approx(sum(regrets) / TOKENS / NATS)

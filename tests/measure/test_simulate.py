@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import adi
 from adi.decoding.speculate import DraftToken, Emitted, Forward, Request, verified
 from adi.exits.triggers import Threshold
-from adi.measure.trigger_study.cost import Cost
-from adi.measure.trigger_study.simulate import PassSeconds, Recorded, drafting
+from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
+from adi.measure.trigger_study.simulate import RecordedText, simulate
+from support import pass_seconds
 
 LAYERS, STOPS, WRONG = 10, (2, 5, 8), 0
-PASSES = PassSeconds((1, 2, 4, 8), 1.0, (0.2, 0.25, 0.3, 0.5), (0.7, 0.8, 0.9, 1.0))
+PASSES = pass_seconds(LAYERS, (1, 2, 4, 8), 1.0, (0.2, 0.25, 0.3, 0.5), (0.7, 0.8, 0.9, 1.0))
 ROW = st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([0.0, 0.01, 0.5])), min_size=3, max_size=3)
 TEXTS = st.lists(ROW, min_size=1, max_size=30)
 
@@ -47,7 +49,7 @@ class Twin:
         self.filled[: asked.to] = [self.length] * asked.to
         row = self.length - 1
         if asked.to == LAYERS:
-            self.seconds += PASSES.full(0, asked.read) - PASSES.through(0, asked.read)
+            self.seconds += PASSES.head(asked.read)
             return [Said(LAYERS, at + 1) for at in range(self.length - asked.read, self.length)]
         assert before[asked.to - 1] < self.length
         right, fires, asking = self.text[row][STOPS.index(asked.to)]
@@ -79,28 +81,33 @@ def run(text: list[Any], draft_tokens: int) -> tuple[int, float, int, int, int]:
 @given(TEXTS, st.integers(1, 6))
 def test_records_give_what_the_real_logic_gives(text: list[Any], draft_tokens: int) -> None:
     right, fires, asking = ([[cell[i] for cell in row] for row in text] for i in range(3))
-    found = drafting([Recorded(right, fires, asking)], STOPS, LAYERS, draft_tokens, PASSES)
+    found = simulate([RecordedText(right, fires, asking)], STOPS, draft_tokens, PASSES)
     tokens, seconds, rounds, drafted, accepted = run(text, draft_tokens)
     assert (found.tokens, found.rounds, found.drafted, found.accepted) == (tokens, rounds, drafted, accepted)
     assert found.seconds == pytest.approx(seconds)
 
 
 def test_a_rule_that_never_fires_costs_full_depth_and_its_looks() -> None:
-    text = Recorded([[True]] * 5, [[False]] * 5, [[0.5]] * 5)
-    found = drafting([text], (2,), LAYERS, 4, PASSES)
+    text = RecordedText([[True]] * 5, [[False]] * 5, [[0.5]] * 5)
+    found = simulate([text], (2,), 4, PASSES)
     looked = 3  # the last token of a text is not drafted for
     assert (found.tokens, found.rounds, found.drafted) == (4, 4, 0)
-    assert found.seconds == pytest.approx(4 * PASSES.full(LAYERS, 1) + looked * (0.5 + PASSES.through(0, 1)))
+    assert found.seconds == pytest.approx(4 * PASSES.full() + looked * (0.5 + PASSES.through(0, 1)))
 
 
 def test_pass_seconds_come_from_two_depths() -> None:
-    passes = PassSeconds.of(Cost((1, 3), (1.2, 1.4), (11.0, 13.0), (0.5, 0.6)), 10)
+    passes = PassSeconds(10, (1, 3), (1.2, 1.4), (11.0, 13.0), (0.5, 0.6))
     assert passes.through(10, 1) == pytest.approx(11.0)
     assert passes.through(5, 1) == pytest.approx(6.0)
     assert passes.through(10, 2) == pytest.approx(12.0)
-    assert passes.full(10, 5) == pytest.approx(15.0 + 0.7), "along the last slope"
-    noisy = PassSeconds.of(Cost((1, 2, 4, 8), (1.0,) * 4, (10.0, 14.0, 12.0, 16.0), (0.5, 0.4, 0.6, 0.7)), 10)
+    assert passes.full(5) == pytest.approx(15.0 + 0.7), "along the last slope"
+    noisy = PassSeconds(10, (1, 2, 4, 8), (1.0,) * 4, (10.0, 14.0, 12.0, 16.0), (0.5, 0.4, 0.6, 0.7))
     assert noisy.entry == 0
-    assert noisy.block == pytest.approx((1.0, 1.3, 1.3, 1.6)), "more rows never cost less"
-    assert noisy.head == pytest.approx((0.45, 0.45, 0.6, 0.7))
-    assert PassSeconds.of(Cost((1,), (1.0,), (1.0,), (0.5,)), 1).through(1, 3) == 1.0
+    assert [noisy.through(1, n) for n in (1, 2, 4, 8)] == pytest.approx([1.0, 1.2, 1.2, 1.6]), "more rows never cost less"
+    assert [noisy.head(n) for n in (1, 2, 4, 8)] == pytest.approx([0.4, 0.4, 0.6, 0.7])
+    assert PassSeconds(1, (1,), (1.0,), (1.0,), (0.5,)).through(1, 3) == 1.0
+
+
+def test_passes_of_a_single_row_count_can_be_measured(tiny_model: adi.Model) -> None:
+    passes = measure_passes(tiny_model.backbone, rows=(1,), repeats=3)
+    assert passes.full() == pytest.approx(passes.blocks_seconds[0] + passes.head_seconds[0])

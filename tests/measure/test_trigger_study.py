@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adi
+from adi.exits.signals import Prediction
 from adi.exits.triggers import trigger_from_json
-from adi.measure.trigger_study.confidence import Heated
-from adi.measure.trigger_study.exit_table import ExitTable
-from adi.measure.trigger_study.simulate import PassSeconds
-from adi.measure.trigger_study.study import _isotonic_error, combined, oracle
-from adi.measure.trigger_study.threshold_search import GATED, ORACLE, STATIC, Field, compare
+from adi.measure.trigger_study.exit_table import TEMPERATURES, ExitTable, at_temperatures
+from adi.measure.trigger_study.study import combined, isotonic_error, oracle
+from adi.measure.trigger_study.threshold_search import GATED, ORACLE, STATIC, SearchData, best_rules
 from conftest import probed_exits, random_exits
+from support import pass_seconds
 
 LAYERS = 9
 
@@ -39,28 +39,45 @@ def test_the_oracle_looks_row_by_row(rows: list[list[bool]]) -> None:
         assert found.first_right[depth] == pytest.approx(first.count(depth) / len(rows))
 
 
-def readings(right: torch.Tensor, calibrates: torch.Tensor, **signals: torch.Tensor) -> ExitTable:
-    none = torch.zeros(1, len(right))
-    return ExitTable(signals, right, calibrates, none[0], Heated(none, none))
+def table(right: torch.Tensor, calibrates: torch.Tensor, **signals: torch.Tensor) -> ExitTable:
+    none = torch.zeros(len(right), 1)
+    return ExitTable(signals, right, calibrates, none[:, 0], none, none)
 
 
 def test_a_signal_that_never_changes_is_not_blamed_for_bad_calibration() -> None:
     """Equal values get one chance, however they are sorted among themselves."""
     right = torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.4
-    assert _isotonic_error(torch.ones(4000), readings(right, torch.arange(4000) % 2 == 0)) < 0.05
+    assert isotonic_error(torch.ones(4000), table(right, torch.arange(4000) % 2 == 0)) < 0.05
 
 
 def test_a_combination_learns_from_calibrating_rows_only() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 2000, generator=generator)
     right, calibrates = torch.rand(2000, generator=generator) < (2 * a - b).sigmoid(), torch.arange(2000) < 1000
-    chance = combined({"a": a, "b": b}, readings(right, calibrates))
+    chance = combined({"a": a, "b": b}, table(right, calibrates))
     assert float((chance - (2 * a - b).sigmoid()).abs().mean()) < 0.05
     turned = torch.where(calibrates, right, ~right)
-    assert torch.equal(combined({"a": a, "b": b}, readings(turned, calibrates)), chance)
+    assert torch.equal(combined({"a": a, "b": b}, table(turned, calibrates)), chance)
 
 
-def field(turned: bool = False, block: float = 1e-3) -> Field:
+@pytest.mark.parametrize("tail", [True, False])
+def test_temperature_against_a_softmax_by_hand(tail: bool) -> None:
+    ids = torch.tensor([3, 5, 9]) if tail else None
+    logs = torch.tensor([[0.5, 0.2, 0.1], [0.1, 0.1, 0.1], [0.3, 0.3, 0.2]] if tail else [[0.5, 0.3, 0.2]] * 3)
+    logs = torch.log(logs / logs.sum(1, keepdim=True) * (0.8 if tail else 1.0))
+    said = Prediction(logs, ids, torch.full((3,), math.log(0.2)) if tail else None, 90)
+    tokens, places = (torch.tensor([5, 4, 9]), (1, 3, 2)) if tail else (torch.tensor([1, 0, 2]), (1, 0, 2))
+    surprise_NG, top_NG = at_temperatures(said, tokens)
+    for g, heat in enumerate(TEMPERATURES):
+        for n, place in enumerate(places):
+            logits = [*logs[n].tolist(), *([math.log(0.2)] if tail else [])]
+            weights = [math.exp(x / heat) for x in logits]
+            assert float(surprise_NG[n, g]) == pytest.approx(-math.log(weights[place] / sum(weights)), abs=1e-5)
+            assert float(top_NG[n, g]) == pytest.approx(max(weights[:3]) / sum(weights), abs=1e-5)
+    assert 1.0 in TEMPERATURES
+
+
+def search_data(turned: bool = False, block: float = 1e-3) -> SearchData:
     """Two exits; the first one's margin tells exactly whether it is right, the others tell nothing."""
     generator = torch.Generator().manual_seed(3)
     rows, each = 30 * 20, 20
@@ -68,17 +85,17 @@ def field(turned: bool = False, block: float = 1e-3) -> Field:
     right = torch.rand(rows, generator=generator) < 0.6
     shown = torch.where(calibrates | torch.tensor(not turned), right, ~right)
     noise = torch.rand(rows, generator=generator)
-    told = {"margin": shown.float(), "top_probability": noise, "stability": noise}
-    lost = {"margin": noise, "top_probability": noise, "stability": noise}
-    at = {2: readings(right, calibrates, **told), 5: readings(noise < 0.1, calibrates, **lost)}
-    passes = PassSeconds((1, 8), 0.0, (block, block), (1e-3, 1e-3))
-    asking = {depth: {"head": 1e-4, "margin": 1e-4, "top_probability": 1e-4, "stability": 1e-5} for depth in (2, 5)}
+    shows = {"margin": shown.float(), "top_probability": noise, "stability": noise}
+    hides = {"margin": noise, "top_probability": noise, "stability": noise}
+    at = {2: table(right, calibrates, **shows), 5: table(noise < 0.1, calibrates, **hides)}
+    passes = pass_seconds(LAYERS, (1, 8), 0.0, (block, block), (1e-3, 1e-3))
+    seconds = {depth: {"head": 1e-4, "margin": 1e-4, "top_probability": 1e-4, "stability": 1e-5} for depth in (2, 5)}
     marks = [i < 15 for i in range(30)]
-    return Field(at, [each] * 30, marks, asking, passes, LAYERS)
+    return SearchData(at, [each] * 30, marks, seconds, passes)
 
 
 def test_the_rule_that_tells_wins_and_comes_with_its_thresholds() -> None:
-    found = {one.rule: one for one in compare(field())}
+    found = {one.rule: one for one in best_rules(search_data())}
     assert set(found) == {STATIC, ORACLE, "margin", "top_probability", "stability"}
     best = found["margin"]
     assert best.stops == (2,)
@@ -92,7 +109,7 @@ def test_the_rule_that_tells_wins_and_comes_with_its_thresholds() -> None:
 
 def test_rules_are_chosen_on_calibrating_texts_only() -> None:
     """A signal that lies on the texts that test is still chosen by what it said on the others, and found out."""
-    honest, lying = ({one.rule: one for one in compare(field(turned))}["margin"] for turned in (False, True))
+    honest, lying = ({one.rule: one for one in best_rules(search_data(turned))}["margin"] for turned in (False, True))
     same = ("stops", "chance", "draft_tokens", "calibrating_ratio", "trigger")
     assert all(getattr(honest, name) == getattr(lying, name) for name in same)
     assert lying.accepted_share == 0.0

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from adi.cli.options import (
@@ -27,6 +26,7 @@ from adi.cli.options import (
 )
 from adi.errors import AdiError
 from adi.files import require_writable, write_json
+from adi.progress import Reporter
 from adi.prompts import read_prompts, spread
 
 if TYPE_CHECKING:
@@ -78,12 +78,9 @@ def calibrate(
     require_writable(out / "exits.json")
     earlier = _earlier(out, found, loaded.backbone.spec)
     levels = risk or [0.02]
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks = {name: bar.add_task(name, total=None) for name in ("answers", "rules")}
-        forced_read = lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)  # noqa: E731
+    with Reporter(console) as report:
         ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
-        result = measure(loaded, found, chosen, levels, progress=forced_read, **ways)
+        result = measure(loaded, found, chosen, levels, progress=report, **ways)
     replace(found, certificates=merged(earlier, result.certificates)).save(out)
     if json_out is not None:
         from adi.measure.provenance import provenance

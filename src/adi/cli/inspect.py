@@ -23,6 +23,7 @@ from adi.cli.options import (
     Source,
 )
 from adi.errors import AdiError
+from adi.progress import Reporter
 from adi.prompts import PromptItem, read_prompts, spread
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def inspect(
     items = chosen_prompts(prompts, limit)
     chosen = [item.prompt for item in items]
     loaded = Source(model, backend, precision, device).load(errors)
-    with progress(errors, "answers") as forced_read:
-        found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=forced_read)
+    with Reporter(errors) as report:
+        found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=report)
     if json_out:
         print(json.dumps({**made_of(items), **asdict(found)}))
         return
@@ -70,7 +71,7 @@ def inspect(
     out.print(table)
     table = Table(title=f"The model's own head at each depth, untrained ({found.tokens} tokens)", title_justify="left")
     table.add_column("depth", justify="right")
-    table.add_column("says the full model's token", justify="right")
+    table.add_column("full model's token", justify="right")
     for depth, share in found.agreement.items():
         table.add_row(str(depth), f"{share:.1%}")
     out.print(table)

@@ -15,10 +15,11 @@ from rich.table import Table
 from adi.cli.inspect import JsonOption, LimitOption, PromptsOption, chosen_prompts, made_of, progress
 from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, PrecisionOption, Source, exits_for
 from adi.errors import AdiError
+from adi.progress import Reporter
 
 if TYPE_CHECKING:
     from adi.artifact import Exits
-    from adi.measure.trigger_study.study import Study
+    from adi.measure.trigger_study.study import TriggerStudy
     from adi.model.load import Model
 
 
@@ -71,8 +72,8 @@ def triggers(
     loaded = source.load(errors)
     found = exits_for(loaded, exits)
     test, calibrating = ([item.prompt for item in some] for some in (items, others))
-    with progress(errors, "texts") as forced_read:
-        study = study_triggers(loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=forced_read)
+    with Reporter(errors) as report:
+        study = study_triggers(loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=report)
     if save is not None:
         _save(found, study, save)
     if json_out:
@@ -99,15 +100,18 @@ def _fit(
     consoles: tuple[Console, Console],
 ) -> None:
     """A probe from the model's answers, saved with the exits."""
-    from adi.measure.forced_pass import answers
+    from adi.decoding.teacher_forcing import own_answers
     from adi.training.answers import Answer
     from adi.training.train_probe import fit_probe
 
     items = chosen_prompts(prompts, limit)
-    texts = answers(model, [item.prompt for item in items], max_new_tokens)
-    given = [Answer(item.prompt, text.ids, text.start, True, False) for item, text in zip(items, texts, strict=True)]
-    with progress(consoles[0], "texts") as forced_read:
-        probe, report = fit_probe(model.backbone, exits, given, progress=forced_read)
+    texts = own_answers(model, [item.prompt for item in items], max_new_tokens)
+    given = [
+        Answer(item.prompt, text.prompt_ids + text.token_ids, len(text.prompt_ids), True, False)
+        for item, text in zip(items, texts, strict=True)
+    ]
+    with progress(consoles[0], "texts") as report_progress:
+        probe, report = fit_probe(model.backbone, exits, given, progress=report_progress)
     report |= {name: made_of(items)[name] for name in ("command", "prompts_hash")}
     replace(exits, probe=probe, report={**exits.report, "probe": report}).save(folder)
     if json_out:
@@ -125,7 +129,7 @@ def _fit(
     consoles[1].print(f"Saved to {folder}. Compare: adi triggers {model.source} --exits {folder}", markup=False)
 
 
-def _save(exits: Exits, study: Study, folder: Path) -> None:
+def _save(exits: Exits, study: TriggerStudy, folder: Path) -> None:
     """The exits under the rule that was estimated fastest; how many drafts it was chosen with is in their report."""
     from adi.exits.triggers import trigger_from_json
 
@@ -134,7 +138,7 @@ def _save(exits: Exits, study: Study, folder: Path) -> None:
     replace(exits, trigger=trigger_from_json(best.trigger), report={**exits.report, "trigger": chosen}).save(folder)
 
 
-def _show(study: Study, out: Console) -> None:
+def _show(study: TriggerStudy, out: Console) -> None:
     title = (
         f"Signals against full depth's token: {study.calibrating_tokens} tokens calibrate, {study.testing_tokens} others test"
     )

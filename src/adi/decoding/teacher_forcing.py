@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from adi.artifact import Exits
-from adi.decoding.policies import FullDepth, Policy
+from adi.decoding.policies import FullDepth
 from adi.decoding.records import Generation
 from adi.decoding.scheduler import generate_batch, sharing
 from adi.exits.signals import Measured, Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States
 from adi.model.load import Model
+from adi.model.tokenizer import Prompt
 
 MOST_TEXTS = 16  # that hold KV memory at a time
 READ: dict[str, Callable[[Prediction | Measured], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
@@ -153,9 +154,9 @@ def _run_chunk(backbone: Backbone, chosen: Sequence[_RunningText], stops: Sequen
         one.advance()
 
 
-def full_logits(backbone: Backbone, deep_ND: Tensor) -> Iterator[Tensor]:
-    """The full model's logits at states of full depth, some rows ``[R, V]`` at a time: a vocabulary may have 262,144 tokens."""
-    return (backbone.logits(part_RD) for part_RD in deep_ND.split(backbone.spec.merged_rows))
+def full_logits(backbone: Backbone, deep_ND: Tensor, rows: int | None = None) -> Iterator[Tensor]:
+    """The model's own head on states, ``[R, V]`` for some rows at a time: a vocabulary may have 262,144 tokens."""
+    return (backbone.logits(part_RD) for part_RD in deep_ND.split(rows or backbone.spec.merged_rows))
 
 
 def full_tokens(backbone: Backbone, deep_ND: Tensor) -> Tensor:
@@ -222,7 +223,12 @@ def head_tokens(head: Prediction | Measured) -> Tensor:
     return place_T if head.ids_S is None else head.ids_S.cpu()[place_T]
 
 
-def own_answers(model: Model, prompts: Sequence[str], max_new_tokens: int, policy: Policy | None = None) -> list[Generation]:
-    """The model's own answers, all together: at full depth, greedy, unless a policy is given."""
+def encoded(model: Model, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """The prompts' token ids, in the model's chat template where it has one."""
     raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
-    return generate_batch(model, prompts, policy or FullDepth(), max_new_tokens=max_new_tokens, raw=raw, most=MOST_TEXTS)
+    return [model.encode(prompt, raw=raw) for prompt in prompts]
+
+
+def own_answers(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Generation]:
+    """The model's own greedy answers at full depth, all together."""
+    return generate_batch(model, encoded(model, prompts), FullDepth(), max_new_tokens=max_new_tokens, most=MOST_TEXTS)

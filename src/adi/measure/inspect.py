@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens, own_answers
 from adi.errors import AdiError
-from adi.measure.forced_pass import answer, forced_pass
-from adi.measure.trigger_study.cost import Cost, measure_cost
+from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
 from adi.model.backbone import Spec
 from adi.model.load import Model
+from adi.progress import Progress, no_progress
 
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 LONGEST_DRAFT = 8
+SHORTLIST_COST = 0.1  # of the model's own head
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Headroom:
-    """``agreement`` maps depths to the share of tokens where the model's own final head, put there untrained, says the
+    """``agreement`` maps depths to the share of tokens where the model's own final head, put there untrained, predicts the
     full model's greedy token."""
 
     spec: Spec
-    cost: Cost
+    cost: PassSeconds
     agreement: dict[int, float]
     tokens: int
     ceilings: tuple[Ceiling, ...]
@@ -48,73 +50,59 @@ def speedup(acceptance: float, draft_tokens: int, draft_cost: float, verify_cost
     return tokens / (k * draft_cost + verify_cost)
 
 
-def ceiling(cost: Cost, layers: int, depth: int, acceptance: float) -> Ceiling:
-    """The best draft length at this depth and acceptance, from measured costs.
+def ceiling(passes: PassSeconds, depth: int, acceptance: float) -> Ceiling:
+    """The best draft length at this depth and acceptance, from measured passes.
 
     A draft runs ``depth`` blocks on one row and a head of a tenth of the model's own (a shortlist); verification runs
-    the missing blocks on k + 1 rows and the head on all of them, and the first row's first blocks.
+    the missing blocks on k + 1 rows and the head on all of them, and the last row's first blocks.
     """
-    full, share = cost.full_seconds, depth / layers
-    draft = (share * cost.blocks_seconds[0] + 0.1 * cost.head_seconds[0]) / full
+    full, shallow = passes.full(), passes.through(depth, 1)
+    draft = (shallow + SHORTLIST_COST * passes.head(1)) / full
     options = []
     for k in range(1, LONGEST_DRAFT + 1):
-        rest = (1 - share) * _at(cost.rows, cost.blocks_seconds, k + 1) + _at(cost.rows, cost.head_seconds, k + 1)
-        verify = (rest + share * cost.blocks_seconds[0]) / full
+        verify = (shallow + passes.through(passes.layers - depth, k + 1) + passes.head(k + 1)) / full
         options.append(Ceiling(depth, acceptance, k, speedup(acceptance, k, draft, verify)))
     return max(options, key=lambda c: c.speedup)
 
 
-def inspect(
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Headroom:
-    """Measure costs on this machine, and the bare head's agreement at every depth on the model's own answers."""
-    spec = model.backbone.spec
+def inspect(model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, progress: Progress = no_progress) -> Headroom:
+    """Measure passes on this machine, and the bare head's agreement at every depth on the model's own answers.
+
+    AdiError for a model of one block.
+    """
+    backbone, spec = model.backbone, model.backbone.spec
     depths = _spread(spec.layers)
     if not depths:
         raise AdiError(f"{spec.name} has one block: there is no depth to stop at.")
-    right: dict[int, int] = dict.fromkeys(depths, 0)
-    tokens = 0
-    for i, prompt in enumerate(prompts):
-        text = answer(model, prompt, max_new_tokens)
-        seen = forced_pass(model, text, depths)
-        for depth, states in seen.at.items():
-            right[depth] += int((model.backbone.logits(states.hidden_TD).argmax(-1) == seen.token_N).sum())
-        tokens += len(seen.token_N)
-        progress(i + 1, len(prompts))
-    cost = measure_cost(model.backbone)
+    progress(0, len(prompts), "answers")
+    texts = [KnownText.of_answer(a.prompt_ids, a.token_ids) for a in own_answers(model, prompts, max_new_tokens)]
+    right, tokens = dict.fromkeys(depths, 0), 0
+    for i, seen in enumerate(forced_pass(backbone, texts, depths)):
+        token_N = full_tokens(backbone, seen.deep_ND)
+        tokens += len(token_N)
+        for depth in depths:
+            right[depth] += int((full_tokens(backbone, seen.hidden[depth]) == token_N).sum())
+        progress(i + 1, len(prompts), "answers")
+    passes = measure_passes(backbone)
     agreement = {depth: right[depth] / tokens for depth in depths}
-    grid = tuple(ceiling(cost, spec.layers, d, a) for d in _few(depths) for a in ACCEPTANCES)
-    return Headroom(spec, cost, agreement, tokens, grid, _advice(spec, cost, agreement))
+    grid = tuple(ceiling(passes, d, a) for d in _few(depths) for a in ACCEPTANCES)
+    return Headroom(spec, passes, agreement, tokens, grid, _advice(passes, agreement))
 
 
-def _advice(spec: Spec, cost: Cost, agreement: dict[int, float]) -> str:
-    """A plain sentence from the figures."""
-    bare = max((ceiling(cost, spec.layers, d, min(a, 0.99)) for d, a in agreement.items()), key=lambda c: c.speedup)
-    middle = ceiling(cost, spec.layers, max(1, spec.layers // 3), 0.7)
-    untrained = (
-        f"Untrained, the best exit is depth {bare.depth}, which says the full model's token {agreement[bare.depth]:.0%} of the "
-        f"time: at best {bare.speedup:.2f} x"
-    )
+def _advice(passes: PassSeconds, agreement: dict[int, float]) -> str:
+    """What the figures mean, in plain sentences."""
+    layers = passes.layers
+    bare = max((ceiling(passes, d, min(a, 0.99)) for d, a in agreement.items()), key=lambda c: c.speedup)
+    third = ceiling(passes, max(1, layers // 3), 0.7)
+    head = passes.head_seconds[0] / passes.block_seconds[0]
     verdict = ", not worth drafting with" if bare.speedup < 1.05 else ""
-    trained = (
-        f"Exits that agree 70% of the time after {middle.depth} of {spec.layers} blocks could reach {middle.speedup:.2f} x "
-        f"with drafts of {middle.draft_tokens}."
+    return (
+        f"Untrained, the best exit is depth {bare.depth}, which predicts the full model's token {agreement[bare.depth]:.0%} of "
+        f"the time: at best {bare.speedup:.2f} x{verdict}. Trained exits that agree 70% of the time after {third.depth} of "
+        f"{layers} blocks could reach {third.speedup:.2f} x with drafts of {third.draft_tokens}, but on a frozen model no "
+        "exit trigger that was measured has paid. What pays is drafts from n-grams of the text, which need no training, and a "
+        f"trained drafter (adi tune). The model's own head costs as much as {head:.1f} blocks; a drafter needs a lighter one."
     )
-    head = cost.head_seconds[0] / cost.block_seconds[0]
-    light = f"The model's own head costs as much as {head:.1f} blocks, so exits need lighter ones."
-    return f"{untrained}{verdict}. {trained} {light}"
-
-
-def _at(rows: Sequence[int], values: Sequence[float], count: int) -> float:
-    """The measured value at ``count`` rows, on the line between its neighbours (and past the last along the last slope)."""
-    for (r0, v0), (r1, v1) in zip(zip(rows, values, strict=True), list(zip(rows, values, strict=True))[1:], strict=False):
-        if count <= r1 or r1 == rows[-1]:
-            return v0 + (v1 - v0) * (count - r0) / (r1 - r0)
-    return values[0]
 
 
 def _spread(layers: int) -> tuple[int, ...]:
@@ -124,4 +112,4 @@ def _spread(layers: int) -> tuple[int, ...]:
 
 
 def _few(depths: Sequence[int]) -> list[int]:
-    return sorted({depths[round(i * (len(depths) - 1) / 4)] for i in range(5)}) if depths else []
+    return sorted({depths[round(i * (len(depths) - 1) / 4)] for i in range(5)})

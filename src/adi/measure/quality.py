@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_logits
 from adi.errors import AdiError
 from adi.measure.provenance import provenance
-from adi.model.backbone import Backbone, Rows
+from adi.model.backbone import Backbone
 from adi.model.hub import Notice
 from adi.model.load import load
 from adi.model.tokenizer import Tokenizer
@@ -20,11 +21,10 @@ from adi.prompts import read_prompts
 
 WINDOW = 512
 ROWS = 64  # whose logits are in memory at a time: a vocabulary may have 262,144 tokens
-NOTHING = -1  # what follows a window's last token is not asked
 
 
 @dataclass(frozen=True)
-class Quality:
+class PrecisionQuality:
     """One precision against float32 on the same text: perplexity and its ratio with its standard error (tokens taken for
     independent), mean KL divergence in nats per token, and the share of tokens at which both find the same one likeliest."""
 
@@ -56,7 +56,7 @@ def quality(
         tokens: read at most so many, in windows of 512.
 
     Raises:
-        ValueError: text of fewer than two tokens, and whatever ``load`` raises.
+        AdiError: text of fewer than two tokens, and whatever ``load`` raises.
     """
     reference = load(source, backend="hf", precision="fp32", device="cpu", notice=notice)
     if reference.tokenizer is None:
@@ -87,42 +87,39 @@ def windows_of(tokenizer: Tokenizer, text: str, tokens: int) -> list[tuple[int, 
     return [window for window in windows if len(window) > max(1, len(begin))]
 
 
-def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> Quality:
-    """Both engines over the same windows of token ids; nothing of the text is kept but sums."""
-    mine = theirs = moved = squares = 0.0
-    same = count = 0
-    for window in windows:
-        ids = tuple(window)
-        next_T = torch.tensor([*ids[1:], NOTHING])
-        parts = (_states(one, ids).split(ROWS), _states(reference, ids).split(ROWS), next_T.split(ROWS))
-        for mine_TD, theirs_TD, told_T in zip(*parts, strict=True):
-            a_TV, b_TV = one.logits(mine_TD).log_softmax(-1), reference.logits(theirs_TD).log_softmax(-1)
-            told_N1 = told_T[told_T != NOTHING][:, None]
-            a_N1, b_N1 = (x_TV[: len(told_N1)].gather(1, told_N1).double() for x_TV in (a_TV, b_TV))
-            mine -= float(a_N1.sum())
-            theirs -= float(b_N1.sum())
-            squares += float((b_N1 - a_N1).square().sum())
-            moved += float((b_TV.exp() * (b_TV - a_TV)).sum())
-            same += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
-        count += len(ids)
-    predicted = count - len(windows)
-    worse = (mine - theirs) / predicted
-    return Quality(
+def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> PrecisionQuality:
+    """Both engines over the same windows of token ids; of the text only four numbers a token are kept."""
+    texts = [KnownText(tuple(window)) for window in windows]
+    passes = zip(forced_pass(one, texts), forced_pass(reference, texts), strict=True)
+    found = [_compared(one, reference, *pair) for pair in passes]
+    mine_N, theirs_N = torch.cat([rows_4T[:2, :-1] for rows_4T in found], 1)  # the last row predicts a token nobody knows
+    moved_N, same_N = torch.cat([rows_4T[2:] for rows_4T in found], 1)
+    worse_N = theirs_N - mine_N
+    ratio = math.exp(worse_N.mean())
+    return PrecisionQuality(
         backend=one.spec.backend,
         precision=one.spec.precision,
-        perplexity=math.exp(mine / predicted),
-        ratio=math.exp(worse),
-        ratio_error=math.exp(worse) * math.sqrt(max(squares / predicted - worse**2, 0.0) / predicted),
-        divergence=moved / count,
-        same_token=same / count,
+        perplexity=math.exp(-mine_N.mean()),
+        ratio=ratio,
+        ratio_error=ratio * float(worse_N.std(correction=0)) / math.sqrt(len(worse_N)),
+        divergence=float(moved_N.mean()),
+        same_token=float(same_N.mean()),
         row_invariant=one.spec.row_invariant,
     )
 
 
-def _states(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
-    """The last states of a text, ``[T, D]``."""
-    cache = backbone.new_cache()
-    (states,) = backbone.forward([Rows(cache, 0, ids, None)], 0, backbone.spec.layers)
-    if (close := getattr(cache, "close", None)) is not None:
-        close()
-    return states.hidden_TD
+def _compared(one: Backbone, reference: Backbone, mine: ForcedPass, theirs: ForcedPass) -> Tensor:
+    """Each row's log-probability of the token that follows by both, their divergence, and whether both find the same one
+    likeliest, ``[4, T]``."""
+    next_T1, parts = torch.tensor([*mine.text.ids[1:], 0])[:, None], []
+    logits = (full_logits(one, mine.deep_ND, ROWS), full_logits(reference, theirs.deep_ND, ROWS))
+    for a_RV, b_RV, next_R1 in zip(*logits, next_T1.split(ROWS), strict=True):
+        a, b = a_RV.log_softmax(-1), b_RV.log_softmax(-1)
+        columns = (
+            a.gather(1, next_R1)[:, 0],
+            b.gather(1, next_R1)[:, 0],
+            (b.exp() * (b - a)).sum(-1),
+            a.argmax(-1) == b.argmax(-1),
+        )
+        parts.append(torch.stack([column.double() for column in columns]))
+    return torch.cat(parts, 1)

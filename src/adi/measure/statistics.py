@@ -1,4 +1,4 @@
-"""Medians with an honest interval; how far counts are from a law, and how far chance alone takes them."""
+"""Medians with intervals, distances of counts from a law, and how well a score predicts that something is right."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adi.errors import AdiError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,48 @@ def leading(law: Mapping[tuple[int, ...], Any], length: int) -> dict[tuple[int, 
     for said, mass in law.items():
         found[said[:length]] = found.get(said[:length], 0) + mass
     return found
+
+
+@dataclass(frozen=True)
+class IsotonicCurve:
+    """A chance that rises with a score: the scores in ``known``, ascending, and the chance at each."""
+
+    known: Numbers
+    levels: Numbers
+
+    def chance(self, scores_N: ArrayLike) -> Numbers:
+        """The chance at these scores, on straight lines between known ones, ``[N]``."""
+        return np.interp(np.asarray(scores_N, np.float64), self.known, self.levels)
+
+    def least(self, chance: float) -> float | None:
+        """The least known score from which on the chance is at least that; None where it never is."""
+        at = int(self.levels.searchsorted(chance))
+        return float(self.known[at]) if at < len(self.known) else None
+
+
+def isotonic_curve(scores_N: ArrayLike, right_N: ArrayLike) -> IsotonicCurve:
+    """The mean of ``right_N`` by score, made to rise with it (Zadrozny and Elkan 2002); equal scores get one chance."""
+    from scipy.optimize import isotonic_regression
+
+    known, place_N, rows = np.unique(np.asarray(scores_N, np.float64), return_inverse=True, return_counts=True)
+    right = np.bincount(place_N, weights=np.asarray(right_N, np.float64))
+    return IsotonicCurve(known, isotonic_regression(right / rows, weights=rows).x)
+
+
+def expected_calibration_error(chances_N: ArrayLike, right_N: ArrayLike, bins: int = 10) -> float:
+    """Mean distance between stated chance and observed rate over equal bins, weighted by rows (Naeini et al. 2015)."""
+    chance_N, right_N = np.asarray(chances_N, np.float64), np.asarray(right_N, np.float64)
+    bin_N = (chance_N * bins).astype(int).clip(0, bins - 1)
+    distances = np.bincount(bin_N, chance_N) - np.bincount(bin_N, right_N)  # times the rows of each bin
+    return float(np.abs(distances).sum() / len(chance_N))
+
+
+def auroc(scores_N: ArrayLike, right_N: ArrayLike) -> float | None:
+    """Area under the ROC curve, which is Mann and Whitney's U over all pairs; None when only one class is there."""
+    from scipy.stats import mannwhitneyu
+
+    scores_N, right_N = np.asarray(scores_N, np.float64), np.asarray(right_N, bool)
+    if right_N.all() or not right_N.any():
+        return None
+    pairs = int(right_N.sum()) * int((~right_N).sum())
+    return float(mannwhitneyu(scores_N[right_N], scores_N[~right_N], method="asymptotic").statistic) / pairs

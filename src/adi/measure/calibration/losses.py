@@ -2,18 +2,18 @@
 
 The risks, each a sequence's mean over its tokens, in [0, 1]:
 
-* ``disagreement``: the share of tokens that differ from what full depth would have said in the same context ("textual
+* ``disagreement``: the share of tokens that differ from what full depth predicts in the same context ("textual
   consistency" of CALM, Schuster et al. 2022, taken token by token);
-* ``log_loss``: the log-probability lost per token under the full model, log p(its likeliest token) - log p(the token said),
+* ``log_loss``: the log-probability lost per token under the full model, log p(its likeliest token) - log p(the token given),
   clipped to [0, ``NATS``] and divided by that (a regret; the excess cross-entropy of speculative decoding with a tolerance).
 
 *Own text* is what a user gets: the context of each token is what reflex decoding itself wrote before. *Replayed*, the
-context is the full model's own answer; that needs no further run, and says nothing of what follows from an error.
+context is the full model's own answer; that needs no further run, and does not measure what follows from an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,17 @@ from torch import Tensor
 from adi.artifact import Exits
 from adi.decoding.policies import Reflex
 from adi.decoding.scheduler import generate_batch
+from adi.decoding.teacher_forcing import ForcedReading, forced_readings
 from adi.errors import AdiError
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Threshold, Trigger
-from adi.measure.forced_read import ForcedRead, forced_read
 from adi.model.load import Model
 
 NATS = 3.0  # a token 20 times less likely than the likeliest counts in full
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnswerLoss:
     """One answer: its two losses in [0, 1], mean depth of a token, number of tokens, those decided at full depth, and the
     answer's log-probability under the full model in nats."""
 
@@ -45,17 +45,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ForcedDecode:
-    """What reflex decoding would say at each row of a text, and from which depth, ``[T]``; ``exit_T`` is -1 at full depth."""
+class ReplayedExits:
+    """The token that reflex decoding would give at each row of a text, and its depth, ``[T]``; ``exit_T`` is the place of the
+    exit among its depths, -1 at full depth."""
 
-    said_T: Tensor
+    token_T: Tensor
     depth_T: Tensor
     exit_T: Tensor
 
 
-def disagreement(said_T: Tensor, full_T: Tensor) -> float:
+def disagreement(token_T: Tensor, full_T: Tensor) -> float:
     """Share of tokens that differ from full depth's in the same context."""
-    return float((said_T != full_T).double().mean())
+    return float((token_T != full_T).double().mean())
 
 
 def log_loss(regret_T: Tensor) -> float:
@@ -63,66 +64,63 @@ def log_loss(regret_T: Tensor) -> float:
     return float(regret_T.double().clamp(0, NATS).mean()) / NATS
 
 
-def replay(told: ForcedRead, depths: Sequence[int], layers: int, trigger: Trigger) -> ForcedDecode:
-    """The trigger asked at every row of the text, the first apart, which full depth says. Reads ``Threshold`` rules over top
-    probability or entropy: ValueError for others, whose signals were not kept."""
-    if not isinstance(trigger, Threshold) or trigger.signal not in told.signals:
-        raise AdiError(f"a replay reads a Threshold over {' or '.join(told.signals)}, not {trigger.to_json()}.")
-    at = [trigger.at.get(d) if not isinstance(trigger.at, float) else trigger.at for d in depths]
-    at = [None if d < trigger.min_depth else t for d, t in zip(depths, at, strict=True)]
-    values_ET = told.signals[trigger.signal].double()
-    sure_is_high = SIGNALS[trigger.signal].sure_is_high
-    never = float("inf") if sure_is_high else float("-inf")
-    at_E1 = torch.tensor([never if t is None else t for t in at], dtype=torch.double)[:, None]
-    fires_ET = values_ET >= at_E1 if sure_is_high else values_ET <= at_E1
+def replay_exits(reading: ForcedReading, depths: Sequence[int], layers: int, trigger: Trigger) -> ReplayedExits:
+    """The trigger checked at every row of the text but the first, which full depth decides. Reads ``Threshold`` rules over top
+    probability or entropy: AdiError for others, whose signals were not kept."""
+    if not isinstance(trigger, Threshold) or trigger.signal not in reading.signals:
+        raise AdiError(f"a replay reads a Threshold over {' or '.join(reading.signals)}, not {trigger.to_json()}.")
+    sign = 1.0 if SIGNALS[trigger.signal].sure_is_high else -1.0
+    at = trigger.at if isinstance(trigger.at, Mapping) else dict.fromkeys(depths, trigger.at)
+    usable = [sign * at[d] if d in at and d >= trigger.min_depth else float("inf") for d in depths]
+    fires_ET = sign * reading.signals[trigger.signal].double() >= torch.tensor(usable, dtype=torch.double)[:, None]
     fires_ET[:, 0] = False
     any_T, exit_T = fires_ET.any(0), fires_ET.double().argmax(0)
-    said_T = torch.where(any_T, told.token_ET.gather(0, exit_T[None])[0], told.full_T)
-    depth_T = torch.where(any_T, torch.tensor(list(depths))[exit_T], torch.tensor(layers))
-    return ForcedDecode(said_T, depth_T, torch.where(any_T, exit_T, torch.tensor(-1)))
+    token_T = torch.where(any_T, reading.exit_ET.gather(0, exit_T[None])[0], reading.full_T)
+    depth_T = torch.where(any_T, torch.tensor(list(depths))[exit_T], layers)
+    return ReplayedExits(token_T, depth_T, torch.where(any_T, exit_T, -1))
 
 
-def replayed(told: ForcedRead, depths: Sequence[int], layers: int, trigger: Trigger) -> Sample:
-    """The sample on the text as it stands."""
-    found = replay(told, depths, layers, trigger)
+def replayed_loss(reading: ForcedReading, depths: Sequence[int], layers: int, trigger: Trigger) -> AnswerLoss:
+    """The loss on the text as it stands."""
+    found = replay_exits(reading, depths, layers, trigger)
     early_T = found.exit_T >= 0
-    regret_T = torch.where(early_T, told.regret_ET.gather(0, found.exit_T.clamp_min(0)[None])[0], torch.tensor(0.0))
-    return Sample(
-        disagreement(found.said_T, told.full_T),
+    regret_T = torch.where(early_T, reading.regret_ET.gather(0, found.exit_T.clamp_min(0)[None])[0], 0.0)
+    return AnswerLoss(
+        disagreement(found.token_T, reading.full_T),
         log_loss(regret_T),
         float(found.depth_T.double().mean()),
-        len(found.said_T),
+        len(found.token_T),
         int((~early_T).sum()),
-        float((told.log_T + told.regret_T - regret_T).double().sum()),
+        float((reading.log_T + reading.regret_T - regret_T).double().sum()),
     )
 
 
-def own_text(
-    model: Model, exits: Exits, told: Sequence[ForcedRead], trigger: Trigger, max_new_tokens: int, skipped: str = "exact"
-) -> list[Sample]:
-    """A sample of each prompt's answer as reflex decoding writes it, judged by one full pass over it.
+def own_text_losses(
+    model: Model, exits: Exits, readings: Sequence[ForcedReading], trigger: Trigger, max_new_tokens: int, skipped: str = "exact"
+) -> list[AnswerLoss]:
+    """The loss of each prompt's answer as reflex decoding writes it, measured by one full pass over it.
 
-    ``told`` are full depth's answers to the same prompts. Where the trigger, replayed on one, says the same tokens, that is
-    the text, and nothing has to run.
+    ``readings`` are of full depth's answers to the same prompts. Where the trigger, replayed on one, gives the same tokens,
+    that is the text, and nothing has to run.
     """
     layers = model.backbone.spec.layers
-    samples: dict[int, Sample] = {}
+    losses: dict[int, AnswerLoss] = {}
     if skipped == "exact":
-        for i, one in enumerate(told):
-            if torch.equal(replay(one, exits.depths, layers, trigger).said_T, one.said_T):
-                samples[i] = replayed(one, exits.depths, layers, trigger)
-    rest = [i for i in range(len(told)) if i not in samples]
+        for i, one in enumerate(readings):
+            if torch.equal(replay_exits(one, exits.depths, layers, trigger).token_T, one.answer_T):
+                losses[i] = replayed_loss(one, exits.depths, layers, trigger)
+    rest = [i for i in range(len(readings)) if i not in losses]
     policy = Reflex(exits, trigger=trigger, skipped=skipped)
-    texts = generate_batch(model, [told[i].prompt_ids for i in rest], policy, max_new_tokens=max_new_tokens)
-    judged = forced_read(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in texts])
-    for i, text, verdict in zip(rest, texts, judged, strict=True):
+    texts = generate_batch(model, [readings[i].prompt_ids for i in rest], policy, max_new_tokens=max_new_tokens)
+    forced = forced_readings(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in texts])
+    for i, text, reading in zip(rest, texts, forced, strict=True):
         depths = [step.depth for step in text.steps]
-        samples[i] = Sample(
-            disagreement(verdict.said_T, verdict.full_T),
-            log_loss(verdict.regret_T),
+        losses[i] = AnswerLoss(
+            disagreement(reading.answer_T, reading.full_T),
+            log_loss(reading.regret_T),
             sum(depths) / len(depths),
             len(depths),
             depths.count(layers),
-            float(verdict.log_T.double().sum()),
+            float(reading.log_T.double().sum()),
         )
-    return [samples[i] for i in range(len(told))]
+    return [losses[i] for i in range(len(readings))]

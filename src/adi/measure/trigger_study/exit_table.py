@@ -1,81 +1,85 @@
-"""What every exit shows of known texts: all signals, and whether the exit's token was full depth's; and what asking costs."""
+"""What every exit shows of known texts: all signals, and whether its token was full depth's; and what each signal costs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adi.artifact import Exits
+from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens, head_tokens
 from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, lumped_entropy
-from adi.measure.forced_pass import Text, forced_pass
-from adi.measure.trigger_study.confidence import Heated, heated
-from adi.measure.trigger_study.cost import seconds
-from adi.model.backbone import Rows, States
+from adi.measure.trigger_study.pass_seconds import median_seconds
 from adi.model.load import Model
+from adi.progress import Progress, no_progress
 
 REPEATS = 15
+TEMPERATURES = tuple(round(2 ** (step / 4), 4) for step in range(-5, 6))  # 0.42 to 2.4, a fifth apart
+CHUNK = 256
 
 
 @dataclass(frozen=True)
 class ExitTable:
-    """N rows at one depth: signals ``[N]`` by name, whether the exit was right, whether the row belongs to a text that
-    calibrates (the others test), the entropy with the tail as one token, and the head at other temperatures."""
+    """N rows at one depth.
+
+    ``signals`` by name, ``[N]``; whether the exit's token was full depth's; whether the row belongs to a text that
+    calibrates (the others test); the entropy with the tail as one token; and the head at each of ``TEMPERATURES``, ``[N, G]``:
+    its surprise in nats at full depth's token, and the probability of the exit's own token.
+    """
 
     signals: dict[str, Tensor]
     right_N: Tensor
     calibrates_N: Tensor
     lumped_N: Tensor
-    heat: Heated
+    surprise_NG: Tensor
+    top_NG: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExitTable]) -> ExitTable:
+        """The rows of all parts, in order."""
+        signals = {name: torch.cat([part.signals[name] for part in parts]) for name in parts[0].signals}
+        columns = [column.name for column in fields(cls) if column.name != "signals"]
+        return cls(signals, **{name: torch.cat([getattr(part, name) for part in parts]) for name in columns})
 
 
-def gather(
-    model: Model,
-    exits: Exits,
-    texts: Sequence[Text],
-    calibrates: Sequence[bool],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+def exit_tables(
+    model: Model, exits: Exits, texts: Sequence[KnownText], calibrates: Sequence[bool], progress: Progress = no_progress
 ) -> dict[int, ExitTable]:
-    """Readings by depth, the texts' rows in order; ``calibrates`` says of each text what it is for."""
-    read = exits.reader(model.backbone)
-    parts: dict[int, list[ExitTable]] = {depth: [] for depth in exits.depths}
-    for i, text in enumerate(texts):
-        seen = forced_pass(model, text, exits.depths)
-        for depth, states in seen.at.items():
-            said = read(depth, states.hidden_TD)
-            best_N = said.log_probs_TS.argmax(-1)
-            right_N = ((best_N if said.ids_S is None else said.ids_S[best_N]) == seen.token_N).cpu()
-            signals = {n: v.float().cpu() for n, v in signals_of(said, states, exits.probe, depth).items()}
-            lumped_N = lumped_entropy(said).float().cpu()
-            marks_N = torch.full_like(right_N, calibrates[i])
-            parts[depth].append(ExitTable(signals, right_N, marks_N, lumped_N, heated(said, seen.token_N)))
-        progress(i + 1, len(texts))
-    return {depth: _joined(rows) for depth, rows in parts.items()}
+    """A table for each depth, the texts' rows in order; ``calibrates`` holds for each text what it is for."""
+    read, parts = exits.reader(model.backbone), {depth: list[ExitTable]() for depth in exits.depths}
+    for i, seen in enumerate(forced_pass(model.backbone, texts, exits.depths, details=True)):
+        full_N = full_tokens(model.backbone, seen.deep_ND)
+        for depth in exits.depths:
+            head = read(depth, seen.hidden[depth])
+            signals = {n: v.float().cpu() for n, v in signals_of(head, seen, depth, exits.probe).items()}
+            right_N = head_tokens(head) == full_N
+            marks_N, lumped_N = torch.full_like(right_N, calibrates[i]), lumped_entropy(head).float().cpu()
+            parts[depth].append(ExitTable(signals, right_N, marks_N, lumped_N, *at_temperatures(head, full_N)))
+        progress(i + 1, len(texts), "reading answers at every exit")
+    return {depth: ExitTable.joined(rows) for depth, rows in parts.items()}
 
 
-def _joined(parts: Sequence[ExitTable]) -> ExitTable:
-    signals = {name: torch.cat([part.signals[name] for part in parts]) for name in parts[0].signals}
-    heat = Heated(*(torch.cat([getattr(part.heat, name) for part in parts], 1) for name in ("surprise_GN", "top_GN")))
-    rows = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("right_N", "calibrates_N", "lumped_N")}
-    return ExitTable(signals, heat=heat, **rows)
+def signals_of(head: Prediction | Measured, seen: ForcedPass, depth: int, probe: Asked | None = None) -> dict[str, Tensor]:
+    """Every signal at every row, ``[N]`` each; those of an MLP or a probe only where there is one."""
+    given = _inputs(head, seen, depth, probe)
+    return {name: signal.measure(*given[signal.reads]) for name, signal in SIGNALS.items() if signal.reads in given}
 
 
-def signals_of(said: Prediction | Measured, states: States, probe: Asked | None = None, depth: int = 0) -> dict[str, Tensor]:
-    """Every signal at every row, ``[T]`` each; those of an MLP or a probe only where there is one."""
-    values = {}
-    for name, signal in SIGNALS.items():
-        if signal.reads == "head":
-            values[name] = signal.measure(said)
-        elif signal.reads == "states":
-            values[name] = signal.measure(states.before_TD, states.hidden_TD)
-        elif signal.reads == "mlp" and states.mlp_TF is not None:
-            values[name] = signal.measure(states.mlp_TF)
-        elif signal.reads == "probe" and probe is not None:
-            values[name] = signal.measure(probe, depth, states.hidden_TD, lambda: said)
-    return values
+def _inputs(
+    head: Prediction | Measured, seen: ForcedPass, depth: int, probe: Asked | None, rows: slice = slice(None)
+) -> dict[str, tuple[Any, ...]]:
+    """What signals of each kind are measured on."""
+    hidden_ND = seen.hidden[depth][rows]
+    given: dict[str, tuple[Any, ...]] = {"head": (head,), "states": (seen.before[depth][rows], hidden_ND)}
+    if depth in seen.mlp:
+        given["mlp"] = (seen.mlp[depth][rows],)
+    if probe is not None:
+        given["probe"] = (probe, depth, hidden_ND, lambda: head)
+    return given
 
 
 def reads_head(name: str) -> bool:
@@ -83,35 +87,35 @@ def reads_head(name: str) -> bool:
     return SIGNALS[name].reads == "head" or name == "joint_probe"
 
 
-def asking_seconds(model: Model, exits: Exits, text: Text) -> dict[int, dict[str, float]]:
-    """Seconds to ask each signal about one row, by depth, the head included where it is read; "head" is the head alone."""
-    seen, read = forced_pass(model, text, exits.depths), exits.reader(model.backbone)
-    return {depth: _asking(exits, read, depth, states) for depth, states in seen.at.items()}
+def signal_seconds(model: Model, exits: Exits, text: KnownText) -> dict[int, dict[str, float]]:
+    """Seconds to measure each signal of one row, by depth, the head included where it is read; "head" is the head alone."""
+    (seen,) = forced_pass(model.backbone, [text], exits.depths, details=True)
+    return {depth: _signal_seconds(model, exits, seen, depth) for depth in exits.depths}
 
 
-def _asking(exits: Exits, read: Callable[[int, Tensor], Prediction | Measured], depth: int, states: States) -> dict[str, float]:
-    one = slice(0, 1)
-    row = States(states.hidden_TD[one], states.before_TD[one], None if states.mlp_TF is None else states.mlp_TF[one])
-    said = read(depth, row.hidden_TD)
-    costs = {"head": seconds(lambda: read(depth, row.hidden_TD), REPEATS)}
-    for name in signals_of(said, row, exits.probe, depth):
-        signal = SIGNALS[name]
-        given: dict[str, tuple[object, ...]] = {
-            "head": (said,),
-            "states": (row.before_TD, row.hidden_TD),
-            "mlp": (row.mlp_TF,),
-            "probe": (exits.probe, depth, row.hidden_TD, lambda: said),
-        }
-        alone = seconds(functools.partial(signal.measure, *given[signal.reads]), REPEATS)
-        costs[name] = alone + (costs["head"] if reads_head(name) else 0.0)
-    return costs
+def _signal_seconds(model: Model, exits: Exits, seen: ForcedPass, depth: int) -> dict[str, float]:
+    row, read = slice(0, 1), functools.partial(exits.reader(model.backbone), depth, seen.hidden[depth][:1])
+    given = _inputs(read(), seen, depth, exits.probe, row)
+    names = [name for name, signal in SIGNALS.items() if signal.reads in given]
+    work = [functools.partial(SIGNALS[name].measure, *given[SIGNALS[name].reads]) for name in names]
+    head, *alone = median_seconds([read, *work], REPEATS)
+    return {"head": head} | {name: seconds + head * reads_head(name) for name, seconds in zip(names, alone, strict=True)}
 
 
-def block_seconds(model: Model, depth: int) -> float:
-    """One block, for one row: the first ``depth`` of them over their number."""
-    backbone, cache = model.backbone, model.backbone.new_cache()
-    backbone.forward([Rows(cache, 0, tuple(i % backbone.spec.vocabulary for i in range(64)), None)], 0, depth)
-    found = seconds(lambda: backbone.forward([Rows(cache, 64, (0,), None)], 0, depth), 9) / depth
-    if (close := getattr(cache, "close", None)) is not None:
-        close()
-    return found
+def at_temperatures(head: Prediction | Measured, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """``surprise_NG`` and ``top_NG`` of ``softmax(log p / T)`` over shortlist and tail (temperature scaling, Guo et al. 2017).
+
+    What is not in the shortlist is the tail, one class.
+    """
+    logs_NS = head.log_probs_TS.float().cpu()
+    tail_N = head.rows.tail_T if isinstance(head, Measured) else head.tail_T
+    logs_NC = logs_NS if tail_N is None else torch.cat([logs_NS, tail_N.float().cpu()[:, None]], 1)
+    place_N = token_N
+    if head.ids_S is not None:
+        ids_S = head.ids_S.cpu()
+        found_N = torch.searchsorted(ids_S, token_N).clamp_max(len(ids_S) - 1)
+        place_N = torch.where(ids_S[found_N] == token_N, found_N, len(ids_S))
+    own_N, top_N = logs_NC.gather(1, place_N[:, None])[:, 0], logs_NS.amax(1)
+    total_NG = torch.stack([torch.cat([(p / heat).logsumexp(1) for p in logs_NC.split(CHUNK)]) for heat in TEMPERATURES], 1)
+    heat_G = torch.tensor(TEMPERATURES)
+    return total_NG - own_N[:, None] / heat_G, (top_N[:, None] / heat_G - total_NG).exp()

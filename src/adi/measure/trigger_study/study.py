@@ -1,11 +1,11 @@
-"""``triggers``: how well each signal tells, at each exit, whether its token is full depth's; and which rule pays.
+"""``triggers``: how well each signal, at each exit, predicts that the exit's token is full depth's; and which rule pays.
 
 Rows of some texts calibrate (and choose), rows of others test; texts are split by prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from adi.artifact import Exits
+from adi.decoding.teacher_forcing import KnownText, own_answers
 from adi.errors import AdiError
-from adi.measure.forced_pass import answers
-from adi.measure.trigger_study.confidence import TEMPERATURES, auroc, expected_calibration_error, isotonic
-from adi.measure.trigger_study.cost import measure_cost
-from adi.measure.trigger_study.exit_table import ExitTable, asking_seconds, block_seconds, gather, reads_head
-from adi.measure.trigger_study.simulate import PassSeconds
-from adi.measure.trigger_study.threshold_search import Estimate, Field, compare, sure
+from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
+from adi.measure.trigger_study.exit_table import TEMPERATURES, ExitTable, exit_tables, reads_head, signal_seconds
+from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
+from adi.measure.trigger_study.threshold_search import RuleEstimate, SearchData, best_rules, confidence
 from adi.model.load import Model
+from adi.progress import Progress, no_progress
 
 COMBINATION = "weighted"
 STATES_A_CHANCE = ("top_probability", "state_probe", "joint_probe", COMBINATION)
@@ -63,7 +63,7 @@ class ConfidenceCalibration:
 
 
 @dataclass(frozen=True)
-class Tail:
+class TailSpread:
     """Entropy at one depth with the tail as if spread over ``tokens`` tokens, from one to all there are (``entropy``), and its
     AUROC."""
 
@@ -75,8 +75,8 @@ class Tail:
 @dataclass(frozen=True)
 class Oracle:
     """What a trigger that knows could do, on testing rows: ``settled`` is the share of rows where this exit and all deeper
-    ones say full depth's token, and no shallower one does; under full depth where none does. ``mean_depth`` would suffice then.
-    ``first_right`` and ``mean_first_depth`` are the same where deeper exits may disagree again."""
+    ones predict full depth's token, and no shallower one does; under full depth where none does. ``mean_depth`` would suffice
+    then. ``first_right`` and ``mean_first_depth`` are the same where deeper exits may disagree again."""
 
     settled: Mapping[int, float]
     mean_depth: float
@@ -85,14 +85,14 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class Study:
-    """All of it; ``full_tokens_per_second`` is full depth's, worked out from the same costs as the ``estimates``."""
+class TriggerStudy:
+    """All of it; ``full_tokens_per_second`` is full depth's, computed from the same measured passes as the ``estimates``."""
 
     scores: list[SignalScore]
     calibrations: list[ConfidenceCalibration]
-    tails: list[Tail]
+    tails: list[TailSpread]
     oracle: Oracle
-    estimates: list[Estimate]
+    estimates: list[RuleEstimate]
     full_tokens_per_second: float
     passes: PassSeconds
     calibrating_tokens: int
@@ -109,12 +109,12 @@ def study_triggers(
     *,
     calibrate: Sequence[str] = (),
     max_new_tokens: int = 96,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Study:
-    """Score every signal at every exit on the model's own answers to ``prompts``, and rules by the tokens per second they give.
+    progress: Progress = no_progress,
+) -> TriggerStudy:
+    """How well each signal predicts that an exit is right, what measuring it costs, and how many tokens per second rules give.
 
     ``calibrate`` are other prompts, on which calibrations, thresholds and stops are chosen; without any, every other one of
-    ``prompts`` is taken. Needs at least two of each kind (four prompts) and scipy (the extra ``stats``): ValueError.
+    ``prompts`` is taken. AdiError for fewer than two prompts of each kind (four in all).
     """
     marks = [True] * len(calibrate) + [False] * len(prompts)
     if not calibrate:
@@ -124,22 +124,19 @@ def study_triggers(
             f"{len(prompts)} prompts and {len(calibrate)} to calibrate on are too few: some calibrate and some test, so give "
             "at least 4, or 2 of each."
         )
-    _require_scipy()
-    texts = answers(model, [*calibrate, *prompts], max_new_tokens)
-    readings = gather(model, exits, texts, marks, progress)
-    asking = asking_seconds(model, exits, texts[0])
-    layers = model.backbone.spec.layers
-    passes = PassSeconds.of(measure_cost(model.backbone, COSTED_ROWS, COST_REPEATS), layers)
-    lengths = [len(text.ids) - text.start for text in texts]
-    field = Field(readings, lengths, marks, asking, passes, layers)
-    testing = ~next(iter(readings.values())).calibrates_N
-    return Study(
-        scores=[score for depth in readings for score in _scores(model, depth, readings[depth], asking[depth])],
-        calibrations=[_calibration(depth, rows) for depth, rows in readings.items()],
-        tails=[tail for depth, rows in readings.items() for tail in _tails(depth, rows, _tail_size(exits))],
-        oracle=oracle({depth: rows.right_N[testing] for depth, rows in readings.items()}, layers),
-        estimates=compare(field),
-        full_tokens_per_second=1 / passes.full(layers, 1),
+    answers = own_answers(model, [*calibrate, *prompts], max_new_tokens)
+    texts = [KnownText.of_answer(given.prompt_ids, given.token_ids) for given in answers]
+    tables = exit_tables(model, exits, texts, marks, progress)
+    seconds = signal_seconds(model, exits, texts[0])
+    passes = measure_passes(model.backbone, COSTED_ROWS, COST_REPEATS)
+    testing = ~next(iter(tables.values())).calibrates_N
+    return TriggerStudy(
+        scores=[score for depth in tables for score in _scores(depth, tables[depth], seconds[depth], passes)],
+        calibrations=[_calibration(depth, rows) for depth, rows in tables.items()],
+        tails=[tail for depth, rows in tables.items() for tail in _tails(depth, rows, _tail_size(exits))],
+        oracle=oracle({depth: rows.right_N[testing] for depth, rows in tables.items()}, passes.layers),
+        estimates=best_rules(SearchData(tables, [len(given.token_ids) for given in answers], marks, seconds, passes)),
+        full_tokens_per_second=1 / passes.full(),
         passes=passes,
         calibrating_tokens=int((~testing).sum()),
         testing_tokens=int(testing.sum()),
@@ -162,30 +159,27 @@ def oracle(right: Mapping[int, Tensor], layers: int) -> Oracle:
     return Oracle(*spread(lasting_NE), *spread(right_NE))
 
 
-def _scores(model: Model, depth: int, rows: ExitTable, asking: Mapping[str, float]) -> list[SignalScore]:
+def _scores(depth: int, rows: ExitTable, seconds: Mapping[str, float], passes: PassSeconds) -> list[SignalScore]:
     """Every signal, and the logistic combination of those that are not learned."""
     plain = {name: values for name, values in rows.signals.items() if not name.endswith("_probe")}
-    values = {**rows.signals, COMBINATION: combined(plain, rows)}
-    heads = [asking[name] - asking["head"] for name in plain if reads_head(name)]
-    whole = asking["head"] + sum(heads) + sum(asking[name] for name in plain if not reads_head(name))
-    costs, block = {**asking, COMBINATION: whole}, block_seconds(model, depth)
+    heads = [seconds[name] - seconds["head"] for name in plain if reads_head(name)]
+    whole = seconds["head"] + sum(heads) + sum(seconds[name] for name in plain if not reads_head(name))
+    costs, block = {**seconds, COMBINATION: whole}, passes.through(depth, 1) / depth
     test_N = ~rows.calibrates_N
-    scores = []
-    for name, values_N in values.items():
-        raw = expected_calibration_error(values_N[test_N], rows.right_N[test_N]) if name in STATES_A_CHANCE else None
-        scores.append(
-            SignalScore(
-                signal=name,
-                depth=depth,
-                agreement=float(rows.right_N[test_N].float().mean()),
-                auroc=auroc(sure(name, values_N)[test_N], rows.right_N[test_N]),
-                calibration_error=_isotonic_error(sure(name, values_N), rows),
-                microseconds=1e6 * costs[name],
-                share_of_block=costs[name] / block,
-                raw_calibration_error=raw,
-            )
+    right_N = rows.right_N[test_N]
+    return [
+        SignalScore(
+            signal=name,
+            depth=depth,
+            agreement=float(right_N.float().mean()),
+            auroc=auroc(confidence(name, values_N)[test_N], right_N),
+            calibration_error=isotonic_error(confidence(name, values_N), rows),
+            microseconds=1e6 * costs[name],
+            share_of_block=costs[name] / block,
+            raw_calibration_error=expected_calibration_error(values_N[test_N], right_N) if name in STATES_A_CHANCE else None,
         )
-    return scores
+        for name, values_N in {**rows.signals, COMBINATION: combined(plain, rows)}.items()
+    ]
 
 
 def combined(signals: Mapping[str, Tensor], rows: ExitTable) -> Tensor:
@@ -209,39 +203,32 @@ def combined(signals: Mapping[str, Tensor], rows: ExitTable) -> Tensor:
     return (x @ weights.detach()).sigmoid().float()
 
 
-def _isotonic_error(sure_N: Tensor, rows: ExitTable) -> float:
+def isotonic_error(score_N: Tensor, rows: ExitTable) -> float:
+    """Expected calibration error on testing rows of the chance that isotonic regression on calibrating rows gives."""
     fit, test = rows.calibrates_N, ~rows.calibrates_N
-    chance = isotonic(sure_N[fit], rows.right_N[fit]).of(sure_N[test])
-    return expected_calibration_error(chance, rows.right_N[test])
+    return expected_calibration_error(isotonic_curve(score_N[fit], rows.right_N[fit]).chance(score_N[test]), rows.right_N[test])
 
 
 def _calibration(depth: int, rows: ExitTable) -> ConfidenceCalibration:
-    fit, test = rows.calibrates_N, ~rows.calibrates_N
-    best = int(rows.heat.surprise_GN[:, fit].mean(1).argmin())
+    test = ~rows.calibrates_N
+    best = int(rows.surprise_NG[rows.calibrates_N].mean(0).argmin())
     return ConfidenceCalibration(
         depth=depth,
         temperature=TEMPERATURES[best],
         before=expected_calibration_error(rows.signals["top_probability"][test], rows.right_N[test]),
-        scaled=expected_calibration_error(rows.heat.top_GN[best, test], rows.right_N[test]),
-        isotonic=_isotonic_error(rows.signals["top_probability"], rows),
+        scaled=expected_calibration_error(rows.top_NG[test, best], rows.right_N[test]),
+        isotonic=isotonic_error(rows.signals["top_probability"], rows),
     )
 
 
-def _tails(depth: int, rows: ExitTable, size: int) -> list[Tail]:
+def _tails(depth: int, rows: ExitTable, size: int) -> list[TailSpread]:
     """A tail of probability q adds ``q log k`` to the entropy when spread over k tokens rather than kept as one."""
     test_N, found = ~rows.calibrates_N, []
     for share in TAIL_SHARES if size > 1 else ():
         value_N = rows.lumped_N + share * (rows.signals["entropy"] - rows.lumped_N)
-        found.append(Tail(depth, size**share, auroc(-value_N[test_N], rows.right_N[test_N])))
+        found.append(TailSpread(depth, size**share, auroc(-value_N[test_N], rows.right_N[test_N])))
     return found
 
 
 def _tail_size(exits: Exits) -> int:
     return 0 if exits.heads is None else exits.vocabulary - len(exits.heads.ids_S)
-
-
-def _require_scipy() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("scipy") is None:
-        raise AdiError("this study needs an extra: pip install 'adi-lm[stats]'")

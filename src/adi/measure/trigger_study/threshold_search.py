@@ -1,16 +1,15 @@
-"""Which rule, at which exits, with which threshold and how many drafts gives most tokens per second: chosen on one set of
-texts, told on another.
+"""Which rule, at which exits, with which threshold and draft length gives most tokens per second.
 
-A rule fires where its calibrated chance of being right is at least some number, one for all depths, which isotonic regression
-turns into a threshold of the signal for each depth.
+Chosen on one set of texts, reported on another. A rule fires where its calibrated chance of being right is at least some
+number, one for all depths, which isotonic regression turns into a threshold of the signal for each depth.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -18,21 +17,22 @@ from torch import Tensor
 
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import AllOf, Always, Threshold, Trigger
-from adi.measure.trigger_study.confidence import Rising, isotonic
+from adi.measure.statistics import IsotonicCurve, isotonic_curve
 from adi.measure.trigger_study.exit_table import ExitTable, reads_head
-from adi.measure.trigger_study.simulate import PassSeconds, Recorded, Rounds, drafting
+from adi.measure.trigger_study.pass_seconds import PassSeconds
+from adi.measure.trigger_study.simulate import RecordedText, SimulatedRounds, simulate
 
 CHANCES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAFTS = (1, 2, 3, 4, 6)
 FIRST_DRAFTS = 2  # with which stops are compared first
-GATE = 0.5  # of the chance asked for: from there on the state alone is worth a look of the head
+GATE = 0.5  # of the chance asked for: from there on the state alone is worth running the head
 KEPT = 4
 STATIC, ORACLE, GATED = "static", "oracle", "state_probe, then top_probability"
 
 
 @dataclass(frozen=True)
 class RuleChoice:
-    """One way to draft: the rule's name, the exits it looks at, the chance it asks for (None: none), drafts a round."""
+    """One way to draft: the rule's name, the exits it checks, the chance it asks for (None: none), drafts a round."""
 
     rule: str
     stops: tuple[int, ...]
@@ -41,7 +41,7 @@ class RuleChoice:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RuleEstimate:
     """A choice made on calibrating texts, and what it comes to on the others; ``ratio`` against full depth there.
 
     ``calibrating_ratio`` is the same where it was chosen. ``trigger`` is the rule as ``Trigger`` JSON, None where it has none.
@@ -60,112 +60,103 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Field:
-    """Everything that rules are compared on: readings by depth, rows of each text in order, which texts calibrate, seconds to
-    ask each signal by depth, what passes take, blocks of the model."""
+class SearchData:
+    """Everything that rules are compared on: tables by depth, the rows of each text in order, which texts calibrate, seconds to
+    measure each signal by depth, and what passes take."""
 
-    readings: Mapping[int, ExitTable]
+    tables: Mapping[int, ExitTable]
     lengths: Sequence[int]
     calibrates: Sequence[bool]
-    asking: Mapping[int, Mapping[str, float]]
+    seconds: Mapping[int, Mapping[str, float]]
     passes: PassSeconds
-    layers: int
-
-    def rising(self, depth: int, name: str) -> Rising:
-        """How often rows of the calibrating texts were right, by how sure the signal is."""
-        rows = self.readings[depth]
-        return isotonic(sure(name, rows.signals[name])[rows.calibrates_N], rows.right_N[rows.calibrates_N])
 
 
-def sure(name: str, values_N: Tensor) -> Tensor:
+def confidence(name: str, values_N: Tensor) -> Tensor:
     """The signal so that higher is surer; what is no signal by name is a chance."""
     return values_N if name not in SIGNALS or SIGNALS[name].sure_is_high else -values_N
 
 
-def compare(field: Field) -> list[Estimate]:
+def best_rules(data: SearchData) -> list[RuleEstimate]:
     """The best choice of every rule, fastest on the testing texts first."""
-    names = [name for name in next(iter(field.readings.values())).signals if name in SIGNALS]
+    names = [name for name in next(iter(data.tables.values())).signals if name in SIGNALS]
     rules = [STATIC, ORACLE, *names, *([GATED] if "state_probe" in names else [])]
-    return sorted((_best(field, rule) for rule in rules), key=lambda one: -one.tokens_per_second)
+    return sorted((_RuleSearch(data, rule).best() for rule in rules), key=lambda one: -one.tokens_per_second)
 
 
-def _best(field: Field, rule: str) -> Estimate:
-    """Stops and chance first, at a usual number of drafts; then the number of drafts for the best few."""
-    chances: tuple[float | None, ...] = (None,) if rule in (STATIC, ORACLE) else CHANCES
-    seen = _Seen(field, rule)
-    first = [RuleChoice(rule, stops, chance, FIRST_DRAFTS) for stops in _subsets(field, rule) for chance in chances]
-    ranked = sorted(first, key=lambda choice: -seen.run(choice, True).tokens_per_second)[:KEPT]
-    finer = [RuleChoice(rule, c.stops, c.chance, drafts) for c, drafts in product(ranked, DRAFTS)]
-    best = max(finer, key=lambda choice: seen.run(choice, True).tokens_per_second)
-    there, here = seen.run(best, True), seen.run(best, False)
-    plain = 1 / field.passes.full(field.layers, 1)
-    return Estimate(
-        rule=rule,
-        stops=best.stops,
-        chance=best.chance,
-        draft_tokens=best.draft_tokens,
-        tokens_per_second=here.tokens_per_second,
-        ratio=here.tokens_per_second / plain,
-        calibrating_ratio=there.tokens_per_second / plain,
-        tokens_per_round=here.tokens / here.rounds if here.rounds else 0.0,
-        accepted_share=here.accepted / here.drafted if here.drafted else None,
-        trigger=None if (trigger := seen.trigger(best)) is None else trigger.to_json(),
-    )
+class _RuleSearch:
+    """One rule over the recorded texts; its chances are computed once for each depth."""
 
+    def __init__(self, data: SearchData, rule: str) -> None:
+        self.data, self.rule = data, rule
+        names = {STATIC: (), ORACLE: (), GATED: ("state_probe", "top_probability")}.get(rule, (rule,))
+        self._curves: dict[tuple[int, str], IsotonicCurve] = {}
+        self._chances: dict[tuple[int, str], Tensor] = {}
+        for (depth, rows), name in itertools.product(data.tables.items(), names):
+            score_N = confidence(name, rows.signals[name])
+            curve = isotonic_curve(score_N[rows.calibrates_N], rows.right_N[rows.calibrates_N])
+            self._curves[depth, name], self._chances[depth, name] = curve, torch.from_numpy(curve.chance(score_N))
+        self.run = functools.cache(self._run)
 
-def _subsets(field: Field, rule: str) -> Iterator[tuple[int, ...]]:
-    """One exit, two of every other one, or a chain of every other one; a fixed depth is one."""
-    depths = sorted(field.readings)
-    yield from ((depth,) for depth in depths)
-    if rule != STATIC:
-        yield from itertools.combinations(depths[::2], 2)
-        yield from (tuple(depths[i::2]) for i in (0, 1) if len(depths[i::2]) > 2)
+    def best(self) -> RuleEstimate:
+        """Stops and chance first, at a usual number of drafts; then the number of drafts for the best few."""
+        chances: tuple[float | None, ...] = (None,) if self.rule in (STATIC, ORACLE) else CHANCES
 
+        def speed(choice: RuleChoice) -> float:
+            return self.run(choice, True).tokens_per_second
 
-class _Seen:
-    """One rule over the recorded texts; its chances are worked out once for each depth."""
+        first = [RuleChoice(self.rule, stops, c, FIRST_DRAFTS) for stops in self._stops() for c in chances]
+        kept = sorted(first, key=speed, reverse=True)[:KEPT]
+        best = max((RuleChoice(self.rule, c.stops, c.chance, n) for c, n in itertools.product(kept, DRAFTS)), key=speed)
+        here, full_seconds = self.run(best, False), self.data.passes.full()
+        trigger = self._trigger(best)
+        return RuleEstimate(
+            rule=self.rule,
+            stops=best.stops,
+            chance=best.chance,
+            draft_tokens=best.draft_tokens,
+            tokens_per_second=here.tokens_per_second,
+            ratio=here.tokens_per_second * full_seconds,
+            calibrating_ratio=speed(best) * full_seconds,
+            tokens_per_round=here.tokens / here.rounds if here.rounds else 0.0,
+            accepted_share=here.accepted / here.drafted if here.drafted else None,
+            trigger=None if trigger is None else trigger.to_json(),
+        )
 
-    def __init__(self, field: Field, rule: str) -> None:
-        self.field, self.rule = field, rule
-        self.names = {STATIC: (), ORACLE: (), GATED: ("state_probe", "top_probability")}.get(rule, (rule,))
-        self._risings = {(d, n): field.rising(d, n) for d in field.readings for n in self.names}
-        self._chances = {(d, n): rising.of(sure(n, field.readings[d].signals[n])) for (d, n), rising in self._risings.items()}
-        self._runs: dict[tuple[RuleChoice, bool], Rounds] = {}
+    def _stops(self) -> Iterator[tuple[int, ...]]:
+        """One exit, two of every other one, or a chain of every other one; a fixed depth is one."""
+        depths = sorted(self.data.tables)
+        yield from ((depth,) for depth in depths)
+        if self.rule != STATIC:
+            yield from itertools.combinations(depths[::2], 2)
+            yield from (tuple(depths[i::2]) for i in (0, 1) if len(depths[i::2]) > 2)
 
-    def run(self, choice: RuleChoice, calibrating: bool) -> Rounds:
-        key = (choice, calibrating)
-        if key not in self._runs:
-            texts = [t for t, marked in zip(self._texts(choice), self.field.calibrates, strict=True) if marked == calibrating]
-            field = self.field
-            self._runs[key] = drafting(texts, choice.stops, field.layers, choice.draft_tokens, field.passes)
-        return self._runs[key]
+    def _run(self, choice: RuleChoice, calibrating: bool) -> SimulatedRounds:
+        recorded = zip(self._recorded(choice), self.data.calibrates, strict=True)
+        texts = [text for text, calibrates in recorded if calibrates == calibrating]
+        return simulate(texts, choice.stops, choice.draft_tokens, self.data.passes)
 
-    def _texts(self, choice: RuleChoice) -> list[Recorded]:
-        told = [self._at(depth, choice.chance) for depth in choice.stops]
-        fires, asking = (torch.stack(column, 1).tolist() for column in zip(*told, strict=True))
-        right = torch.stack([self.field.readings[depth].right_N for depth in choice.stops], 1).tolist()
-        texts, at = [], 0
-        for length in self.field.lengths:
-            rows = slice(at, at + length)
-            texts.append(Recorded(right[rows], fires[rows], asking[rows]))
-            at += length
-        return texts
+    def _recorded(self, choice: RuleChoice) -> list[RecordedText]:
+        checks = [self._check(depth, choice.chance) for depth in choice.stops]
+        fires, seconds = (torch.stack(column, 1).tolist() for column in zip(*checks, strict=True))
+        right = torch.stack([self.data.tables[depth].right_N for depth in choice.stops], 1).tolist()
+        ends = list(itertools.accumulate(self.data.lengths, initial=0))
+        return [RecordedText(right[a:b], fires[a:b], seconds[a:b]) for a, b in itertools.pairwise(ends)]
 
-    def _at(self, depth: int, chance: float | None) -> tuple[Tensor, Tensor]:
-        """Whether the rule fires, and the seconds that asking takes; who fires has read the head, which names the token."""
-        rows, asking = self.field.readings[depth], self.field.asking[depth]
+    def _check(self, depth: int, chance: float | None) -> tuple[Tensor, Tensor]:
+        """Whether the rule fires, and the seconds that its check takes; where it fires the head has run, for the token."""
+        rows, seconds = self.data.tables[depth], self.data.seconds[depth]
         if chance is None:
             fires_N = torch.ones_like(rows.right_N) if self.rule == STATIC else rows.right_N
-            return fires_N, fires_N.double() * asking["head"]  # an oracle asks nobody
+            return fires_N, fires_N.double() * seconds["head"]  # an oracle checks nothing
         if self.rule == GATED:
             passes_N = self._chances[depth, "state_probe"] >= GATE * chance
             fires_N = passes_N & (self._chances[depth, "top_probability"] >= chance)
-            return fires_N, asking["state_probe"] + passes_N.double() * asking["top_probability"]
+            return fires_N, seconds["state_probe"] + passes_N.double() * seconds["top_probability"]
         fires_N = self._chances[depth, self.rule] >= chance
-        late = 0.0 if reads_head(self.rule) else asking["head"]
-        return fires_N, asking[self.rule] + fires_N.double() * late
+        late = 0.0 if reads_head(self.rule) else seconds["head"]
+        return fires_N, seconds[self.rule] + fires_N.double() * late
 
-    def trigger(self, choice: RuleChoice) -> Trigger | None:
+    def _trigger(self, choice: RuleChoice) -> Trigger | None:
         """The rule for use; None for an oracle."""
         if self.rule == ORACLE:
             return None
@@ -177,6 +168,6 @@ class _Seen:
         return self._threshold(self.rule, choice.stops, choice.chance)
 
     def _threshold(self, name: str, stops: Sequence[int], chance: float) -> Threshold:
-        known = {depth: self._risings[depth, name].least(chance) for depth in stops}
+        known = {depth: self._curves[depth, name].least(chance) for depth in stops}
         sign = 1.0 if SIGNALS[name].sure_is_high else -1.0
         return Threshold(name, {depth: sign * value for depth, value in known.items() if value is not None})

@@ -1,16 +1,13 @@
-"""Calibration against slow twins: pooled neighbours, softmax by hand, bins by hand."""
+"""Statistics of scores against slow twins: pooled neighbours, pairs counted one by one, bins by hand."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.exits.signals import Prediction
-from adi.measure.trigger_study.confidence import TEMPERATURES, auroc, expected_calibration_error, heated, isotonic
+from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
 
@@ -28,8 +25,8 @@ def pooled(rows: list[tuple[int, bool]]) -> dict[int, float]:
 @given(ROWS)
 def test_isotonic_regression_pools_neighbours(rows: list[tuple[int, bool]]) -> None:
     wanted = pooled(rows)
-    found = isotonic(torch.tensor([float(s) for s, _ in rows]), torch.tensor([r for _, r in rows]))
-    got = found.of(torch.tensor([float(v) for v in wanted]))
+    found = isotonic_curve(torch.tensor([float(s) for s, _ in rows]), torch.tensor([r for _, r in rows]))
+    got = found.chance(torch.tensor([float(v) for v in wanted]))
     assert got.tolist() == pytest.approx(list(wanted.values()))
     for chance in (0.0, 0.3, 0.5, 1.0):
         enough = [value for value, share in wanted.items() if share >= chance - 1e-12]
@@ -46,23 +43,6 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[int, bo
     else:
         pairs = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
         assert got == pytest.approx(pairs / (len(good) * len(bad)))
-
-
-@pytest.mark.parametrize("tail", [True, False])
-def test_temperature_against_a_softmax_by_hand(tail: bool) -> None:
-    ids = torch.tensor([3, 5, 9]) if tail else None
-    logs = torch.tensor([[0.5, 0.2, 0.1], [0.1, 0.1, 0.1], [0.3, 0.3, 0.2]] if tail else [[0.5, 0.3, 0.2]] * 3)
-    logs = torch.log(logs / logs.sum(1, keepdim=True) * (0.8 if tail else 1.0))
-    said = Prediction(logs, ids, torch.full((3,), math.log(0.2)) if tail else None, 90)
-    tokens, places = (torch.tensor([5, 4, 9]), (1, 3, 2)) if tail else (torch.tensor([1, 0, 2]), (1, 0, 2))
-    found = heated(said, tokens)
-    for g, heat in enumerate(TEMPERATURES):
-        for n, place in enumerate(places):
-            logits = [*logs[n].tolist(), *([math.log(0.2)] if tail else [])]
-            weights = [math.exp(x / heat) for x in logits]
-            assert float(found.surprise_GN[g, n]) == pytest.approx(-math.log(weights[place] / sum(weights)), abs=1e-5)
-            assert float(found.top_GN[g, n]) == pytest.approx(max(weights[:3]) / sum(weights), abs=1e-5)
-    assert 1.0 in TEMPERATURES
 
 
 def test_calibration_error_of_known_cases() -> None:
