@@ -19,8 +19,6 @@ from adi.model.openvino import OpenVinoBackbone
 from conftest import random_exits
 from engines import IDS, Cached, engine, folder_of, model_of
 
-pytestmark = pytest.mark.usefixtures("compiled_cache")
-
 DEPTHS = (2, 4)
 LONG = tuple(IDS * 3)[:150]
 # Prompts of one row, few rows and more than a pass may share; answers of one token and of more than one chunk.
