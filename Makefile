@@ -27,10 +27,10 @@ format: $(READY)
 # The exits that the package ships, made again from nothing: the heads (about an hour on 2 cores), then the drafter and the
 # answers, from conversations that the model writes by itself (some hours). PROMPTS may add prompt files.
 exits: $(READY)
-	$(BIN)/adi tune smollm2-135m --out out/smollm2-135m --prompts builtin $(foreach file,$(PROMPTS),--prompts $(file)) \
+	$(BIN)/adi tune smollm2-135m --out out/smollm2-135m --prompts train $(foreach file,$(PROMPTS),--prompts $(file)) \
 	  --tokens 300000 --rank 256 --seed 0
 	$(BIN)/adi tune smollm2-135m --out out/smollm2-135m-talk --keep out/smollm2-135m --talk 770000 --talk-precision int8,int4 \
-	  --max-new-tokens 200 --drafter-epochs 4 --prompts builtin $(foreach file,$(PROMPTS),--prompts $(file)) --seed 0
+	  --max-new-tokens 200 --drafter-epochs 4 --prompts train $(foreach file,$(PROMPTS),--prompts $(file)) --seed 0
 	mkdir -p src/adi/data/exits/smollm2-135m
 	cp out/smollm2-135m-talk/exits.json out/smollm2-135m-talk/exits.safetensors src/adi/data/exits/smollm2-135m/
 
@@ -75,7 +75,7 @@ results: peers
 	  > $(RESULTS)/triggers.json
 	$(BIN)/adi inspect $(GEMMA) --json > $(RESULTS)/gemma_inspect.json
 	$(QUALITY) $(GEMMA) --tokens 2048 --json $(RESULTS)/gemma_quality.json
-	$(BIN)/adi tune $(GEMMA) --out out/gemma3-270m --prompts builtin --tokens 10000 --talk 30000 --max-new-tokens 96 \
+	$(BIN)/adi tune $(GEMMA) --out out/gemma3-270m --prompts train --tokens 10000 --talk 30000 --max-new-tokens 96 \
 	  --drafter-epochs 3
 	cp out/gemma3-270m/exits.json $(RESULTS)/gemma_exits.json
 	$(BIN)/adi bench $(GEMMA) --exits out/gemma3-270m --prompts bench --limit 16 --modes full,verified,lookup \

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.errors import AdiError
+from adi.errors import FileError
 from adi.schema import Int, NonNegative, Record, Share, from_json, read_json_as
 from damage import VALUES, changed, nested, only_value_errors
 
@@ -56,13 +56,13 @@ def test_a_value_goes_to_json_and_back(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps({**WHOLE.to_json(), **change}))
-    with pytest.raises(AdiError, match=rf"the thing .*f\.json is damaged: {complaint}"):
+    with pytest.raises(FileError, match=rf"the thing .*f\.json is damaged: {complaint}"):
         read_json_as(path, Outer, "thing")
 
 
 def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text(nested())
-    with pytest.raises(AdiError, match="nested too deeply"):
+    with pytest.raises(FileError, match="nested too deeply"):
         read_json_as(tmp_path / "f.json", Outer, "thing")
 
 

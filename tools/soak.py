@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--most-growth-mib", type=float, default=64.0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    items: list[PromptItem] = read_prompts("builtin")
+    items: list[PromptItem] = read_prompts("train")
     model = adi.load(given.model)
     layers = model.backbone.spec.layers
     own = given.model in shipped()

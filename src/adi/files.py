@@ -12,21 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adi.errors import AdiError
+from adi.errors import FileError
 
 MOST_BYTES = 256 << 20  # of a text or JSON file that adi reads whole
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with a home folder in the place of ``~``; ValueError where there is none."""
+    """The path with a home folder in the place of ``~``; FileError where there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise AdiError(f"{str(path)!r} begins with a home folder that does not exist; write the whole path.") from None
+        raise FileError(f"{str(path)!r} begins with a home folder that does not exist; write the whole path.") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one step; ValueError, naming the path, when that cannot be done."""
+    """Write ``text`` to ``path`` in one step; FileError, naming the path, when that cannot be done."""
     data = text.encode("utf-8", errors="replace")  # half a surrogate pair is no reason to lose a result
     made: Path | None = None
     try:
@@ -39,19 +39,19 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if made is not None:
             made.unlink(missing_ok=True)
-        raise AdiError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+        raise FileError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
 def require_writable(path: Path) -> None:
-    """ValueError if ``path`` could not be written: better before an hour's work than after it."""
+    """FileError if ``path`` could not be written: better before an hour's work than after it."""
     if path.is_dir():
-        raise AdiError(f"cannot write {path}: it is a folder. Name a file.")
+        raise FileError(f"cannot write {path}: it is a folder. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise AdiError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+        raise FileError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,44 +59,44 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_file(path: Path, what: str, most_bytes: int) -> None:
-    """ValueError, naming ``what``, unless ``path`` is a file (reading a pipe or a device might never end) of at most so many
+    """FileError, naming ``what``, unless ``path`` is a file (reading a pipe or a device might never end) of at most so many
     bytes."""
     try:
         state = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise AdiError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
+        raise FileError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
     if not stat.S_ISREG(state.st_mode):
-        raise AdiError(f"cannot read the {what} {path}: it is not a file.")
+        raise FileError(f"cannot read the {what} {path}: it is not a file.")
     if state.st_size > most_bytes:
-        raise AdiError(f"the {what} {path} has {state.st_size} bytes; more than {most_bytes} are none that adi wrote.")
+        raise FileError(f"the {what} {path} has {state.st_size} bytes; more than {most_bytes} are none that adi wrote.")
 
 
 def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
-    """The text in ``path``, UTF-8; ValueError says that this ``what`` is missing, too large or damaged."""
+    """The text in ``path``, UTF-8; FileError says that this ``what`` is missing, too large or damaged."""
     require_file(path, what, most_bytes)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise AdiError(f"cannot read the {what} {path}: {error.strerror or error}.") from None
+        raise FileError(f"cannot read the {what} {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
-        raise AdiError(f"the {what} {path} is damaged: {error}.") from None
+        raise FileError(f"the {what} {path} is damaged: {error}.") from None
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON value in ``path``; ValueError says that this ``what`` is missing, too large or damaged."""
+    """The JSON value in ``path``; FileError says that this ``what`` is missing, too large or damaged."""
     text = read_text(path, what)
     try:
         return parse_json(text)
     except ValueError as error:
-        raise AdiError(f"the {what} {path} is damaged: {error}.") from None
+        raise FileError(f"the {what} {path} is damaged: {error}.") from None
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError also where it is nested too deeply for Python's reader."""
+    """The value of a JSON text; FileError also where it is nested too deeply for Python's reader."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise AdiError("it is nested too deeply") from None
+        raise FileError("it is nested too deeply") from None
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def locked_file(path: Path, what: str, *, writing: bool = False, create: bool = 
     try:
         import fcntl
     except ImportError:  # Windows
-        raise AdiError(f"a {what} needs file locks of a kind that this system lacks; do without it.") from None
+        raise FileError(f"a {what} needs file locks of a kind that this system lacks; do without it.") from None
     flags = (os.O_RDWR | (os.O_CREAT if create else 0)) if writing else os.O_RDONLY
     try:
         if create:
@@ -138,14 +138,14 @@ def locked_file(path: Path, what: str, *, writing: bool = False, create: bool = 
             handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)  # not to wait for a pipe's other end
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 os.close(handle)
-                raise AdiError(f"{path} is not a file, so it cannot be a {what}; choose another place.")
+                raise FileError(f"{path} is not a file, so it cannot be a {what}; choose another place.")
             with os.fdopen(handle, "r+b" if writing else "rb") as file:
                 fcntl.flock(handle, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
                 if _still_at(path, handle):
                     yield file
                     return
     except OSError as error:
-        raise AdiError(f"cannot use the {what} {path}: {error.strerror or error}. Choose another place.") from None
+        raise FileError(f"cannot use the {what} {path}: {error.strerror or error}. Choose another place.") from None
 
 
 def _still_at(path: Path, handle: int) -> bool:

@@ -6,12 +6,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from adi.errors import AdiError
-from adi.files import expanded, parse_json, read_text
+from msgspec import Meta
 
-BUILTIN = Path(__file__).parent / "data" / "prompts"
-BUILTIN_NAMES = {"builtin": "tune", "bench": "bench"}
+from adi.errors import FileError, UsageError
+from adi.files import expanded, package_data, parse_json, read_text
+from adi.schema import Record, from_json
+
+SETS = {"train": "480 prompts to train on", "bench": "80 to measure with"}
+Text = Annotated[str, Meta(pattern=r"\S")]
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,28 @@ class PromptItem:
         return self.turns[0]
 
 
-def read_prompts(source: str | Path) -> list[PromptItem]:
-    """The prompts of a JSONL file, or of a set by name: "builtin" (480 to train on), "bench" (80 to measure with).
+class _Line(Record, frozen=True):
+    prompt: Text | None = None
+    turns: Annotated[tuple[Text, ...], Meta(min_length=1)] | None = None
+    category: str = "other"
 
-    Raises ValueError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
+
+def read_prompts(source: str | Path) -> list[PromptItem]:
+    """The prompts of a JSONL file, or of a set in the package by name: "train" (480) or "bench" (80).
+
+    Raises AdiError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
     """
-    path = BUILTIN / f"{BUILTIN_NAMES[str(source)]}.jsonl" if str(source) in BUILTIN_NAMES else expanded(source)
+    sets = ", ".join(f"{name!r} ({what})" for name, what in SETS.items())
+    if str(source) == "builtin":
+        raise UsageError(f"'builtin' is no set of prompts any more; name one of {sets}.")
+    path = package_data("prompts") / f"{source}.jsonl" if str(source) in SETS else expanded(source)
     try:
         lines = read_text(path, "prompts file").split("\n")
-    except ValueError as error:
-        raise AdiError(f"{error} Sets by name: {', '.join(BUILTIN_NAMES)}.") from None
+    except FileError as error:
+        raise FileError(f"{error} Sets by name: {sets}.") from None
     items = [_item(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not items:
-        raise AdiError(f"{path} holds no prompts.")
+        raise FileError(f"{path} holds no prompts.")
     return items
 
 
@@ -53,18 +66,15 @@ def prompts_hash(items: Sequence[PromptItem]) -> str:
     return hashlib.blake2b(repr([(i.turns, i.category) for i in items]).encode(), digest_size=8).hexdigest()
 
 
-def _item(line: str, where: str) -> PromptItem:
+def _item(text: str, where: str) -> PromptItem:
     try:
-        value = parse_json(line)
+        value = parse_json(text)
     except ValueError as error:
-        raise AdiError(f"{where} is not JSON: {error}.") from None
-    if not isinstance(value, dict) or not set(value) <= {"prompt", "turns", "category"}:
-        raise AdiError(f"{where} is not an object with 'prompt' (or 'turns') and 'category'.")
-    turns = value.get("turns", [value["prompt"]] if "prompt" in value else None)
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise AdiError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
+        raise FileError(f"{where} is not JSON: {error}.") from None
+    line = from_json(value, _Line, where)
+    turns = line.turns or (() if line.prompt is None else (line.prompt,))
+    if not turns:
+        raise FileError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
     if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
-        raise AdiError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
-    if not isinstance(value.get("category", "other"), str):
-        raise AdiError(f"{where} has a 'category' that is no text.")
-    return PromptItem(tuple(turns), value.get("category", "other"))
+        raise FileError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
+    return PromptItem(turns, line.category)

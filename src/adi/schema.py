@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, overload
 import msgspec
 from msgspec import Meta, Struct
 
-from adi.errors import AdiError
+from adi.errors import FileError
 from adi.files import read_json
 
 T = TypeVar("T")
@@ -46,17 +46,17 @@ def from_json(value: Any, kind: type[T], what: str) -> T: ...
 @overload
 def from_json(value: Any, kind: UnionType, what: str) -> Any: ...
 def from_json(value: Any, kind: Any, what: str) -> Any:
-    """A JSON value as an instance of ``kind``; AdiError names ``what``, the field, what it must be and what it is."""
+    """A JSON value as an instance of ``kind``; FileError names ``what``, the field, what it must be and what it is."""
     try:
         return msgspec.convert(value, kind, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
-        raise AdiError(f"{what}: {_explained(str(error), value)}.") from None
+        raise FileError(f"{what}: {_explained(str(error), value)}.") from None
     except RecursionError:
-        raise AdiError(f"{what}: nested too deeply.") from None
+        raise FileError(f"{what}: nested too deeply.") from None
 
 
 def read_json_as(path: Path, kind: type[T], what: str) -> T:
-    """The JSON file as an instance of ``kind``; AdiError says that this ``what`` is missing, too large or damaged, and how."""
+    """The JSON file as an instance of ``kind``; FileError says that this ``what`` is missing, too large or damaged, and how."""
     return from_json(read_json(path, what), kind, f"the {what} {path} is damaged")
 
 

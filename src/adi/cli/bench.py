@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 MODES_HELP = "Of adi: full, verified, reflex, lookup, static."
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
-OWN_SETS = ("builtin", "bench")
 
 
 def bench(
     model: ModelArgument = "smollm2-135m",
-    prompts: Annotated[str, typer.Option("--prompts", help="A JSONL file; 'builtin' or 'bench', the 80 built in.")] = "bench",
+    prompts: Annotated[str, typer.Option("--prompts", help="A JSONL file; or 'bench', 80 prompts.")] = "bench",
     modes: Annotated[str, typer.Option("--modes", help=MODES_HELP)] = "full,verified",
     peers: Annotated[str, typer.Option("--peers", help="Other tools, such as llama.cpp,hf:fp32; or 'all'.")] = "",
     precision: Annotated[str, typer.Option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
@@ -90,7 +89,7 @@ def bench(
 
 def _prompts(source: str, limit: int | None) -> list[PromptItem]:
     _at_least_one(limit=limit)
-    items = read_prompts("bench" if source in OWN_SETS else source)
+    items = read_prompts(source)
     return items if limit is None else spread(items, limit)
 
 

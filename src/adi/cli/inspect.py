@@ -29,7 +29,7 @@ from adi.prompts import PromptItem, read_prompts, spread
 if TYPE_CHECKING:
     from adi.measure.inspect import Headroom
 
-PromptsOption = Annotated[str, typer.Option("--prompts", help="A JSONL prompt file, 'bench' or 'builtin'.")]
+PromptsOption = Annotated[str, typer.Option("--prompts", help="A JSONL prompt file, 'bench' or 'train'.")]
 LimitOption = Annotated[int, typer.Option("--limit", help="Use so many prompts, spread evenly over the file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 

@@ -31,7 +31,7 @@ def triggers(
     calibrate: Annotated[
         str,
         typer.Option("--calibrate", help="Prompts on which calibrations and thresholds are chosen; '' for half of --prompts."),
-    ] = "builtin",
+    ] = "train",
     calibrate_limit: Annotated[int, typer.Option("--calibrate-limit", help="Use so many of them.")] = 40,
     fit_probe: Annotated[
         str | None,

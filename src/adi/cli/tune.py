@@ -51,7 +51,8 @@ def tune(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the exits; a run that was stopped goes on there.")],
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompts", help="JSONL prompt file, or 'builtin'; may be repeated.")
+        list[str] | None,
+        typer.Option("--prompts", help="JSONL prompt file, 'train' (built in, 480); may be repeated."),
     ] = None,
     text: Annotated[list[Path] | None, typer.Option("--text", help="Plain text to learn from; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of its own answers that the model trains on.")] = 100_000,
@@ -81,7 +82,7 @@ def tune(
 
     console = Console(stderr=True)
     require_folder(out)
-    sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["builtin"])]
+    sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["train"])]
     loaded = Source(model, backend="hf", device=device).load(console)
     options = TuneOptions(
         depths=parse_depths(depths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -90,7 +90,7 @@ def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: 
     """The certificate for exactly this level; ValueError names those that there are."""
     if kind not in KINDS:
         raise AdiError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < math.inf:
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= sys.float_info.max:
         raise AdiError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):

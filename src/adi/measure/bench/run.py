@@ -24,7 +24,7 @@ from adi.prompts import PromptItem, read_prompts, spread
 
 FORMAT, VERSION = "adi-bench", 2
 WARM_UP_TOKENS = 8
-SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "builtin", 4, 48  # the set that exits are trained on
+SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "train", 4, 48  # the set that exits are trained on
 SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot
 Progress = Callable[[int, int, str], None]
 

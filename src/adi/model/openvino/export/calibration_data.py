@@ -15,7 +15,7 @@ def calibration_texts(tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
     """Windows of 512 token ids; none without a tokenizer."""
     if tokenizer is None:
         return []
-    prompts = [item.prompt for item in read_prompts("builtin")]
+    prompts = [item.prompt for item in read_prompts("train")]
     half = len(prompts) // 2
     kinds = [[tokenizer.encode(prompt + "\n\n") for prompt in prompts[half:]]]
     if tokenizer.has_chat_template:
