@@ -81,7 +81,7 @@ def ours(code: Any) -> bool:
 
 
 def growing(code: Any) -> bool:
-    return code.co_filename.endswith("openvino/pool.py") and code.co_name in ("reserve", "_grow", "begin")
+    return code.co_filename.endswith("openvino/kv_pool.py") and code.co_name in ("reserve", "_grow", "begin")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,7 +110,7 @@ def test_blocks_of_transformers_are_put_back_whatever_is_interrupted(model: adi.
     wanted = text(model, "full")
 
     def patching(code: Any) -> bool:
-        return code.co_filename.endswith("hf/blocks.py") and code.co_name in ("_swapped", "patched", "_undoing", "_wrapper")
+        return code.co_filename.endswith("hf/patch.py") and code.co_name in ("_swapped", "patched", "_undoing", "_wrapper")
 
     with interrupted_at_line(-1, patching) as seen:
         text(model, "full")
@@ -132,9 +132,8 @@ def test_memory_that_grows_may_be_interrupted_at_every_line(model: adi.Model) ->
     def grown(number: int) -> int:
         """The pool made anew and grown while another sequence is under way; how many lines of it ran."""
         backbone.pool.__init__(backbone.pool.budget_bytes)
-        for segment in backbone._pieces._segments.values():
+        for segment in backbone._segments._segments.values():
             segment.add_to(backbone.pool)
-            segment._version = -1
         other = adi.stream(model, PROMPT, max_new_tokens=TOKENS)
         begun = [next(other).token, next(other).token]
         with suppress(KeyboardInterrupt), interrupted_at_line(number, growing) as seen:

@@ -12,11 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adi.decoding.frontier import Frontier
-from adi.model.backbone import ReadOut, Rows, Spec, States
+from adi.model.backbone import KVCache, ReadOut, Rows, Spec, States
 from adi.model.hf import HfBackbone
 from families import tiny
 
 LAYERS, WIDTH = 5, 3
+
+
+class ToyCache(KVCache):
+    def __init__(self, rows: dict[int, list[torch.Tensor]]) -> None:
+        self.rows = rows
+
+    def close(self) -> None:
+        self.rows.clear()
 
 
 class SumBackbone:
@@ -32,8 +40,8 @@ class SumBackbone:
 
     has_mlp_tap = False
 
-    def new_cache(self) -> dict[int, list[torch.Tensor]]:
-        return {layer: [] for layer in range(LAYERS)}
+    def new_cache(self) -> ToyCache:
+        return ToyCache({layer: [] for layer in range(LAYERS)})
 
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         return [self._one(r, lo, hi) for r in rows]
@@ -42,7 +50,7 @@ class SumBackbone:
         state = rows.hidden_TD if rows.hidden_TD is not None else self.embed(rows.ids)
         before = state
         for layer in range(lo, hi):
-            memory = rows.cache[layer]
+            memory = rows.cache.rows[layer]
             assert len(memory) >= rows.start, "a layer skipped a position"
             del memory[rows.start :]
             before, out = state, []

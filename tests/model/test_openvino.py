@@ -145,13 +145,13 @@ def test_only_blocks_that_exist_can_be_run(made: Cached) -> None:
         backbone.prepare((7,))
 
 
-def test_the_whole_model_for_any_number_of_rows_is_two_pieces_and_a_lane_one(made: Cached) -> None:
+def test_the_whole_model_for_any_number_of_rows_is_two_segments_and_a_bucket_one(made: Cached) -> None:
     engine(made, "llama")
     opened = OpenVinoBackbone.open(folder_of("llama"))
     opened.prepare((), drafts=True, wait=True)
     spans: dict[int, set[tuple[int, int]]] = {}
-    for lo, hi, lane in opened._pieces._segments:
-        spans.setdefault(lane, set()).add((lo, hi))
+    for lo, hi, bucket in opened._segments._segments:
+        spans.setdefault(bucket, set()).add((lo, hi))
     half = LAYERS // 2
     assert spans.pop(0) == {(0, half), (half, LAYERS)}
     assert len(spans) >= 2

@@ -17,7 +17,7 @@ from adi.model.openvino import OpenVinoBackbone, make
 from adi.model.openvino.engine import evened
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.row_invariance import merged_rows, rows_are_invariant, settle_rows
-from adi.model.openvino.segments import LANES
+from adi.model.openvino.segments import BUCKETS
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import LAYERS
 
@@ -81,8 +81,8 @@ def test_lone_rows_run_in_company_where_another_kernel_takes_them(
     monkeypatch.setattr(backbone, "least_rows", 1)
     plain = backbone._forward
 
-    def lone_rows_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
-        states = plain(rows, lo, hi, mlp, lane)
+    def lone_rows_differ(rows: Any, lo: int, hi: int, mlp: bool, bucket: int) -> Any:
+        states = plain(rows, lo, hi, mlp, bucket)
         lone = sum(len(r.ids) for r in rows) == 1
         return [States(s.hidden_TD + 1e-3, s.before_TD, s.mlp_TF) for s in states] if lone else states
 
@@ -99,7 +99,7 @@ def test_lone_rows_run_in_company_where_another_kernel_takes_them(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_however_the_blocks_are_cut_the_bits_are_the_same(made: Cached, precision: str) -> None:
-    """Full depth in one piece, and through the pieces of a policy, over prompts attended as a whole and row by row."""
+    """Full depth in one segment, and through the segments of a policy, over prompts attended as a whole and row by row."""
     engine(made, "llama", precision)
     wanted = None
     for stops in ((), (2,), (1, 3), tuple(range(1, LAYERS))):
@@ -116,44 +116,44 @@ def test_however_the_blocks_are_cut_the_bits_are_the_same(made: Cached, precisio
 
 
 def unopened() -> OpenVinoBackbone:
-    """An engine that has opened no lane: the check of rows, which opens them, was done by one before it."""
+    """An engine that has opened no bucket: the check of rows, which opens them, was done by one before it."""
     make(model_of("llama"), name="llama", precision="int8")
     backbone = make(model_of("llama"), name="llama", precision="int8")
-    assert backbone._pieces.open == []
+    assert backbone._segments.open == []
     return backbone
 
 
-def test_lanes_open_in_the_background_and_change_no_bits(made: Cached) -> None:
+def test_buckets_open_in_the_background_and_change_no_bits(made: Cached) -> None:
     backbone = unopened()
-    pieces = backbone._pieces
+    segments = backbone._segments
     backbone.prepare(())
-    assert pieces._opening is None, "nothing opens before there is a short pass"
+    assert segments._opening is None, "nothing opens before there is a short pass"
     cache = prefilled(backbone, IDS[:PROMPT])
-    assert pieces._opening is None
+    assert segments._opening is None
     counts = range(1, 10)
-    pieces._wanted.clear()
+    segments._wanted.clear()
     without = [backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)[0].hidden_TD for n in counts]
     scores = [backbone.logits(hidden_TD) for hidden_TD in without]
-    assert pieces.open == []
+    assert segments.open == []
     backbone.prepare((), drafts=True, wait=True)
-    lanes = [max(backbone.least_rows, lane) for lane in LANES]  # on some processors a lone row runs in company
-    assert pieces.open == lanes
+    buckets = [max(backbone.least_rows, bucket) for bucket in BUCKETS]  # on some processors a lone row runs in company
+    assert segments.open == buckets
     for n, wanted, logits_TV in zip(counts, without, scores, strict=True):
         (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + n], None)], 0, LAYERS)
         assert torch.equal(states.hidden_TD, wanted)
         assert torch.equal(backbone.logits(wanted), logits_TV)
         assert backbone.greedy(wanted) == logits_TV.argmax(-1).tolist()
-    assert {lane for _, _, lane in pieces._segments} == {0, *lanes}
+    assert {bucket for _, _, bucket in segments._segments} == {0, *buckets}
 
 
-def test_a_lane_opens_with_the_first_short_pass(made: Cached) -> None:
+def test_a_bucket_opens_with_the_first_short_pass(made: Cached) -> None:
     backbone = unopened()
     backbone.prepare((2,))
     cache = prefilled(backbone, IDS[:PROMPT])
     backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 1], None)], 0, LAYERS)
-    backbone._pieces.wait()
-    assert backbone._pieces.open == [backbone.least_rows], "full depth needs a lane for lone rows only"
-    assert {(lo, hi) for lo, hi, lane in backbone._pieces._segments if lane} == {(0, 2), (2, LAYERS)}
+    backbone._segments.wait()
+    assert backbone._segments.open == [backbone.least_rows], "full depth needs a bucket for lone rows only"
+    assert {(lo, hi) for lo, hi, bucket in backbone._segments._segments if bucket} == {(0, 2), (2, LAYERS)}
 
 
 def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
@@ -162,8 +162,8 @@ def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
     backbone = engine(made, "llama")
     plain = backbone._forward
 
-    def long_passes_differ(rows: Any, lo: int, hi: int, mlp: bool, lane: int) -> Any:
-        states = plain(rows, lo, hi, mlp, lane)
+    def long_passes_differ(rows: Any, lo: int, hi: int, mlp: bool, bucket: int) -> Any:
+        states = plain(rows, lo, hi, mlp, bucket)
         long = sum(len(r.ids) for r in rows) > 40
         return [States(s.hidden_TD + 1e-3, s.before_TD, s.mlp_TF) for s in states] if long else states
 
@@ -175,4 +175,4 @@ def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
     (tmp_path / "rows.json").write_text('{"other": 3}')
     logits = backbone.logits
     monkeypatch.setattr(backbone, "logits", lambda hidden_TD: logits(hidden_TD) + 1e-6 * (hidden_TD.shape[0] > 8))
-    assert merged_rows(backbone, tmp_path) == LANES[-1]
+    assert merged_rows(backbone, tmp_path) == BUCKETS[-1]

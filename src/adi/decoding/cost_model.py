@@ -235,8 +235,7 @@ def _passes(
             if draft is not None:
                 steps.append((_seconds(draft), _seconds(draft)))
     finally:
-        if (close := getattr(cache, "close", None)) is not None:
-            close()
+        cache.close()
     least = {count: min(t[1:]) for count, t in times.items()}
     return {count: min(least[more] for more in counts if more >= count) for count in counts}, steps
 

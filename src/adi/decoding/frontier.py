@@ -117,12 +117,10 @@ class Frontier:
         del self._runs[:-1]
 
     def close(self) -> None:
-        """Give back KV memory, where the engine wants it back; nothing can run afterwards."""
+        """Free KV memory; nothing can run afterwards."""
         self._runs.clear()
         self.last = None
-        close = getattr(self.cache, "close", None)
-        if close is not None:
-            close()
+        self.cache.close()
 
     def hidden(self, start: int, end: int) -> Tensor:
         """The deepest states so far of positions [start, end), ``[T, D]``; not to be written to.

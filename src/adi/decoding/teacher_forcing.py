@@ -138,8 +138,7 @@ class _RunningText:
             self.close()
 
     def close(self) -> None:
-        if (close := getattr(self.cache, "close", None)) is not None:
-            close()
+        self.cache.close()
 
     def result(self) -> ForcedPass:
         whole = {name: {d: torch.cat(parts) for d, parts in kept.items()} for name, kept in self._parts.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from adi.errors import NoDistributionError
 from adi.model.arrays import Array, as_tensor
@@ -51,6 +51,20 @@ class Spec:
     merged_rows: int = MERGED_ROWS
 
 
+class KVCache:
+    """KV memory of one sequence, from ``Backbone.new_cache``; a context manager that closes it."""
+
+    def close(self) -> None:
+        """Free the memory; the cache is empty then, and not to be used again. Closing twice is allowed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class Rows:
     """Consecutive positions ``start, start + 1, ...`` of one sequence, on their way through blocks ``[lo, hi)``.
@@ -59,7 +73,7 @@ class Rows:
     state that enters block ``lo``; None when ``lo`` is 0, where the embedding makes it.
     """
 
-    cache: Any
+    cache: Any  # the engine's own KVCache
     start: int
     ids: tuple[int, ...]
     hidden_TD: Tensor | None
@@ -229,7 +243,7 @@ class Backbone(Protocol):
         """Whether ``forward(..., mlp=True)`` can show the MLP activations of a block."""
         ...
 
-    def new_cache(self) -> Any:
+    def new_cache(self) -> KVCache:
         """KV memory for one more sequence."""
         ...
 

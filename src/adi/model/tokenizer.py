@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from adi.errors import AdiError
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 UNFINISHED = "\ufffd"
+ENCODING = threading.Lock()  # a tokenizer is told by an attribute how to read special tokens, whoever else uses it
 KEPT_SPELLINGS = 65_536  # of lone tokens: drafts and texts under way ask for the same ones again and again
 
 
@@ -70,7 +72,8 @@ class Tokenizer:
 
     def _ids(self, text: str, **options: bool) -> tuple[int, ...]:
         try:
-            return tuple(self.hf(text, **options)["input_ids"])
+            with ENCODING:
+                return tuple(self.hf(text, **options)["input_ids"])
         except (TypeError, UnicodeError):  # it is a text, so there is one reason left
             raise AdiError(
                 "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."

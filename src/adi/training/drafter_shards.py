@@ -77,9 +77,7 @@ def _track(backbone: Backbone, answer: Answer, number: int) -> DrafterShard:
     ids = answer.ids[:MOST_POSITIONS]
     cache = backbone.new_cache()
     deep_TD = backbone.forward([Rows(cache, 0, ids, None)], 0, backbone.spec.layers)[0].hidden_TD
-    close = getattr(cache, "close", None)
-    if close is not None:
-        close()
+    cache.close()
     totals, tokens = [], []
     for rows_TD in deep_TD.split(HEAD_ROWS):
         logits_TV = backbone.logits(rows_TD)

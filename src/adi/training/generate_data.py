@@ -152,9 +152,7 @@ class _Talk:
             if self._over(text):
                 done.append(text)
                 self.running.remove(text)
-                close = getattr(text.cache, "close", None)
-                if close is not None:
-                    close()
+                text.cache.close()
         return done
 
     def _say(self, text: _Text, logits_K: Any, ids_K: Any) -> None:
@@ -223,9 +221,7 @@ def talk(
         done.append(_write(folder, len(done), ready, options.held_share))
         tokens, ready = tokens + tokens_in(done[-1]), []
     for text in talking.running:
-        close = getattr(text.cache, "close", None)
-        if close is not None:
-            close()
+        text.cache.close()
     paths = [path for group in done for path in group]
     return [p for p in paths if p.name.startswith("train")], [p for p in paths if p.name.startswith("held")]
 

@@ -105,8 +105,7 @@ def gather(
             hidden_TD = backbone.forward([Rows(cache, 0, ids, hidden_TD)], lo, hi)[0].hidden_TD
             seen[hi], lo = hidden_TD[rows], hi
         token_N = torch.tensor(backbone.greedy(seen.pop(layers)))
-        if (close := getattr(cache, "close", None)) is not None:
-            close()
+        cache.close()
         for depth, state_ND in seen.items():
             said = read(depth, state_ND)
             best_N = said.rows.place_T if isinstance(said, Measured) else said.log_probs_TS.argmax(-1)

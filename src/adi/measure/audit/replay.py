@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adi.decoding.frontier import Frontier
-from adi.model.backbone import Backbone, Rows
+from adi.model.backbone import Backbone, KVCache, Rows
 
 TIMES, SHARE = 4.0, 1e-5
 ROUNDING = {"fp32": 1e-3}  # of a position's largest value, that ordinary decoding may be off by
@@ -112,12 +112,11 @@ def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], end
     return _finished(backbone, cache, at, {depth: torch.ones(len(ids), dtype=torch.bool) for depth in ends}, len(ids))
 
 
-def _finished(backbone: Backbone, cache: object, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> RecordedRun:
+def _finished(backbone: Backbone, cache: KVCache, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> RecordedRun:
     layers = backbone.spec.layers
     memory = [backbone.peek(cache, block, length) for block in range(layers)]
     logits = torch.cat([backbone.logits(at[layers][i : i + 32]) for i in range(0, length, 32)])
-    if (close := getattr(cache, "close", None)) is not None:
-        close()
+    cache.close()
     return RecordedRun(at, seen, logits, memory)
 
 

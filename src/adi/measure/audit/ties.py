@@ -32,8 +32,7 @@ def logits_after(model: Model, ids: Sequence[int]) -> Tensor:
     cache = backbone.new_cache()
     (states,) = backbone.forward([Rows(cache, 0, tuple(ids), None)], 0, backbone.spec.layers)
     logits_V = backbone.logits(states.hidden_TD[-1:])[0]
-    if (close := getattr(cache, "close", None)) is not None:
-        close()
+    cache.close()
     return logits_V
 
 

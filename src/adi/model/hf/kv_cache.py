@@ -14,6 +14,7 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from adi.model.backbone import KVCache
 from adi.model.hf.patch import Written
 
 
@@ -58,7 +59,7 @@ def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
     return grown
 
 
-class StaircaseCache(DynamicCache):  # type: ignore[misc]
+class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     """A cache that is told where the next rows start instead of deriving it from its first layer.
 
     While blocks ``[lo, hi)`` run, every one of them holds exactly ``start`` positions, so lengths and mask sizes have
@@ -72,6 +73,10 @@ class StaircaseCache(DynamicCache):  # type: ignore[misc]
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 self.layers[i] = GrowingLayer(sliding=layer.is_sliding)
         self.activate_past_recording()
+
+    def close(self) -> None:
+        """Free keys and values of all blocks."""
+        self.layers.clear()
 
     def unsupported(self) -> str | None:
         """Why this cache cannot go back, or None when it can. Known for sure after the first pass."""

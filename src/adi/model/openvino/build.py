@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest as store
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
+
+EXPORTING = threading.Lock()  # the tracer and NNCF change state of the whole process
 
 
 def make(
@@ -53,8 +56,8 @@ def make(
     weights = weights or fingerprint(model)
     key = store.key_of(model, weights)
     folder = store.place(key, precision)
-    if not (folder / "model.json").exists():
-        with quiet_transformers():
+    with EXPORTING, quiet_transformers():
+        if not (folder / "model.json").exists():
             export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
         store.remember(source, precision, key)

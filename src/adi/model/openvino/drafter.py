@@ -10,7 +10,7 @@ import numpy as np
 from adi.model.arrays import as_array
 from adi.model.backbone import DraftNet
 from adi.model.openvino.exit_head import array_of, product
-from adi.model.openvino.segment import Config
+from adi.model.openvino.segments import Config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

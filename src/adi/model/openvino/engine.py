@@ -17,8 +17,7 @@ from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest
-from adi.model.openvino.segment import Config, Segment
-from adi.model.openvino.segments import LANES, Segments
+from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
 from adi.model.openvino.topk import TopKHeads
 
 if TYPE_CHECKING:
@@ -79,12 +78,12 @@ class OpenVinoBackbone:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
         self.least_rows = 1
         self._companion = PagedCache(self.pool)
-        self._companion.blocks.append(SPARE)
+        self._companion.blocks = [SPARE]
         self._core = ov.Core()
-        self._pieces = Segments(self._core, blocks, head, page, self._config, self.pool)
+        self._segments = Segments(self._core, blocks, head, page, self._config, self.pool)
         self._outlooks = TopKHeads(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
-        self.threads = self._pieces.threads
+        self.threads = self._segments.threads
 
     @classmethod
     def open(cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None) -> OpenVinoBackbone:
@@ -116,20 +115,19 @@ class OpenVinoBackbone:
         return self.pool.fits(wanted)
 
     def prepare(self, stops: Sequence[int], *, drafts: bool = False, wait: bool = False) -> None:
-        """Compile one piece from each of these depths to the next, the beginning and the end included.
+        """Compile one segment from each of these depths to the next, the beginning and the end included.
 
-        One piece for the whole model is what full depth wants; every stop more costs a call, and buys the freedom to stop
-        there. Pieces that are there already stay. Lanes for a lone row and, with ``drafts``, for a few open in the background
-        with the first such pass, or at once with ``wait``.
+        One segment for the whole model is what full depth wants; every stop more costs a call, and buys the freedom to stop
+        there. Segments that are there already stay. Shape buckets for a lone row and, with ``drafts``, for a few rows open in
+        the background with the first such pass, or at once with ``wait``, which raises what went wrong with one.
         """
-        pieces = self._pieces
-        with pieces.lock:
-            pieces.ready(stops)
-            pieces.want(stops, [max(self.least_rows, lane) for lane in (LANES if drafts else LANES[:1])])
+        with self._segments.lock:
+            self._segments.ready(stops)
+            self._segments.request(stops, [max(self.least_rows, rows) for rows in (BUCKETS if drafts else BUCKETS[:1])])
             if wait:
-                pieces.start()
+                self._segments.start()
         if wait:
-            pieces.wait()
+            self._segments.wait()
 
     def peek(self, cache: PagedCache, block: int, length: int) -> Tensor | None:
         """Keys and values of the first positions as the plugin stores them; None where it packs them otherwise."""
@@ -141,21 +139,21 @@ class OpenVinoBackbone:
         if not 0 <= lo < hi <= self.spec.layers:
             raise AdiError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         count = sum(len(r.ids) for r in rows)
-        with self._pieces.lock:
-            if count <= LANES[-1]:
-                self._pieces.start()
-            lane = self._pieces.lane_for(count, self.least_rows, lo, hi)
-        if (missing := max(self.least_rows, lane or evened(count)) - count) > 0:
+        with self._segments.lock:
+            if count <= BUCKETS[-1]:
+                self._segments.start()
+            bucket = self._segments.bucket_for(count, self.least_rows, lo, hi)
+        if (missing := max(self.least_rows, bucket or evened(count)) - count) > 0:
             given = None if lo == 0 else rows[0].hidden_TD
             nothing = None if given is None else given.new_zeros(missing, self.spec.width)
             rows = [*rows, Rows(self._companion, 0, (0,) * missing, nothing)]
-            return self._forward(rows, lo, hi, mlp, lane)[:-1]
-        return self._forward(rows, lo, hi, mlp, lane)
+            return self._forward(rows, lo, hi, mlp, bucket)[:-1]
+        return self._forward(rows, lo, hi, mlp, bucket)
 
-    def _forward(self, rows: Sequence[Rows], lo: int, hi: int, mlp: bool, lane: int) -> list[States]:
+    def _forward(self, rows: Sequence[Rows], lo: int, hi: int, mlp: bool, bucket: int) -> list[States]:
         layout = Layout.of(rows, self.threads)
-        with self._pieces.lock:
-            path = self._pieces.path(lo, hi, lane)
+        with self._segments.lock:
+            path = self._segments.path(lo, hi, bucket)
             self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])
             feed = self._feed(layout.key)
             feed.fill(rows, layout)
@@ -170,24 +168,24 @@ class OpenVinoBackbone:
         """The model's own norm and head on states, ``[T, V]``."""
         import torch
 
-        with self._pieces.lock:
+        with self._segments.lock:
             logits, _ = self._scored(hidden_TD)
             return torch.from_numpy(logits[0, : len(hidden_TD)].copy())
 
     def greedy(self, raw_TD: Any) -> list[int]:
-        with self._pieces.lock:
+        with self._segments.lock:
             logits, token = self._scored(raw_TD)
             require_number(logits[0, : len(raw_TD)].max(-1).tolist())  # NaN where any is
             return token[0, : len(raw_TD)].tolist()  # type: ignore[no-any-return]
 
     def _scored(self, raw_TD: Any) -> Any:
-        """The head's arrays; a lane's head gets states that count for nothing beside the true ones."""
+        """The head's arrays; a bucket's head gets padding beside the true states."""
         array = as_array(raw_TD)
-        lane = self._pieces.lane_for(len(array), self.least_rows)
-        return self._pieces.heads[lane].run(array, max(lane, self.least_rows))
+        bucket = self._segments.bucket_for(len(array), self.least_rows)
+        return self._segments.heads[bucket].run(array, max(bucket, self.least_rows))
 
     def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
-        with self._pieces.lock:
+        with self._segments.lock:
             return self._outlooks.run(hidden_TD, most)
 
     def light_head(self, head: LightHead) -> CompiledLightHead:

@@ -10,7 +10,7 @@ import numpy as np
 
 from adi.model.arrays import Array, as_array
 from adi.model.backbone import HeadRows, LightHead
-from adi.model.openvino.segment import Config
+from adi.model.openvino.segments import Config
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -46,7 +46,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SegmentGraph:
     """Blocks [lo, hi) as a graph; ``outputs`` names its results in order: "hidden", "before", "mlp"."""
 
     lo: int
@@ -76,7 +76,7 @@ def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
 def _count_rows_by_positions(graph: Any) -> None:
     """Wherever a shape is read, take the number of rows from ``position_ids`` instead.
 
-    The library shares such readings over all blocks, and a piece would run the first block again just to measure it.
+    The library shares such readings over all blocks, and a segment would run the first block again just to measure it.
     """
     from openvino import opset13 as ops
 
@@ -163,10 +163,10 @@ def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapp
     return ov.Model(ends, [inputs["input_ids"], inputs["position_ids"]], "attended_plainly")
 
 
-def cut(graph: Any, stops: Sequence[int], width: int) -> list[Piece]:
-    """The filled graph as one piece for each stop, every piece with its own input ``hidden`` where it does not embed.
+def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
+    """The filled graph as one segment for each stop, each with its own input ``hidden`` where it does not embed.
 
-    The pieces share nodes (positions, rotary angles) with each other and with ``graph``, which is of no use afterwards.
+    The segments share nodes (positions, rotary angles) with each other and with ``graph``, which is of no use afterwards.
     """
     import openvino as ov
     from openvino import opset13 as ops
@@ -175,20 +175,20 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[Piece]:
     sources = {name: result.input_value(0) for name, result in results.items()}
     for stop in stops[:-1]:
         _inject(results[f"state.{stop}"], width)
-    pieces = []
+    parts = []
     for lo, hi in zip((0, *stops), stops, strict=False):
         wanted = {"hidden": f"state.{hi}", "before": f"state.{hi - 1}", "mlp": f"mlp.{hi - 1}"}
         if lo and hi - 1 == lo:
             del wanted["before"]  # it is the input
         outputs = {name: sources[key] for name, key in wanted.items() if key in sources}
         ends = [ops.result(source) for source in outputs.values()]
-        piece = ov.Model(ends, _parameters(ends), f"blocks_{lo}_{hi}")
-        pieces.append(Piece(lo, hi, piece, tuple(outputs)))
-    return pieces
+        part = ov.Model(ends, _parameters(ends), f"blocks_{lo}_{hi}")
+        parts.append(SegmentGraph(lo, hi, part, tuple(outputs)))
+    return parts
 
 
 def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
-    """Give a piece or a head one number of rows, and a piece one number of sequences, for good."""
+    """Give a segment or a head one number of rows, and a segment one number of sequences, for good."""
     fixed = {
         "input_ids": [1, rows],
         "position_ids": [1, rows],

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from adi.errors import MemoryFullError
+from adi.model.backbone import KVCache
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 FIRST_BLOCKS = 16
 SPARE = 0
 
 
-class PagedCache:
+class PagedCache(KVCache):
     """One sequence's blocks, in the order of its positions. They go back to the pool when it is closed or forgotten."""
 
     def __init__(self, pool: KVPool) -> None:

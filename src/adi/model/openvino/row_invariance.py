@@ -13,13 +13,13 @@ from adi.machine import processor_hash
 from adi.model.backbone import MERGED_ROWS, Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.kv_pool import PagedCache
-from adi.model.openvino.segments import LANES
+from adi.model.openvino.segments import BUCKETS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_ROWS = 9
-MERGED = (MERGED_ROWS, 32, 16)  # of several texts in one pass; to be found fit, or else as many as the longest lane has
+MERGED = (MERGED_ROWS, 32, 16)  # of several texts in one pass; to be found fit, or else as many as the longest bucket has
 PAST = 28  # so that rows cross from the first block of KV memory into the second
 SEED = 0
 
@@ -85,7 +85,7 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash(f'lanes {LANES}, fixed')}-{backbone.threads}"
+    machine = f"{processor_hash(f'buckets {BUCKETS}, fixed')}-{backbone.threads}"
     if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
         found[machine] = _least_rows(backbone)
         with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
@@ -101,8 +101,8 @@ def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
     machine = f"{processor_hash('merged')}-{backbone.threads}"
-    if found.get(machine) not in (*MERGED, LANES[-1]):
-        found[machine] = next((most for most in MERGED if _alike_apart(backbone, most)), LANES[-1])
+    if found.get(machine) not in (*MERGED, BUCKETS[-1]):
+        found[machine] = next((most for most in MERGED if _alike_apart(backbone, most)), BUCKETS[-1])
         with contextlib.suppress(OSError):
             write_json(note, found)
     return int(found[machine])
@@ -132,6 +132,6 @@ def _least_rows(backbone: OpenVinoBackbone) -> int:
     for least in (1, 2):
         backbone.least_rows = least
         if rows_are_invariant(backbone, stops=half):
-            backbone.prepare((), drafts=True, wait=True)  # and with lanes, once for all
+            backbone.prepare((), drafts=True, wait=True)  # and with buckets, once for all
             return least if rows_are_invariant(backbone, stops=half) else 0
     return 0

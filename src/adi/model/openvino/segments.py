@@ -1,9 +1,10 @@
-"""The compiled pieces of one model, and its lanes: copies of them for one number of rows each, with all shapes fixed."""
+"""The compiled segments of one model, and its shape buckets: copies of them for one number of rows each, all shapes fixed."""
 
 from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,174 +12,268 @@ from typing import Any
 
 from adi.errors import AdiError
 from adi.model.backbone import Rows
-from adi.model.openvino.graph import cut, fill_holes, fix_rows
-from adi.model.openvino.huge_pages import gather_pages
+from adi.model.openvino.graph import SegmentGraph, cut, fill_holes, fix_rows
+from adi.model.openvino.huge_pages import HugePages
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest
-from adi.model.openvino.segment import Config, Head, Segment
 
-ANY = 0  # the lane of pieces that take any number of rows
-LANES = (1, 3, 8)
-SETTLING_ROWS = 16
-COMPILING = 2  # pieces at a time
+ANY = 0  # the bucket of segments that take any number of rows
+BUCKETS = (1, 3, 8)
+WARM_UP_ROWS = 16
+COMPILING = 2  # segments at a time
 
+Config = dict[str, str]
 Span = tuple[int, int, int]
 
 
+class Segment:
+    """Blocks [lo, hi) with a single request, reading states from the inputs' ``state.lo`` and leaving them in ``state.hi``.
+
+    It also leaves ``before.hi``, what entered block ``hi - 1`` (``state.lo`` itself for a single block), and ``mlp.hi``.
+    Tensors are bound only when they change.
+    """
+
+    def __init__(self, core: Any, part: SegmentGraph, config: Config) -> None:
+        self.lo, self.hi = part.lo, part.hi
+        compiled = core.compile_model(part.graph, "CPU", config)
+        self._request = compiled.create_infer_request()
+        names = [_name(port) for port in compiled.inputs]
+        self._inputs = {name: f"state.{self.lo}" if name == "hidden" else name for name in names if "_cache." not in name}
+        renamed = {"hidden": f"state.{self.hi}", "before": f"before.{self.hi}", "mlp": f"mlp.{self.hi}"}
+        self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(part.outputs, compiled.outputs, strict=True)]
+        self.before = f"before.{self.hi}" if "before" in part.outputs else f"state.{self.lo}"
+        self._bound: PassInputs | None = None
+        self._version = -1
+        self._ports = {name: port for name, port in zip(names, compiled.inputs, strict=True) if "_cache." in name}
+
+    def add_to(self, pool: KVPool) -> None:
+        """Ask the pool for room for these blocks' keys and values."""
+        for name, port in self._ports.items():
+            pool.add(name, port)
+        self._version = -1
+
+    def run(self, inputs: PassInputs, pool: KVPool) -> None:
+        """One pass over the rows in ``inputs``."""
+        if self._version != pool.version:
+            for name in self._ports:
+                self._request.set_tensor(name, pool.tensors[name])
+            self._version = pool.version
+        if self._bound is not inputs:
+            for name, source in self._inputs.items():
+                self._request.set_tensor(name, inputs.tensors[source])
+            for i, (name, sizes) in enumerate(self._outputs):
+                self._request.set_output_tensor(i, inputs.room(name, [inputs.rows if n is None else n for n in sizes]))
+            self._bound = inputs
+        self._request.infer(share_outputs=True)
+
+
+def _name(port: Any) -> str:
+    """The name that this package gave an input; the plugin may add others, numbers."""
+    return str(next(name for name in sorted(port.get_names()) if not name.isdigit()))
+
+
+def _sizes(port: Any) -> list[int | None]:
+    """Lengths of an output's axes, None for the one that counts rows."""
+    return [None if size.is_dynamic else size.get_length() for size in list(port.get_partial_shape())]
+
+
+class Head:
+    """The model's own norm and head: states ``[T, D]`` to logits ``[1, T, V]`` and the likeliest tokens ``[1, T]``."""
+
+    def __init__(self, core: Any, graph: Any, config: Config) -> None:
+        compiled = core.compile_model(graph, "CPU", config)
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        self._request = compiled.create_infer_request()
+        self._counts_rows = any(port.get_any_name() == "position_ids" for port in compiled.inputs)
+        self._rows = 0
+
+    def run(self, hidden_TD: Any, least: int = 1) -> tuple[Any, Any]:
+        """Arrays of logits and tokens, valid until the next run; ``least``: run so many rows, of which the last are padding."""
+        import numpy as np
+        import openvino as ov
+
+        rows = max(least, hidden_TD.shape[0])
+        if rows != self._rows:
+            self._hidden = np.zeros((1, rows, hidden_TD.shape[1]), np.float32)
+            self._request.set_tensor("hidden", ov.Tensor(self._hidden, shared_memory=True))
+            if self._counts_rows:
+                self._request.set_tensor("position_ids", ov.Tensor(np.zeros((1, rows), np.int64)))
+            self._rows = rows
+        self._hidden[0, : len(hidden_TD)] = hidden_TD
+        self._request.infer(share_outputs=True)
+        return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data
+
+
 class Segments:
-    """Blocks [lo, hi) as compiled graphs, for any number of rows or, in a lane, for exactly so many.
+    """Blocks [lo, hi) as compiled graphs, for any number of rows or, in a shape bucket, for exactly so many.
 
     A graph with fixed shapes works no shapes out and plans its memory once: on two AVX-512 cores a token of SmolLM2-135M
     takes 6.8 instead of 7.8 ms at int4, and four rows 7.8 instead of 9.2. The bits are the same. Three rows are what most
-    rounds want: a lane of four costs 0.9 ms more, for a third draft that is seldom right. A lane costs a copy of the
-    weights and a second of compiling, in the background; until it is open, passes run on the pieces for any number of rows.
+    rounds want: a bucket of four costs 0.9 ms more, for a third draft that is seldom right. A bucket costs a copy of the
+    weights and a second of compiling, in the background; until it is open, passes run on the segments for any number of rows.
     """
 
-    def __init__(self, core: Any, blocks: Any, head: Any, page: Manifest, config: Config, pool: KVPool) -> None:
-        self._core, self._blocks, self._page, self._config, self._pool = core, blocks, page, config, pool
+    def __init__(self, core: Any, blocks: Any, head: Any, manifest: Manifest, config: Config, pool: KVPool) -> None:
+        self._core, self._blocks, self._manifest, self._config, self._pool = core, blocks, manifest, config, pool
         self.lock = threading.Lock()
         self._head = head
-        self.heads = {ANY: Head(core, head, config)}
+        self._pages = HugePages()
+        with self._pages.noting():
+            self.heads = {ANY: Head(core, head, config)}
         self.threads = self.heads[ANY].threads
-        self.open: list[int] = []  # lanes, ascending
+        self.open: list[int] = []  # buckets, ascending
         self._segments: dict[Span, Segment] = {}
         self._paths: dict[Span, list[Segment]] = {}
-        self._wanted: dict[int, tuple[int, ...]] = {}
+        self._wanted: list[tuple[int, tuple[int, ...]]] = []  # bucket and stops, the oldest request first
+        self._failed: dict[tuple[int, tuple[int, ...]], Exception] = {}  # until they are requested again
         self._opening: threading.Thread | None = None
 
-    def lane_for(self, rows: int, least: int, lo: int = 0, hi: int = 0) -> int:
-        """The smallest open lane that holds so many rows and leads from ``lo`` to ``hi``, ``ANY`` where there is none.
+    def bucket_for(self, rows: int, least: int, lo: int = 0, hi: int = 0) -> int:
+        """The smallest open bucket that holds so many rows and leads from ``lo`` to ``hi``, ``ANY`` where there is none.
 
         ``least``: a pass has no fewer rows. Holds the lock.
         """
-        fitting = (lane for lane in self.open if max(rows, least) <= lane)
-        return next((lane for lane in fitting if self._assembled(lo, hi, lane) is not None), ANY)
+        fitting = (bucket for bucket in self.open if max(rows, least) <= bucket)
+        return next((bucket for bucket in fitting if self._assembled(lo, hi, bucket) is not None), ANY)
 
-    def want(self, stops: Sequence[int], lanes: Sequence[int]) -> None:
-        """Have these lanes opened, with pieces between these depths, once ``start`` is called. Holds the lock."""
-        for lane in lanes:
-            if lane not in self.open or self._missing(stops, lane):
-                self._wanted[lane] = tuple(stops)
+    def request(self, stops: Sequence[int], buckets: Sequence[int]) -> None:
+        """Have these buckets opened, with segments between these depths, once ``start`` is called. What others requested
+        stays requested, and what failed is tried again. Holds the lock."""
+        for bucket in buckets:
+            wanted = bucket, tuple(stops)
+            self._failed.pop(wanted, None)
+            if wanted not in self._wanted and (bucket not in self.open or self._missing(stops, bucket)):
+                self._wanted.append(wanted)
 
     def start(self) -> None:
-        """Begin to open the lanes that are wanted, in the background. Holds the lock."""
+        """Begin to open the buckets that are requested, in the background. Holds the lock."""
         if self._wanted and self._opening is None:
-            self._opening = threading.Thread(target=self._open_lanes, name="adi-lanes")
+            self._opening = threading.Thread(target=self._open_buckets, name="adi-buckets")
             self._opening.start()
 
     def wait(self) -> None:
-        """Until no lane is being opened. Must not hold the lock."""
+        """Until no bucket is being opened; raises what went wrong with one. Must not hold the lock."""
         opening = self._opening
         if opening is not None:
             opening.join()
+        if self._failed:
+            raise next(iter(self._failed.values()))
 
-    def _open_lanes(self) -> None:
+    def _open_buckets(self) -> None:
         while True:
             with self.lock:
-                lane = next(iter(self._wanted), None)
-                if lane is None or _ending():
+                if not self._wanted or _ending():
                     self._opening = None
                     break
-                stops = self._wanted[lane]
-            made = self._compiled(stops, lane)
-            head = self.heads[lane] if lane in self.heads else self._fixed_head(lane)
+                wanted = self._wanted[0]
+            try:
+                self._open(*wanted)
+            except Exception as error:  # whatever it is, passes run without this bucket, and others can still open
+                self._failed[wanted] = error
+                warnings.warn(f"no graph for {wanted[0]} rows, so passes are slower: {error}", RuntimeWarning, stacklevel=1)
             with self.lock:
-                self._publish(made, lane)
-                self.heads[lane] = head
-                self.open = sorted({*self.open, lane})
-                if self._wanted[lane] == stops:
-                    del self._wanted[lane]
+                self._wanted.remove(wanted)
         if not _ending():
-            gather_pages()  # once, when all is there: it would hold up a first answer by half a second
+            self._pages.request()  # once, when all is there: it would hold up a first answer by half a second
 
-    def _fixed_head(self, lane: int) -> Head:
+    def _open(self, bucket: int, stops: tuple[int, ...]) -> None:
+        with self._pages.noting():
+            made = self._compiled(stops, bucket)
+            head = self.heads[bucket] if bucket in self.heads else self._fixed_head(bucket)
+            with self.lock:
+                self._publish(made, bucket)
+                self.heads[bucket] = head
+                self.open = sorted({*self.open, bucket})
+
+    def _fixed_head(self, bucket: int) -> Head:
         graph = self._head.clone()
-        fix_rows(graph, lane, 0, self._page.width)
+        fix_rows(graph, bucket, 0, self._manifest.width)
         return Head(self._core, graph, self._config)
 
-    def ready(self, stops: Sequence[int], lane: int = ANY) -> None:
+    def ready(self, stops: Sequence[int], bucket: int = ANY) -> None:
         """Compile what is missing between these depths. Holds the lock."""
-        self._publish(self._compiled(stops, lane), lane)
+        if not self._missing(stops, bucket):
+            return
+        with self._pages.noting():
+            self._publish(self._compiled(stops, bucket), bucket)
 
-    def _ends(self, stops: Sequence[int], lane: int) -> tuple[int, ...]:
-        """Where pieces end. What would be a single piece for any number of rows is made in two halves: a compiler works on one
-        piece with one thread, so two take half the time before the first token, and cost a call of 0.3 ms in long passes."""
-        layers = self._page.layers
+    def _ends(self, stops: Sequence[int], bucket: int) -> tuple[int, ...]:
+        """Where segments end. What would be one segment for any number of rows is made in two halves: a compiler works on one
+        with one thread, so two take half the time before the first token, and cost a call of 0.3 ms in long passes."""
+        layers = self._manifest.layers
         ends = {*stops, layers}
-        return tuple(sorted(ends if lane or len(ends) > 1 or layers == 1 else {layers // 2, layers}))
+        return tuple(sorted(ends if bucket or len(ends) > 1 or layers == 1 else {layers // 2, layers}))
 
-    def _missing(self, stops: Sequence[int], lane: int) -> bool:
-        """Whether this lane lacks a piece between two of these depths."""
-        return any((*span, lane) not in self._segments for span in pairwise((0, *self._ends(stops, lane))))
+    def _missing(self, stops: Sequence[int], bucket: int) -> bool:
+        """Whether this bucket lacks a segment between two of these depths."""
+        if bad := [depth for depth in stops if not 0 < depth <= self._manifest.layers]:
+            raise AdiError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
+        return any((*span, bucket) not in self._segments for span in pairwise((0, *self._ends(stops, bucket))))
 
-    def _compiled(self, stops: Sequence[int], lane: int) -> list[Segment]:
-        """The pieces between these depths that this lane lacks."""
-        layers = self._page.layers
-        if bad := [depth for depth in stops if not 0 < depth <= layers]:
-            raise AdiError(f"stops {bad} do not exist; depths are 1 to {layers}.")
-        if not self._missing(stops, lane):
+    def _compiled(self, stops: Sequence[int], bucket: int) -> list[Segment]:
+        """The segments between these depths that this bucket lacks."""
+        if not self._missing(stops, bucket):
             return []
-        graph = self._blocks.clone()  # cutting leaves a graph in pieces
-        fill_holes(graph, self._page.attentions)
-        pieces = cut(graph, self._ends(stops, lane), self._page.width)
-        missing = [p for p in pieces if (p.lo, p.hi, lane) not in self._segments]
+        graph = self._blocks.clone()  # cutting leaves a graph in parts
+        fill_holes(graph, self._manifest.attentions)
+        parts = cut(graph, self._ends(stops, bucket), self._manifest.width)
+        missing = [part for part in parts if (part.lo, part.hi, bucket) not in self._segments]
         made = functools.partial(Segment, self._core, config=self._config)
-        if lane:  # in the background, where a program that ends lets no new threads begin
-            for piece in missing:
-                fix_rows(piece.graph, lane, max(self.threads, lane), self._page.width)
-            return [made(piece) for piece in missing]
+        if bucket:  # in the background, where a program that ends lets no new threads begin
+            for part in missing:
+                fix_rows(part.graph, bucket, max(self.threads, bucket), self._manifest.width)
+            return [made(part) for part in missing]
         with ThreadPoolExecutor(COMPILING) as threads:
             return list(threads.map(made, missing))
 
-    def _publish(self, made: Sequence[Segment], lane: int) -> None:
+    def _publish(self, made: Sequence[Segment], bucket: int) -> None:
         for segment in made:
             segment.add_to(self._pool)
-            self._segments[segment.lo, segment.hi, lane] = segment
+            self._segments[segment.lo, segment.hi, bucket] = segment
         if made:
-            self._settle(made, lane)
+            self._warm_up(made, bucket)
             self._paths.clear()
 
-    def _settle(self, segments: Sequence[Segment], lane: int) -> None:
-        """Run new pieces once, those for any number of rows over some: the plugin lays weights out for the first pass it sees.
+    def _warm_up(self, segments: Sequence[Segment], bucket: int) -> None:
+        """Run new segments once: the plugin lays weights out for the first pass it sees.
 
         Measured on SmolLM2-135M at int4, two AMD cores with AVX-512: a token takes 7.9 ms after a first pass of 128 rows, and
         9.0 after one of a single row; 512 rows take 302 ms against 360. On two Intel cores it makes no difference whether the
         first pass has 1, 4, 16, 32, 64 or 128 rows, and 128 hold the first answer up by 0.15 s more than 16.
         """
-        rows = lane or min(SETTLING_ROWS, self._page.context or SETTLING_ROWS)
-        nobody = PagedCache(self._pool)
-        nobody.blocks += [SPARE] * rows  # more than enough, and no memory that a sequence could want
-        given = Rows(nobody, 0, (0,) * rows, None)
-        layout = Layout.of([given], self.threads)
-        self._pool.begin()
-        feed = PassInputs(*layout.key, self._page.width)
-        feed.fill([given], layout)
-        for segment in segments:
-            feed.room(f"state.{segment.lo}", (1, rows, self._page.width))
-            segment.run(feed, self._pool)
-        nobody.blocks.clear()
+        rows = bucket or min(WARM_UP_ROWS, self._manifest.context or WARM_UP_ROWS)
+        with PagedCache(self._pool) as nobody:
+            nobody.blocks = [SPARE] * rows  # more than enough, and no memory that a sequence could want
+            given = Rows(nobody, 0, (0,) * rows, None)
+            layout = Layout.of([given], self.threads)
+            self._pool.begin()
+            inputs = PassInputs(*layout.key, self._manifest.width)
+            inputs.fill([given], layout)
+            for segment in segments:
+                inputs.room(f"state.{segment.lo}", (1, rows, self._manifest.width))
+                segment.run(inputs, self._pool)
 
-    def path(self, lo: int, hi: int, lane: int) -> list[Segment]:
-        """The longest pieces of this lane that lead from ``lo`` to ``hi``; compiled where there are none. Holds the lock."""
-        path = self._assembled(lo, hi, lane)
+    def path(self, lo: int, hi: int, bucket: int) -> list[Segment]:
+        """The longest segments of this bucket from ``lo`` to ``hi``; compiled where there are none. Holds the lock."""
+        path = self._assembled(lo, hi, bucket)
         if path is None:
-            self.ready([depth for depth in (lo, hi) if depth], lane)
-            path = self._assembled(lo, hi, lane)
+            self.ready([depth for depth in (lo, hi) if depth], bucket)
+            path = self._assembled(lo, hi, bucket)
         assert path is not None, "what was missing was compiled"
         return path
 
-    def _assembled(self, lo: int, hi: int, lane: int) -> list[Segment] | None:
-        """The longest pieces, one after the other, or None where one is missing."""
-        if (lo, hi, lane) not in self._paths:
+    def _assembled(self, lo: int, hi: int, bucket: int) -> list[Segment] | None:
+        """The longest segments, one after the other, or None where one is missing."""
+        if (lo, hi, bucket) not in self._paths:
             path: list[Segment] = []
             while (at := path[-1].hi if path else lo) < hi:
-                ends = [end for begin, end, mine in self._segments if mine == lane and begin == at and end <= hi]
+                ends = [end for begin, end, mine in self._segments if mine == bucket and begin == at and end <= hi]
                 if not ends:
                     return None
-                path.append(self._segments[at, max(ends), lane])
-            self._paths[lo, hi, lane] = path
-        return self._paths[lo, hi, lane]
+                path.append(self._segments[at, max(ends), bucket])
+            self._paths[lo, hi, bucket] = path
+        return self._paths[lo, hi, bucket]
 
 
 def _ending() -> bool:

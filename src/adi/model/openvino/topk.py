@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adi.model.backbone import TopK
-from adi.model.openvino.segment import Config
+from adi.model.openvino.segments import Config
 
 if TYPE_CHECKING:
     from torch import Tensor

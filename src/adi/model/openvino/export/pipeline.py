@@ -16,7 +16,7 @@ from adi.model.hub import Notice
 from adi.model.openvino import manifest as store
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export.quantize import compress
-from adi.model.openvino.export.trace import attentions, trace
+from adi.model.openvino.export.trace import attentions, foreign, trace
 from adi.model.openvino.graph import name_ports, split_head
 from adi.model.openvino.manifest import Manifest
 
@@ -34,13 +34,15 @@ def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Seque
     notice(f"Exporting {hf.spec.name} to OpenVINO once, in {precision} (kept in {folder})")
     try:
         page, blocks, head = _graphs(hf, precision)
-        _check(hf, page, blocks.clone(), head.clone())
+        with foreign(RuntimeError):  # the plugin may not know an operation
+            _check(hf, page, blocks.clone(), head.clone())
         read = [ids[: page.context] for ids in samples]
         blocks, head = compress(
             blocks.clone(), head.clone(), precision, page.attentions, read
         )  # NNCF would follow what they share
-    except Exception as error:  # tracer, converter and plugin meet foreign code and raise anything
-        raise _refuse(hf.model, error) from error
+    except AdiError as error:
+        reason = str(error).rstrip(".")
+        raise NotExportableError(f"{type(hf.model).__name__} cannot be exported to OpenVINO: {reason}.") from error
     page, readout = _with_readout(hf, page)
     store.save(folder, page, blocks, head, readout)
 
@@ -98,10 +100,3 @@ def _check(hf: HfBackbone, page: Manifest, blocks: Any, head: Any) -> None:
     error = float((fp32.logits(hidden_TD) - wanted[past:]).abs().max())
     if not error <= TOLERANCE * max(1.0, float(wanted.abs().max())):
         raise AdiError(f"run in parts its logits differ from its own forward by {error:.2g}")
-
-
-def _refuse(model: Any, error: Exception) -> NotExportableError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    unknown = next((line for line in lines if "No conversion rule" in line), None)  # the useful line of a long report
-    reason = unknown or (lines[0] if lines else type(error).__name__)
-    return NotExportableError(f"{type(model).__name__} cannot be exported to OpenVINO: {reason.strip('-. ')}.")

@@ -8,7 +8,7 @@ keys and values alone cost 2.3% of perplexity in 4 bits, and three late matrices
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,14 +125,22 @@ def _packed(values: Any, shape: tuple[int, ...]) -> Any:
 
 @contextlib.contextmanager
 def quiet_nncf() -> Iterator[None]:
-    """NNCF prints tables and bars, and torch warns that it finds no CUDA as NNCF is imported; nobody's business here."""
-    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """NNCF logs tables and draws bars, and torch warns that it finds no CUDA as NNCF is imported; nobody's business here.
+
+    What other threads print is left alone. One export runs at a time, so nobody else changes these settings.
+    """
+    torch_log = logging.getLogger("torch.utils.cpp_extension")
+    before = torch_log.level
+    torch_log.setLevel(logging.ERROR)
+    from nncf.quantization.algorithms.weight_compression import algorithm
+
+    log, track = logging.getLogger("nncf"), algorithm.track
+    level = log.level
+    log.setLevel(logging.ERROR)
+    algorithm.track = functools.partial(track, disable=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        algorithm.track = track
+        log.setLevel(level)
+        torch_log.setLevel(before)

@@ -22,7 +22,7 @@ from adi.model.hf.patch import find_down_projections
 from adi.model.hf.splitting import decoder_of
 from adi.model.openvino.graph import Attention
 
-HOLE = "adi_hole"  # the name of our attention function while a model is traced
+HOLE = "adi_hole_{}"  # the name of our attention function while a model is traced; of each tracing its own
 EXAMPLE_IDS = (3, 1, 2)
 GROWING_ROPE = ("dynamic", "longrope")
 WINDOW_TYPES = ("full_attention", "sliding_attention")
@@ -84,15 +84,16 @@ def holes(model: Any, tape: Tape) -> Iterator[None]:
     handles = [block.register_forward_hook(lambda _, args, out: _note_state(tape, out)) for block in blocks]
     handles += [blocks[0].register_forward_pre_hook(lambda _, *given: _note_first(tape, *given), with_kwargs=True)]
     handles += [down.register_forward_pre_hook(lambda _, args: tape.mlps.append(args[0])) for down in downs or ()]
-    ALL_ATTENTION_FUNCTIONS[HOLE] = tape.attend
+    name = HOLE.format(id(tape))
+    ALL_ATTENTION_FUNCTIONS[name] = tape.attend
     try:
         for config in configs.values():
-            config._attn_implementation_internal = HOLE
+            config._attn_implementation_internal = name
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = saved[key]
-        del ALL_ATTENTION_FUNCTIONS[HOLE]
+        del ALL_ATTENTION_FUNCTIONS[name]
         for handle in handles:
             handle.remove()
 
@@ -124,7 +125,7 @@ def attentions(model: Any, layers: int) -> tuple[list[Attention], list[Tensor], 
     _check_config(model)
     ids, positions = example(model)
     tape = Tape()
-    with torch.no_grad(), holes(model, tape):
+    with foreign(Exception), torch.no_grad(), holes(model, tape):
         model(input_ids=ids, position_ids=positions, use_cache=False)
     if len(tape.queries) != layers or len(tape.states) != layers + 1:
         raise AdiError(f"{len(tape.queries)} of its {layers} blocks use the attention interface of transformers")
@@ -170,11 +171,27 @@ def _windows(model: Any, said: Sequence[int]) -> list[int]:
 
 
 def trace(model: Any, given: Sequence[Tensor]) -> Any:
-    """The traced graph: inputs ids, positions, one per hole; outputs as ``Traced`` returns them, in that order."""
+    """The traced graph: inputs ids, positions, one per hole; outputs as ``Traced`` returns them, in that order.
+
+    Raises AdiError for a model that the tracer or the converter cannot follow.
+    """
     import openvino as ov
 
     ids, positions = example(model)
-    with torch.no_grad(), warnings.catch_warnings():
+    with foreign(Exception), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer points at every Python branch; the self-check judges the outcome
         traced = torch.jit.trace(Traced(model).eval(), (ids, positions, *given), check_trace=False, strict=False)
         return ov.convert_model(traced, example_input=(ids, positions, *given))
+
+
+@contextmanager
+def foreign(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, in code that is not ours, become an AdiError with the useful line of a long report."""
+    try:
+        yield
+    except (AdiError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        unknown = next((line for line in lines if "No conversion rule" in line), None)
+        raise AdiError((unknown or (lines[0] if lines else type(error).__name__)).strip("-. ")) from error

@@ -1,0 +1,127 @@
+"""Loading: two threads at once, errors that are nobody's but ours, and what is said where an engine cannot be had."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adi
+from adi.model.hub import Shared, quiet_transformers
+from adi.model.tokenizer import Tokenizer
+from families import tiny
+
+openvino = pytest.mark.skipif(
+    not all(__import__("importlib.util").util.find_spec(name) for name in ("openvino", "nncf")), reason="needs openvino"
+)
+
+
+def test_threads_that_read_special_tokens_differently_do_not_disturb_each_other(tiny_tokenizer: Any) -> None:
+    tokenizer, rounds = Tokenizer(tiny_tokenizer), 300
+    text = "the <|end|> fox " * 20
+    wanted = {special: tokenizer.encode(text, special_tokens=special) for special in (False, True)}
+    assert wanted[False] != wanted[True]
+
+    def encode(special: bool) -> bool:
+        return all(tokenizer.encode(text, special_tokens=special) == wanted[special] for _ in range(rounds))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(encode, [False, True, False, True]))
+
+
+def test_quiet_is_put_back_by_the_last_thread_to_leave() -> None:
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    first, second = quiet_transformers(), quiet_transformers()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert hf_logging.get_verbosity() > before, "the second is still inside"
+    second.__exit__()
+    assert hf_logging.get_verbosity() == before
+
+
+def test_a_shared_state_that_cannot_be_set_up_is_free_again() -> None:
+    def broken() -> Any:
+        raise OSError("no")
+
+    shared = Shared(broken)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no"), shared:
+            pass
+
+
+@openvino
+def test_two_threads_may_load_with_an_empty_cache(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    stop = threading.Event()
+
+    def load(precision: str) -> adi.Model:
+        return adi.load(str(tiny_folder), backend="openvino", precision=precision)
+
+    def talk() -> int:
+        lines = 0
+        while not stop.wait(0.01):
+            print("from another thread")
+            lines += 1
+        return lines
+
+    with ThreadPoolExecutor(4) as threads:
+        talking = threads.submit(talk)
+        models = list(threads.map(load, ["int8", "int8", "fp32"]))
+        stop.set()
+        lines = talking.result()
+    assert capsys.readouterr().out == "from another thread\n" * lines, "an export prints nothing and swallows nothing"
+    texts = {adi.generate(model, [5, 6, 7], max_new_tokens=8).token_ids for model in models[:2]}
+    assert len(texts) == 1
+
+
+@openvino
+def test_a_bug_in_the_exporter_is_not_a_model_that_cannot_be_exported(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise TypeError("a bug of ours")
+
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    monkeypatch.setattr("adi.model.openvino.export.pipeline.compress", broken)
+    for backend in ("openvino", "auto"):
+        with pytest.raises(TypeError, match="a bug of ours"):
+            adi.load(str(tiny_folder), backend=backend)
+
+
+@openvino
+def test_full_memory_is_not_a_model_that_cannot_be_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    monkeypatch.setattr("adi.model.openvino.export.pipeline._check", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        adi.load(str(tiny_folder), backend="auto")
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        adi.load(str(tiny_folder), backend="hf")
+
+
+@openvino
+def test_a_slower_engine_is_a_warning_or_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
+    tiny("gemma2").save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="Running on transformers' modules, more slowly: Gemma2ForCausalLM cannot be exported"):
+        assert adi.load(str(tmp_path / "model")).backbone.spec.backend == "hf"
+    notices: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adi.load(str(tmp_path / "model"), notice=notices.append)
+    assert any("more slowly" in notice for notice in notices)
