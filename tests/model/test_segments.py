@@ -17,8 +17,6 @@ from adi.model.openvino.huge_pages import HugePages, mapped, without
 from adi.model.openvino.segments import BUCKETS, Segments
 from engines import Cached, engine, folder_of
 
-pytestmark = pytest.mark.usefixtures("compiled_cache")
-
 
 @pytest.fixture
 def backbone(made: Cached) -> OpenVinoBackbone:
