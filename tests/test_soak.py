@@ -70,7 +70,7 @@ def test_a_leak_of_memory_is_caught(soak: Any, work: Any) -> None:
         hoard.append(mmap.mmap(-1, LEAK, mmap.MAP_PRIVATE))  # of the system: malloc would first fill what other tests gave back
         hoard[-1].write(b"x" * LEAK)
 
-    samples, _ = soak.soak(work, GENERATIONS, EVERY, beside=keep)
+    samples, _ = soak.soak(work, GENERATIONS, EVERY, after_each=keep)
     for piece in hoard:
         piece.close()
     found = soak.judged(samples, WARM_UP, MOST_GROWTH_MIB)
@@ -86,7 +86,7 @@ def test_a_sequence_that_is_never_closed_is_caught(soak: Any, work: Any) -> None
             left.append(adi.stream(work.model, [5, 6], max_new_tokens=4))
             next(left[0])
 
-    samples, _ = soak.soak(work, 20, 10, beside=leave)
+    samples, _ = soak.soak(work, 20, 10, after_each=leave)
     wrong = soak.judged(samples, 0, 1e9)["wrong"]
     left[0].close()
     assert any("sequences are still alive" in sentence for sentence in wrong)
@@ -96,7 +96,7 @@ def test_a_sequence_that_is_never_closed_is_caught(soak: Any, work: Any) -> None
 def test_files_left_open_are_caught(soak: Any, work: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     files: list[Any] = []
-    samples, _ = soak.soak(work, 30, 5, beside=lambda: files.append((tmp_path / "file").open()))
+    samples, _ = soak.soak(work, 30, 5, after_each=lambda: files.append((tmp_path / "file").open()))
     wrong = soak.judged(samples, 5, 1e9)["wrong"]
     for file in files:
         file.close()

@@ -56,8 +56,8 @@ def seeds(what: str, corpus: Path) -> None:
         (corpus / "seed").write_text('{"prompt": "a", "category": "b"}\n{"turns": ["a", "b"], "category": "c"}\n')
     else:
         policy = adi.Verified(adi.load_exits("smollm2-135m"))
-        said = adi.generate(adi.load("smollm2-135m"), "Hi", policy, max_new_tokens=3)
-        write_trace(trace_of(said, policy, "Hi"), corpus / "seed")
+        generation = adi.generate(adi.load("smollm2-135m"), "Hi", policy, max_new_tokens=3)
+        write_trace(trace_of(generation, policy, "Hi"), corpus / "seed")
 
 
 def main(what: str, corpus: Path, seconds: int) -> None:

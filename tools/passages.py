@@ -1,9 +1,8 @@
 """Prompts about passages, for training drafters: `python tools/passages.py > passages.jsonl`.
 
-The passages are what the default model has said before, kept with its exits as a memory; each gets one or two of the tasks that
-people ask about a text: to sum it up, pull something out of it, translate a sentence, answer, rewrite. So the drafter sees
-answers that lean on their prompt, which prompts that a model writes by itself seldom ask for. No prompt of the benchmark is
-among them.
+The passages are earlier answers of the default model, from the datastore of its exits; each gets one or two of the tasks that
+people ask about a text: summarise, extract, translate a sentence, answer, rewrite. So the drafter sees answers that lean on
+their prompt, which prompts that a model writes by itself seldom ask for. No prompt of the benchmark is among them.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ ABOUT_SENTENCES = {
 
 
 def passages() -> list[str]:
-    """What the model said, without unfinished sentences, cut to so many words at the end of a sentence."""
+    """Answers without unfinished sentences, cut at the end of a sentence to at most ``LONGEST`` words."""
     answers, tokenizer = load_exits(MODEL).answers, adi.load(MODEL, backend="hf").tokenizer
     assert answers is not None
     assert tokenizer is not None

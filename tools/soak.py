@@ -43,7 +43,7 @@ class Sample:
     """What the process holds after so many generations.
 
     ``private_bytes`` are resident pages that no file stands behind: the kernel may take the others (weights) away and bring
-    them back, so growth is told from these. ``kv_pages`` is None where the engine has no pool of them.
+    them back, so growth is measured by these. ``kv_pages`` is None where the engine has no pool of them.
     """
 
     generations: int
@@ -69,7 +69,7 @@ def look(model: adi.Model, generations: int, seconds: float) -> Sample:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do: a model, its exits, an entropy below which its reflex believes them, and texts to begin from."""
+    """What there is to do: a model, its exits, an entropy below which reflex mode uses them, and texts to begin from."""
 
     model: adi.Model
     exits: adi.Exits
@@ -141,22 +141,22 @@ def soak(
     work: Work,
     generations: int,
     every: int,
-    forced_read: Callable[[Sample], object] = lambda sample: None,
-    beside: Callable[[], object] = lambda: None,
+    on_sample: Callable[[Sample], object] = lambda sample: None,
+    after_each: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sample], dict[str, int]]:
-    """Samples every so many generations, the first before any; and how many there were of each kind. ``beside`` is done after
-    each piece of work: a test leaks there."""
+    """Samples every so many generations, the first before any; and how many there were of each kind. ``after_each`` is called
+    after each piece of work: a test leaks there."""
     started, done, kinds = time.monotonic(), 0, Counter[str]()
     samples = [look(work.model, 0, 0.0)]
     for kind in itertools.cycle(KINDS):
         if done >= generations:
             return samples, dict(kinds)
         count = work.do(kind, done)
-        beside()
+        after_each()
         done, kinds[kind] = done + count, kinds[kind] + count
         if done // every > samples[-1].generations // every or done >= generations:
             samples.append(look(work.model, done, time.monotonic() - started))
-            forced_read(samples[-1])
+            on_sample(samples[-1])
     raise AssertionError("the kinds never end")
 
 
@@ -200,7 +200,7 @@ def judged(samples: Sequence[Sample], warm_up: int, most_growth_mib: float) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="where no exits are shipped for it, its own head is read early")
+    parser.add_argument("--model", default="smollm2-135m", help="where no exits are shipped, its own head is read early")
     parser.add_argument("--generations", type=int, default=10_000)
     parser.add_argument("--warm-up", type=int, default=1_000, help="generations before growth counts")
     parser.add_argument("--every", type=int, default=100, help="generations between two looks")
