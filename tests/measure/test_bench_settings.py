@@ -1,4 +1,4 @@
-"""What a benchmark is told: room for answers, certified levels, and files that changed under the same name."""
+"""Settings of a benchmark: room for answers, certified levels, and files that changed under the same name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adi
-from adi.measure.bench.run import Extent, _files, bench
+from adi.measure.bench.run import Extent, bench, files_hash
 from adi.measure.bench.systems import Setting
 from adi.measure.bench.timing import Outcome, Task
 from adi.measure.bench.worker import System
@@ -37,10 +37,10 @@ def test_reflex_runs_at_a_certified_level(llama: adi.Model, tiny_model: adi.Mode
 def test_other_exits_under_the_same_name_are_another_benchmark(tmp_path: Path) -> None:
     setting = Setting("tiny", str(tmp_path), None, 1, 0)
     (tmp_path / "exits.json").write_text("{}")
-    before = _files(setting)
-    assert _files(setting) == before
+    before = files_hash(setting)
+    assert files_hash(setting) == before
     (tmp_path / "exits.json").write_text("{ }")
-    assert _files(setting) != before
+    assert files_hash(setting) != before
 
 
 def test_an_answer_without_a_token_is_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from adi.errors import AdiError
 from adi.measure.bench import peers
 from adi.measure.bench.peers import LLAMA_DRAFT_TOKENS, PEERS, build_peer
 from adi.measure.bench.systems import Setting, adi_runner
 from adi.measure.bench.timing import Task
-from adi.measure.bench.worker import told
+from adi.measure.bench.worker import failure
 
 PROMPT = (5, 6, 7, 8, 9, 6, 7)
 
@@ -114,9 +115,9 @@ def test_llama_is_asked_for_what_is_needed_and_no_more(
 
 
 def test_errors_are_one_line_that_says_what_to_do() -> None:
-    assert told(ModuleNotFoundError("No", name="llama_cpp")) == "llama_cpp is not installed (pip install 'adi-lm[peers]')"
-    assert told(ValueError("needs\n it")) == "needs it"
-    assert told(RuntimeError("x")) == "RuntimeError: x"
+    assert failure(ModuleNotFoundError("No", name="llama_cpp")) == "llama_cpp is not installed (pip install 'adi-lm[peers]')"
+    assert failure(AdiError("needs\n it")) == "needs it"
+    assert failure(RuntimeError("x")) == "RuntimeError: x"
     with pytest.raises(ValueError, match=r"'abacus' is not known; there are llama\.cpp"):
         build_peer("abacus", Setting("m", None, None, 1, 0))
     assert len(PEERS) == 15

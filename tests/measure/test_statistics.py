@@ -1,13 +1,15 @@
-"""Statistics of scores against slow twins: pooled neighbours, pairs counted one by one, bins by hand."""
+"""Statistics of scores against slow twins, and intervals that cover what they should as often as they state."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
+from adi.measure.statistics import auroc, clustered_median, expected_calibration_error, isotonic_curve
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
 
@@ -58,3 +60,37 @@ def test_calibration_error_of_a_liar_and_of_an_honest_one() -> None:
     honest = torch.rand(20_000, generator=generator) < chance
     assert expected_calibration_error(chance, honest) < 0.02
     assert expected_calibration_error(torch.full((100,), 0.9), torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
+
+
+def test_the_interval_covers_the_true_median_as_often_as_it_says() -> None:
+    dice, covered = random.Random(0), 0
+    for trial in range(200):
+        found = clustered_median([[dice.gauss(3, 1) for _ in range(40)]], seed=trial, resamples=400)
+        assert found.low <= found.median <= found.high
+        covered += found.low <= 3 <= found.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_the_interval_repeats_and_needs_values() -> None:
+    assert clustered_median([[1.0, 2.0, 5.0]]) == clustered_median([[1.0, 2.0, 5.0]])
+    assert clustered_median([[2.0]]).low == 2.0
+    with pytest.raises(ValueError, match="at least one"):
+        clustered_median([])
+
+
+def test_the_interval_counts_the_luck_of_a_process() -> None:
+    """Groups that share an error: resampling values alone says far too little, resampling groups nearly enough."""
+    dice = random.Random(0)
+    covered = {"values": 0, "groups": 0}
+    for trial in range(200):
+        groups = []
+        for _ in range(10):
+            luck = dice.gauss(3, 1)
+            groups.append([dice.gauss(luck, 0.2) for _ in range(8)])
+        plain = clustered_median([[v for group in groups for v in group]], seed=trial, resamples=200)
+        found = clustered_median(groups, seed=trial, resamples=200)
+        assert found.low <= found.median == plain.median <= found.high
+        covered["values"] += plain.low <= 3 <= plain.high
+        covered["groups"] += found.low <= 3 <= found.high
+    assert covered["values"] / 200 < 0.75
+    assert covered["groups"] / 200 > 0.85

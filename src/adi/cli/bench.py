@@ -21,7 +21,7 @@ from adi.files import require_writable, write_json
 from adi.prompts import PromptItem, read_prompts, spread
 
 if TYPE_CHECKING:
-    from adi.measure.bench.run import Progress as ForcedRead
+    from adi.progress import Progress as ForcedRead
 
 MODES_HELP = "Of adi: full, verified, reflex, lookup, static."
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")

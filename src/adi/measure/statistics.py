@@ -28,39 +28,24 @@ class Interval:
     high: float
 
 
-def bootstrap_median(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """The median of ``values`` and its percentile bootstrap interval (Efron 1979), resampled with a fixed seed.
-
-    Raises ValueError for no values.
-    """
-    if not values:
-        raise AdiError("a median needs at least one value.")
-    dice = random.Random(seed)
-    return _interval(values, [median(dice.choices(values, k=len(values))) for _ in range(resamples)])
-
-
 def clustered_median(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """The median of all values, with an interval that knows they came in groups: groups are resampled, then values within.
+    """The median of all values and its percentile bootstrap interval (Efron 1979), resampled with a fixed seed.
 
-    What is common to a group (the luck of one process) counts as often as there are groups, not as there are values: the
-    two-stage bootstrap (Davison and Hinkley 1997, 3.8). With few groups it is still too narrow. One group is
-    ``bootstrap_median``. Raises ValueError for no values.
+    Values come in groups: groups are resampled, then values within. What is common to a group (the luck of one process) counts
+    as often as there are groups, not as there are values: the two-stage bootstrap (Davison and Hinkley 1997, 3.8). With few
+    groups it is still too narrow. Raises AdiError for no values.
     """
-    filled = [group for group in groups if group]
-    if len(filled) < 2:
-        return bootstrap_median(filled[0] if filled else [], seed=seed, resamples=resamples)
-    dice = random.Random(seed)
+    filled, dice = [group for group in groups if group], random.Random(seed)
+    if not filled:
+        raise AdiError("a median needs at least one value.")
 
-    def resampled() -> list[float]:
-        chosen = dice.choices(filled, k=len(filled))
-        return [value for group in chosen for value in dice.choices(group, k=len(group))]
+    def resampled() -> float:
+        chosen = dice.choices(filled, k=len(filled)) if len(filled) > 1 else filled
+        return median(value for group in chosen for value in dice.choices(group, k=len(group)))
 
-    return _interval([value for group in filled for value in group], [median(resampled()) for _ in range(resamples)])
-
-
-def _interval(values: Sequence[float], resampled: Sequence[float]) -> Interval:
-    medians, last = sorted(resampled), len(resampled) - 1
-    return Interval(median(values), medians[round(0.025 * last)], medians[round(0.975 * last)])
+    medians, last = sorted(resampled() for _ in range(resamples)), resamples - 1
+    middle = median(value for group in filled for value in group)
+    return Interval(middle, medians[round(0.025 * last)], medians[round(0.975 * last)])
 
 
 def total_variation(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:
@@ -82,8 +67,8 @@ def variation_band(law: Mapping[Any, float], draws: int, risk: float = 1e-6) -> 
 def leading(law: Mapping[tuple[int, ...], Any], length: int) -> dict[tuple[int, ...], Any]:
     """The law (or the counts) of the first ``length`` members, from that of longer tuples."""
     found: dict[tuple[int, ...], Any] = {}
-    for said, mass in law.items():
-        found[said[:length]] = found.get(said[:length], 0) + mass
+    for text, mass in law.items():
+        found[text[:length]] = found.get(text[:length], 0) + mass
     return found
 
 

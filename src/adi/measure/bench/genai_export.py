@@ -26,7 +26,7 @@ PAST = 3  # positions of KV memory in the example that is traced
 TOLERANCE = 1e-3
 
 
-def place(source: Path, weights: str) -> Path:
+def _folder(source: Path, weights: str) -> Path:
     """Where the graph of the model folder ``source`` belongs, for its files as they are and the versions installed now."""
     stats = [(p.name, (stat := p.stat()).st_size, stat.st_mtime_ns) for p in sorted(source.iterdir()) if p.is_file()]
     facts = [FORMAT, str(source.resolve()), stats, [(name, version(name)) for name in MADE_WITH]]
@@ -34,18 +34,18 @@ def place(source: Path, weights: str) -> Path:
     return cache_folder() / "openvino-genai" / f"{source.name}-{weights}-{key}"
 
 
-def export(source: Path, weights: str) -> Path:
+def genai_export(source: Path, weights: str) -> Path:
     """The folder that ``openvino_genai.LLMPipeline`` opens, with weights "fp32", "int8" or "int4"; made if it is not there.
 
-    Raises ValueError where a matrix does not divide into groups, or the graph does not give the model's own logits.
+    Raises AdiError where a matrix does not divide into groups, or the graph does not give the model's own logits.
     """
+    target = _folder(source, weights)
+    if target.is_dir():
+        return target
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = place(source, weights)
-    if target.is_dir():
-        return target
     with quiet_transformers():
         plain: dict[str, Any] = {"trust_remote_code": False}
         asked = {"dtype": torch.float32, "attn_implementation": "sdpa", **plain}
@@ -63,7 +63,7 @@ def export(source: Path, weights: str) -> Path:
     return target
 
 
-class Step(nn.Module):
+class StatefulStep(nn.Module):
     """The model as a function of tokens, masks, positions and its KV memory, which it returns grown."""
 
     def __init__(self, model: Any) -> None:
@@ -103,7 +103,7 @@ def stateful_graph(model: Any) -> Any:
     past = [torch.zeros(2, heads, PAST, width) for _ in memory]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer warns of every branch
-        graph = ov.convert_model(Step(model), example_input=(*given, *past))
+        graph = ov.convert_model(StatefulStep(model), example_input=(*given, *past))
     kept = {f"past_key_values.{name}": f"present.{name}" for name in memory}
     for port, name in zip(graph.inputs, ("input_ids", "attention_mask", "position_ids", *kept), strict=True):
         port.get_tensor().set_names({name})
@@ -131,7 +131,7 @@ def stateful_graph(model: Any) -> Any:
 
 
 def _check(model: Any, graph: Any) -> None:
-    """In two passes, the second of one row: the model's own logits, or ValueError."""
+    """In two passes, the second of one row: the model's own logits, or AdiError."""
     import numpy as np
     import openvino as ov
 
@@ -141,8 +141,8 @@ def _check(model: Any, graph: Any) -> None:
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     request = ov.Core().compile_model(graph, "CPU", exact).create_infer_request()
     for start, end in ((0, 8), (8, 9)):
-        feed = {"input_ids": [ids[start:end]], "attention_mask": [[1] * end], "position_ids": [list(range(start, end))]}
-        request.infer({k: np.array(v, dtype=np.int64) for k, v in feed.items()} | {"beam_idx": np.zeros(1, np.int32)})
+        inputs = {"input_ids": [ids[start:end]], "attention_mask": [[1] * end], "position_ids": [list(range(start, end))]}
+        request.infer({k: np.array(v, dtype=np.int64) for k, v in inputs.items()} | {"beam_idx": np.zeros(1, np.int32)})
         got = request.get_output_tensor(0).data[0]
         if (error := float(np.abs(got - wanted[start:end]).max())) > TOLERANCE:
             raise AdiError(f"the exported graph's logits are off by {error:.3g}, so it is not this model.")

@@ -1,86 +1,82 @@
-"""What an interrupted benchmark had finished, in a file beside its result, so that the same command goes on from there."""
+"""What an interrupted benchmark had finished, in a file beside its result, so that the same command resumes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
 from adi.files import read_json, write_json
+from adi.measure.bench.sweep import Sweep
 from adi.measure.bench.timing import Outcome, Pair
 from adi.measure.bench.worker import System
+from adi.schema import Natural, Record, from_json
 
-FORMAT, VERSION = "adi-bench-partial", 2
+FORMAT, VERSION = "adi-bench-partial", 3
+
+
+class SystemState(Record, frozen=True):
+    """What a system gave, by prompt, and by the first prompt of a batch."""
+
+    peak_bytes: Natural
+    error: str | None
+    outcomes: dict[int, list[Outcome]]
+    pairs: dict[int, Pair]
+
+
+class Unfinished(Record, frozen=True):
+    """The file's content. ``terms`` are all that the outcomes depend on; other terms are another benchmark."""
+
+    format: str
+    version: int
+    terms: dict[str, Any]
+    sweeps: dict[str, Sweep]
+    systems: dict[str, SystemState]
+
+    def restore(self, systems: Sequence[System]) -> None:
+        """Give the systems what they had, an error included."""
+        for system in systems:
+            if (kept := self.systems.get(system.name)) is not None:
+                system.peak_bytes, system.error = kept.peak_bytes, kept.error
+                system.outcomes, system.pairs = kept.outcomes, kept.pairs
 
 
 @dataclass(frozen=True)
-class Partial:
-    """The side file of a result. ``terms`` are all that the outcomes depend on; other terms are another benchmark."""
+class ResumeFile:
+    """The file beside a result; without a path nothing is kept."""
 
-    path: Path
+    path: Path | None
     terms: Mapping[str, Any]
 
     @staticmethod
-    def beside(result: Path, terms: Mapping[str, Any]) -> Partial:
-        return Partial(result.with_name(result.name + ".partial"), terms)
+    def beside(result: Path | None, terms: Mapping[str, Any]) -> ResumeFile:
+        """That of a result which is not yet written."""
+        return ResumeFile(result and result.with_name(result.name + ".partial"), terms)
 
-    def sweeps(self) -> dict[str, Any]:
-        """The sweeps that were finished, by contestant."""
-        found = self._read().get("sweeps", {})
-        if not isinstance(found, dict):
-            raise AdiError(f"{self.path} is damaged (its sweeps are no object); delete it.")
-        return found
-
-    def restore(self, contestants: Sequence[System]) -> None:
-        """Give the contestants what they had, an error included; ValueError where the file is damaged."""
-        try:
-            self._restore(contestants)
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise AdiError(f"{self.path} is damaged ({type(error).__name__}: {error}); delete it.") from None
-
-    def _restore(self, contestants: Sequence[System]) -> None:
-        kept = self._read().get("contestants", {})
-        for contestant in contestants:
-            if contestant.name in kept:
-                mine = kept[contestant.name]
-                contestant.peak_bytes, contestant.error = mine["peak_bytes"], mine["error"]
-                contestant.pairs = {int(first): Pair(**pair) for first, pair in mine["pairs"].items()}
-                for prompt, outcomes in mine["outcomes"].items():
-                    contestant.outcomes[int(prompt)] = [
-                        Outcome(**{**outcome, "token_ids": tuple(outcome["token_ids"])}) for outcome in outcomes
-                    ]
-
-    def save(self, contestants: Sequence[System], sweeps: Mapping[str, Any]) -> None:
-        """Write all that is finished, whole or not at all."""
-        kept = {
-            c.name: {
-                "peak_bytes": c.peak_bytes,
-                "error": c.error,
-                "outcomes": {str(p): [asdict(o) for o in outcomes] for p, outcomes in c.outcomes.items()},
-                "pairs": {str(first): asdict(pair) for first, pair in c.pairs.items()},
-            }
-            for c in contestants
-        }
-        stated = {"format": FORMAT, "version": VERSION, "terms": self.terms}
-        write_json(self.path, {**stated, "sweeps": dict(sweeps), "contestants": kept})
-
-    def discard(self) -> None:
-        """The result is written: nothing is left to resume."""
-        self.path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        if not self.path.exists():
-            return {}
+    def read(self) -> Unfinished:
+        """What was finished; AdiError where the file is damaged, or of another benchmark."""
+        if self.path is None or not self.path.exists():
+            return Unfinished(FORMAT, VERSION, {}, {}, {})
         value = read_json(self.path, "unfinished benchmark")
         if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
             raise AdiError(f"{self.path} is not an unfinished benchmark of this adi; delete it or choose another --json.")
-        if not isinstance(value.get("terms"), dict):
-            raise AdiError(f"{self.path} is damaged (it states no terms); delete it.")
-        if other := sorted(name for name in self.terms if value["terms"].get(name) != self.terms[name]):
+        found = from_json(value, Unfinished, f"{self.path} is damaged (delete it)")
+        if other := sorted(name for name in self.terms if found.terms.get(name) != self.terms[name]):
             raise AdiError(
                 f"{self.path} is an unfinished benchmark with another {', '.join(other)}; "
                 "give that command again to finish it, delete the file, or choose another --json."
             )
-        return value
+        return found
+
+    def save(self, systems: Sequence[System], sweeps: Mapping[str, Sweep]) -> None:
+        """Write all that is finished, whole or not at all."""
+        if self.path is not None:
+            kept = {s.name: SystemState(s.peak_bytes, s.error, s.outcomes, s.pairs) for s in systems}
+            write_json(self.path, Unfinished(FORMAT, VERSION, dict(self.terms), dict(sweeps), kept).to_json())
+
+    def discard(self) -> None:
+        """The result is written: nothing is left to resume."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

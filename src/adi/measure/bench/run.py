@@ -1,7 +1,7 @@
-"""``bench``: contestants in turn on the same prompts, in one run; medians of per-prompt ratios with their interval.
+"""``bench``: systems in turn on the same prompts, in one run; medians of per-prompt ratios with their interval.
 
-Every prompt is run by every contestant before the next prompt begins, in an order that turns with the prompt, so that a
-machine whose speed drifts wrongs nobody.
+Every prompt is run by every system before the next prompt begins, in an order that rotates with the prompt, so that a machine
+whose speed drifts favours nobody.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
-from adi.measure.bench.batch import batch_entries, batching, groups_of, run_groups
-from adi.measure.bench.resume import Partial
-from adi.measure.bench.summary import part_of, ratio_entries, run_entry
+from adi.measure.bench.resume import ResumeFile
+from adi.measure.bench.summary import batch_entries, part_of, ratio_entries, run_entry
+from adi.measure.bench.sweep import Sweep
 from adi.measure.bench.systems import Setting
-from adi.measure.bench.timing import Task
+from adi.measure.bench.timing import Outcome, Pair, Task, Together
 from adi.measure.bench.worker import System, prepare
 from adi.measure.provenance import provenance
+from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem, read_prompts, spread
 
 FORMAT, VERSION = "adi-bench", 2
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS, BATCH_WARM_UP_TOKENS = 8, 4
 SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "train", 4, 48  # the set that exits are trained on
 SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting.
 
-    With ``restarts`` the prompts are dealt out to so many processes of each contestant, one after the other: what luck a
-    process has (where its memory lies may be worth a tenth of its speed) then shows in the intervals. With ``batch``, after
-    the paired runs, each of adi's full depths also meets groups of so many prompts in one batch and one by one.
+    With ``restarts`` the prompts are dealt out to so many processes of each system, one after the other: what luck a process
+    has (where its memory lies may be worth a tenth of its speed) then shows in the intervals. With ``batch``, after the paired
+    runs, each of adi's full depths also runs groups of so many prompts in one batch and one by one.
     """
 
     max_new_tokens: int = 128
@@ -44,6 +44,25 @@ class Extent:
     sweep: bool = False
     restarts: int = 1
     batch: int | None = None
+
+    def check(self, prompts: int) -> None:
+        """AdiError where so many prompts cannot be dealt out so."""
+        if not 1 <= self.restarts <= prompts:
+            raise AdiError(f"--restarts is {self.restarts} and there are {prompts} prompts; it must be from 1 to {prompts}.")
+        smallest = prompts // self.restarts
+        if self.batch is not None and not 2 <= self.batch <= smallest:
+            raise AdiError(
+                f"--batch is {self.batch}; it must be at least 2, and at most the {smallest} prompts that each process gets."
+            )
+
+    def parts(self, prompts: int) -> list[list[int]]:
+        """The prompts of each restart."""
+        return [[p for p in range(prompts) if part_of(p, self.restarts) == i] for i in range(self.restarts)]
+
+    def groups(self, part: Sequence[int]) -> list[Sequence[int]]:
+        """Distinct prompts for each batch; what is left over joins none."""
+        size = self.batch
+        return [] if size is None else [part[at : at + size] for at in range(0, len(part) - size + 1, size)]
 
 
 def bench(
@@ -54,44 +73,30 @@ def bench(
     *,
     command: str = "",
     result: Path | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Run all contestants on all prompts (first turns) and return the result document.
+    """Run all systems on all prompts (first turns) and return the result document.
 
-    At least one must be one of adi's modes: it encodes the prompts for everybody. A contestant that cannot run is listed
-    with its error. With ``result``, where the document will be written, prompts that are finished are kept beside it until
-    ``finished`` is called, and the same benchmark goes on with the rest.
+    At least one must be one of adi's modes: it encodes the prompts for everybody. A system that cannot run is listed with its
+    error. With ``result``, where the document will be written, prompts that are finished are kept beside it until ``finished``
+    is called, and the same benchmark resumes with the rest.
     """
     names = list(dict.fromkeys(names))
-    _check(extent, len(items))
+    extent.check(len(items))
     facts = provenance(command, items)
-    partial = _partial(names, facts, setting, extent, result)
-    sweeps = partial.sweeps() if partial else {}
+    resume = ResumeFile.beside(result, _terms(names, facts, setting, extent))
+    kept = resume.read()
     progress(0, 0, "preparing")
     prepare(names, setting)
+    sweeps = dict(kept.sweeps)
     for name in names:
         if extent.sweep and name.startswith("adi:static:") and name not in sweeps:
             progress(0, 0, f"sweeping for {name}")
             sweeps[name] = _swept(name, setting)
-            if partial:
-                partial.save([], sweeps)
-    contestants = [System(name, _own(setting, sweeps.get(name)), sweep=sweeps.get(name)) for name in names]
-    if partial:
-        partial.restore(contestants)
-
-    def save() -> None:
-        if partial:
-            partial.save(contestants, sweeps)
-
-    for part in _parts(contestants, len(items), extent):
-        try:
-            tasks = _start(contestants, items, extent, lambda what: progress(0, 0, what))
-            _run(contestants, tasks, part, extent, save, progress)
-            if extent.batch is not None:
-                run_groups(contestants, tasks, groups_of(part, extent.batch), save, lambda what: progress(0, 0, what))
-        finally:
-            for contestant in contestants:
-                contestant.stop()
+            resume.save([], sweeps)
+    systems = [_system(name, setting, sweeps.get(name)) for name in names]
+    kept.restore(systems)
+    _Bench(systems, items, extent, progress, lambda: resume.save(systems, sweeps)).run()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -100,21 +105,21 @@ def bench(
         **asdict(extent),
         "precision": list(dict.fromkeys(n.rpartition(":")[2] for n in names if n.startswith("adi:"))),
         "device": "cpu",
-        "runs": [run_entry(c, contestants, items, extent.restarts) for c in contestants],
-        "ratios": ratio_entries(contestants, items, setting.seed, extent.restarts),
-        "batches": batch_entries(contestants, extent.batch, extent.restarts, setting.seed),
+        "runs": [run_entry(s, systems, items, extent.restarts) for s in systems],
+        "ratios": ratio_entries(systems, items, setting.seed, extent.restarts),
+        "batches": batch_entries(systems, extent.batch, extent.restarts, setting.seed),
     }
 
 
 def finished(result: Path) -> None:
     """The document is written: what was kept for resuming goes."""
-    Partial.beside(result, {}).discard()
+    ResumeFile.beside(result, {}).discard()
 
 
 def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
     """The prompt as exactly ``tokens`` tokens: its own text repeated, cut before what the chat template ends with.
 
-    ValueError where the template alone is longer.
+    AdiError where the template alone is longer.
     """
     short, other = encode(prompt), encode("x")
     tail = next((i for i, (a, b) in enumerate(zip(short[::-1], other[::-1], strict=False)) if a != b), len(other))
@@ -126,17 +131,14 @@ def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]
     return long[: tokens - tail] + long[len(long) - tail :]
 
 
-def _partial(
-    names: Sequence[str], facts: dict[str, Any], setting: Setting, extent: Extent, result: Path | None
-) -> Partial | None:
-    if result is None:
-        return None
-    kept = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
-    own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": _files(setting)}
-    return Partial.beside(result, {"contestants": list(names), **kept, **own, **asdict(extent)})
+def _terms(names: Sequence[str], facts: dict[str, Any], setting: Setting, extent: Extent) -> dict[str, Any]:
+    """All that outcomes depend on."""
+    where = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
+    own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": files_hash(setting)}
+    return {"systems": list(names), **where, **own, **asdict(extent)}
 
 
-def _files(setting: Setting) -> str:
+def files_hash(setting: Setting) -> str:
     """What tells exits and a model of the same names apart: when their files were written, and how long they are."""
     found = []
     for name in (setting.exits, setting.model):
@@ -147,46 +149,19 @@ def _files(setting: Setting) -> str:
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
-def _check(extent: Extent, prompts: int) -> None:
-    if not 1 <= extent.restarts <= prompts:
-        raise AdiError(
-            f"--restarts is {extent.restarts} and there are {prompts} prompts; it must be at least 1, and no more than these."
-        )
-    smallest = prompts // extent.restarts
-    if extent.batch is not None and not 2 <= extent.batch <= smallest:
-        raise AdiError(
-            f"--batch is {extent.batch}; it must be at least 2, and at most the {smallest} prompts that each process gets."
-        )
+def _system(name: str, setting: Setting, swept: Sweep | None) -> System:
+    return System(name, replace(setting, static=swept.best) if swept else setting, sweep=swept)
 
 
-def _parts(contestants: Sequence[System], prompts: int, extent: Extent) -> list[list[int]]:
-    """The prompts of each restart that has something left to do; of the last one, if none has, to see who is there.
-
-    An interrupted part goes on in new processes, and still counts as one.
-    """
-    done = {p for c in contestants for p in c.outcomes}
-    parts = [[p for p in range(prompts) if part_of(p, extent.restarts) == i] for i in range(extent.restarts)]
-
-    def unfinished(part: list[int]) -> bool:
-        groups = groups_of(part, extent.batch) if extent.batch is not None else []
-        return not done.issuperset(part) or any(group[0] not in c.pairs for group in groups for c in batching(contestants))
-
-    return [part for part in parts if unfinished(part)] or parts[-1:]
-
-
-def _own(setting: Setting, swept: dict[str, Any] | None) -> Setting:
-    return replace(setting, static=(swept["best"][0], swept["best"][1])) if swept else setting
-
-
-def _swept(name: str, setting: Setting) -> dict[str, Any]:
-    """The sweep for one static contestant, on prompts that the benchmark does not use."""
+def _swept(name: str, setting: Setting) -> Sweep:
+    """The sweep for one static system, on prompts that the benchmark does not use."""
     items = spread(read_prompts(SWEEP_SET), SWEEP_PROMPTS)
     sweeper = System(name, replace(setting, static=None))
     try:
         sweeper.start()
         sweeper.ready()
         prompts = [sweeper.ask("encode", item.prompt) for item in items]
-        found: dict[str, Any] | None = sweeper.ask("sweep", prompts, SWEEP_TOKENS)
+        found: Sweep | None = sweeper.ask("sweep", prompts, SWEEP_TOKENS)
     finally:
         sweeper.stop()
     if found is None:
@@ -194,39 +169,110 @@ def _swept(name: str, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def _start(
-    contestants: Sequence[System], items: Sequence[PromptItem], extent: Extent, forced_read: Callable[[str], None]
-) -> list[Task]:
-    """Load everybody and warm up; adi's modes first, since one of them encodes the prompts and knows how long they are."""
-    own = [c for c in contestants if c.name.startswith("adi:")]
-    _load(own, forced_read)
-    speaker = next((c for c in own if c.error is None), None)
-    if speaker is None:
-        raise AdiError(f"{own[0].name} cannot run, and it gives the others their tokens: {own[0].error}")
-    length = extent.prompt_tokens
+@dataclass
+class _Bench:
+    """The runs of one benchmark; ``save`` keeps what is finished."""
 
-    def encode(text: str) -> tuple[int, ...]:
-        ids: tuple[int, ...] | None = speaker.ask("encode", text)
-        if ids is None:
-            raise AdiError(f"{speaker.name} cannot encode the prompts: {speaker.error}")
-        return ids
+    systems: Sequence[System]
+    items: Sequence[PromptItem]
+    extent: Extent
+    progress: Progress
+    save: Callable[[], None]
 
-    encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in items]
-    _fit(encoded, extent.max_new_tokens, speaker.details.get("spec", {}).get("context"))
-    tasks = [Task(ids, extent.max_new_tokens, speaker.ends) for ids in encoded]
-    context = max(len(ids) for ids in encoded) + extent.max_new_tokens + SPARE
-    others = [c for c in contestants if c not in own]
-    for contestant in others:
-        contestant.setting = replace(contestant.setting, context=context)
-    _load(others, forced_read)
-    for contestant in contestants:
-        forced_read(f"warming up {contestant.name}")
-        contestant.run(replace(tasks[0], max_new_tokens=min(WARM_UP_TOKENS, extent.max_new_tokens)))
-    return tasks
+    def run(self) -> None:
+        """All parts with something left to do, each in new processes; the last one, if none has, to see what loads."""
+        parts = self.extent.parts(len(self.items))
+        for part in [part for part in parts if not self._is_finished(part)] or parts[-1:]:
+            try:
+                tasks = self._start()
+                self._run_prompts(tasks, part)
+                self._run_batches(tasks, self.extent.groups(part))
+            finally:
+                for system in self.systems:
+                    system.stop()
+
+    def _is_finished(self, part: Sequence[int]) -> bool:
+        batched = all(group[0] in s.pairs for group in self.extent.groups(part) for s in self._batching())
+        return batched and self._finished_prompts().issuperset(part)
+
+    def _finished_prompts(self) -> set[int]:
+        return {p for system in self.systems for p in system.outcomes}
+
+    def _batching(self) -> list[System]:
+        """Whose batches are measured: full depth, where nothing but the sharing of passes can make a difference."""
+        return [s for s in self.systems if s.name.startswith("adi:full:") and s.error is None and s.batch_error is None]
+
+    def _start(self) -> list[Task]:
+        """Load all and warm up; adi's modes first, since one of them encodes the prompts and knows how long they are."""
+        own = [s for s in self.systems if s.name.startswith("adi:")]
+        self._load(own)
+        encoder = next((s for s in own if s.error is None), None)
+        if encoder is None:
+            raise AdiError(f"{own[0].name} cannot run, and it encodes the prompts for all: {own[0].error}")
+        length, new = self.extent.prompt_tokens, self.extent.max_new_tokens
+
+        def encode(text: str) -> tuple[int, ...]:
+            ids: tuple[int, ...] | None = encoder.ask("encode", text)
+            if ids is None:
+                raise AdiError(f"{encoder.name} cannot encode the prompts: {encoder.error}")
+            return ids
+
+        encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in self.items]
+        _check_room(encoded, new, encoder.details.get("spec", {}).get("context"))
+        tasks = [Task(ids, new, encoder.ends) for ids in encoded]
+        others = [s for s in self.systems if s not in own]
+        for system in others:
+            system.setting = replace(system.setting, context=max(map(len, encoded)) + new + SPARE)
+        self._load(others)
+        for system in self.systems:
+            self.progress(0, 0, f"warming up {system.name}")
+            system.run(replace(tasks[0], max_new_tokens=min(WARM_UP_TOKENS, new)))
+        return tasks
+
+    def _load(self, systems: Sequence[System]) -> None:
+        """All at once: nothing is measured yet."""
+        for system in systems:
+            system.start()
+        for system in systems:
+            self.progress(0, 0, f"loading {system.name}")
+            system.ready()
+
+    def _run_prompts(self, tasks: Sequence[Task], part: Sequence[int]) -> None:
+        """Every prompt of this part that is not finished, ``repeats`` times by each system; ``save`` after each."""
+        before = self._finished_prompts()
+        each = self.extent.repeats * len(self.systems)
+        total, done = len(tasks) * each, len(before) * each
+        for place, p in enumerate(part):
+            if p in before:
+                continue
+            for repeat in range(self.extent.repeats):
+                turn = (place + repeat) % len(self.systems)
+                for system in [*self.systems[turn:], *self.systems[:turn]]:
+                    if (outcome := system.run(tasks[p])) is not None:
+                        system.outcomes.setdefault(p, []).append(outcome)
+                    done += 1
+                    self.progress(done, total, system.name)
+            self.save()
+
+    def _run_batches(self, tasks: Sequence[Task], groups: Sequence[Sequence[int]]) -> None:
+        """Every group that is not finished, by each of adi's full depths; ``save`` after each.
+
+        What goes wrong here is a line of its own in the result and leaves the paired runs as they are.
+        """
+        for place, group in enumerate(groups):
+            for system in self._batching():
+                self.progress(place, len(groups), f"{system.name} in batches")
+                if group[0] not in system.pairs:
+                    pair = _batched(system, [tasks[p] for p in group], batch_first=place % 2 == 0)
+                    if pair is None:
+                        system.batch_error, system.error = system.error, None
+                    else:
+                        system.pairs[group[0]] = pair
+            self.save()
 
 
-def _fit(encoded: Sequence[Sequence[int]], new: int, context: int | None) -> None:
-    """ValueError for a prompt that has no room for its answer: better now than in the middle."""
+def _check_room(encoded: Sequence[Sequence[int]], new: int, context: int | None) -> None:
+    """AdiError for a prompt that leaves no room for its answer: better now than in the middle."""
     longest = max(range(len(encoded)), key=lambda place: len(encoded[place]))
     if context is not None and len(encoded[longest]) + new > context:
         raise AdiError(
@@ -235,36 +281,20 @@ def _fit(encoded: Sequence[Sequence[int]], new: int, context: int | None) -> Non
         )
 
 
-def _load(contestants: Sequence[System], forced_read: Callable[[str], None]) -> None:
-    """Everybody at once: nothing is measured yet."""
-    for contestant in contestants:
-        contestant.start()
-    for contestant in contestants:
-        forced_read(f"loading {contestant.name}")
-        contestant.ready()
-
-
-def _run(
-    contestants: Sequence[System],
-    tasks: Sequence[Task],
-    part: Sequence[int],
-    extent: Extent,
-    save: Callable[[], None],
-    progress: Progress,
-) -> None:
-    """Every prompt of this part that is not finished, ``repeats`` times by everybody; ``save`` after each."""
-    finished_before = {p for c in contestants for p in c.outcomes}
-    each = extent.repeats * len(contestants)
-    total, done = len(tasks) * each, len(finished_before) * each
-    for place, i in enumerate(part):
-        if i in finished_before:
-            continue
-        for repeat in range(extent.repeats):
-            turn = (place + repeat) % len(contestants)
-            for contestant in [*contestants[turn:], *contestants[:turn]]:
-                outcome = contestant.run(tasks[i])
-                if outcome is not None:
-                    contestant.outcomes.setdefault(i, []).append(outcome)
-                done += 1
-                progress(done, total, contestant.name)
-        save()
+def _batched(system: System, tasks: Sequence[Task], *, batch_first: bool) -> Pair | None:
+    """One group in a batch and one by one; None once something went wrong, with the system's ``error``."""
+    system.ask("batch", [replace(task, max_new_tokens=min(BATCH_WARM_UP_TOKENS, task.max_new_tokens)) for task in tasks])
+    batch: Together | None = system.ask("batch", tasks) if batch_first else None
+    outcomes: list[Outcome | None] = [system.ask("run", task) for task in tasks]
+    if not batch_first:
+        batch = system.ask("batch", tasks)
+    alone = [outcome for outcome in outcomes if outcome is not None]
+    if batch is None or len(alone) < len(tasks):
+        return None
+    return Pair(
+        batch_seconds=batch.seconds,
+        batch_tokens=sum(map(len, batch.token_ids)),
+        alone_seconds=sum(outcome.seconds for outcome in alone),
+        alone_tokens=sum(len(outcome.token_ids) for outcome in alone),
+        same=[outcome.token_ids for outcome in alone] == list(batch.token_ids),
+    )

@@ -1,4 +1,4 @@
-"""From what contestants gave to the figures of the result: one entry per contestant, one per pair."""
+"""From outcomes to the figures of the result: one entry per system, one per pair, one per system that ran batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBER_FORMAT = {"llama.cpp": "int4", "llama.cpp-lookup": "int4", "gguf": "int4"
 
 
 def part_of(prompt: int, restarts: int) -> int:
-    """Which of the processes that a contestant had runs this prompt: they take turns, so that each has some of every kind."""
+    """Which of a system's processes runs this prompt: they take turns, so that each has some of every kind."""
     return prompt % restarts
 
 
@@ -25,111 +25,131 @@ def interval(values: Mapping[int, float], restarts: int, seed: int) -> Interval:
     return clustered_median(groups, seed=seed)
 
 
-def run_entry(contestant: System, all_: Sequence[System], items: Sequence[PromptItem], restarts: int = 1) -> dict[str, Any]:
-    """A contestant's figures, or its error. ``match`` compares with full depth, whose name is ``match_with``."""
-    known = {"name": contestant.name, **contestant.details}
-    if contestant.error is not None or not contestant.outcomes:
+def run_entry(system: System, systems: Sequence[System], items: Sequence[PromptItem], restarts: int = 1) -> dict[str, Any]:
+    """A system's figures, or its error. ``match`` compares with full depth, whose name is ``match_with``."""
+    known = {"name": system.name, **system.details}
+    if system.error is not None or not system.outcomes:
         empty = dict.fromkeys(("tokens_per_second", "ttft_seconds", "peak_bytes", "match", "per_category"))
-        return {**known, **empty, "error": contestant.error or "it gave no result"}
-    prompts = sorted(contestant.outcomes)
-    every = [o for p in prompts for o in contestant.outcomes[p]]
+        return {**known, **empty, "error": system.error or "it gave no result"}
+    prompts = sorted(system.outcomes)
+    every = [o for p in prompts for o in system.outcomes[p]]
     rounds = [len(o.token_ids) / o.rounds for o in every if o.rounds]
-    reference = _reference(contestant, all_)
-    found = interval({p: speed(contestant, p) for p in prompts}, restarts, contestant.setting.seed)
+    reference = _reference(system, systems)
+    found = interval({p: speed(system, p) for p in prompts}, restarts, system.setting.seed)
     return {
         **known,
         "error": None,
-        "peak_bytes": contestant.peak_bytes,
+        "peak_bytes": system.peak_bytes,
         "tokens_per_round": median(rounds) if rounds else None,
         "accepted_share": accepted_share(every),
-        **_figures(contestant, reference, prompts),
+        **_figures(system, reference, prompts),
         "tokens_per_second_low": found.low,
         "tokens_per_second_high": found.high,
         "match_with": reference.name if reference else None,
-        "per_category": {name: _figures(contestant, reference, mine) for name, mine in _categories(items, prompts).items()},
-        **({"sweep": contestant.sweep} if contestant.sweep else {}),
+        "per_category": {name: _figures(system, reference, mine) for name, mine in _categories(items, prompts).items()},
+        **({"sweep": system.sweep.to_json()} if system.sweep else {}),
     }
 
 
-def ratio_entries(
-    contestants: Sequence[System], items: Sequence[PromptItem], seed: int, restarts: int = 1
-) -> list[dict[str, Any]]:
-    """adi's modes against everybody else, each pair on the prompts that both ran."""
+def ratio_entries(systems: Sequence[System], items: Sequence[PromptItem], seed: int, restarts: int = 1) -> list[dict[str, Any]]:
+    """adi's modes against all others, each pair on the prompts that both ran."""
     return [
         ratio_entry(a, b, items, seed, restarts)
-        for a in contestants
-        for b in contestants
+        for a in systems
+        for b in systems
         if a is not b and a.name.startswith("adi:") and set(a.outcomes) & set(b.outcomes)
     ]
 
 
 def ratio_entry(a: System, b: System, items: Sequence[PromptItem], seed: int, restarts: int = 1) -> dict[str, Any]:
-    """How many times faster ``a`` is: medians over prompts of paired ratios, with their interval; above 1 ``a`` wins.
+    """How many times faster ``a`` is: medians over prompts of paired ratios, with their interval; above 1 ``a`` is faster.
 
-    The figures named ``ttft`` say how many times sooner its first token comes.
+    The figures named ``ttft`` are how many times sooner its first token comes.
     """
     both = sorted(set(a.outcomes) & set(b.outcomes))
     ratios = {p: speed(a, p) / speed(b, p) for p in both}
-    sooner = {p: first(b, p) / first(a, p) for p in both}
-    found, waited = (interval(values, restarts, seed) for values in (ratios, sooner))
+    sooner = interval({p: ttft(b, p) / ttft(a, p) for p in both}, restarts, seed)
+    found = interval(ratios, restarts, seed)
     return {
         "a": a.name,
         "b": b.name,
         "median": found.median,
         "low": found.low,
         "high": found.high,
-        "ttft_median": waited.median,
-        "ttft_low": waited.low,
-        "ttft_high": waited.high,
+        "ttft_median": sooner.median,
+        "ttft_low": sooner.low,
+        "ttft_high": sooner.high,
         "per_category": {name: median(ratios[p] for p in mine) for name, mine in _categories(items, both).items()},
     }
 
 
-def speed(contestant: System, prompt: int) -> float:
-    """Tokens per second on one prompt, from the call to the last token: the median of its repeats."""
-    return median(o.tokens_per_second for o in contestant.outcomes[prompt])
+def batch_entries(systems: Sequence[System], size: int | None, restarts: int, seed: int) -> list[dict[str, Any]]:
+    """The figures of each system that ran batches, or its error: tokens per second both ways and their ratio.
+
+    ``same`` is whether every prompt of every group got the same tokens in the batch as alone.
+    """
+    return [_batch_entry(s, size, restarts, seed) for s in systems if s.pairs or s.batch_error is not None]
 
 
-def first(contestant: System, prompt: int) -> float:
-    """Seconds to the first token of one prompt: the median of its repeats."""
-    return median(o.ttft_seconds for o in contestant.outcomes[prompt])
-
-
-def _figures(contestant: System, reference: System | None, prompts: Sequence[int]) -> dict[str, Any]:
+def _batch_entry(system: System, size: int | None, restarts: int, seed: int) -> dict[str, Any]:
+    pairs = system.pairs
+    known = {"name": system.name, "batch": size, "groups": len(pairs), "error": system.batch_error}
+    if not pairs:
+        return known
+    found = interval({first: pair.ratio for first, pair in pairs.items()}, restarts, seed)
     return {
-        "tokens_per_second": median(speed(contestant, p) for p in prompts),
-        "ttft_seconds": median(first(contestant, p) for p in prompts),
-        "match": agreement(contestant, reference, prompts, lambda a, b: float(a == b)),
-        "match_tokens": agreement(contestant, reference, prompts, leading_share),
+        **known,
+        "batch_tokens_per_second": median(pair.batch_tokens / pair.batch_seconds for pair in pairs.values()),
+        "alone_tokens_per_second": median(pair.alone_tokens / pair.alone_seconds for pair in pairs.values()),
+        "median": found.median,
+        "low": found.low,
+        "high": found.high,
+        "same": all(pair.same for pair in pairs.values()),
+    }
+
+
+def speed(system: System, prompt: int) -> float:
+    """Tokens per second on one prompt, from the call to the last token: the median of its repeats."""
+    return median(o.tokens_per_second for o in system.outcomes[prompt])
+
+
+def ttft(system: System, prompt: int) -> float:
+    """Seconds to the first token of one prompt: the median of its repeats."""
+    return median(o.ttft_seconds for o in system.outcomes[prompt])
+
+
+def _figures(system: System, reference: System | None, prompts: Sequence[int]) -> dict[str, Any]:
+    return {
+        "tokens_per_second": median(speed(system, p) for p in prompts),
+        "ttft_seconds": median(ttft(system, p) for p in prompts),
+        "match": agreement(system, reference, prompts, lambda a, b: float(a == b)),
+        "match_tokens": agreement(system, reference, prompts, leading_share),
     }
 
 
 def agreement(
-    contestant: System,
-    reference: System | None,
-    prompts: Sequence[int],
-    compare: Callable[[Sequence[int], Sequence[int]], float],
+    system: System, reference: System | None, prompts: Sequence[int], compare: Callable[[Sequence[int], Sequence[int]], float]
 ) -> float | None:
     """The mean over prompts of a comparison with the reference's tokens; None without one."""
     both = [p for p in prompts if reference is not None and p in reference.outcomes]
     if reference is None or not both:
         return None
-    return mean(compare(contestant.outcomes[p][0].token_ids, reference.outcomes[p][0].token_ids) for p in both)
+    return mean(compare(system.outcomes[p][0].token_ids, reference.outcomes[p][0].token_ids) for p in both)
 
 
 def leading_share(a: Sequence[int], b: Sequence[int]) -> float:
-    """The share of the longer text that both say alike before their first difference."""
+    """The share of the longer text that both have in common before their first difference."""
     longer = max(len(a), len(b))
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return same / longer if longer else 1.0
 
 
-def _reference(contestant: System, all_: Sequence[System]) -> System | None:
+def _reference(system: System, systems: Sequence[System]) -> System | None:
     """Full depth at the same precision, else the first full depth there is: for other number formats a mere comparison."""
-    rest = contestant.name.rsplit(":", 1)[-1]
-    precision = NUMBER_FORMAT.get(rest, rest)
-    full = [c for c in all_ if c.name.startswith("adi:full:") and c.error is None]
-    return next((c for c in full if c.name == f"adi:full:{precision}"), full[0] if full else None)
+    last = system.name.rsplit(":", 1)[-1]
+    precision = NUMBER_FORMAT.get(last, last)
+    full = [s for s in systems if s.name.startswith("adi:full:") and s.error is None]
+    return next((s for s in full if s.name == f"adi:full:{precision}"), full[0] if full else None)
 
 
 def _categories(items: Sequence[PromptItem], prompts: Sequence[int]) -> dict[str, list[int]]:

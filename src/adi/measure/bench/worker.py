@@ -1,4 +1,4 @@
-"""A contestant's process: its memory is its own, and its failure nobody else's."""
+"""A system's process: its memory is its own, and its failure nobody else's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from adi.measure.bench.genai_export import export
-from adi.measure.bench.peers import HOW, build_peer
+from adi.errors import AdiError
+from adi.measure.bench.peers import HOW, build_peer, genai_folder
+from adi.measure.bench.sweep import Sweep
 from adi.measure.bench.systems import Runner, Setting, adi_model, adi_runner, backend_for
 from adi.measure.bench.timing import Outcome, Pair, Task
 from adi.model.hub import source_folder
 
-# Threads that have nothing to do soon sleep instead of spinning where another contestant runs. Not at once: llama.cpp's threads
+# Threads that have nothing to do soon sleep instead of spinning where another system runs. Not at once: llama.cpp's threads
 # meet hundreds of times in a token, and without any spinning it runs at a third of its speed.
 QUIET = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -37,7 +39,7 @@ class System:
     details: dict[str, Any] = field(default_factory=dict)
     ends: frozenset[int] = field(default=frozenset())
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
-    sweep: dict[str, Any] | None = None
+    sweep: Sweep | None = None
     pairs: dict[int, Pair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
     batch_error: str | None = None
 
@@ -47,14 +49,14 @@ class System:
             self._process, self._pipe = _spawned(serve, self.name, self.setting)
 
     def ready(self) -> bool:
-        """Wait until it is loaded; where it cannot run, ``error`` tells why."""
+        """Wait until it is loaded; where it cannot run, ``error`` is why."""
         loaded = self._receive() if self.error is None else None
         if loaded is not None:
             self.details, self.ends = loaded
         return loaded is not None
 
     def ask(self, *order: Any) -> Any:
-        """Send an order and wait for its answer; None once something went wrong, which ``error`` then tells."""
+        """Send an order and wait for its answer; None once something went wrong, which ``error`` then holds."""
         if self.error is not None:
             return None
         try:
@@ -98,7 +100,7 @@ def prepare(names: Sequence[str], setting: Setting) -> None:
     if not jobs:
         return
     process, pipe = _spawned(_prepare, jobs, setting)
-    with suppress(EOFError):  # the contestants will say what is wrong
+    with suppress(EOFError):  # the systems will report what is wrong
         pipe.recv()
     process.join()
 
@@ -110,8 +112,8 @@ def serve(connection: Connection, name: str, setting: Setting) -> None:
     with suppress(EOFError, OSError):  # nobody is there any more
         try:
             runner = build(name, setting)
-        except Exception as error:  # whatever keeps a contestant from running is its result
-            connection.send(("error", told(error)))
+        except Exception as error:  # whatever keeps a system from running is its result
+            connection.send(("error", failure(error)))
             return
         connection.send(("ready", (dict(runner.details), runner.ends)))
         while True:
@@ -119,12 +121,12 @@ def serve(connection: Connection, name: str, setting: Setting) -> None:
             try:
                 answer = ("ok", _answer(runner, *order))
             except Exception as error:
-                answer = ("error", told(error))
+                answer = ("error", failure(error))
             connection.send(answer)
 
 
 def build(name: str, setting: Setting) -> Runner:
-    """The contestant of that name."""
+    """The system of that name."""
     kind, _, rest = name.partition(":")
     if kind == "adi":
         mode, _, precision = rest.partition(":")
@@ -132,12 +134,15 @@ def build(name: str, setting: Setting) -> Runner:
     return build_peer(name, setting)
 
 
-def told(error: Exception) -> str:
-    """An error in one line."""
+def failure(error: Exception) -> str:
+    """An error in one line; one that is no user's mistake may be a bug, so its traceback goes to standard error."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed (pip install 'adi-lm[peers]')"
-    said = " ".join(str(error).split())
-    return said[:300] if isinstance(error, ValueError) else f"{type(error).__name__}: {said[:300]}"
+    line = " ".join(str(error).split())[:300]
+    if isinstance(error, AdiError):
+        return line
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {line}"
 
 
 def peak_bytes() -> int:
@@ -149,32 +154,19 @@ def peak_bytes() -> int:
 def _answer(runner: Runner, what: str, *given: Any) -> Any:
     if what == "peak":
         return peak_bytes()
-    if what == "run":
-        return runner.run(*given)
-    if what == "encode":
-        assert runner.encode is not None, "only adi's modes encode"
-        return runner.encode(*given)
-    if what == "batch":
-        assert runner.batch is not None, "only adi's modes run batches"
-        return runner.batch(*given)
-    assert what == "sweep", what
-    assert runner.sweep is not None, "only adi's modes with exits sweep"
-    return runner.sweep(*given).to_json()
-
-
-def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: Setting) -> None:
-    _settle(setting)
-    for job, precision in jobs:
-        try:
-            _JOBS[job](precision, setting)
-        except Exception:  # the contestant that needs it will meet the same and say so
-            continue
-    with suppress(OSError):
-        connection.send(("ready", None))
+    actions: dict[str, Callable[..., Any] | None] = {
+        "run": runner.run,
+        "encode": runner.encode,
+        "batch": runner.batch,
+        "sweep": runner.sweep,
+    }
+    action = actions[what]
+    assert action is not None, f"{runner.details['about']} cannot {what}"
+    return action(*given)
 
 
 def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
-    """What a contestant would have to make if it came first, None if there is nothing."""
+    """What a system would have to make if it came first, None if there is nothing."""
     kind, _, rest = name.partition(":")
     if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) == "openvino":
         return "adi", precision
@@ -183,11 +175,18 @@ def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
     return None if Path(setting.model).is_dir() else ("source", "")
 
 
-_JOBS: dict[str, Callable[[str, Setting], object]] = {
-    "adi": adi_model,
-    "genai": lambda weights, setting: export(Path(source_folder(setting.model, lambda _: None)), weights),
-    "source": lambda _, setting: source_folder(setting.model, lambda _: None),
-}
+def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: Setting) -> None:
+    _settle(setting)
+    for kind, precision in jobs:
+        with suppress(Exception):  # the system that needs it will meet the same and report it
+            if kind == "adi":
+                adi_model(precision, setting)
+            elif kind == "genai":
+                genai_folder(precision, setting)
+            else:
+                source_folder(setting.model, lambda _: None)
+    with suppress(OSError):
+        connection.send(("ready", None))
 
 
 def _settle(setting: Setting) -> None:
@@ -201,30 +200,23 @@ def _spawned(target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=True)
-    with _environment(QUIET), _uninterrupted():
+    with _for_workers():
         process.start()
     theirs.close()
     return process, ours
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """What is started meanwhile never sees Ctrl-C: an interruption is the benchmark's own business."""
+def _for_workers() -> Iterator[None]:
+    """What is started meanwhile has the variables of ``QUIET``, unless the user has set them, and never sees Ctrl-C: an
+    interruption is the benchmark's own business."""
     resource_tracker.ensure_running()  # it would be started with the first process, and unblock the signal
+    new = {name: value for name, value in QUIET.items() if name not in os.environ}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables for what is started meanwhile; those that the user has set stay as they are."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(new)
     try:
         yield
     finally:
         for name in new:
             del os.environ[name]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
