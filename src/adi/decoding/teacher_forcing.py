@@ -72,25 +72,31 @@ def forced_pass(
     Several texts share a pass where they fit in ``Spec.merged_rows`` rows. At most 16 texts are under way at a time, so
     results may be written to disk as they come. MemoryFullError where KV memory is too small for a text alone.
     """
-    stops = (*sorted({*depths} - {backbone.spec.layers}), backbone.spec.layers)
+    spec = backbone.spec
+    stops, mlp = (*sorted({*depths} - {spec.layers}), spec.layers), details and backbone.has_mlp_tap
     given, running = iter(texts), deque[_RunningText]()
     waiting, most = next(given, None), 1  # an engine knows what a position takes of KV memory once one text has run
     try:
         while waiting or running:
             while waiting and len(running) < most:
-                running.append(_RunningText(backbone, waiting, details))
-                if len(running) > 1 and not backbone.fits([(r.cache, len(r.text.ids)) for r in running if r.next_rows]):
-                    running.pop().close()
+                running.append(_RunningText(backbone, waiting))
+                if len(running) > 1 and not backbone.fits([(r.cache, len(r.text.ids)) for r in running if r.unfinished]):
+                    running.pop().cache.close()
                     break
                 waiting = next(given, None)
-            unfinished, most = [one for one in running if one.next_rows], MOST_TEXTS
-            together = sharing([one.next_rows for one in unfinished], backbone.spec.merged_rows)
-            _run_chunk(backbone, [unfinished[i] for i in together], stops, details)
-            while running and not running[0].next_rows:
+            unfinished, most = [one for one in running if one.unfinished], MOST_TEXTS
+            together = sharing([one.end - one.start for one in unfinished], spec.merged_rows)
+            chosen = [unfinished[i] for i in together]
+            for depth, states in run_to_stops(backbone, [one.rows for one in chosen], stops, mlp=mlp):
+                for one, left in zip(chosen, states, strict=True):
+                    one.keep(depth, left, details)
+            for one in chosen:
+                one.advance(spec.merged_rows)
+            while running and not running[0].unfinished:
                 yield running.popleft().result()
     finally:
         for one in running:
-            one.close()
+            one.cache.close()
 
 
 def run_to_stops(
@@ -104,53 +110,38 @@ def run_to_stops(
 
 
 class _RunningText:
-    """One text under way: its KV cache, how many rows have run, and the parts of what is handed out."""
+    """One text under way: its KV cache, where its next pass starts and ends, and the parts of what is handed out."""
 
-    def __init__(self, backbone: Backbone, text: KnownText, details: bool) -> None:
-        self.text, self.done, self.most = text, 0, backbone.spec.merged_rows
-        self.cache = backbone.new_cache()
-        self.details = details
+    def __init__(self, backbone: Backbone, text: KnownText) -> None:
+        self.text, self.cache, self.start = text, backbone.new_cache(), 0
+        self.end = len(text.ids) if text.prefill is None else min(len(text.ids), text.prefill)
         self._parts: dict[str, dict[int, list[Tensor]]] = {"hidden": {}, "before": {}, "mlp": {}}
 
     @property
-    def next_rows(self) -> int:
-        """How many rows its next pass takes; 0 when the text is finished."""
-        left = len(self.text.ids) - self.done
-        if self.done == 0:
-            return left if self.text.prefill is None else min(left, self.text.prefill)
-        return min(left, self.most)
+    def unfinished(self) -> bool:
+        return self.start < len(self.text.ids)
 
+    @property
     def rows(self) -> Rows:
-        return Rows(self.cache, self.done, self.text.ids[self.done : self.done + self.next_rows], None)
+        return Rows(self.cache, self.start, self.text.ids[self.start : self.end], None)
 
-    def keep(self, depth: int, states: States) -> None:
+    def keep(self, depth: int, states: States, details: bool) -> None:
         shown = {"hidden": states.hidden_TD}
-        if self.details:
+        if details:
             shown["before"] = states.before_TD
             if states.mlp_TF is not None:
                 shown["mlp"] = states.mlp_TF
         for name, rows in shown.items():
-            self._parts[name].setdefault(depth, []).append(rows[max(0, self.text.first - self.done) :])
+            self._parts[name].setdefault(depth, []).append(rows[max(0, self.text.first - self.start) :])
 
-    def advance(self) -> None:
-        self.done += self.next_rows
-        if not self.next_rows:
-            self.close()
-
-    def close(self) -> None:
-        self.cache.close()
+    def advance(self, most: int) -> None:
+        self.start, self.end = self.end, min(self.end + most, len(self.text.ids))
+        if not self.unfinished:
+            self.cache.close()
 
     def result(self) -> ForcedPass:
         whole = {name: {d: torch.cat(parts) for d, parts in kept.items()} for name, kept in self._parts.items()}
         return ForcedPass(self.text, **whole)
-
-
-def _run_chunk(backbone: Backbone, chosen: Sequence[_RunningText], stops: Sequence[int], details: bool) -> None:
-    for depth, states in run_to_stops(backbone, [one.rows() for one in chosen], stops, mlp=details and backbone.has_mlp_tap):
-        for one, left in zip(chosen, states, strict=True):
-            one.keep(depth, left)
-    for one in chosen:
-        one.advance()
 
 
 def full_logits(backbone: Backbone, deep_ND: Tensor, rows: int | None = None) -> Iterator[Tensor]:

@@ -1,1 +1,1 @@
-"""How well each signal tells, and which rule pays."""
+"""How well each signal predicts that an exit is right, and which rule pays."""

@@ -71,23 +71,24 @@ def measure_passes(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int 
 
     The block figure is half the stack's over its blocks, so that the price of entering an engine is spread as it is in use.
     """
-    layers, cache = backbone.spec.layers, backbone.new_cache()
-    past = min(PAST, (backbone.spec.context or 2 * PAST) - max(rows))
+    spec = backbone.spec
+    layers, middle = spec.layers, max(1, spec.layers // 2)
+    past = min(PAST, (spec.context or 2 * PAST) - max(rows))
     if past < 1:
-        raise AdiError(f"a context of {backbone.spec.context} tokens is too short to measure passes of {max(rows)} rows.")
-    tokens = [i % backbone.spec.vocabulary for i in range(past + max(rows))]
-    backbone.forward([Rows(cache, 0, tuple(tokens[:past]), None)], 0, layers)
-    middle = max(1, layers // 2)
+        raise AdiError(f"a context of {spec.context} tokens is too short to measure passes of {max(rows)} rows.")
+    ids = tuple(i % spec.vocabulary for i in range(past + max(rows)))
     work: list[Callable[[], object]] = []
-    for count in rows:
-        part = Rows(cache, past, tuple(tokens[past : past + count]), None)
-        deep_TD = backbone.forward([part], 0, layers)[0].hidden_TD
-        work += [
-            functools.partial(backbone.forward, [part], 0, middle),
-            functools.partial(backbone.forward, [part], 0, layers),
-            functools.partial(backbone.greedy, deep_TD),  # what decoding asks: no copy of a large vocabulary
-        ]
-    times = median_seconds(work, repeats)
+    with backbone.new_cache() as cache:
+        backbone.forward([Rows(cache, 0, ids[:past], None)], 0, layers)
+        for count in rows:
+            part = Rows(cache, past, ids[past : past + count], None)
+            (deep,) = backbone.forward([part], 0, layers)
+            work += [
+                functools.partial(backbone.forward, [part], 0, middle),
+                functools.partial(backbone.forward, [part], 0, layers),
+                functools.partial(backbone.greedy, deep.raw_TD),  # what decoding asks: no copy of a large vocabulary
+            ]
+        times = median_seconds(work, repeats)
     return PassSeconds(layers, tuple(rows), tuple(t / middle for t in times[::3]), tuple(times[1::3]), tuple(times[2::3]))
 
 

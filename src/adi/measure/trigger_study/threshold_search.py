@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,16 +41,12 @@ class RuleChoice:
 
 
 @dataclass(frozen=True)
-class RuleEstimate:
+class RuleEstimate(RuleChoice):
     """A choice made on calibrating texts, and what it comes to on the others; ``ratio`` against full depth there.
 
     ``calibrating_ratio`` is the same where it was chosen. ``trigger`` is the rule as ``Trigger`` JSON, None where it has none.
     """
 
-    rule: str
-    stops: tuple[int, ...]
-    chance: float | None
-    draft_tokens: int
     tokens_per_second: float
     ratio: float
     calibrating_ratio: float
@@ -106,14 +102,11 @@ class _RuleSearch:
 
         first = [RuleChoice(self.rule, stops, c, FIRST_DRAFTS) for stops in self._stops() for c in chances]
         kept = sorted(first, key=speed, reverse=True)[:KEPT]
-        best = max((RuleChoice(self.rule, c.stops, c.chance, n) for c, n in itertools.product(kept, DRAFTS)), key=speed)
+        best = max((replace(c, draft_tokens=n) for c, n in itertools.product(kept, DRAFTS)), key=speed)
         here, full_seconds = self.run(best, False), self.data.passes.full()
         trigger = self._trigger(best)
         return RuleEstimate(
-            rule=self.rule,
-            stops=best.stops,
-            chance=best.chance,
-            draft_tokens=best.draft_tokens,
+            **asdict(best),
             tokens_per_second=here.tokens_per_second,
             ratio=here.tokens_per_second * full_seconds,
             calibrating_ratio=speed(best) * full_seconds,
