@@ -20,10 +20,10 @@ from adi.decoding.cost_model import CostModel
 from adi.decoding.frontier import Frontier
 from adi.decoding.sampler import Sampler
 from adi.measure.audit.faults import Scripted, drive
+from adi.measure.audit.match import divergence
 from adi.measure.audit.replay import StateDrift, replay
 from adi.measure.audit.report import audit_page
 from adi.measure.audit.sampling import Law
-from adi.measure.audit.ties import divergence
 from adi.model.backbone import States
 from adi.model.hf import HfBackbone
 from adi.model.hf.kv_cache import GrowingLayer
@@ -121,7 +121,7 @@ def _stale(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 OFF = r"replay of prompt 0: {} at depth \d are off by \S+, "
-PARTS, ODD = "{}: prompt 0 parts from full depth", "not what their seeds say"
+PARTS, ODD = "{}: prompt 0 diverges from full depth", "not those of their seeds"
 SABOTAGE: dict[str, tuple[Any, str, Callable[[Any], Any], tuple[str, ...]]] = {
     "rollback is off by one": (
         *(Frontier, "rollback", _tail),
@@ -165,7 +165,7 @@ def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monke
     )
     said = small(llama)["violations"]
     for check in ("always at depth 4", "random rejections", "rollbacks to every length"):
-        assert any(f"{check}: prompt 0 parts from full depth" in text for text in said)
+        assert any(f"{check}: prompt 0 diverges from full depth" in text for text in said)
 
 
 def test_a_biased_stop_rule_is_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_biased_stop_rule_is_a_violation(llama: adi.Model, monkeypatch: pytest
         return call(self, text, reading) if draft is not None and token == draft.token else token
 
     monkeypatch.setattr(Sampler, "__call__", peeking)
-    assert any("not what their seeds say" in said for said in small(llama)["violations"])
+    assert any("not those of their seeds" in said for said in small(llama)["violations"])
 
 
 def test_the_law_is_that_of_transformers(llama: adi.Model) -> None:

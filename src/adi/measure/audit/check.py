@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from adi.artifact import Exits
@@ -17,10 +17,9 @@ from adi.decoding.session import Session
 from adi.errors import NoDistributionError
 from adi.exits.triggers import Always
 from adi.measure.audit.faults import Scripted, drive
+from adi.measure.audit.match import Tally, divergence
 from adi.measure.audit.replay import MOST, Replay, replay
-from adi.measure.audit.sampling import TOKENS, Drawing, Law, draws_of, likely_draft
-from adi.measure.audit.ties import divergence
-from adi.measure.audit.verdict import Tally, draw_violations, replay_violations, text_violations
+from adi.measure.audit.sampling import TOKENS, Draws, Law, draws_of, likely_draft
 from adi.model.load import Model
 
 REPLAYED = 56  # positions: engines read longer prompts in another way than they decode
@@ -91,43 +90,28 @@ def _checks(
         _replay(model, exits, ids, text, size.seed + i) for i, (ids, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     noise = max((one.noise for one in replayed), key=lambda size: (math.isnan(size), size))
-    found |= {"noise": noise if math.isfinite(noise) else None, "replay": [_replay_json(one) for one in replayed]}
-    found["violations"] += replay_violations(where, replayed)
+    found |= {"noise": noise if math.isfinite(noise) else None, "replay": [one.to_json() for one in replayed]}
+    found["violations"] += [v for i, one in enumerate(replayed) for v in one.violations(f"{where}: replay of prompt {i}")]
     notice("greedy match")
     greedy = [_greedy(model, name, policy, prompts, texts, size, noise) for name, policy in policies.items()]
     found["greedy"] = [tally.to_json() for tally in greedy]
-    found["violations"] += text_violations(where, greedy)
+    found["violations"] += [v for tally in greedy for v in tally.violations(where)]
     notice("fault injection")
     kinds = ("random rejections", "rollbacks to every length")
     faults = [_faults(model, exits, kind, prompts, texts, size, noise) for kind in kinds]
     faults.append(_interrupted(model, policies, prompts, texts, size, noise))
     found["faults"] = [tally.to_json() for tally in faults]
-    found["violations"] += text_violations(where, faults)
+    found["violations"] += [v for tally in faults for v in tally.violations(where)]
     notice("sampling")
     drawings = _sampling(model, exits, policies, prompts[0], size, noise)
-    found["sampling"] = [{**asdict(d), "within": d.within} for d in drawings]
-    found["violations"] += draw_violations(where, drawings)
+    found["sampling"] = [draws.to_json() for draws in drawings]
+    found["violations"] += [v for draws in drawings for v in draws.violations(where)]
 
 
 def _replay(model: Model, exits: Exits, ids: tuple[int, ...], text: tuple[int, ...], seed: int) -> Replay:
     context = model.backbone.spec.context
     whole = (ids + text)[: REPLAYED if context is None else max(2, min(REPLAYED, context - MOST))]
     return replay(model.backbone, whole, max(1, min(len(ids), len(whole) // 3)), exits.depths, seed)
-
-
-def _replay_json(found: Replay) -> dict[str, Any]:
-    drifts = []
-    for d in found.drifts:
-        sizes = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(d).items()
-        }  # JSON has no NaN
-        allowed = d.allowed if math.isfinite(d.allowed) else None
-        drifts.append({**sizes, "allowed": allowed, "within": d.within and d.sound})
-    return {
-        "positions": found.positions,
-        "rollbacks": {str(k): v for k, v in sorted(found.rollbacks.items())},
-        "drifts": drifts,
-    }
 
 
 def _greedy(
@@ -235,7 +219,7 @@ def _interrupted(
 
 def _sampling(
     model: Model, exits: Exits, policies: dict[str, Policy], ids: tuple[int, ...], size: Size, noise: float
-) -> list[Drawing]:
+) -> list[Draws]:
     """The user's own way of drafting, exits always, and scripted drafts that full depth often takes."""
     law = Law(model, ids[:SHORT])
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "stop_at_eos": False}

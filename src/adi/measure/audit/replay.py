@@ -2,19 +2,22 @@
 
 What rounding alone does is measured beside it: ordinary decoding, token by token, against that same pass. A drafted run may be
 four times as far off, and a hundred-thousandth of a typical position's largest value; an error in the frontier is far
-beyond that. Ordinary decoding is judged too, or a broken engine would excuse whatever it does: by a share of what it gives.
+beyond that. Ordinary decoding has a bound too, a share of its own values, or a broken engine would excuse whatever it does.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adi.decoding.frontier import Frontier
+from adi.decoding.teacher_forcing import full_logits, run_to_stops
 from adi.model.backbone import Backbone, KVCache, Rows
 
 TIMES, SHARE = 4.0, 1e-5
@@ -51,10 +54,16 @@ class StateDrift:
         """Whether plain decoding is off by no more than rounding can be."""
         return self.rough <= self.most
 
+    def to_json(self) -> dict[str, Any]:
+        """``within`` is for both; JSON has no NaN, so None is in its place."""
+        sizes = {**asdict(self), "allowed": self.allowed}
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in sizes.items()}
+        return {**finite, "within": self.within and self.sound}
+
 
 @dataclass(frozen=True)
 class Replay:
-    """``rollbacks`` says how often so many positions were rolled back."""
+    """``rollbacks`` counts how often so many positions were rolled back."""
 
     positions: int
     rollbacks: dict[int, int]
@@ -64,6 +73,21 @@ class Replay:
     def noise(self) -> float:
         """What a logit may be off by rounding."""
         return next(d.allowed for d in self.drifts if d.of == "logits")
+
+    def to_json(self) -> dict[str, Any]:
+        rollbacks = {str(k): v for k, v in sorted(self.rollbacks.items())}
+        return {"positions": self.positions, "rollbacks": rollbacks, "drifts": [d.to_json() for d in self.drifts]}
+
+    def violations(self, where: str) -> list[str]:
+        """Differences beyond what is allowed, in sentences."""
+        found = []
+        for d in self.drifts:
+            what = f"{where}: {d.of} at depth {d.depth} are off by"
+            if not d.within:
+                found.append(f"{what} {d.drafted:.2g}, {d.allowed:.2g} is allowed")
+            if not d.sound:
+                found.append(f"{what} {d.rough:.2g} of their size without any drafts, {d.most:.2g} is allowed")
+        return found
 
 
 @dataclass
@@ -75,54 +99,49 @@ class RecordedRun:
     logits_TV: Tensor
     memory: list[Tensor | None]
 
+    @classmethod
+    def of(cls, backbone: Backbone, cache: KVCache, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> RecordedRun:
+        """With logits and memory as they are at its end."""
+        layers = backbone.spec.layers
+        memory = [backbone.peek(cache, block, length) for block in range(layers)]
+        return cls(at, seen, torch.cat(list(full_logits(backbone, at[layers]))), memory)
+
+    def memory_of(self, lo: int, hi: int) -> Tensor | None:
+        """Keys and values of blocks ``[lo, hi)``, where the engine shows them."""
+        parts = [part for part in self.memory[lo:hi] if part is not None]
+        return torch.cat([part.float().flatten() for part in parts]) if len(parts) == hi - lo else None
+
 
 def replay(backbone: Backbone, ids: Sequence[int], start: int, depths: Sequence[int], seed: int) -> Replay:
     """Three runs over ``ids``, of which the first ``start`` are the prompt: in one pass, token by token, drafted."""
     ends = (*depths, backbone.spec.layers)
-    dice = random.Random(seed)
-    player = Player(backbone, ends, dice)
+    random_run = RandomDrafts(backbone, ends, random.Random(seed))
     whole = _straight(backbone, ids, [len(ids)], ends)
     plain = _straight(backbone, ids, [start, *[1] * (len(ids) - start)], ends)
-    drafted = player.play(ids, start)
+    drafted = random_run.run(ids, start)
     runs = (whole, plain, drafted)
     most = ROUNDING.get(backbone.spec.precision, COARSE)
     drifts = [_drift("states", d, most, *(run.at[d][drafted.seen[d]] for run in runs)) for d in ends if drafted.seen[d].any()]
-    before = 0
-    for depth in ends:
-        one, two, three = (_memory(run, before, depth) for run in runs)
-        if one is not None and two is not None and three is not None:
-            drifts.append(_drift("memory", depth, most, one, two, three))
-        before = depth
+    for lo, hi in zip((0, *ends[:-1]), ends, strict=True):
+        memories = [memory for run in runs if (memory := run.memory_of(lo, hi)) is not None]
+        if len(memories) == len(runs):
+            drifts.append(_drift("memory", hi, most, *memories))
     drifts.append(_drift("logits", ends[-1], most, *(run.logits_TV for run in runs)))
-    return Replay(len(ids), player.rollbacks, tuple(drifts))
+    return Replay(len(ids), random_run.rollbacks, tuple(drifts))
 
 
 def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], ends: Sequence[int]) -> RecordedRun:
     """Run ``ids`` in passes of so many rows."""
-    seen: dict[int, list[Tensor]] = {depth: [] for depth in ends}
-    cache, start = backbone.new_cache(), 0
-    for count in pieces:
-        hidden_TD, lo = None, 0
-        for hi in ends:
-            (states,) = backbone.forward([Rows(cache, start, tuple(ids[start : start + count]), hidden_TD)], lo, hi)
-            hidden_TD, lo = states.hidden_TD.clone(), hi
-            seen[hi].append(hidden_TD)
-        start += count
-    at = {depth: torch.cat(rows) for depth, rows in seen.items()}
-    return _finished(backbone, cache, at, {depth: torch.ones(len(ids), dtype=torch.bool) for depth in ends}, len(ids))
-
-
-def _finished(backbone: Backbone, cache: KVCache, at: dict[int, Tensor], seen: dict[int, Tensor], length: int) -> RecordedRun:
-    layers = backbone.spec.layers
-    memory = [backbone.peek(cache, block, length) for block in range(layers)]
-    logits = torch.cat([backbone.logits(at[layers][i : i + 32]) for i in range(0, length, 32)])
-    cache.close()
-    return RecordedRun(at, seen, logits, memory)
-
-
-def _memory(run: RecordedRun, lo: int, hi: int) -> Tensor | None:
-    parts = [part for part in run.memory[lo:hi] if part is not None]
-    return torch.cat([part.float().flatten() for part in parts]) if len(parts) == hi - lo else None
+    rows: dict[int, list[Tensor]] = {depth: [] for depth in ends}
+    start = 0
+    with backbone.new_cache() as cache:
+        for count in pieces:
+            piece = Rows(cache, start, tuple(ids[start : start + count]), None)
+            for depth, (states,) in run_to_stops(backbone, [piece], ends):
+                rows[depth].append(states.hidden_TD.clone())
+            start += count
+        at = {depth: torch.cat(parts) for depth, parts in rows.items()}
+        return RecordedRun.of(backbone, cache, at, {depth: torch.ones(len(ids), dtype=torch.bool) for depth in ends}, len(ids))
 
 
 def _drift(of: str, depth: int, most: float, whole: Tensor, plain: Tensor, drafted: Tensor) -> StateDrift:
@@ -133,54 +152,57 @@ def _drift(of: str, depth: int, most: float, whole: Tensor, plain: Tensor, draft
     return StateDrift(of, depth, float((drafted - whole).abs().max()), float(off_T.max()), float(typical), float(rough), most)
 
 
-class Player:
+class RandomDrafts:
     """Drafts right and wrong tokens to random depths on a frontier, verifies them or is interrupted, and rolls back."""
 
     def __init__(self, backbone: Backbone, ends: Sequence[int], dice: random.Random) -> None:
-        self.frontier, self.backbone, self.ends, self.dice = Frontier(backbone), backbone, ends, dice
+        self.backbone, self.ends, self.dice = backbone, ends, dice
         self.rollbacks: dict[int, int] = {}
-        self.at: dict[int, Tensor] = {}
-        self.seen: dict[int, Tensor] = {}
 
-    def play(self, ids: Sequence[int], start: int) -> RecordedRun:
-        """Until all of ``ids`` stand."""
-        frontier, vocabulary, length = self.frontier, self.backbone.spec.vocabulary, len(ids)
-        width = self.backbone.spec.width
-        self.at = {depth: torch.zeros(length + MOST, width) for depth in self.ends}
-        self.seen = {depth: torch.zeros(length + MOST, dtype=torch.bool) for depth in self.ends}
-        frontier.append(ids[:start])
-        self._advance(self.ends[-1])
-        stands = start
-        while stands < length:
-            drafts = self.dice.randrange(1, MOST + 1)
-            right = self.dice.randrange(drafts + 1)
-            for i in range(drafts):
-                place = stands + i
-                token = ids[place] if i < right and place < length else self.dice.randrange(vocabulary)
-                frontier.append([token])
-                self._advance(self.dice.choice((0, *self.ends[:-1])))
-            if self.dice.random() < 0.8:  # else it is interrupted before it has verified
-                self._advance(self.ends[-1])
-            stands = min(stands + right, length)
-            back = frontier.length - stands
-            self.rollbacks[back] = self.rollbacks.get(back, 0) + 1
-            frontier.rollback(stands)
-        self._advance(self.ends[-1])
-        at, seen = ({d: rows[:length] for d, rows in kept.items()} for kept in (self.at, self.seen))
-        return _finished(self.backbone, frontier.cache, at, seen, length)
+    def run(self, ids: Sequence[int], start: int) -> RecordedRun:
+        """Until all of ``ids`` are verified."""
+        spec, length = self.backbone.spec, len(ids)
+        self._frontier = Frontier(self.backbone)
+        self._at = {depth: torch.zeros(length + MOST, spec.width) for depth in self.ends}
+        self._seen = {depth: torch.zeros(length + MOST, dtype=torch.bool) for depth in self.ends}
+        with self._frontier.cache as cache:
+            self._frontier.append(ids[:start])
+            self._advance(self.ends[-1])
+            verified = start
+            while verified < length:
+                verified = self._round(ids, verified)
+            self._advance(self.ends[-1])
+            at, seen = ({d: rows[:length] for d, rows in kept.items()} for kept in (self._at, self._seen))
+            return RecordedRun.of(self.backbone, cache, at, seen, length)
+
+    def _round(self, ids: Sequence[int], verified: int) -> int:
+        """Draft, verify or not, roll back; how many tokens are verified then."""
+        drafts = self.dice.randrange(1, MOST + 1)
+        right = self.dice.randrange(drafts + 1)
+        for place in range(verified, verified + drafts):
+            is_right = place < min(verified + right, len(ids))
+            self._frontier.append([ids[place] if is_right else self.dice.randrange(self.backbone.spec.vocabulary)])
+            self._advance(self.dice.choice((0, *self.ends[:-1])))
+        if self.dice.random() < 0.8:  # else it is interrupted before it has verified
+            self._advance(self.ends[-1])
+        verified = min(verified + right, len(ids))
+        back = self._frontier.length - verified
+        self.rollbacks[back] = self.rollbacks.get(back, 0) + 1
+        self._frontier.rollback(verified)
+        return verified
 
     def _advance(self, to: int) -> None:
         jump = self.dice.random() < JUMP
         for depth in self.ends:
             if depth <= to and (depth == to or not jump):
-                while (ahead := self.frontier.next_pass(depth)) is not None:
+                while (ahead := self._frontier.next_pass(depth)) is not None:
                     (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi)
-                    self.frontier.absorb(ahead, states)
-                    self._see(ahead.rows.start, ahead.lo, ahead.hi, states.hidden_TD)
+                    self._frontier.absorb(ahead, states)
+                    self._record(ahead.rows.start, ahead.lo, ahead.hi, states.hidden_TD)
 
-    def _see(self, start: int, lo: int, hi: int, hidden_TD: Tensor) -> None:
+    def _record(self, start: int, lo: int, hi: int, hidden_TD: Tensor) -> None:
         end = start + hidden_TD.shape[0]
         for depth in self.ends:
             if lo < depth < hi:
-                self.seen[depth][start:end] = False  # these rows went past it
-        self.at[hi][start:end], self.seen[hi][start:end] = hidden_TD, True
+                self._seen[depth][start:end] = False  # these rows went past it
+        self._at[hi][start:end], self._seen[hi][start:end] = hidden_TD, True

@@ -49,7 +49,7 @@ def audit(
         max_new_tokens, draws: how long the texts are, and how many draws each way of drafting makes.
 
     Raises:
-        ValueError: for options that cannot be meant, and whatever ``load`` and ``load_exits`` raise.
+        AdiError: for options that are out of range, and whatever ``load`` and ``load_exits`` raise.
     """
     for name, value in (("limit", limit), ("max_new_tokens", max_new_tokens), ("draws", draws)):
         if value < 1:
@@ -75,7 +75,7 @@ def audit(
 def _report(
     command: str, items: Sequence[PromptItem], name: str, exits: str, engines: list[dict[str, Any]], size: dict[str, int]
 ) -> dict[str, Any]:
-    violations = [said for engine in engines for said in engine["violations"]]
+    violations = [violation for engine in engines for violation in engine["violations"]]
     return {
         "format": FORMAT,
         "version": VERSION,
