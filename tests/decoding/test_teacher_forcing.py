@@ -125,7 +125,6 @@ def test_readings_are_what_heads_and_the_full_model_give_row_by_row(made: Cached
         for t in {0, len(answer) // 2, len(answer) - 1}:
             log_V = backbone.logits(slow.deep_ND[t : t + 1]).log_softmax(-1)[0]
             assert int(one.full_T[t]) == int(log_V.argmax())
-            assert float(one.log_T[t]) == pytest.approx(float(log_V[answer[t]]), abs=1e-4)
             assert float(one.regret_T[t]) == pytest.approx(float(log_V.max() - log_V[answer[t]]), abs=1e-4)
             for e, depth in enumerate(DEPTHS):
                 head = read(depth, slow.hidden[depth][t : t + 1])
@@ -135,7 +134,7 @@ def test_readings_are_what_heads_and_the_full_model_give_row_by_row(made: Cached
                 top = float(head.log_probs_TS[0].max().exp())
                 assert float(one.signals["top_probability"][e, t]) == pytest.approx(top, abs=1e-5)
                 assert float(one.regret_ET[e, t]) == pytest.approx(float(log_V.max() - log_V[token]), abs=1e-4)
-        assert torch.equal(forced_readings(backbone, None, [(prompt, answer)])[0].log_T, one.log_T)
+        assert torch.equal(forced_readings(backbone, None, [(prompt, answer)])[0].regret_T, one.regret_T)
 
 
 def test_a_models_own_answer_is_what_full_depth_predicts(tiny_model: adi.Model) -> None:

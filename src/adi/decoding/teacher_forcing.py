@@ -160,8 +160,7 @@ class ForcedReading:
 
     ``answer_T`` are the answer's own tokens, ``full_T`` full depth's in the same contexts, ``exit_ET`` the exits'.
     ``signals`` are each exit's top probability and entropy, ``[E, T]``. ``regret_T`` and ``regret_ET`` are by how much less
-    likely than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0; ``log_T`` is the
-    log-probability of ``answer_T``.
+    likely than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -171,7 +170,6 @@ class ForcedReading:
     signals: Mapping[str, Tensor]
     regret_T: Tensor
     regret_ET: Tensor
-    log_T: Tensor
 
 
 def forced_readings(
@@ -195,16 +193,13 @@ def _reading(
         exit_ET[e] = head_tokens(head)
         for name, measure in READ.items():
             signals[name][e] = measure(head).float().cpu()
-    wanted_RT, full, logs = torch.cat([answer_T[None], exit_ET]), [], []
-    for logits_TV, tokens_RT in zip(
-        full_logits(backbone, seen.deep_ND), wanted_RT.split(backbone.spec.merged_rows, 1), strict=True
-    ):
-        logs_TV = logits_TV.float().log_softmax(-1).cpu()
-        full.append(logs_TV.argmax(-1))
-        logs.append(logs_TV.gather(1, torch.cat([full[-1][None], tokens_RT]).T).T)
-    logs_RT = torch.cat(logs, 1)
-    regret_RT = (logs_RT[:1] - logs_RT[1:]).clamp_min(0)
-    return ForcedReading(prompt_ids, answer_T, torch.cat(full), exit_ET, signals, regret_RT[0], regret_RT[1:], logs_RT[1])
+    full, regrets = list[Tensor](), list[Tensor]()
+    tokens_RT = torch.cat([answer_T[None], exit_ET]).split(backbone.spec.merged_rows, 1)
+    for logits_TV, wanted_RT in zip(full_logits(backbone, seen.deep_ND), tokens_RT, strict=True):
+        full.append(logits_TV.argmax(-1).cpu())
+        regrets.append((logits_TV.amax(-1, keepdim=True).cpu() - logits_TV.cpu().gather(1, wanted_RT.T)).T)
+    regret_RT = torch.cat(regrets, 1)
+    return ForcedReading(prompt_ids, answer_T, torch.cat(full), exit_ET, signals, regret_RT[0], regret_RT[1:])
 
 
 def head_tokens(head: Prediction | Measured) -> Tensor:

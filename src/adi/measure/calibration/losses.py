@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch import Tensor
 
 from adi.artifact import Exits
 from adi.decoding.policies import Reflex
+from adi.decoding.records import Generation
 from adi.decoding.scheduler import generate_batch
 from adi.decoding.teacher_forcing import ForcedReading, forced_readings
 from adi.errors import AdiError
@@ -33,15 +35,12 @@ NATS = 3.0  # a token 20 times less likely than the likeliest counts in full
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """One answer: its two losses in [0, 1], mean depth of a token, number of tokens, those decided at full depth, and the
-    answer's log-probability under the full model in nats."""
+    """One answer: its two losses in [0, 1], mean depth of a token, and number of tokens."""
 
     disagreement: float
     log_loss: float
     depth: float
     tokens: int
-    full: int
-    log_probability: float
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,12 @@ def replayed_loss(reading: ForcedReading, depths: Sequence[int], layers: int, tr
     found = replay_exits(reading, depths, layers, trigger)
     early_T = found.exit_T >= 0
     regret_T = torch.where(early_T, reading.regret_ET.gather(0, found.exit_T.clamp_min(0)[None])[0], 0.0)
-    return AnswerLoss(
-        disagreement(found.token_T, reading.full_T),
-        log_loss(regret_T),
-        float(found.depth_T.double().mean()),
-        len(found.token_T),
-        int((~early_T).sum()),
-        float((reading.log_T + reading.regret_T - regret_T).double().sum()),
-    )
+    depth = float(found.depth_T.double().mean())
+    return AnswerLoss(disagreement(found.token_T, reading.full_T), log_loss(regret_T), depth, len(regret_T))
 
 
 def own_text_losses(
-    model: Model, exits: Exits, readings: Sequence[ForcedReading], trigger: Trigger, max_new_tokens: int, skipped: str = "exact"
+    model: Model, exits: Exits, readings: Sequence[ForcedReading], trigger: Trigger, max_new_tokens: int
 ) -> list[AnswerLoss]:
     """The loss of each prompt's answer as reflex decoding writes it, measured by one full pass over it.
 
@@ -104,23 +97,15 @@ def own_text_losses(
     that is the text, and nothing has to run.
     """
     layers = model.backbone.spec.layers
-    losses: dict[int, AnswerLoss] = {}
-    if skipped == "exact":
-        for i, one in enumerate(readings):
-            if torch.equal(replay_exits(one, exits.depths, layers, trigger).token_T, one.answer_T):
-                losses[i] = replayed_loss(one, exits.depths, layers, trigger)
-    rest = [i for i in range(len(readings)) if i not in losses]
-    policy = Reflex(exits, trigger=trigger, skipped=skipped)
-    texts = generate_batch(model, [readings[i].prompt_ids for i in rest], policy, max_new_tokens=max_new_tokens)
-    forced = forced_readings(model.backbone, None, [(g.prompt_ids, g.token_ids) for g in texts])
-    for i, text, reading in zip(rest, texts, forced, strict=True):
-        depths = [step.depth for step in text.steps]
-        losses[i] = AnswerLoss(
-            disagreement(reading.answer_T, reading.full_T),
-            log_loss(reading.regret_T),
-            sum(depths) / len(depths),
-            len(depths),
-            depths.count(layers),
-            float(reading.log_T.double().sum()),
-        )
-    return [losses[i] for i in range(len(readings))]
+    same = [torch.equal(replay_exits(one, exits.depths, layers, trigger).token_T, one.answer_T) for one in readings]
+    rest = [one.prompt_ids for one, known in zip(readings, same, strict=True) if not known]
+    texts = generate_batch(model, rest, Reflex(exits, trigger=trigger), max_new_tokens=max_new_tokens)
+    forced = forced_readings(model.backbone, None, [(text.prompt_ids, text.token_ids) for text in texts])
+    own = iter([_own_loss(reading, text) for reading, text in zip(forced, texts, strict=True)])
+    pairs = zip(readings, same, strict=True)
+    return [replayed_loss(one, exits.depths, layers, trigger) if known else next(own) for one, known in pairs]
+
+
+def _own_loss(reading: ForcedReading, text: Generation) -> AnswerLoss:
+    depth = mean(step.depth for step in text.steps)
+    return AnswerLoss(disagreement(reading.answer_T, reading.full_T), log_loss(reading.regret_T), depth, len(text.steps))

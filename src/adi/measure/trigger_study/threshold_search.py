@@ -25,9 +25,14 @@ from adi.measure.trigger_study.simulate import RecordedText, SimulatedRounds, si
 CHANCES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAFTS = (1, 2, 3, 4, 6)
 FIRST_DRAFTS = 2  # with which stops are compared first
-GATE = 0.5  # of the chance asked for: from there on the state alone is worth running the head
 KEPT = 4
 STATIC, ORACLE, GATED = "static", "oracle", "state_probe, then top_probability"
+# The signals that a rule reads, one after the other, each with the share of the rule's chance that it must reach.
+GATES: dict[str, tuple[tuple[str, float], ...]] = {
+    STATIC: (),
+    ORACLE: (),
+    GATED: (("state_probe", 0.5), ("top_probability", 1.0)),  # from half the chance on running the head is worth it
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,10 @@ class _RuleSearch:
 
     def __init__(self, data: SearchData, rule: str) -> None:
         self.data, self.rule = data, rule
-        names = {STATIC: (), ORACLE: (), GATED: ("state_probe", "top_probability")}.get(rule, (rule,))
+        self.gates = GATES.get(rule, ((rule, 1.0),))
         self._curves: dict[tuple[int, str], IsotonicCurve] = {}
         self._chances: dict[tuple[int, str], Tensor] = {}
-        for (depth, rows), name in itertools.product(data.tables.items(), names):
+        for (depth, rows), (name, _) in itertools.product(data.tables.items(), self.gates):
             score_N = confidence(name, rows.signals[name])
             curve = isotonic_curve(score_N[rows.calibrates_N], rows.right_N[rows.calibrates_N])
             self._curves[depth, name], self._chances[depth, name] = curve, torch.from_numpy(curve.chance(score_N))
@@ -95,7 +100,7 @@ class _RuleSearch:
 
     def best(self) -> RuleEstimate:
         """Stops and chance first, at a usual number of drafts; then the number of drafts for the best few."""
-        chances: tuple[float | None, ...] = (None,) if self.rule in (STATIC, ORACLE) else CHANCES
+        chances: tuple[float | None, ...] = CHANCES if self.gates else (None,)
 
         def speed(choice: RuleChoice) -> float:
             return self.run(choice, True).tokens_per_second
@@ -138,27 +143,23 @@ class _RuleSearch:
     def _check(self, depth: int, chance: float | None) -> tuple[Tensor, Tensor]:
         """Whether the rule fires, and the seconds that its check takes; where it fires the head has run, for the token."""
         rows, seconds = self.data.tables[depth], self.data.seconds[depth]
-        if chance is None:
-            fires_N = torch.ones_like(rows.right_N) if self.rule == STATIC else rows.right_N
-            return fires_N, fires_N.double() * seconds["head"]  # an oracle checks nothing
-        if self.rule == GATED:
-            passes_N = self._chances[depth, "state_probe"] >= GATE * chance
-            fires_N = passes_N & (self._chances[depth, "top_probability"] >= chance)
-            return fires_N, seconds["state_probe"] + passes_N.double() * seconds["top_probability"]
-        fires_N = self._chances[depth, self.rule] >= chance
-        late = 0.0 if reads_head(self.rule) else seconds["head"]
-        return fires_N, seconds[self.rule] + fires_N.double() * late
+        fires_N = rows.right_N if self.rule == ORACLE else torch.ones_like(rows.right_N)
+        seconds_N = torch.zeros(len(fires_N), dtype=torch.double)
+        for name, share in self.gates:
+            seconds_N += fires_N * seconds[name]
+            fires_N = fires_N & (self._chances[depth, name] >= share * (chance or 0.0))
+        if not any(reads_head(name) for name, _ in self.gates):
+            seconds_N += fires_N * seconds["head"]
+        return fires_N, seconds_N
 
     def _trigger(self, choice: RuleChoice) -> Trigger | None:
         """The rule for use; None for an oracle."""
         if self.rule == ORACLE:
             return None
-        if choice.chance is None:
+        rules = [self._threshold(name, choice.stops, share * (choice.chance or 0.0)) for name, share in self.gates]
+        if not rules:
             return Always(choice.stops)
-        if self.rule == GATED:
-            gate = self._threshold("state_probe", choice.stops, GATE * choice.chance)
-            return AllOf((gate, self._threshold("top_probability", choice.stops, choice.chance)))
-        return self._threshold(self.rule, choice.stops, choice.chance)
+        return rules[0] if len(rules) == 1 else AllOf(tuple(rules))
 
     def _threshold(self, name: str, stops: Sequence[int], chance: float) -> Threshold:
         known = {depth: self._curves[depth, name].least(chance) for depth in stops}
