@@ -56,8 +56,8 @@ def restored(path: Path) -> object:
 
 
 def remembered(path: Path) -> object:
-    habits = History.open(path, fingerprint="tokens", vocabulary=50, create=False)
-    return habits.find([1, 2, 3], 4), habits.info(), History.look(path).newest(3)
+    history = History.open(path, fingerprint="tokens", vocabulary=50, create=False)
+    return history.find([1, 2, 3], 4), history.info(), History.look(path).newest(3)
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
@@ -66,7 +66,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "unfinished benchmark": restored,
     "prompts": read_prompts,
     "trigger": lambda path: read_trigger(str(path)),
-    "habits": remembered,
+    "history": remembered,
     "answers": read_answers,
     "checkpoint": lambda path: resume_state(path, *optimizer()),
     "tracks": read_drafter_shard,
@@ -86,9 +86,9 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     shutil.copy(RESULT, place / "benchmark")
     (place / "prompts").write_text('{"prompt": "hello", "category": "a"}\n{"turns": ["a", "b"]}\n')
     (place / "trigger").write_text(json.dumps(adi.AllOf((adi.Threshold("margin", {2: 0.5}), adi.Never())).to_json()))
-    habits = History.open(place / "habits", fingerprint="tokens", vocabulary=50)
+    history = History.open(place / "history", fingerprint="tokens", vocabulary=50)
     for ids in ((1, 2, 3, 4), (5, 6, 7), (1, 2, 3, 4)):
-        habits.learn(ids)
+        history.learn(ids)
     rows = [{"prompt": "a", "ids": [1, 2, 3], "start": 1, "greedy": True, "held_out": False}]
     (place / "answers").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_state(place / "checkpoint", 3, *optimizer())
@@ -160,7 +160,7 @@ def test_json_nested_almost_too_deeply(kind: str, tmp_path: Path) -> None:
             only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
 
 
-@pytest.mark.parametrize("kind", [*JSONS, "prompts", "habits"])
+@pytest.mark.parametrize("kind", [*JSONS, "prompts", "history"])
 def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
     for make in (os.mkfifo, os.mkdir, endless):
         path = tmp_path / make.__name__
@@ -169,7 +169,7 @@ def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
             LOADERS[kind](path)
 
 
-@pytest.mark.parametrize("kind", [*JSONS, "prompts", "habits"])
+@pytest.mark.parametrize("kind", [*JSONS, "prompts", "history"])
 def test_oversized_files_are_not_read(kind: str) -> None:
     with workplace(good(kind)) as folder:
         os.truncate(folder / kind, 5 << 30)  # a hole: takes no disk

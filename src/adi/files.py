@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from adi.errors import FileError
 
@@ -117,42 +117,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 raise  # another process that made the same folder first is no error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked_file(path: Path, what: str, *, writing: bool = False, create: bool = False) -> Iterator[BinaryIO]:
-    """The file under a lock: shared, or exclusive for ``writing``; mode 0600 where it is made. ValueError names ``what``.
-
-    Under the exclusive lock the file may be replaced, as the last act: whoever waited for the lock then finds that another
-    file stands in its place, and opens again.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        raise FileError(f"a {what} needs file locks of a kind that this system lacks; do without it.") from None
-    flags = (os.O_RDWR | (os.O_CREAT if create else 0)) if writing else os.O_RDONLY
-    try:
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)  # not to wait for a pipe's other end
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                os.close(handle)
-                raise FileError(f"{path} is not a file, so it cannot be a {what}; choose another place.")
-            with os.fdopen(handle, "r+b" if writing else "rb") as file:
-                fcntl.flock(handle, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
-                if _still_at(path, handle):
-                    yield file
-                    return
-    except OSError as error:
-        raise FileError(f"cannot use the {what} {path}: {error.strerror or error}. Choose another place.") from None
-
-
-def _still_at(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def cache_folder() -> Path:

@@ -33,7 +33,7 @@ def test_a_fingerprint_is_of_what_the_ids_mean(tiny_tokenizer: Any, tiny_folder:
 
 
 def adi_(*args: Any) -> Any:
-    return CliRunner().invoke(app, ["habits", *map(str, args)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["history", *map(str, args)], env={"COLUMNS": "200"})
 
 
 def test_the_command_shows_and_shortens(path: Path, tiny_tokenizer: Any, tiny_folder: Path) -> None:
@@ -59,8 +59,8 @@ def test_mistakes_get_a_sentence_and_exit_code_2(path: Path, tmp_path: Path, tin
     History.open(path, **OURS)
     (tmp_path / "junk").write_text("junk")
     for args, complaint in (
-        ((tmp_path / "none",), "cannot use the habits file"),
-        ((tmp_path / "junk",), "is not a habits file"),
+        ((tmp_path / "none",), "cannot read the history"),
+        ((tmp_path / "junk",), "is not a history file"),
         ((path, "--forget", "--keep-tokens", 3), "not both"),
         ((path, "--keep-tokens", -3), "at least 0"),
         ((path, "--texts", -1), "at least 0"),

@@ -1,4 +1,4 @@
-"""Habits: what is learned is found, in any process; the file is bounded, private, and refused where it is not ours."""
+"""History: what is learned is found, in any process; the file is bounded, private, and refused where it is not ours."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import sqlite3
 import struct
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from adi.drafters import history as module
 from adi.drafters.history import History
 from adi.drafters.ngram import NgramMatch
+from damage import only_value_errors
 
 OURS = {"fingerprint": "ours", "vocabulary": 100}
 SEQUENCE = st.lists(st.integers(0, 2), min_size=3, max_size=14)
@@ -29,13 +32,13 @@ def scanned(sequences: list[list[int]], query: list[int], most: int) -> NgramMat
         for sequence in reversed(sequences):
             for end in range(len(sequence) - 1, size - 1, -1):
                 if sequence[end - size : end] == query[-size:] and most > 0:
-                    return NgramMatch(tuple(sequence[end : end + most]), size, "habits")
+                    return NgramMatch(tuple(sequence[end : end + most]), size, "history")
     return None
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "habits"
+    return tmp_path / "deep" / "history"
 
 
 def content(path: Path) -> list[tuple[int, ...]]:
@@ -49,7 +52,7 @@ def content(path: Path) -> list[tuple[int, ...]]:
     st.integers(0, 5),
 )
 def test_it_finds_what_a_scan_finds(tmp_path_factory, before, after, queries, most) -> None:
-    path = tmp_path_factory.mktemp("h") / "habits"
+    path = tmp_path_factory.mktemp("h") / "history"
     first = History.open(path, **OURS)
     for ids in before:
         first.learn(ids)
@@ -70,8 +73,8 @@ def test_the_fresh_ones_are_sorted_in_when_they_are_many(path: Path, monkeypatch
     known = History.open(path, **OURS)
     for start in range(0, 90, 6):
         known.learn(range(start, start + 6))
-        assert known.find([start, start + 1, start + 2], 9) == NgramMatch((start + 3, start + 4, start + 5), 3, "habits")
-        assert known.find([0, 1], 2) == NgramMatch((2, 3), 2, "habits")
+        assert known.find([start, start + 1, start + 2], 9) == NgramMatch((start + 3, start + 4, start + 5), 3, "history")
+        assert known.find([0, 1], 2) == NgramMatch((2, 3), 2, "history")
 
 
 def test_a_file_is_private_and_says_what_it_holds(path: Path) -> None:
@@ -83,7 +86,7 @@ def test_a_file_is_private_and_says_what_it_holds(path: Path) -> None:
     assert (info.fingerprint, info.vocabulary, info.bytes) == ("ours", 100, path.stat().st_size)
     known.prune(4)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert [p.name for p in path.parent.iterdir()] == ["habits"]
+    assert [p.name for p in path.parent.iterdir()] == ["history"]
     known.forget()
     assert known.find([1, 2], 3) is None
     assert content(path) == []
@@ -100,7 +103,7 @@ def test_the_oldest_goes_first(path: Path) -> None:
     assert content(path)[0] == (16, 17, 18, 19), "the limit less an eighth of it is left"
     assert content(path)[-2:] == [(0, 1, 2, 3), (50, 51, 52, 53)]
     assert known.find([4, 5], 1) is None
-    assert known.find([0, 1], 1) == NgramMatch((2,), 2, "habits")
+    assert known.find([0, 1], 1) == NgramMatch((2,), 2, "history")
     known.prune(8)
     assert content(path) == [(0, 1, 2, 3), (50, 51, 52, 53)]
     known.learn(list(range(99)))
@@ -111,7 +114,7 @@ def test_repetition_is_bounded_too(path: Path) -> None:
     known = History.open(path, **OURS, limit_tokens=9)
     for i in range(600):
         known.learn([i % 2, 5, 6])
-    assert path.stat().st_size <= 4096 + 16 * 9
+    assert path.stat().st_size <= 32 << 10
     assert content(path) == [(0, 5, 6), (1, 5, 6)]
     size = path.stat().st_size
     known.learn([1, 5, 6])
@@ -161,7 +164,7 @@ def test_what_another_process_did_is_seen_with_the_next_step(path: Path) -> None
     one, two = History.open(path, **OURS), History.open(path, **OURS)
     one.learn([1, 2, 3])
     two.learn([4, 5, 6])
-    assert two.find([1, 2], 5) == NgramMatch((3,), 2, "habits")
+    assert two.find([1, 2], 5) == NgramMatch((3,), 2, "history")
     one.forget()
     two.learn([7, 8, 9])
     assert two.find([1, 2], 5) is None
@@ -170,35 +173,52 @@ def test_what_another_process_did_is_seen_with_the_next_step(path: Path) -> None
     assert content(path) == [(4, 5, 6)]
 
 
-@pytest.mark.parametrize("cut", range(1, 24))
-def test_a_record_that_was_cut_off_is_dropped(path: Path, cut: int) -> None:
-    known = History.open(path, **OURS)
-    known.learn([1, 2, 3])
-    known.learn([4, 5, 6])
-    os.truncate(path, path.stat().st_size - cut)
-    again = History.open(path, **OURS)
-    assert content(path) == [(1, 2, 3)]
-    (known if cut % 2 else again).learn([7, 8, 9])
-    assert content(path) == [(1, 2, 3), (7, 8, 9)]
-
-
-@given(st.integers(0, 400), st.integers(1, 255))
-def test_no_changed_byte_goes_unnoticed(tmp_path_factory, at, flip) -> None:
-    path = tmp_path_factory.mktemp("h") / "habits"
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_changed_byte_is_refused_or_does_no_harm(tmp_path_factory, at, flip) -> None:
+    """What is left are sequences of this vocabulary: at worst drafts that full depth rejects."""
+    path = tmp_path_factory.mktemp("h") / "history"
     known = History.open(path, **OURS)
     for ids in ([1, 2, 3], [4, 5, 6], [1, 2, 3], [7, 8, 9]):
         known.learn(ids)
     data = bytearray(path.read_bytes())
-    whole, at = content(path), at % len(data)
-    data[at] ^= flip
+    data[at % len(data)] ^= flip
     path.write_bytes(data)
-    try:
+
+    def used() -> History:
         changed = History.open(path, **OURS)
-    except ValueError:
-        return
-    left = changed.newest(9)[::-1]
-    in_edition = at < data.index(b"\n")
-    assert left == (whole if in_edition else whole[:-1]), "only the last record may be taken for one that was cut off"
+        changed.find([1, 2], 3)
+        changed.learn([1, 2, 3, 4])
+        return changed
+
+    changed = only_value_errors(used)
+    if changed is not None:
+        assert all(0 <= i < 100 for ids in changed.newest(99) for i in ids)
+        assert changed.newest(1) == [(1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("at", ["connect", "write", "commit"])
+def test_a_process_that_dies_while_it_learns_loses_only_that(path: Path, at: str) -> None:
+    History.open(path, **OURS).learn([1, 2, 3])
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=_die, args=(path, at))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 9
+    assert content(path) == [(1, 2, 3)]
+    History.open(path, **OURS).learn([7, 8, 9])
+    assert content(path) == [(1, 2, 3), (7, 8, 9)]
+    assert [p.name for p in path.parent.iterdir()] == ["history"]
+
+
+def _die(path: Path, at: str) -> None:
+    """Leave in the middle of a transaction, with more written than SQLite's cache of one page holds."""
+    database = sqlite3.connect(path, isolation_level=None)
+    if at != "connect":
+        database.execute("PRAGMA cache_size = 1")
+        database.execute("BEGIN IMMEDIATE")
+        for i in range(50 if at == "write" else 5000):
+            database.execute("INSERT INTO sequences (ids) VALUES (?)", (bytes(4 * (i % 9 + 3)),))
+    os._exit(9)
 
 
 def record(count: int, *words: int) -> bytes:
@@ -209,23 +229,60 @@ def record(count: int, *words: int) -> bytes:
 
 STATED = {"adi_habits": 1, "fingerprint": "ours", "vocabulary": 100, "limit_tokens": 10, "edition": "0"}
 LINE = json.dumps(STATED).encode() + b"\n"
+OLD = LINE + record(3, 1, 2, 3) + record(3, 4, 5, 6) + record(0, 0)  # the first one again, which is now the newest
+
+
+@pytest.mark.parametrize("rest", [b"", record(3, 7, 8, 9)[:-1], record(3, 7, 8, 9)[:14], record(0, 1)[:-2], b"\1\2"])
+def test_a_file_of_the_old_format_is_converted_once(path: Path, rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """A last record that a crash cut off is dropped."""
+    path.parent.mkdir()
+    path.write_bytes(OLD + rest)
+    with caplog.at_level("WARNING"):
+        known = History.open(path, **OURS)
+    assert [r.message for r in caplog.records] == [f"{path}: converted to the new format of histories, 2 sequences."]
+    assert known.find([1, 2], 3) == NgramMatch((3,), 2, "history")
+    assert known.info().limit_tokens == 10
+    known.learn([7, 8, 9])
+    caplog.clear()
+    assert content(path) == [(4, 5, 6), (1, 2, 3), (7, 8, 9)]
+    assert not caplog.records
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["history"]
+
+
+def test_an_old_file_of_another_tokenizer_is_refused_too(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+    with pytest.raises(ValueError, match=r"another tokenizer \(tokenizer ours, not theirs\)"):
+        History.open(path, fingerprint="theirs", vocabulary=100)
+    assert content(path) == [(4, 5, 6), (1, 2, 3)]
+
+
+def database(*statements: str) -> bytes:
+    """An SQLite file of these tables."""
+    with closing(sqlite3.connect(":memory:")) as made:
+        made.executescript(";".join(statements))
+        return made.serialize()
+
+
+OTHER, MINE = "CREATE TABLE t (a)", "PRAGMA application_id = 1633970536"
 DAMAGE = {
-    "foreign": (b"#!/bin/sh\n", "is not a habits file"),
-    "pickle": (b"\x80\x04\x95.\n", "is not a habits file"),
-    "json": (b"[1]\n", "is not a habits file"),
-    "nested": (b"[" * 4000, "is not a habits file"),
-    "no line": (LINE[:-1], "is not a habits file"),
-    "newer": (LINE.replace(b": 1,", b": 2,", 1), "format 2; this version of adi reads 1"),
-    "lacks": (b'{"adi_habits": 1}\n', "damaged: its first line"),
-    "kind": (LINE.replace(b"100", b"true"), "damaged: its first line"),
-    "limit": (LINE.replace(b"10,", b"-1,"), "damaged: limit_tokens is -1"),
-    "spelling": (LINE.replace(b": ", b":"), "damaged: its first line"),
-    "zeros": (LINE + bytes(64), "no record begins at byte 0"),
-    "changed": (LINE + record(3, 1, 2, 3)[:-1] + b"\1" + record(3, 1, 2, 3), "the record at byte 0 .* has changed"),
-    "vocabulary": (LINE + record(3, 1, 2, 100), "token id 100 is outside the vocabulary"),
-    "repeats": (LINE + record(0, 3), "repeats sequence 3, but holds 0"),
-    "too many": (LINE + record(11, *range(11)), "11 tokens, but 10 are its limit"),
-    "oversized": (LINE + bytes(5000), "more bytes than 10 tokens"),
+    "foreign": (b"#!/bin/sh\n", "is not a history file"),
+    "pickle": (b"\x80\x04\x95.\n", "is not a history file"),
+    "json": (b"[1]\n", "is not a history file"),
+    "nested": (b"[" * 4000, "is not a history file"),
+    "cut off": (database(OTHER)[:600], "is damaged"),
+    "another program's": (database(OTHER), "is not a history file"),
+    "newer": (database(OTHER, MINE, "PRAGMA user_version = 3"), "format 3; this version of adi reads 2"),
+    "other tables": (database(OTHER, MINE, "PRAGMA user_version = 2"), "damaged: its tables"),
+    "old, cut in its line": (LINE[:-9], "is damaged"),
+    "old, newer": (LINE.replace(b": 1,", b": 2,", 1), "damaged: its first line: adi_habits"),
+    "old, lacks": (b'{"adi_habits": 1}\n', "damaged: its first line"),
+    "old, kind": (LINE.replace(b"100", b"true"), "damaged: its first line: vocabulary"),
+    "old, limit": (LINE.replace(b"10,", b"-1,"), "damaged: its first line: limit_tokens"),
+    "old, zeros": (LINE + bytes(64), "the record at byte 0 has changed"),
+    "old, changed": (LINE + record(3, 1, 2, 3)[:-1] + b"\1" + record(3, 1, 2, 3), "the record at byte 0 has changed"),
+    "old, repeats": (LINE + record(0, 3), "the record at byte 0 has changed"),
 }
 
 
@@ -239,23 +296,50 @@ def test_what_is_damaged_or_foreign_is_refused(path: Path, name: str) -> None:
     assert str(path) in str(caught.value)
     assert "elete it" in str(caught.value), "every one says what to do"
     assert path.read_bytes() == data
+    assert [p.name for p in path.parent.iterdir()] == ["history"]
+
+
+@pytest.mark.parametrize("row", [b"\1\0\0\0\2", b"", "text", 5, struct.pack("<3I", 1, 2, 100)])
+def test_rows_that_are_no_token_ids_are_refused(path: Path, row: Any) -> None:
+    History.open(path, **OURS)
+    with closing(sqlite3.connect(path)) as forged, forged:
+        forged.execute("INSERT INTO sequences (ids) VALUES (?)", (row,))
+    with pytest.raises(ValueError, match=r"damaged: (row 1 holds no token ids|token id 100 is outside the vocabulary)"):
+        History.open(path, **OURS)
+
+
+def test_a_forged_file_runs_nothing(path: Path) -> None:
+    """SQL triggers in it would run when a sequence is learned."""
+    History.open(path, **OURS)
+    with closing(sqlite3.connect(path)) as forged:
+        forged.execute("CREATE TRIGGER t AFTER INSERT ON sequences BEGIN DELETE FROM meta; END")
+    with pytest.raises(ValueError, match="its tables are not as adi makes them"):
+        History.open(path, **OURS)
+
+
+def test_what_was_dropped_is_erased(path: Path) -> None:
+    known, secret = History.open(path, **OURS), struct.pack("<4I", 71, 72, 73, 74)
+    known.learn([71, 72, 73, 74])
+    assert secret in path.read_bytes()
+    known.forget()
+    assert secret not in path.read_bytes()
 
 
 def test_another_tokenizers_file_is_refused(path: Path) -> None:
     History.open(path, **OURS)
-    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint ours, not theirs\).* file of its own"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(tokenizer ours, not theirs\).* file of its own"):
         History.open(path, fingerprint="theirs", vocabulary=100)
-    with pytest.raises(ValueError, match="vocabulary of 100 tokens, not 101"):
+    with pytest.raises(ValueError, match="vocabulary 100, not 101"):
         History.open(path, fingerprint="ours", vocabulary=101)
 
 
 def test_what_cannot_be_meant_is_refused(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot use the habits file"):
+    with pytest.raises(ValueError, match="cannot read the history"):
         History.open(path, **OURS, create=False)
-    for place in (tmp_path, Path("/dev/null")):
+    for place in (tmp_path, Path("/dev/null"), Path("/proc/no/history"), Path("a\0b")):
         with pytest.raises(ValueError, match=r"not a file|cannot use"):
             History.open(place, **OURS)
-    with pytest.raises(ValueError, match="limit_tokens is 0; choose 1 to"):
+    with pytest.raises(ValueError, match="limit_tokens: expected int >= 1"):
         History.open(path, **OURS, limit_tokens=0)
     known = History.open(path, **OURS)
     for bad in (100, -1):

@@ -49,7 +49,7 @@ class Datastore:
         if most < 1:
             return None
         matched, tokens, shares = self._index.vote(text, most)
-        return NgramMatch(tokens, matched, "answers", shares) if matched else None
+        return NgramMatch(tokens, matched, "datastore", shares) if matched else None
 
     @cached_property
     def _index(self) -> RunArray:
