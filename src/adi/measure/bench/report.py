@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,11 @@ from adi.measure.bench.run import FORMAT, VERSION
 from adi.measure.pages import render
 from adi.schema import Natural, Share, from_json
 
-GEOMETRY = {"left": 210, "wide": 560, "right": 150, "row": 22, "head": 20}  # pixels: names, plot, figures; a row; the scale
-LEFT, WIDE = GEOMETRY["left"], GEOMETRY["wide"]
-TICKS = 6
+LEFT, WIDE, TICKS = 210, 560, 6  # pixels of names and of the plot; marks on a scale of speeds
 PEEK = 256  # bytes in which a result says what it is
 Speed = Annotated[float, Meta(gt=1e-12, lt=1e12)]
-Tick = tuple[float, str, str]
-Row = dict[str, Any]
+Tick = tuple[float, str, str]  # where, label, class
+Scale = tuple[Callable[[float], float], list[Tick]]
 
 
 class CategoryFigures(Struct):
@@ -114,19 +112,20 @@ def bench_page(result: Mapping[str, Any], base: str | None = None) -> str:
         raise AdiError(f"--base {base!r} is none of adi's modes in this result; choose among {', '.join(own)}.")
     categories = sorted({name for run in ran for name in run.per_category})
     speeds = [(name, figures.tokens_per_second) for run in ran for name, figures in run.per_category.items()]
+    pairs = [(run, ratio) for run in ran if (ratio := against_base(run, found.ratios, base)) is not None]
     return render(
         "bench.html",
-        title=f"{found.model}: {found.prompts} prompts, at most {found.max_new_tokens} new tokens",
-        where=_where(found),
         result=found,
         ran=ran,
         failed=failed,
-        against=base or "full depth, same precision where it ran",
-        bars=_bars(ran),
-        forest=_forest(ran, found.ratios, base),
+        base=base,
+        pairs=pairs,
+        speeds=_speed_scale(ran),
+        ratios=_ratio_scale([ratio for _, ratio in pairs]),
         categories=categories,
         best={name: max(speed for category, speed in speeds if category == name) for name in categories},
-        **GEOMETRY,
+        left=LEFT,
+        wide=WIDE,
     )
 
 
@@ -152,44 +151,27 @@ def _parsed(value: Any, what: str) -> tuple[BenchResult, list[RunFigures], list[
     return found, sorted(ran, key=lambda run: -run.tokens_per_second), failed
 
 
-def _where(result: BenchResult) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
-    length = f", prompts of {result.prompt_tokens} tokens" if result.prompt_tokens else ""
-    return f"{result.processor}, {result.machine}, {result.threads} threads{length}; {versions}"
-
-
-def _bars(ran: Sequence[RunFigures]) -> tuple[list[Tick], list[Row]]:
-    """The scale of speeds, and a bar for each run."""
+def _speed_scale(ran: Sequence[RunFigures]) -> Scale:
+    """Linear, from 0 to the largest."""
     most = max((run.tokens_per_second_high for run in ran), default=1.0)
-    scale, step = WIDE / most, _step(most / TICKS)
-    rows = []
-    for run in ran:
-        at, low, high = (
-            LEFT + scale * x for x in (run.tokens_per_second, run.tokens_per_second_low, run.tokens_per_second_high)
-        )
-        rows.append(_row(run, f"{run.tokens_per_second:.1f}", at, low, high))
-    return [(LEFT + i * step * scale, f"{i * step:g}", "rule") for i in range(int(most / step) + 1)], rows
+    step = _step(most / TICKS)
+
+    def place(speed: float) -> float:
+        return LEFT + WIDE * speed / most
+
+    return place, [(place(i * step), f"{i * step:g}", "rule") for i in range(int(most / step) + 1)]
 
 
-def _forest(ran: Sequence[RunFigures], ratios: Sequence[PairedRatio], base: str | None) -> tuple[list[Tick], list[Row]]:
-    """The logarithmic scale of ratios, and a point with its interval for each run that was paired with its base."""
-    found = [(run, ratio) for run in ran if (ratio := against_base(run, ratios, base)) is not None]
-    low = min([0.5, *(ratio.low for _, ratio in found)])
-    high = max([2.0, *(ratio.high for _, ratio in found)])
+def _ratio_scale(ratios: Sequence[PairedRatio]) -> Scale:
+    """Logarithmic, with a mark at each power of two."""
+    low = min([0.5, *(ratio.low for ratio in ratios)])
+    high = max([2.0, *(ratio.high for ratio in ratios)])
 
     def place(ratio: float) -> float:
         return LEFT + WIDE * math.log2(ratio / low) / math.log2(high / low)
 
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    rows = []
-    for run, r in found:
-        label = "its own base" if r.a == r.b else f"{r.median:.2f} ({r.low:.2f} to {r.high:.2f})"
-        rows.append(_row(run, label, place(r.median), place(r.low), place(r.high), base=r.b))
-    return [(place(2.0**n), f"{2.0**n:g} x", "one" if n == 0 else "rule") for n in powers], rows
-
-
-def _row(run: RunFigures, label: str, at: float, low: float, high: float, base: str | None = None) -> Row:
-    return {"name": run.name, "kind": run.kind, "label": label, "at": at, "low": low, "high": high, "base": base}
+    return place, [(place(2.0**n), f"{2.0**n:g} x", "one" if n == 0 else "rule") for n in powers]
 
 
 def _step(rough: float) -> float:
