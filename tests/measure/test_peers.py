@@ -57,7 +57,6 @@ def test_genai_runs_an_exported_graph(
     lookup: bool, setting: Setting, truth: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
-    monkeypatch.setitem(peers.HOW, "fp32", "fp32 weights")
     peer = peers.genai_peer("fp32", lookup, setting)
     got = peer.run(Task(PROMPT, 12, frozenset()))
     assert got.token_ids[:4] == truth[:4], "its own number formats, so not more than the beginning is asked"
@@ -74,7 +73,7 @@ def test_genai_runs_an_exported_graph(
 
 def test_files_that_are_no_gguf_are_refused_by_those_that_need_one(setting: Setting) -> None:
     with pytest.raises(ValueError, match=r"needs a \.gguf file"):
-        peers._gguf(setting)
+        peers.gguf_path(setting)
 
 
 class FakeLlama:
@@ -103,7 +102,7 @@ def test_llama_is_asked_for_what_is_needed_and_no_more(
     speculative.LlamaPromptLookupDecoding = lambda num_pred_tokens: num_pred_tokens  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
-    monkeypatch.setattr(peers, "_gguf", lambda _: tmp_path / "m.gguf")
+    monkeypatch.setattr(peers, "gguf_path", lambda _: tmp_path / "m.gguf")
     FakeLlama.made = []
     peer = peers.llama_peer(lookup, setting)
     (options,) = FakeLlama.made

@@ -20,6 +20,7 @@ LLAMA_DRAFT_TOKENS = 2  # what llama-cpp-python's documentation advises on a pro
 EXIT_SHARE = 0.93  # where untrained early exits draft: of the depths 8, 22 and 28 of the default model's 30 the fastest
 MOST_BATCHED = 1 << 20
 HOW = {
+    "fp32": "fp32 weights",
     "int8": "int8 weights, asymmetric, per channel (NNCF)",
     "int4": "int4 weights, asymmetric, groups of 128 or the largest that fits, embedding and head in int8 (NNCF)",
 }
@@ -110,7 +111,7 @@ def llama_peer(lookup: bool, setting: Setting) -> Runner:
     import llama_cpp
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-    path = _gguf(setting)
+    path = gguf_path(setting)
     model = llama_cpp.Llama(
         str(path),
         n_ctx=setting.context + LLAMA_DRAFT_TOKENS,
@@ -142,7 +143,7 @@ def genai_peer(weights: str, lookup: bool, setting: Setting) -> Runner:
     import openvino as ov
     import openvino_genai as genai
 
-    source = _gguf(setting) if weights == "gguf" else genai_folder(weights, setting)
+    source = gguf_path(setting) if weights == "gguf" else genai_folder(weights, setting)
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": setting.threads, "scheduler_config": _scheduler(genai)}
     pipeline = genai.LLMPipeline(source, "CPU", options | ({"prompt_lookup": True} if lookup else {}))
     drafts = {"num_assistant_tokens": DRAFT_TOKENS, "max_ngram_size": NGRAM} if lookup else {}
@@ -205,7 +206,8 @@ def _scheduler(genai: Any) -> Any:
     return found
 
 
-def _gguf(setting: Setting) -> Path:
+def gguf_path(setting: Setting) -> Path:
+    """The model's GGUF file; AdiError where it is none."""
     if (path := gguf_file(setting.model)) is None:
         raise AdiError("needs a .gguf file")
     return path
