@@ -1,4 +1,4 @@
-"""Which processor this is, as far as the system tells, and what of it is given back."""
+"""Which processor this is, as far as the system knows, and returning freed memory to it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ VECTORS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX
 
 def processor() -> str:
     """The processor's own name."""
-    return next(iter(_told("model name")), platform.processor())
+    return next(iter(_cpuinfo("model name")), platform.processor())
 
 
 def vectors() -> str | None:
-    """The widest vectors that it multiplies: kernels, and with them ratios of speed, hang on these, and a name such as "AMD
-    EPYC" does not say. None where the system does not either."""
-    flags = set(" ".join(_told("flags")[:1]).split())
+    """The widest vector instructions: kernels and ratios of speed depend on these, and a name such as "AMD EPYC" does not tell
+    them. None where the system does not."""
+    flags = set(" ".join(_cpuinfo("flags")[:1]).split())
     return next((name for flag, name in VECTORS.items() if flag in flags), None)
 
 
 def processor_hash(more: str = "") -> str:
     """A short name for a processor with exactly these abilities, and whatever else counts."""
-    told = sorted({*_told("model name"), *_told("flags"), *_told("Features")})
-    text = repr([platform.processor(), platform.machine(), told, more])
+    found = sorted({*_cpuinfo("model name"), *_cpuinfo("flags"), *_cpuinfo("Features")})
+    text = repr([platform.processor(), platform.machine(), found, more])
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def give_back_memory() -> None:
-    """Have the C library return what it holds and nobody uses, where it can (glibc); after something large was built."""
+    """Have the C library return freed memory to the system, where it can (glibc); after something large was built."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache
-def _told(what: str) -> tuple[str, ...]:
+def _cpuinfo(what: str) -> tuple[str, ...]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -9,25 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.risk.bounds import (
-    PVALUES,
-    betting,
-    binomial_cdf,
-    binomial_interval,
-    conformal,
-    hoeffding_bentkus,
-    isotonic,
-    learn_then_test,
-    sequences_needed,
-    upper_bound,
-)
+from adi.risk.bounds import betting, conformal, learn_then_test, sequences_needed
 
 LEVEL, DELTA = 0.1, 0.1
 
 
-@pytest.mark.parametrize("name", list(PVALUES))
 @pytest.mark.parametrize("shape", ["all or nothing", "many small", "one in ten is half wrong"])
-def test_a_false_rule_is_believed_no_more_often_than_delta(name: str, shape: str) -> None:
+def test_a_false_rule_is_accepted_no_more_often_than_delta(shape: str) -> None:
     """Losses of mean exactly the level: the p-value is below delta in at most delta of 2,000 draws, up to 3 sigma."""
     dice = np.random.default_rng(7)
     draws, size = 2000, 80
@@ -36,8 +24,8 @@ def test_a_false_rule_is_believed_no_more_often_than_delta(name: str, shape: str
         "many small": dice.beta(1, 9, (draws, size)),
         "one in ten is half wrong": 0.5 * (dice.random((draws, size)) < 2 * LEVEL),
     }[shape]
-    believed = float(np.mean([PVALUES[name](row, LEVEL) <= DELTA for row in drawn]))
-    assert believed <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / draws), believed
+    accepted = float(np.mean([betting(row, LEVEL) <= DELTA for row in drawn]))
+    assert accepted <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / draws), accepted
 
 
 def test_without_the_logarithm_of_losses_it_would_be_caught() -> None:
@@ -61,26 +49,15 @@ def test_betting_is_the_slow_gambler(losses: list[float], level: float) -> None:
     assert betting(np.array(losses), level) == pytest.approx(1 / most, rel=1e-9)
 
 
-def test_binomial_tails_are_scipys() -> None:
-    scipy = pytest.importorskip("scipy.stats")
-    for most, count, chance in ((0, 5, 0.3), (3, 20, 0.11), (40, 900, 0.05), (5, 5, 0.5)):
-        assert binomial_cdf(most, count, chance) == pytest.approx(scipy.binom.cdf(most, count, chance), rel=1e-9)
-    wanted = scipy.binomtest(3, 100).proportion_ci(0.95, "exact")
-    assert binomial_interval(3, 100) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
-    assert binomial_interval(0, 100) == pytest.approx((0.0, 1 - 0.025**0.01), abs=1e-6)
-
-
 def test_betting_sees_a_small_variance() -> None:
-    steady = np.full(400, 0.03)
-    assert betting(steady, 0.05) < 0.01 < hoeffding_bentkus(steady, 0.05)
+    """Hoeffding's bound, which does not, is exp(-2 * 400 * 0.02 ** 2), about 0.73."""
+    assert betting(np.full(400, 0.03), 0.05) < 0.01
 
 
 @pytest.mark.parametrize("level", [0.005, 0.02, 0.1])
 def test_fewer_than_needed_never_suffice(level: float) -> None:
     needed = sequences_needed(level, 0.05)
-    for name in PVALUES:
-        assert PVALUES[name](np.zeros(needed - 1), level) > 0.05
-    assert hoeffding_bentkus(np.zeros(2 * needed), level) < 0.05
+    assert betting(np.zeros(needed - 1), level) > 0.05
     assert betting(np.zeros(2 * needed), level) < 0.05
 
 
@@ -119,19 +96,3 @@ def test_conformal_risk_is_the_level_on_average() -> None:
 def test_conformal_lets_losses_only_rise() -> None:
     losses = np.array([[0.2] * 50, [0.0] * 50])
     assert conformal(losses, 0.1) is None, "the bolder rule may not undo what the safer one lost"
-
-
-def test_the_upper_bound_is_where_the_test_turns() -> None:
-    losses = np.random.default_rng(0).beta(1, 30, 300)
-    bound = upper_bound(losses, 0.05)
-    assert betting(losses, bound) <= 0.05 < betting(losses, bound * 0.99)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_isotonic_is_the_slow_one(values: list[float]) -> None:
-    """Max-min formula: the fit at i is the least over j <= i of the largest mean of [j, k], k >= i, turned to fall."""
-    slow = [
-        min(max(float(np.mean(values[j : k + 1])) for k in range(i, len(values))) for j in range(i + 1))
-        for i in range(len(values))
-    ]
-    assert isotonic(values, [1.0] * len(values)) == pytest.approx(slow, abs=1e-9)

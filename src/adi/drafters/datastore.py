@@ -1,6 +1,6 @@
-"""``Datastore``: what the model said while its exits were trained, kept as a memory that comes with them.
+"""``Datastore``: texts that the model wrote while its exits were trained, shipped with them; drafts are looked up there.
 
-Drafts looked up in a datastore of texts: REST (He et al. 2023). Nothing private is in it: the prompts are the trainer's.
+Retrieval-based drafting: REST (He et al. 2023). Nothing private is in it: the prompts are the trainer's.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Datastore:
         return {"ids_N": self.ids_N, "lengths_M": self.lengths_M}
 
     def check(self, vocabulary: int) -> None:
-        """ValueError for what cannot be such sequences."""
+        """AdiError for what cannot be such sequences."""
         for name, array in self.arrays().items():
             if array.ndim != 1 or array.dtype != np.int32 or not len(array) or int(array.min()) < 0:
-                raise AdiError(f"the answers' {name} are no list of whole numbers from 0 on")
+                raise AdiError(f"the datastore's {name} are no list of whole numbers of at least 0")
         if int(self.ids_N.max()) >= vocabulary or int(self.lengths_M.sum(dtype=np.int64)) != len(self.ids_N):
-            raise AdiError(f"the answers hold ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
+            raise AdiError(f"the datastore holds ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
 
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
         """Up to ``most`` tokens that most often followed the longest run of the last tokens of ``text``, of at least two."""
@@ -53,7 +53,7 @@ class Datastore:
 
     @cached_property
     def _index(self) -> RunArray:
-        """Sorted at the first question; half a second for a million tokens."""
+        """Sorted at the first lookup; half a second for a million tokens."""
         ends = np.cumsum(self.lengths_M)[:-1]
         index = RunArray(np.split(self.ids_N, ends), LONGEST, SHORTEST)
         give_back_memory()  # sorting takes twice what it leaves

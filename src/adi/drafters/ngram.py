@@ -1,7 +1,8 @@
-"""What followed the last tokens when they stood somewhere before: an exit that needs no block.
+"""N-gram drafting: what followed the last tokens at an earlier occurrence, at no cost in blocks.
 
-``NgramIndex`` remembers the text that is being written (prompt lookup, Saxena 2023). ``RunTrie`` and ``RunArray`` are what
-memories are made of: one grows by a token at a time, the other is sorted once, for many tokens.
+``NgramIndex`` looks in the text that is being decoded (prompt lookup, Saxena 2023); a history or a datastore in other texts
+(REST, He et al. 2023). Both rest on ``RunTrie``, which grows by a token at a time, and ``RunArray``, a suffix array that is
+sorted once, for many tokens. A run is an n-gram of any length up to ``longest``.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 LONGEST = 8
-VOTERS = 128  # places that are asked at most
-FEW = 8  # places of a run, below which a shorter run is asked as well
-DOUBT = 2.0  # voters that are of no opinion
+VOTERS = 128  # most occurrences that vote
+FEW = 8  # occurrences of a run, below which a shorter run votes as well
+DOUBT = 2.0  # votes for no token at all, so that few occurrences give small shares
 NODE_SHIFT = 32  # a token id takes no more bits than that
 ROOT = 0
 
 
 @dataclass(frozen=True)
 class NgramMatch:
-    """What a memory says comes next.
+    """A draft found by n-gram lookup.
 
-    ``tokens`` is the continuation, ``matched`` how many of the last tokens stood before it as well (at most the longest run
-    that the memory looks for), ``source`` whose memory it is: "context", "habits" or "answers". ``shares``, where the memory
-    voted, says of each token how large a share of the places it was found at go on with it.
+    ``tokens`` is the continuation, ``matched`` the length of the run that was found (at most ``longest``), ``source`` where:
+    "context", "history" or "datastore". ``shares``, where occurrences voted, holds for each token the share of occurrences
+    that continue with it.
     """
 
     tokens: tuple[int, ...]
@@ -42,11 +43,11 @@ class NgramMatch:
 
 
 class RunTrie:
-    """Where every run of up to ``longest`` tokens last stood; the text itself stays the caller's.
+    """The most recent occurrence of every run of up to ``longest`` tokens; the text itself stays the caller's.
 
     A trie of the runs read backwards, so that the deepest node on the way back from the end is the longest match, and
-    asking or adding hashes one number per token of it. A node that was met once has no children yet: the text at that one
-    place says how it goes on. So a token of new text costs two or three nodes and a repeated one at most ``longest``.
+    a lookup or an insertion hashes one number per token. A node with one occurrence has no children yet: the text at that
+    place stands for them. So a token of new text costs two or three nodes and a repeated one at most ``longest``.
     Ids lie in [0, 2**32).
     """
 
@@ -55,11 +56,11 @@ class RunTrie:
             raise AdiError(f"longest is {longest}; it must be at least 1.")
         self._longest = longest
         self._child: dict[int, int] = {}
-        self._last = [0]  # of every node: what follows its most recent run
-        self._lone = [False]  # of every node: met only once, so it has no children yet
+        self._last = [0]  # of every node: the position after its most recent occurrence
+        self._lone = [False]  # of every node: whether it has one occurrence, so no children yet
 
     def add(self, text: Sequence[int], end: int) -> None:
-        """Note the runs of ``text`` that end before position ``end`` (at least 1). Later calls are the more recent ones."""
+        """Insert the runs of ``text`` that end before position ``end`` (at least 1). Later calls are the more recent ones."""
         node, most = ROOT, min(self._longest, end)
         for depth in range(1, most + 1):
             key = node << NODE_SHIFT | text[end - depth]
@@ -80,9 +81,10 @@ class RunTrie:
         self._lone.append(True)
 
     def find(self, text: Sequence[int], query: Sequence[int]) -> tuple[int, int]:
-        """How many of the last tokens of ``query`` stood in ``text``, and the position after them, the most recent one.
+        """The length of the longest run at the end of ``query`` that occurs in ``text``, and the position after its most recent
+        occurrence.
 
-        (0, 0) where not even the last one did. ``text`` is the one that was given to ``add``.
+        (0, 0) where not even the last token does. ``text`` is the one that was given to ``add``.
         """
         node, depth, most = ROOT, 0, min(self._longest, len(query))
         while depth < most and (child := self._child.get(node << NODE_SHIFT | query[-1 - depth])) is not None:
@@ -95,17 +97,17 @@ class RunTrie:
 
 
 class NgramIndex:
-    """A text that only grows, asked what followed its last tokens when they stood in it before."""
+    """Prompt lookup in a text that only grows (Saxena 2023)."""
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._runs = RunTrie(longest)
         self._known = 1
 
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
-        """``most`` tokens that followed the most recent earlier run of the last tokens, the longest run first.
+        """``most`` tokens that followed the most recent earlier occurrence of the longest run of the last tokens.
 
-        What it copies may overlap what it makes: after "a b a b" it goes on as long as it is asked to. None where the
-        last token is new, and where nothing is asked for. ``text`` is the text of the call before, or a longer one that
+        The copy may overlap the draft: "a b a b" continues as long as ``most`` asks for. None where the last token is new
+        or ``most`` is below 1. ``text`` is the text of the call before, or a longer one that
         begins with it; the work is in its new tokens, not in its length.
         """
         for end in range(self._known, len(text)):  # the run that ends the text has no continuation yet
@@ -119,7 +121,7 @@ class NgramIndex:
 
 
 class RunArray:
-    """Where the runs of a fixed set of sequences stood: their contexts sorted, the last token first.
+    """Where the runs of a fixed set of sequences occur: their contexts sorted, the last token first.
 
     A suffix array (Manber and Myers 1990) of depth ``longest``, read backwards; no run crosses from one sequence into the
     next. It takes 4 * (longest + 3) bytes per token, and ids in [0, 2**31 - 1).
@@ -132,11 +134,11 @@ class RunArray:
         text: Ids = np.concatenate([*sequences, np.zeros(0, np.int32)])
         stops = np.repeat(lengths.cumsum(), lengths).astype(np.int32)
         offsets = np.arange(len(text)) - (stops - np.repeat(lengths, lengths))
-        places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found by
-        # Column d holds the token d + 1 back; before a sequence begins stands -1, which nobody asks for.
+        places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found
+        # Column d holds the token d + 1 back; before the start of a sequence -1, which no query holds.
         back = [np.where(offsets[places] > d, text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
         order = _order(back)
-        # Views and not arrays: a question looks at single numbers, which an array makes ten times as dear.
+        # Views, not arrays: a lookup reads single numbers, which cost ten times as much from an array.
         self._text, self._stops = text.data, stops.data
         self._columns = [column[order].data for column in back]
         self._places = places[order].astype(np.int32).data
@@ -156,7 +158,7 @@ class RunArray:
         return len(ranges), at, self._stops[at]
 
     def _ranges(self, query: Sequence[int]) -> list[tuple[int, int]]:
-        """Of the last token, the last two and so on: from where to where they stand in the sorted order, as long as they do."""
+        """The ranges of the sorted order that hold the last token, the last two and so on, as long as they occur."""
         low, high, found = 0, len(self._places), list[tuple[int, int]]()
         for column, token in zip(self._columns, query[: -len(self._columns) - 1 : -1], strict=False):
             low = bisect_left(column, token, low, high)
@@ -167,12 +169,12 @@ class RunArray:
         return found
 
     def vote(self, query: Sequence[int], most: int) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
-        """How many of the last tokens of ``query`` matched; up to ``most`` tokens, each the one that most places of that run go
-        on with; and each token's share of them, less some for doubt.
+        """How many of the last tokens of ``query`` matched; up to ``most`` tokens, each the most frequent continuation; and
+        each token's share of the occurrences, less some for doubt.
 
-        Where a run stood at few places, what followed a shorter one at more places has a say as well, as in prediction by
-        partial matching (Cleary and Witten 1984). Of tokens with as many votes the most recent wins. Of a run that
-        stood at very many places some are asked. (0, (), ()) where fewer than ``shortest`` tokens matched.
+        Where a run has few occurrences, those of a shorter one vote as well, as in prediction by partial matching (Cleary
+        and Witten 1984). Of tokens with as many votes the most recent wins. Of a run with very many occurrences a sample
+        votes. (0, (), ()) where fewer than ``shortest`` tokens matched.
         """
         ranges = self._ranges(query)
         if len(ranges) < self._shortest:
@@ -189,14 +191,14 @@ class RunArray:
                 break
             places = [place + 1 for place in places if place + 1 < stops[place]]
             votes = self._votes(places, DOUBT / 2)
-        if votes and len(places) == 1:  # nobody else is left to ask
+        if votes and len(places) == 1:  # one occurrence is left: its continuation is the draft
             at = places[0] + 1
             rest = self.tokens(at, min(stops[at - 1], at + most - len(tokens)))
             return len(ranges), (*tokens, *rest), (*shares, *[1 / (1 + DOUBT / 2)] * len(rest))
         return len(ranges), tuple(tokens), tuple(shares)
 
     def _first_votes(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], dict[int, float]]:
-        """The places that a continuation is to be followed from, and what they say comes first."""
+        """The occurrences from which the continuation is read, and the votes for its first token."""
         places = self._some(*ranges[-1])
         votes = self._votes(places, DOUBT)
         if len(places) >= FEW or len(ranges) == self._shortest:
@@ -210,17 +212,17 @@ class RunArray:
         return (places if max(votes, key=votes.__getitem__) in own else more), votes
 
     def _some(self, low: int, high: int) -> list[int]:
-        """Places in this range of the sorted order, at most so many, the most recent first."""
+        """Occurrences in this range of the sorted order, at most ``VOTERS``, the most recent first."""
         return sorted(self._places[low : high : -(-(high - low) // VOTERS)], reverse=True)
 
     def _votes(self, places: Sequence[int], doubt: float) -> dict[int, float]:
-        """The share of each token that stands at these places, as if there were ``doubt`` more of them, in their order."""
+        """The share of each token at these places, as if there were ``doubt`` more of them, in their order."""
         text, counts = self._text, dict[int, int]()
         for place in places:
             token = text[place]
             counts[token] = counts.get(token, 0) + 1
-        everybody = len(places) + doubt
-        return {token: count / everybody for token, count in counts.items()}
+        voters = len(places) + doubt
+        return {token: count / voters for token, count in counts.items()}
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The tokens from position ``start`` to ``stop``."""
