@@ -55,7 +55,7 @@ def risk_path(
     counts = range(1, min(MOST_DEPTHS, len(depths)) + 1)
     chosen = itertools.chain.from_iterable(itertools.combinations(range(len(depths)), count) for count in counts)
     for exits, price in itertools.product(chosen, PRICES.tolist()):
-        least = {depths[e]: curves[e].least(1 - price * (layers - depths[e]) / layers) for e in exits}
+        least = {depths[e]: curves[e].least(1 - 1e-9 - price * (layers - depths[e]) / layers) for e in exits}
         if at := {depth: math.floor(known * 1e6) / 1e6 for depth, known in least.items() if known is not None}:
             unique[tuple(at.items())] = None
     tried = [_tried(rows, depths, layers, dict(at)) for at in unique]
@@ -92,7 +92,7 @@ def _tried(rows: _Rows, depths: Sequence[int], layers: int, at: dict[int, float]
     depth = float(rows.answers * layers)
     for e, here in enumerate(depths):
         if here in at:
-            checks += left.sum()
+            checks += float(left.sum())
             fires = left & (rows.sure_EN[e] >= at[here])
             lost += float(rows.loss_EN[e][fires].sum())
             depth += float(here * fires.sum())
