@@ -93,10 +93,10 @@ def bench(file: str, mode: str = "verified") -> str:
 
 def batches(file: str) -> str:
     """Many prompts in shared passes against one after the other."""
-    rows = [
-        [b["name"], f"{b['alone_tokens_per_second']:.1f}", f"{b['batch_tokens_per_second']:.1f}", interval(b), str(b["same"])]
-        for b in load(file)["batches"]
-    ]
+    rows = []
+    for run in (batch for batch in load(file)["batches"] if batch["error"] is None):
+        speeds = [f"{run['alone_tokens_per_second']:.1f}", f"{run['batch_tokens_per_second']:.1f}"]
+        rows.append([run["name"], *speeds, interval(run), "yes" if run["same"] else "no"])
     return f"{table(['', 'one by one, tokens/s', 'together', 'ratio', 'same tokens'], rows)}\n\n{source(file)}."
 
 
