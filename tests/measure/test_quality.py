@@ -13,7 +13,6 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
-import adi.measure.quality as module
 from adi.cli.app import app
 from adi.measure.quality import compare, quality, windows_of
 from adi.model.backbone import Rows
@@ -40,13 +39,12 @@ def test_a_model_agrees_with_itself(tiny_model: Any) -> None:
     assert (same.ratio, same.divergence, same.same_token) == (1, 0, 1)
 
 
-def test_many_rows_are_read_as_one_pass_over_them_reads_them(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_read_as_one_pass_over_them_reads_them(tiny_model: Any) -> None:
     ids = tuple(range(5, 60))
     other = HfBackbone(rounded(tiny_model.backbone.model))
     a_TV, b_TV = (logits(backbone, ids).log_softmax(-1) for backbone in (other, tiny_model.backbone))
     losses = [-float(logs_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean()) for logs_TV in (a_TV, b_TV)]
-    monkeypatch.setattr(module, "ROWS", 9)
-    found = compare(other, tiny_model.backbone, [ids])
+    found = compare(other, tiny_model.backbone, [ids], rows=9)
     assert found.perplexity == pytest.approx(math.exp(losses[0]), rel=1e-5)
     assert found.ratio == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-5)
     worse_N = (b_TV - a_TV)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).double()

@@ -20,7 +20,7 @@ from adi.model.tokenizer import Tokenizer
 from adi.prompts import read_prompts
 
 WINDOW = 512
-ROWS = 64  # whose logits are in memory at a time: a vocabulary may have 262,144 tokens
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ def windows_of(tokenizer: Tokenizer, text: str, tokens: int) -> list[tuple[int, 
     return [window for window in windows if len(window) > max(1, len(begin))]
 
 
-def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]) -> PrecisionQuality:
-    """Both engines over the same windows of token ids; of the text only four numbers a token are kept."""
+def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]], rows: int = ROWS) -> PrecisionQuality:
+    """Both engines over the same windows of token ids; of the text only four numbers a token are kept, of ``rows`` tokens at a
+    time all logits."""
     texts = [KnownText(tuple(window)) for window in windows]
     passes = zip(forced_pass(one, texts), forced_pass(reference, texts), strict=True)
-    found = [_compared(one, reference, *pair) for pair in passes]
+    found = [_compared(one, reference, *pair, rows) for pair in passes]
     mine_N, theirs_N = torch.cat([rows_4T[:2, :-1] for rows_4T in found], 1)  # the last row predicts a token nobody knows
     moved_N, same_N = torch.cat([rows_4T[2:] for rows_4T in found], 1)
     worse_N = theirs_N - mine_N
@@ -108,12 +109,12 @@ def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]
     )
 
 
-def _compared(one: Backbone, reference: Backbone, mine: ForcedPass, theirs: ForcedPass) -> Tensor:
+def _compared(one: Backbone, reference: Backbone, mine: ForcedPass, theirs: ForcedPass, rows: int) -> Tensor:
     """Each row's log-probability of the token that follows by both, their divergence, and whether both find the same one
     likeliest, ``[4, T]``."""
     next_T1, parts = torch.tensor([*mine.text.ids[1:], 0])[:, None], []
-    logits = (full_logits(one, mine.deep_ND, ROWS), full_logits(reference, theirs.deep_ND, ROWS))
-    for a_RV, b_RV, next_R1 in zip(*logits, next_T1.split(ROWS), strict=True):
+    logits = (full_logits(one, mine.deep_ND, rows), full_logits(reference, theirs.deep_ND, rows))
+    for a_RV, b_RV, next_R1 in zip(*logits, next_T1.split(rows), strict=True):
         a, b = a_RV.log_softmax(-1), b_RV.log_softmax(-1)
         columns = (
             a.gather(1, next_R1)[:, 0],
