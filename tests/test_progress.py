@@ -23,7 +23,7 @@ class Clock:
 def test_a_pipe_gets_a_line_every_15_seconds_with_the_time_left(tmp_path: Path) -> None:
     read, write = os.pipe()
     clock, log = Clock(), tmp_path / "log.txt"
-    with os.fdopen(write, "w") as pipe, Reporter(Console(file=pipe), log, clock=clock) as progress:
+    with os.fdopen(write, "w") as pipe, Reporter(Console(file=pipe), log=log, clock=clock) as progress:
         for done in range(41):
             progress(done, 40, "answers")
             clock.now += 5
@@ -57,7 +57,18 @@ def test_work_of_unknown_length_is_named_at_once_and_again() -> None:
         clock.now += 20
         progress(0, 0, "exporting")
         progress(0, 0, "compiling")
-    assert out.getvalue().splitlines() == ["exporting", "still exporting, 20 s", "compiling"]
+    assert out.getvalue().splitlines() == ["exporting", "exporting: 20 s so far", "compiling"]
+
+
+def test_work_that_is_soon_done_is_not_named() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Reporter(Console(file=out), "loading", clock=clock) as progress:
+        clock.now += 10
+        progress.beat()
+        assert not out.getvalue()
+        clock.now += 5
+        progress.beat()
+    assert out.getvalue() == "loading: 15 s so far\n"
 
 
 def test_resumed_work_counts_its_own_steps_only() -> None:

@@ -44,7 +44,7 @@ class _Stage:
 
     def line(self, now: float, stuck: bool) -> str:
         if not self.total:
-            return f"still {self.what}, {duration(now - self.began)}"
+            return f"{self.what}: {duration(now - self.began)} so far"
         at = f"{self.done} of {self.total}"
         if stuck:
             return f"{self.what}: still at {at}, {duration(now - self.moved)}"
@@ -58,11 +58,13 @@ class Reporter:
 
     On a terminal it is a bar. Elsewhere a line goes to ``console`` (standard error) at least every ``every`` seconds, from a
     thread of its own where a single step takes longer; with ``log`` the lines go to that file as well, with the time of day.
+    ``what`` names the work until the first call.
     """
 
     def __init__(
         self,
         console: Console | None = None,
+        what: str = "",
         log: Path | None = None,
         every: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
@@ -72,7 +74,7 @@ class Reporter:
         self._console = console or Console(stderr=True, highlight=False)
         self._log, self._every, self._clock = log, every, clock
         self._lock, self._ended = threading.RLock(), threading.Event()
-        self._stage: _Stage | None = None
+        self._stage = _Stage(0, 0, what, 0, clock(), clock())
         self._reported = (clock(), -1)  # when the last line was written, and how far the work was
         self._bar: Bar | None = None
         self._task: Any = None
@@ -85,6 +87,7 @@ class Reporter:
             bar = Progress(*columns, MofNCompleteColumn(), TimeRemainingColumn(), console=self._console, transient=True)
             self._bar = bar
             bar.start()
+            self._task = bar.add_task(self._stage.what, total=None)
         threading.Thread(target=self._beats, name="adi-progress", daemon=True).start()
         return self
 
@@ -96,10 +99,12 @@ class Reporter:
     def __call__(self, done: int, total: int, what: str = "") -> None:
         with self._lock:
             now, before = self._clock(), self._stage
-            if before is None or total != before.total or done < before.done or (not total and what != before.what):
+            if total != before.total or done < before.done or (not total and what != before.what):
                 self._stage = _Stage(done, total, what, done, now, now)
                 self._reported = (now, -1)
                 if self._bar is not None:
+                    if not before.total:
+                        self._bar.remove_task(self._task)
                     self._task = self._bar.add_task(what, total=total or None)
                 if not total and what:
                     self._write(what, now)
@@ -114,7 +119,7 @@ class Reporter:
         """Write a line if the last one is long ago."""
         with self._lock:
             stage, now = self._stage, self._clock()
-            if stage is None or now - self._reported[0] < self._every:
+            if not stage.what or now - self._reported[0] < self._every:
                 return
             self._write(stage.line(now, stage.done == self._reported[1]), now)
 
@@ -123,7 +128,7 @@ class Reporter:
             self.beat()
 
     def _write(self, text: str, now: float) -> None:
-        self._reported = (now, self._stage.done if self._stage is not None else -1)
+        self._reported = (now, self._stage.done)
         if self._bar is None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         if self._log is not None:

@@ -92,20 +92,20 @@ def test_reflex_says_that_it_is_uncalibrated(model: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "mode", "said"),
+    ("found", "mode", "notes"),
     [(False, "verified", 1), (False, "lookup", 1), (False, "full", 0), (True, "verified", 0), (None, "verified", 0)],
 )
-def test_rows_that_vary_are_told(
-    found: bool | None, mode: str, said: int, tiny_hf: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_rows_that_vary_are_reported(
+    found: bool | None, mode: str, notes: int, tiny_hf: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     varying: Any = adi.load(tiny_hf, tokenizer=tiny_tokenizer)
     varying.backbone.spec = replace(varying.backbone.spec, row_invariant=found)
-    monkeypatch.setattr("adi.cli.options.Source.load", lambda *_: varying)
+    monkeypatch.setattr("adi.cli.options.EngineOptions.load", lambda *_: varying)
     drafting = ALWAYS if mode == "verified" else []
     for more in ([], ["--compare"], ["--json"]):
         done = adi_("run", "hello dog", "--mode", mode, *drafting, "-n", 4, *more)
         assert done.exit_code == 0, done.output
-        assert done.stderr.count("except where two tokens are as good as tied") == said
+        assert done.stderr.count("except where two tokens are as good as tied") == notes
         assert "tied" not in done.stdout
 
 
@@ -177,7 +177,7 @@ def test_tune_makes_exits_that_run(tiny_folder: Path, model: list[str], tmp_path
 ERRORS: dict[str, tuple[list[str], str]] = {
     "unknown model": (["run", "hi", "--model", "gpt-17"], "'gpt-17' is not known; choose 'smollm2-135m'"),
     "missing folder": (["run", "hi", "--model", "./nowhere"], "no file or folder ./nowhere"),
-    "unknown mode": (["run", "hi", "--model", "{model}", "--mode", "fast"], "choose one of verified, reflex, full"),
+    "unknown mode": (["run", "hi", "--model", "{model}", "--mode", "fast"], "'fast' is not one of"),
     "no exits": (["run", "hi", "--model", "{model}", "--draft-tokens", "3"], "adi tune"),
     "unknown exits": (["run", "hi", "--model", "{model}", "--exits", "nothing"], "there are no exits 'nothing'"),
     "foreign exits": (["run", "hi", "--model", "{model}", "--exits", "smollm2-135m"], "belong to smollm2-135m"),
@@ -205,7 +205,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "bare to certify": (["calibrate", "{model}", "--exits", "bare", "--out", "{model}/x"], "bare exits have no file"),
     "bad trigger": (["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"], "a trigger is an object"),
-    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "at least 1"),
+    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "0 is not in the range x>=1"),
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
     "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),
@@ -214,7 +214,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),
     "no prompts": (["tune", "{model}", "--out", "{model}/x", "--prompts", "none.jsonl"], "cannot read the prompts"),
     "out is a file": (["tune", "{model}", "--out", "{model}/config.json"], "is a file"),
-    "limit": (["inspect", "{model}", "--limit", "0"], "--limit is 0"),
+    "limit": (["inspect", "{model}", "--limit", "0"], "0 is not in the range x>=1"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import adi
-from adi.cli.tune import _categories
+from adi.cli.tune import by_category
 from adi.exits.heads import shortlist
 from adi.training.answers import Answer, is_held_out
 from adi.training.categories import OTHER, Categories, Tally
@@ -80,7 +80,7 @@ def test_exits_and_drafter_are_told_by_category(tiny_model: adi.Model, tmp_path:
         assert set(row["by_category"]) == {"dogs", "foxes"}
         assert min(row["by_category"].values()) - 1e-4 <= row["agreement"] <= max(row["by_category"].values()) + 1e-4
     assert set(report["drafter"]["by_category"]) == {"dogs", "foxes"}
-    tables = _categories(report)
+    tables = by_category(report)
     assert [[column.header for column in table.columns][1:] for table in tables] == [
         ["tokens", "1", "2", "3", "4", "5", "in a row"],
         ["2", "4"],
@@ -89,4 +89,4 @@ def test_exits_and_drafter_are_told_by_category(tiny_model: adi.Model, tmp_path:
     Console(file=shown, width=80).print(*tables)
     assert shown.getvalue().count("dogs") == shown.getvalue().count("foxes") == 2
     assert "\u2026" not in shown.getvalue(), "nothing is cut off"
-    assert _categories({"depths": [{"depth": 2}], "drafter": {}}) == [], "exits made before"
+    assert by_category({"depths": [{"depth": 2}], "drafter": {}}) == [], "exits made before"

@@ -1,33 +1,28 @@
-"""``adi calibrate``."""
+"""``adi calibrate``: certify the thresholds of reflex mode."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from adi.cli.options import (
-    BackendOption,
-    DeviceOption,
+    EngineOptions,
     ExitsOption,
+    JsonFileOption,
     ModelArgument,
-    PrecisionOption,
     RiskKindOption,
-    Source,
+    chosen_prompts,
     exits_for,
+    option,
     require_folder,
 )
-from adi.errors import AdiError
+from adi.cli.output import command_line, err, out, say, table
+from adi.errors import FileError, UsageError
 from adi.files import require_writable, write_json
 from adi.progress import Reporter
-from adi.prompts import read_prompts, spread
 
 if TYPE_CHECKING:
     from adi.artifact import Exits
@@ -38,85 +33,79 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the exits with their certificates.")],
+    out_dir: Annotated[Path, option("--out", "-o", metavar="DIR", help="Folder for the exits with their certificates.")],
     exits: ExitsOption = None,
-    risk: Annotated[
-        list[float] | None, typer.Option("--risk", help="Level to certify (0.02); may be repeated. By default 0.02.")
-    ] = None,
-    delta: Annotated[float, typer.Option("--delta", help="Chance that a level does not hold, over the draw of text.")] = 0.05,
+    risk: Annotated[list[float] | None, option("--risk", help="Level to certify (0.02); may be repeated.")] = None,
+    delta: Annotated[float, option("--delta", help="Chance that a level does not hold, over the draw of text.")] = 0.05,
     kind: RiskKindOption = "disagreement",
-    method: Annotated[str, typer.Option("--method", help="ltt (Learn then Test), or crc (conformal, no delta).")] = "ltt",
+    method: Annotated[
+        Literal["ltt", "crc"], option("--method", help="Learn then Test; or conformal risk control, without delta.", rare=True)
+    ] = "ltt",
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompts", help="JSONL prompt file, a sample of those of use; may be repeated.")
+        list[str] | None, option("--prompts", help="JSONL prompt file, a sample of those of use; may be repeated.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", help="Take at most so many prompts, evenly.")] = 1000,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of answers certified.")] = 64,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here.")] = None,
-    backend: BackendOption = "auto",
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    limit: Annotated[int, option("--limit", min=1, help="Take at most so many prompts, evenly.")] = 1000,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of answers certified.")] = 64,
+    seed: Annotated[int, option("--seed", help="Of the split of the prompts.", rare=True)] = 0,
+    json_out: JsonFileOption = None,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Choose thresholds for reflex mode so that its risk stays below a level, and save the certificates with the exits.
 
     The prompts should be drawn as those of use will be, and not be among those that the exits were trained on; without
-    --prompts the built-in bench prompts are taken, which are few.
+    --prompts the 80 'bench' prompts are taken, which are few.
     """
     from adi.measure.calibration.calibrate import calibrate as measure
+    from adi.measure.provenance import provenance
+    from adi.prompts import spread
     from adi.risk.certificate import merged
 
-    console = Console(stderr=True)
-    require_folder(out)
-    if limit < 1:
-        raise AdiError(f"--limit is {limit}; it must be at least 1.")
-    items = [item for source in prompts or ["bench"] for item in read_prompts(source)]
+    require_folder(out_dir)
+    items = [item for source in prompts or ["bench"] for item in chosen_prompts(source, None)]
     chosen = [item.prompt for item in spread(items, limit)]
-    loaded = Source(model, backend, precision, device).load(console)
+    loaded = engine.load(model)
     found = exits_for(loaded, exits)
     if found.heads is None:
-        raise AdiError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
-    require_writable(out / "exits.json")
-    earlier = _earlier(out, found, loaded.backbone.spec)
+        raise UsageError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
+    require_writable(out_dir / "exits.json")
+    earlier = _earlier(out_dir, found, loaded.backbone.spec)
     levels = risk or [0.02]
-    with Reporter(console) as report:
+    with Reporter(err(), "answers") as report:
         ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
         result = measure(loaded, found, chosen, levels, progress=report, **ways)
-    replace(found, certificates=merged(earlier, result.certificates)).save(out)
+    replace(found, certificates=merged(earlier, result.certificates)).save(out_dir)
     if json_out is not None:
-        from adi.measure.provenance import provenance
-
-        about = provenance(shlex.join(["adi", *sys.argv[1:]]), items)
+        about = provenance(command_line(), items)
         write_json(json_out, {"format": "adi-calibration", "version": 1, **about, **result.to_json()})
-    _tell(Console(highlight=False), result, loaded.backbone.spec.layers)
-    use = f"Saved to {out}. Use it: adi run --model {model} --exits {out} --mode reflex --risk {levels[0]:g}"
-    console.print(use, highlight=False, markup=False, soft_wrap=True)
+    _show(out(), result, loaded.backbone.spec.layers)
+    say(err(), f"Saved to {out_dir}. Use it: adi run --model {model} --exits {out_dir} --mode reflex --risk {levels[0]:g}")
 
 
 def _earlier(out: Path, exits: Exits, spec: Spec) -> tuple[Certificate, ...]:
     """Certificates that stay beside the new ones: those that the folder has for these exits, or else the exits bring along.
-    ValueError where the folder's are for another precision, which would be lost."""
+    FileError where the folder's are for another precision, which would be lost."""
     from adi.artifact import load_exits
 
     there = load_exits(out) if (out / "exits.json").exists() else None
     if there is None or (there.base, there.depths, there.made_by) != (exits.base, exits.depths, exits.made_by):
         return tuple(c for c in exits.certificates if (c.fingerprint, c.precision) == (spec.fingerprint, spec.precision))
     if others := {c.precision for c in there.certificates} - {spec.precision}:
-        raise AdiError(
+        raise FileError(
             f"{out} holds certificates for {', '.join(sorted(others))}, and exits keep those of one precision: give these, for "
             f"{spec.precision}, a folder of their own: --out OTHER."
         )
     return there.certificates
 
 
-def _tell(out: Console, result: Calibration, layers: int) -> None:
-    table = Table(title="Certified, on the reflex's own text", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("risk", "level", "observed", f"mean depth of {layers}", "looks at", "prompts", "confidence"):
-        table.add_column(name, justify="left" if name == "risk" else "right")
+def _show(console: Console, result: Calibration, layers: int) -> None:
+    rows = []
     for c in result.certificates:
         level, observed = ((f"{x:.2%}" if c.nats is None else f"{x:.4f} nats") for x in (c.level, c.observed))
-        depths = ", ".join(str(d) for d in sorted(c.trigger.depths)) or "nothing"
+        depths = ", ".join(str(d) for d in sorted(c.trigger.depths)) or "none"
         sure = "on average" if c.delta is None else f"{1 - c.delta:.0%}"
-        table.add_row(c.kind, level, observed, f"{c.mean_depth:.2f}", depths, str(c.sequences), sure)
-    out.print(table)
+        rows.append((c.kind, level, observed, f"{c.mean_depth:.2f}", depths, c.sequences, sure))
+    names = ("risk", "level", "observed", f"mean depth of {layers}", "exits", "prompts", "confidence")
+    console.print(table("Certified, on text generated in reflex mode", names, rows, left=("risk",)))
     for note in result.notes:
-        out.print(note, soft_wrap=True, markup=False)
+        say(console, note)

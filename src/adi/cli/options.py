@@ -1,17 +1,18 @@
-"""Options that several commands share, and how they become values."""
+"""Options that several commands share, in groups, and the values that they become."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from adi.errors import AdiError
+from adi.cli.output import err
+from adi.decoding.sampling import Sampling
+from adi.errors import AdiError, FileError, ModelError, UsageError
+from adi.progress import Reporter
 
 if TYPE_CHECKING:
     from adi.artifact import Exits
@@ -19,112 +20,205 @@ if TYPE_CHECKING:
     from adi.drafters.history import History
     from adi.exits.triggers import Trigger
     from adi.model.load import Model
+    from adi.prompts import PromptItem
 
 MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file."
-MODES = ("verified", "reflex", "full", "lookup")
 DEMO_PROMPT = "Why is the sky blue?"
 
+
+def option(*names: str, help: str, panel: str | None = None, rare: bool = False, **more: Any) -> Any:
+    """A typer option; a ``rare`` one is shown by ``--help-all`` only."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, hidden=rare, **more)
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[str, option("--model", "-m", metavar="MODEL", help=MODEL_HELP, panel="Model")]
 ExitsOption = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--exits",
         "-e",
         metavar="DIR",
-        help="Folder of trained exits; 'bare' or 'bare:8,16' for the model's own final head at those depths. "
-        "By default those shipped for the model.",
+        help="Folder of trained exits and drafter; 'bare' or 'bare:8,16' for the model's own head at those depths. By default "
+        "those shipped for the model.",
+        panel="Decoding",
     ),
 ]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto (openvino on a CPU, where it can), hf, or openvino.")]
-PrecisionOption = Annotated[
-    str,
-    typer.Option("--precision", help="auto (int8 on openvino), fp32, int8, int4; of hf fp32, bf16, fp16."),
+BackendOption = Annotated[str, option("--backend", help="auto (openvino on a CPU, where it can), hf, openvino.", panel="Model")]
+DeviceOption = Annotated[str, option("--device", help="auto, cpu, cuda, ...", panel="Model")]
+RiskKindOption = Annotated[
+    Literal["disagreement", "log_loss"],
+    option("--kind", help="Which risk: a share of tokens, or nats.", panel="Reflex mode", rare=True),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
-ModeOption = Annotated[str, typer.Option("--mode", help=f"{', '.join(MODES)}.")]
-ThresholdOption = Annotated[
-    float | None,
-    typer.Option("--threshold", help="Replace the trigger's threshold at every depth (needed, or --trigger, in reflex mode)."),
-]
-TriggerOption = Annotated[
-    str | None, typer.Option("--trigger", metavar="JSON", help="Replace the trigger: JSON text or a file holding it.")
-]
-DraftOption = Annotated[
-    int | None, typer.Option("--draft-tokens", help="Most tokens drafted before they are verified (6; in lookup mode 10).")
-]
-RiskOption = Annotated[
-    float | None,
-    typer.Option("--risk", help="In reflex mode: a level that adi calibrate certified, such as 0.02 of the tokens."),
-]
-RiskKindOption = Annotated[str, typer.Option("--kind", help="Which risk: disagreement (share of tokens), log_loss (nats).")]
-SpotOption = Annotated[
-    float, typer.Option("--spot-check", help="In reflex mode, with --risk: check this share of tokens at full depth.")
-]
-SkippedOption = Annotated[
-    str,
-    typer.Option("--skipped", help="In reflex mode, keys and values of skipped blocks: exact (later), propagate (hf only)."),
-]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Generate at most so many tokens.")]
-RawOption = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
-SpecialOption = Annotated[
-    bool, typer.Option("--special-tokens", help="Read special tokens that the prompt spells, such as <|im_end|>, as such.")
-]
-IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Generate on past the end of the answer.")]
-HabitsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--habits", metavar="FILE", help="Remember outputs here, and draft from them (off by default: it is private text)."
-    ),
-]
-TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy; 1 draws as the model believes.")]
-TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw among so many likeliest tokens.")]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens that have this much together.")]
-MinPOption = Annotated[float, typer.Option("--min-p", help="Draw among tokens with this share of the likeliest's chance.")]
-PenaltyOption = Annotated[
-    float, typer.Option("--repetition-penalty", help="Above 1: tokens that stood in the text before become less likely.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Draw the same again; by default another one every time.")]
-StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")]
+TokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
+PromptsOption = Annotated[str, option("--prompts", help="A JSONL prompt file, or a set by name: 'bench', 'train'.")]
+JsonOption = Annotated[bool, option("--json", help="Print one JSON document instead.")]
+JsonFileOption = Annotated[Path | None, option("--json", metavar="FILE", help="Write the result here.")]
 
 
 @dataclass(frozen=True)
-class ReflexOptions:
-    """What only reflex mode knows, under the names that ``Reflex`` has for it."""
+class EngineOptions:
+    """Which engine runs the model."""
 
-    risk: float | None = None
-    kind: str = "disagreement"
-    spot_check: float = 0.0
-    skipped: str = "exact"
+    backend: BackendOption = "auto"
+    precision: Annotated[
+        str, option("--precision", help="auto (int8 on openvino), fp32, int8, int4; of hf fp32, bf16, fp16.", panel="Model")
+    ] = "auto"
+    device: DeviceOption = "auto"
 
-
-@dataclass(frozen=True)
-class Source:
-    """Which model to load, and how."""
-
-    model: str
-    backend: str = "auto"
-    precision: str = "auto"
-    device: str = "auto"
-
-    def load(self, console: Console, stops: Sequence[int] = ()) -> Model:
-        """The model, with what takes long told on ``console``; ready at once to stop at ``stops``."""
+    def load(self, model: str, stops: Sequence[int] = ()) -> Model:
+        """The model; what takes long is reported on standard error. Ready at once to stop at ``stops``."""
         from adi.model.load import load
 
-        with console.status(f"Loading {escape(self.model)}") as status:
-
-            def notice(text: str) -> None:
-                if console.is_terminal:
-                    status.update(escape(text))
-                else:
-                    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+        with Reporter(err(), f"Loading {model}") as progress:
             settings: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "device": self.device}
-            return load(self.model, **settings, stops=stops, notice=notice)
+            return load(model, **settings, stops=stops, notice=lambda text: progress(0, 0, text))
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a prompt is read and where its text ends."""
+
+    stop: Annotated[list[str] | None, option("--stop", help="Text that ends the output; may be repeated.")] = None
+    raw: Annotated[bool, option("--raw", help="Give the prompt to the model as it is, without a chat template.")] = False
+    special_tokens: Annotated[
+        bool,
+        option("--special-tokens", help="Read special tokens spelled in the prompt, such as <|im_end|>, as tokens.", rare=True),
+    ] = False
+    ignore_eos: Annotated[bool, option("--ignore-eos", help="Generate on past the end of the answer.", rare=True)] = False
+
+    def settings(self) -> dict[str, Any]:
+        """As ``generate`` takes them."""
+        ends: dict[str, Any] = {"stop": tuple(self.stop or ()), "stop_at_eos": not self.ignore_eos}
+        return {**ends, "raw": self.raw, "special_tokens": self.special_tokens}
+
+
+def _sampling(*names: str, help: str, rare: bool = False) -> Any:
+    return option(*names, help=help, panel="Sampling", rare=rare)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn."""
+
+    temperature: Annotated[float, _sampling("--temperature", "-t", help="0 is greedy; 1 samples the model's distribution.")] = (
+        0.0
+    )
+    top_k: Annotated[int | None, _sampling("--top-k", help="Sample among so many likeliest tokens.")] = None
+    top_p: Annotated[float, _sampling("--top-p", help="Sample among the likeliest tokens of this total probability.")] = 1.0
+    min_p: Annotated[
+        float, _sampling("--min-p", help="Sample among tokens with this share of the likeliest one's probability.", rare=True)
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, _sampling("--repetition-penalty", help="Above 1: tokens of the text so far become less likely.", rare=True)
+    ] = 1.0
+    seed: Annotated[int | None, _sampling("--seed", help="The same seed samples the same text.")] = None
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+
+
+def _decoding(*names: str, help: str, **more: Any) -> Any:
+    return option(*names, help=help, panel="Decoding", **more)
+
+
+def _reflex(*names: str, help: str, rare: bool = False) -> Any:
+    return option(*names, help=help, panel="Reflex mode", rare=rare)
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Which policy decodes."""
+
+    mode: Annotated[
+        Literal["verified", "reflex", "full", "lookup"],
+        _decoding(
+            "--mode",
+            help="Drafts verified at full depth; early exits without verification; every block for every token; prompt lookup.",
+        ),
+    ] = "verified"
+    exits: ExitsOption = None
+    draft_tokens: Annotated[
+        int | None, _decoding("--draft-tokens", min=1, help="Most tokens drafted per round (6; in lookup mode 10).")
+    ] = None
+    history: Annotated[
+        Path | None,
+        _decoding(
+            "--history", metavar="FILE", help="Remember outputs here and draft from them (off by default: private text)."
+        ),
+    ] = None
+    trigger: Annotated[
+        str | None,
+        _decoding("--trigger", metavar="JSON", help="Replace the exits' trigger: JSON or a file that holds it.", rare=True),
+    ] = None
+    threshold: Annotated[float | None, _decoding("--threshold", help="Replace the trigger's threshold at every depth.")] = None
+    risk: Annotated[float | None, _reflex("--risk", help="A level certified by adi calibrate, such as 0.02 of the tokens.")] = (
+        None
+    )
+    kind: RiskKindOption = "disagreement"
+    spot_check: Annotated[
+        float, _reflex("--spot-check", help="With --risk: check this share of tokens at full depth.", rare=True)
+    ] = 0.0
+    skipped: Annotated[
+        Literal["exact", "propagate"],
+        _reflex("--skipped", help="KV cache of skipped blocks: computed later, or propagated (hf only).", rare=True),
+    ] = "exact"
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether a rule was given in the place of the controller."""
+        return (self.threshold, self.trigger, self.draft_tokens) != (None, None, None)
+
+    def stops(self, model: str) -> tuple[int, ...]:
+        """Where decoding is likely to stop early, read without torch."""
+        return likely_stops(model, self.mode, self.exits, not self.by_rule)
+
+    def policy(self, model: Model) -> Policy:
+        """The policy; AdiError for a combination without meaning."""
+        from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified
+        from adi.exits.triggers import with_thresholds
+
+        self._check()
+        if self.mode == "full":
+            return FullDepth()
+        if self.mode == "lookup":
+            return Lookup() if self.draft_tokens is None else Lookup(self.draft_tokens)
+        history = opened_history(model, self.history)
+        if self.mode == "verified" and self.exits is None and not self.by_rule and not _shipped_for(model):
+            return Verified(habits=history)
+        exits = exits_for(model, self.exits)
+        rule = read_trigger(self.trigger) if self.trigger is not None else None
+        if self.mode == "verified":
+            if self.threshold is not None:
+                rule = with_thresholds(exits.trigger, self.threshold)
+            return Verified(exits, trigger=rule, draft_tokens=self.draft_tokens, habits=history)
+        reflex: dict[str, Any] = {"kind": self.kind, "spot_check": self.spot_check, "skipped": self.skipped}
+        return Reflex(exits, thresholds=self.threshold, trigger=rule, risk=self.risk, **reflex)
+
+    def _check(self) -> None:
+        """UsageError for options that mean nothing in this mode, or contradict each other."""
+        if self.threshold is not None and self.trigger is not None:
+            raise UsageError("give --threshold or --trigger, not both.")
+        of_mode = {
+            "full": (),
+            "lookup": ("draft_tokens",),
+            "verified": ("exits", "draft_tokens", "history", "trigger", "threshold"),
+            "reflex": ("exits", "trigger", "threshold", "risk", "kind", "spot_check", "skipped"),
+        }
+        default = DecodingOptions(self.mode)
+        changed = [name for name in vars(default) if getattr(self, name) != getattr(default, name)]
+        if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in of_mode[self.mode]]:
+            raise UsageError(f"{', '.join(wrong)} means nothing in {self.mode} mode; leave it out or choose another --mode.")
+        if self.mode == "reflex" and sum(value is not None for value in (self.trigger, self.threshold, self.risk)) != 1:
+            raise UsageError(
+                "reflex mode does not verify, so it needs a rule for when to exit: --risk R, a level that adi calibrate "
+                "certified for these exits; or, uncalibrated, --threshold X (for the shipped exits an entropy in nats such as "
+                "0.3) or --trigger JSON. Give one of them."
+            )
 
 
 def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool = True) -> tuple[int, ...]:
-    """Where the trigger saved with the exits will look, read without torch: a hint, so anything unclear is no stop.
+    """Where the trigger saved with the exits stops, read without torch: a hint, so anything unclear is no stop.
 
     Nowhere, where the controller decides (``by_controller``: no rule was given) and the exits have a drafter.
     """
@@ -141,103 +235,30 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
             return ()
         at = written["trigger"]["at"]
         return tuple(sorted(int(depth) for depth in at))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (AdiError, OSError, ValueError, KeyError, TypeError, OverflowError):  # what a foreign file may hold
         return ()
 
 
 def exits_for(model: Model, given: str | None) -> Exits:
-    """The exits named on the command line, else those shipped for the model; ValueError says how to get some."""
+    """The exits named on the command line, else those shipped for the model; ModelError says how to get some."""
     from adi.artifact import bare_exits, load_exits, shipped
 
     if given == "bare" or (given or "").startswith("bare:"):
         layers = model.backbone.spec.layers
         spread = {min(max(1, round(layers * share)), layers - 1) for share in (0.5, 0.75, 0.9)}
-        depths = _depths(given[5:]) if given is not None and given != "bare" else tuple(sorted(spread))
+        depths = parse_depths(given[5:]) if given is not None and given != "bare" else tuple(sorted(spread))
         exits = bare_exits(model, depths)
     elif given is not None:
         exits = load_exits(given)
     elif model.source in shipped():
         exits = load_exits(model.source)
     else:
-        raise AdiError(
+        raise ModelError(
             f"no exits are shipped for {model.source!r}. Train some with 'adi tune {model.source} --out DIR' and give "
             "--exits DIR, or try the model's own head with --exits bare, or run --mode full."
         )
     exits.check(model.backbone)
     return exits
-
-
-def policy_for(
-    model: Model,
-    mode: str,
-    exits: str | None,
-    threshold: float | None,
-    trigger: str | None,
-    draft_tokens: int | None,
-    habits: Path | None = None,
-    reflex: ReflexOptions | None = None,
-) -> Policy:
-    """The policy that the options describe; ValueError for a combination that cannot be meant.
-
-    Verified mode without exits of this model's own drafts from memory alone.
-    """
-    from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified
-    from adi.exits.triggers import with_thresholds
-
-    if mode not in MODES:
-        raise AdiError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}.")
-    if threshold is not None and trigger is not None:
-        raise AdiError("give --threshold or --trigger, not both.")
-    watched = reflex or ReflexOptions()
-    given = {
-        "--exits": exits,
-        "--threshold": threshold,
-        "--trigger": trigger,
-        "--draft-tokens": draft_tokens,
-        "--habits": habits,
-        "--risk": watched.risk,
-        "--spot-check": watched.spot_check or None,
-        "--skipped": None if watched.skipped == "exact" else watched.skipped,
-    }
-    _require_meaning(mode, given)
-    if mode == "full":
-        return FullDepth()
-    if mode == "lookup":
-        return Lookup() if draft_tokens is None else Lookup(draft_tokens)
-    known = opened_habits(model, habits)
-    if mode == "verified" and exits is None and not _shipped_for(model) and (threshold, trigger, draft_tokens) == (None,) * 3:
-        return Verified(habits=known)
-    chosen = exits_for(model, exits)
-    rule = read_trigger(trigger) if trigger is not None else None
-    if mode == "verified":
-        if threshold is not None:
-            rule = with_thresholds(chosen.trigger, threshold)
-        return Verified(chosen, trigger=rule, draft_tokens=draft_tokens, habits=known)
-    if sum(value is not None for value in (rule, threshold, watched.risk)) != 1:
-        raise AdiError(
-            "reflex mode lets drafts stand, so it needs to be told how surely: --risk R, a level that adi calibrate certified "
-            "for these exits; or, uncalibrated, --threshold X (for the shipped exits an entropy in nats such as 0.3) or "
-            "--trigger JSON. Give one of them."
-        )
-    return Reflex(chosen, thresholds=threshold, trigger=rule, **asdict(watched))
-
-
-def _require_meaning(mode: str, given: Mapping[str, object]) -> None:
-    """ValueError for options that mean nothing in this mode."""
-    unused: dict[str, tuple[str, ...]] = {
-        "full": tuple(given),
-        "lookup": ("--exits", "--threshold", "--trigger", "--habits", "--risk", "--spot-check", "--skipped"),
-        "reflex": ("--draft-tokens", "--habits"),
-        "verified": ("--risk", "--spot-check", "--skipped"),
-    }
-    if wrong := [name for name in unused[mode] if given[name] is not None]:
-        raise AdiError(f"{', '.join(wrong)} means nothing in {mode} mode; leave it out or choose another --mode.")
-
-
-def require_folder(out: Path) -> None:
-    """ValueError where --out is a file."""
-    if out.exists() and not out.is_dir():
-        raise AdiError(f"--out {out} is a file; give a folder.")
 
 
 def _shipped_for(model: Model) -> bool:
@@ -246,15 +267,15 @@ def _shipped_for(model: Model) -> bool:
     return model.source in shipped()
 
 
-def opened_habits(model: Model, path: Path | None) -> History | None:
-    """The habits in a file, made where there is none; ValueError for those of another tokenizer."""
+def opened_history(model: Model, path: Path | None) -> History | None:
+    """The history in a file, made where there is none; AdiError for one of another tokenizer."""
     if path is None:
         return None
     from adi.drafters.history import History
     from adi.model.tokenizer import tokenizer_fingerprint
 
     if model.tokenizer is None:
-        raise AdiError("--habits needs a model with a tokenizer, whose texts it remembers.")
+        raise ModelError("--history needs a model with a tokenizer, whose texts it remembers.")
     vocabulary = model.backbone.spec.vocabulary
     return History.open(path, fingerprint=tokenizer_fingerprint(model.tokenizer), vocabulary=vocabulary)
 
@@ -268,22 +289,37 @@ def read_trigger(text: str) -> Trigger:
     if not text.lstrip().startswith("{"):
         try:
             source = read_text(expanded(text), "trigger")
-        except ValueError as error:
-            raise AdiError(f"{error} Give JSON text or a file.") from None
+        except FileError as error:
+            raise UsageError(f"{error} Give JSON text or a file.") from None
     try:
         value: Any = parse_json(source)
     except ValueError as error:
-        raise AdiError(f"the trigger is not JSON: {error}.") from None
+        raise UsageError(f"the trigger is not JSON: {error}.") from None
     return trigger_from_json(value)
 
 
-def parse_depths(text: str | None) -> tuple[int, ...] | None:
-    """Depths from "8,16,24"; None stays None."""
-    return None if text is None else _depths(text)
-
-
-def _depths(text: str) -> tuple[int, ...]:
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Depths from "8,16,24"."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise AdiError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
+        raise UsageError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
+
+
+def listed(text: str) -> list[str]:
+    """The parts of "a,b"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def chosen_prompts(source: str, limit: int | None) -> list[PromptItem]:
+    """``limit`` prompts (all for None), evenly over the file, so that every category is there."""
+    from adi.prompts import read_prompts, spread
+
+    items = read_prompts(source)
+    return items if limit is None else spread(items, limit)
+
+
+def require_folder(out: Path) -> None:
+    """FileError where --out is a file."""
+    if out.exists() and not out.is_dir():
+        raise FileError(f"--out {out} is a file; give a folder.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.color import Color
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text
 
@@ -81,7 +81,8 @@ class Painter:
         self._out.flush()
 
     def _write(self, text: str, style: Style) -> None:
-        self._out.write(style.render(text, color_system=self._console._color_system) if self.live else text)
+        colours = COLOR_SYSTEMS.get(self._console.color_system or "")
+        self._out.write(style.render(text, color_system=colours) if self.live else text)
 
     def _paint(self) -> None:
         if self.live and self._drafts:

@@ -14,37 +14,16 @@ from rich.console import Console
 
 from adi.cli.options import (
     DEMO_PROMPT,
-    BackendOption,
-    DeviceOption,
-    DraftOption,
-    ExitsOption,
-    HabitsOption,
-    IgnoreEosOption,
-    MinPOption,
+    DecodingOptions,
+    EngineOptions,
+    JsonOption,
     ModelOption,
-    ModeOption,
-    PenaltyOption,
-    PrecisionOption,
-    RawOption,
-    ReflexOptions,
-    RiskKindOption,
-    RiskOption,
-    SeedOption,
-    SkippedOption,
-    Source,
-    SpecialOption,
-    SpotOption,
-    StopOption,
-    TemperatureOption,
-    ThresholdOption,
+    SamplingOptions,
+    TextOptions,
     TokensOption,
-    TopKOption,
-    TopPOption,
-    TriggerOption,
-    likely_stops,
-    policy_for,
+    option,
 )
-from adi.decoding.sampling import Sampling
+from adi.cli.output import err, out, say
 from adi.files import require_writable
 
 if TYPE_CHECKING:
@@ -60,66 +39,46 @@ VERIFYING = ("verified", "lookup")  # the modes that promise the text of full de
 def run(
     prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads standard input.")] = DEMO_PROMPT,
     model: ModelOption = "smollm2-135m",
-    exits: ExitsOption = None,
-    mode: ModeOption = "verified",
     max_new_tokens: TokensOption = 128,
-    threshold: ThresholdOption = None,
-    trigger: TriggerOption = None,
-    draft_tokens: DraftOption = None,
-    habits: HabitsOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = None,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = None,
-    risk: RiskOption = None,
-    kind: RiskKindOption = "disagreement",
-    spot_check: SpotOption = 0.0,
-    skipped: SkippedOption = "exact",
-    stop: StopOption = None,
-    raw: RawOption = False,
-    special_tokens: SpecialOption = False,
-    ignore_eos: IgnoreEosOption = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
-    json_out: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
-    trace: Annotated[Path | None, typer.Option("--trace", help="Write the steps, with all that was looked at.")] = None,
-    backend: BackendOption = "auto",
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    compare: Annotated[bool, option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
+    json_out: JsonOption = False,
+    trace: Annotated[Path | None, option("--trace", metavar="FILE", help="Write a trace of every step, for adi plot.")] = None,
+    *,
+    decoding: DecodingOptions,
+    sampling: SamplingOptions,
+    text: TextOptions,
+    engine: EngineOptions,
 ) -> None:
-    """Answer a prompt, each token at the depth it needs, and show where the depth went."""
-    errors, out = Console(stderr=True), Console(highlight=False)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    """Answer a prompt: draft tokens cheaply, verify them at full depth, and show at which depth each was decided."""
+    from adi.decoding.policies import FullDepth
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled(), **text.settings()}
+    asked = sys.stdin.read() if prompt == "-" else prompt
     if trace is not None:
         require_writable(trace)
-    stops = likely_stops(model, mode, exits, (threshold, trigger, draft_tokens) == (None,) * 3)
-    loaded = Source(model, backend, precision, device).load(errors, stops)
-    reflex = ReflexOptions(risk, kind, spot_check, skipped)
-    policy = policy_for(loaded, mode, exits, threshold, trigger, draft_tokens, habits, reflex)
-    _say_where_ties_may_fall(errors, loaded, mode)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "stop_at_eos": not ignore_eos}
-    options |= {"raw": raw, "special_tokens": special_tokens, "sampling": sampling}
+    loaded = engine.load(model, decoding.stops(model))
+    policy = decoding.policy(loaded)
+    if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
+        say(err(), TIES.format(mode=decoding.mode), "dim")
     if compare:
-        _warm_up(loaded, text, policy, options)
+        _warm_up(loaded, asked, policy, options)
     options["candidates"] = TRACED_CANDIDATES if trace is not None else 0
-    generation = _shown(loaded, text, policy, options, out) if not json_out else _quiet(loaded, text, policy, options)
-    full = _quiet(loaded, text, None, options) if compare else None
+    generation = (generated if json_out else _shown)(loaded, asked, policy, **options)
+    full = generated(loaded, asked, FullDepth(), **options) if compare else None
     if trace is not None:
-        _write_trace(generation, policy, text, trace)
+        from adi.measure.trace import trace_of, write_trace
+
+        write_trace(trace_of(generation, policy, asked), trace)
     if json_out:
         print(json.dumps(document(generation, full, loaded.backbone.spec.row_invariant), ensure_ascii=False))
-        return
-    _closing(out, generation, full)
-    if trace is not None:
-        out.print(f"trace written to {trace}; see it with: adi plot {trace}", markup=False, soft_wrap=True)
+    else:
+        _closing(out(), generation, full)
 
 
-def _write_trace(generation: Generation, policy: Policy, text: str, file: Path) -> None:
-    from adi.measure.trace import trace_of, write_trace
-
-    write_trace(trace_of(generation, policy, text), file)
+TIES = (
+    "On this machine the arithmetic of a token was found to vary with the number of rows in its pass: {mode} mode gives the "
+    "text of full depth except where two tokens are as good as tied."
+)
 
 
 def document(generation: Generation, full: Generation | None, row_invariant: bool | None = None) -> dict[str, Any]:
@@ -143,7 +102,7 @@ def drift_line(drift: Drift) -> str:
     seen = f"spot checks: {drift.differed} of {drift.checked} tokens differed from full depth"
     running = f"running risk above {drift.lower:.2%} and below {drift.upper:.2%} (level {drift.level:.2%})"
     if drift.fell_back_at is None:
-        return f"{seen}; {running}; the certificate stands"
+        return f"{seen}; {running}; nothing speaks against the certificate"
     return f"{seen}; {running}: the certificate does not hold on this text, verified from token {drift.fell_back_at} on"
 
 
@@ -160,26 +119,17 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _say_where_ties_may_fall(errors: Console, model: Model, mode: str) -> None:
-    """In a mode that verifies drafts: the engine's arithmetic was found to vary with the number of rows in a pass."""
-    if mode in VERIFYING and model.backbone.spec.row_invariant is False:
-        errors.print(
-            f"On this machine a token's arithmetic was found to vary with the number of rows beside it: {mode} mode gives "
-            "the text of full depth except where two tokens are as good as tied.",
-            style="dim",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
 def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:
+    """So that neither of two compared runs pays for what happens once."""
+    from adi.decoding.policies import FullDepth
+
     model.backbone.prepare((), drafts=True, wait=True)  # what opens in the background otherwise, beside the first answer
-    for each in (policy, None):
-        _quiet(model, text, each, {**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
+    for each in (policy, FullDepth()):
+        generated(model, text, each, **{**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
 
 
-def _quiet(model: Model, text: str, policy: Policy | None, options: dict[str, Any]) -> Generation:
+def generated(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
+    """The whole text; options as a ``Session`` takes them."""
     from adi.decoding.records import Step
     from adi.decoding.session import Session
 
@@ -187,40 +137,38 @@ def _quiet(model: Model, text: str, policy: Policy | None, options: dict[str, An
     return session.generation([event for event in session if isinstance(event, Step)])
 
 
-def _shown(model: Model, text: str, policy: Policy, options: dict[str, Any], out: Console) -> Generation:
+def _shown(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
     """Generate with the text painted as it comes."""
     from adi.cli.paint import Painter, legend
     from adi.decoding.policies import depths_of
     from adi.decoding.session import Session
 
+    console = out()
     session = Session(model, text, policy, **options)
     depths = depths_of(policy)
-    if depths and out.is_terminal:
-        out.print(legend(depths, model.backbone.spec.layers))
-    return session.generation(list(Painter(out, depths).follow(session)))
+    if depths and console.is_terminal:
+        console.print(legend(depths, model.backbone.spec.layers))
+    return session.generation(list(Painter(console, depths).follow(session)))
 
 
-def _closing(out: Console, generation: Generation, full: Generation | None) -> None:
-    summary = generation.summary()
-    out.print()
-    out.print(f"{summary.mode}: {summary}", soft_wrap=True)
+def _closing(console: Console, generation: Generation, full: Generation | None) -> None:
+    summary, sampled = generation.summary(), generation.sampling
+    say(console, f"\n{summary.mode}: {summary}")
     where = ", ".join(f"{depth}: {count}" for depth, count in summary.depth_histogram.items())
-    out.print(f"tokens by depth (of {generation.layers}): {where}")
-    if generation.sampling is not None:
-        out.print(
-            f"drawn at temperature {generation.sampling['temperature']:g}; --seed {generation.sampling['seed']} draws it again"
-        )
+    say(console, f"tokens by depth (of {generation.layers}): {where}")
+    if sampled is not None:
+        say(console, f"sampled at temperature {sampled['temperature']:g}; --seed {sampled['seed']} samples it again")
     if not summary.calibrated:
-        out.print("reflex mode is uncalibrated: nothing bounds how often this text differs from full depth", soft_wrap=True)
+        say(console, "reflex mode is uncalibrated: nothing bounds how often this text differs from full depth")
     if generation.certified is not None:
-        out.print(generation.certified, soft_wrap=True)
+        say(console, generation.certified)
     if generation.drift is not None:
-        out.print(drift_line(generation.drift), soft_wrap=True)
+        say(console, drift_line(generation.drift))
     if full is None:
         return
-    out.print(f"full: {full.summary()}", soft_wrap=True)
+    say(console, f"full: {full.summary()}")
     difference = first_difference(generation.token_ids, full.token_ids)
-    out.print("identical: yes" if difference is None else f"identical: no (first difference at token {difference})")
+    say(console, "identical: yes" if difference is None else f"identical: no (first difference at token {difference})")
     traced = ", tracing on" if any(step.looks for step in generation.steps) else ""
     setting = f"one pair of runs, {generation.backend} engine, {generation.precision}{traced}"
-    out.print(f"tokens/s against full depth: {speedup(generation, full):.2f} x ({setting})", soft_wrap=True)
+    say(console, f"tokens/s against full depth: {speedup(generation, full):.2f} x ({setting})")

@@ -1,0 +1,37 @@
+"""``adi plot``: a trace or a benchmark as a page for a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adi.cli.options import option
+from adi.cli.output import err, say
+from adi.errors import UsageError
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace (adi trace, adi run --trace) or an adi bench --json.")],
+    out: Annotated[Path | None, option("--out", "-o", help="The page to write; by default FILE with .html.")] = None,
+    base: Annotated[str | None, option("--base", help="Of a benchmark: show ratios against this mode of adi's.")] = None,
+) -> None:
+    """Turn a trace or a benchmark into one self-contained HTML page.
+
+    A trace shows the text as a depth heat map, with every exit that was checked; a benchmark speeds, ratios and categories.
+    """
+    from adi.measure.bench.report import is_result, read_result, write_bench_page
+    from adi.measure.trace import read_trace
+    from adi.measure.trace_page import write_page
+
+    target = out or file.with_suffix(".html")
+    if target.resolve() == file.resolve():
+        raise UsageError(f"--out {target} is the file itself; choose another name.")
+    if is_result(file):
+        write_bench_page(read_result(file), target, base)
+    elif base is not None:
+        raise UsageError("--base is an option for benchmarks only; leave it out.")
+    else:
+        write_page(read_trace(file), target)
+    say(err(), f"page written to {target}")
