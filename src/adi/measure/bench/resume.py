@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import FileError
 from adi.files import read_json, write_json
 from adi.measure.bench.sweep import Sweep
 from adi.measure.bench.timing import Outcome, Pair
@@ -56,15 +56,15 @@ class ResumeFile:
         return ResumeFile(result and result.with_name(result.name + ".partial"), terms)
 
     def read(self) -> Unfinished:
-        """What was finished; AdiError where the file is damaged, or of another benchmark."""
+        """What was finished; FileError where the file is damaged, or of another benchmark."""
         if self.path is None or not self.path.exists():
             return Unfinished(FORMAT, VERSION, {}, {}, {})
         value = read_json(self.path, "unfinished benchmark")
         if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
-            raise AdiError(f"{self.path} is not an unfinished benchmark of this adi; delete it or choose another --json.")
+            raise FileError(f"{self.path} is not an unfinished benchmark of this adi; delete it or choose another --json.")
         found = from_json(value, Unfinished, f"{self.path} is damaged (delete it)")
         if other := sorted(name for name in self.terms if found.terms.get(name) != self.terms[name]):
-            raise AdiError(
+            raise FileError(
                 f"{self.path} is an unfinished benchmark with another {', '.join(other)}; "
                 "give that command again to finish it, delete the file, or choose another --json."
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adi.errors import AdiError
 from adi.model.hf.readout import norm_of
 
 
@@ -39,7 +40,7 @@ def gated_mlp(block: nn.Module, down: nn.Module, run: Callable[[], object]) -> d
         return None
     try:
         kind, gain_D, _, _ = norm_of(*before)
-    except ValueError:
+    except AdiError:
         return None
     matrices = {"gate_FD": gate.weight, "up_FD": up.weight, "down_DF": down.weight}
     plain = {name: weight.detach().float().cpu() for name, weight in matrices.items()}

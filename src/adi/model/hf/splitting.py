@@ -34,7 +34,7 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
         if "past_key_values" not in inspect.signature(decoder.forward).parameters:
             raise AdiError(f"its forward takes no past_key_values; {RECURRENT_HINT}")
         return decoder, find_blocks(decoder, layers)
-    except (ValueError, AttributeError) as error:
+    except (AdiError, AttributeError) as error:
         raise refuse(model, str(error)) from None
 
 

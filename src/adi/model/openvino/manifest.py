@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from adi.errors import AdiError
+from adi.errors import FileError, ModelError
 from adi.files import cache_folder, read_json, whole_folder, write_json
 from adi.model.arrays import as_array
 from adi.model.backbone import READOUT_ARRAYS, ReadOut
@@ -82,14 +82,14 @@ def save(folder: Path, page: Manifest, blocks: Any, head: Any, readout: ReadOut 
                 save_file(arrays, fresh / "readout.safetensors")
             write_json(fresh / "model.json", {"format": FORMAT, **asdict(page)})
     except (OSError, RuntimeError) as error:
-        raise AdiError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
+        raise FileError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The page of an exported model; ValueError where the folder holds none of this format."""
     value = read_json(folder / "model.json", "exported model")
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-        raise AdiError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
+        raise FileError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
     try:
         page = Manifest(**value)
         _check_kinds(page, KINDS)
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
             _check_kinds(attention, dict.fromkeys(asdict(attention), (int, float)))
         return page
     except TypeError as error:
-        raise AdiError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
+        raise FileError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
 
 
 def _check_kinds(value: Manifest | Attention, kinds: Mapping[str, tuple[type, ...]]) -> None:
@@ -114,7 +114,7 @@ def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
     try:
         return core.read_model(folder / "blocks.xml"), core.read_model(folder / "head.xml")
     except RuntimeError as error:
-        raise AdiError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+        raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
 
 
 def read_readout(folder: Path, page: Manifest) -> ReadOut:
@@ -122,13 +122,13 @@ def read_readout(folder: Path, page: Manifest) -> ReadOut:
     from safetensors import SafetensorError
 
     if isinstance(page.readout, str):
-        raise AdiError(page.readout)
+        raise ModelError(page.readout)
     try:
         arrays = _mapped(folder / "readout.safetensors")
         parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
         return ReadOut(**page.readout, **parts)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise AdiError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+        raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
 
 
 def _mapped(path: Path) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def recall(source: Path, precision: str) -> Path | None:
     stated = read_json(note, "note about an export")
     key = stated.get("key") if isinstance(stated, dict) else None
     if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", key):
-        raise AdiError(f"the note about an export {note} is damaged; delete it.")
+        raise FileError(f"the note about an export {note} is damaged; delete it.")
     folder = place(key, precision)
     return folder if (folder / "model.json").exists() else None
 

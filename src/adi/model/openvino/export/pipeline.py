@@ -72,7 +72,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
 def _with_readout(hf: HfBackbone, page: Manifest) -> tuple[Manifest, ReadOut | None]:
     try:
         readout = hf.readout()
-    except ValueError as error:
+    except AdiError as error:
         return replace(page, readout=str(error)), None
     return replace(page, readout={"norm": readout.norm, "eps": readout.eps, "scale": readout.scale}), readout
 
