@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import adi
 from adi.drafters.network import Drafter, fresh_drafter
 from adi.exits.heads import Adapter, Heads
-from adi.exits.probe import SAID, Net, Probe
+from adi.exits.probe import HEAD_FEATURES, Net, Probe
 from families import tiny
 
 settings.register_profile("adi", deadline=None)  # how long a case takes is the machine's business
@@ -151,7 +151,7 @@ def random_probe(width: int, depths: tuple[int, ...], hidden: int = 3) -> Probe:
         shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
         return Net(**{name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
-    return Probe({depth: net(width) for depth in depths}, {depth: net(width + SAID) for depth in depths})
+    return Probe({depth: net(width) for depth in depths}, {depth: net(width + HEAD_FEATURES) for depth in depths})
 
 
 def probed_exits(model: adi.Model, depths: tuple[int, ...]) -> adi.Exits:

@@ -5,7 +5,6 @@ A saved folder holds ``exits.json`` and ``exits.safetensors``; loading runs no c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import weakref
@@ -21,13 +20,13 @@ from msgspec import Meta
 from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, Drafting, shapes
 from adi.errors import AdiError, FileError
-from adi.exits.heads import Adapter, Heads, light_head, predict, shortlist
+from adi.exits.heads import Adapter, ExitHead, Heads
 from adi.exits.probe import Probe, probe_of
-from adi.exits.signals import Measured, Prediction
+from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
 from adi.files import expanded, package_data, read_json, require_file, write_json
 from adi.model.arrays import as_array
-from adi.model.backbone import Backbone
+from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.risk.certificate import Certificate, find
 from adi.schema import Positive, Record, Share, from_json
@@ -41,7 +40,7 @@ MOST_TENSOR_BYTES = 8 << 30
 BARE_TRIGGER = Threshold("top_probability", 0.5)
 FLOATS = (np.float16, np.float32, np.float64)
 INT32 = ("ids_S", "ids_N", "lengths_M")  # token ids and counts; other arrays hold weights
-Reader = Callable[[int, "Tensor"], Prediction | Measured]
+Reader = Callable[[int, "States | Tensor"], Prediction]
 Arrays = dict[str, Any]
 
 
@@ -126,7 +125,7 @@ class Exits:
             raise AdiError(f"the {spec.backend} engine cannot stop at depths {bad}; it can at {list(spec.stops)}.")
 
     def reader(self, backbone: Backbone) -> Reader:
-        """``read(depth, hidden_TD)``: what the exit at that depth says of T rows. Refuses another model."""
+        """``read(depth, states)``: what the exit at that depth predicts at T rows. Refuses another model."""
         self.check(backbone)
         if backbone not in self._readers:
             self._readers[backbone] = self._make_reader(backbone)
@@ -136,20 +135,9 @@ class Exits:
         heads = self.heads
         if heads is None:
             model = weakref.ref(backbone)  # or the memory of readers would keep its own keys alive
-            return lambda _, hidden_TD: Prediction(_alive(model).logits(hidden_TD).log_softmax(-1))
-        among = shortlist(backbone.readout().tensors(), heads.ids_S)
-        device = among.weight_SD.device
-        moved = {d: Adapter(**{n: t.to(device) for n, t in a.tensors().items()}) for d, a in heads.adapters.items()}
-        compiled = {depth: backbone.light_head(light_head(adapter, among)) for depth, adapter in moved.items()}
-
-        def read(depth: int, hidden_TD: Tensor) -> Prediction | Measured:
-            head = compiled[depth]
-            if head is None:
-                return predict(moved[depth], among, hidden_TD)
-            whole = functools.partial(head.log_probs, hidden_TD)
-            return Measured(head.read(hidden_TD), among.ids_S, among.vocabulary - len(among.ids_S), whole)
-
-        return read
+            return lambda _, states: Prediction(_alive(model).logits(states).log_softmax(-1))
+        compiled = {depth: ExitHead(adapter, heads.ids_S, backbone) for depth, adapter in heads.adapters.items()}
+        return lambda depth, states: compiled[depth](states)
 
     def drafting(self, backbone: Backbone) -> Drafting | None:
         """The drafter at work beside this model, made once; None where there is none. Refuses another model."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adi.decoding.frontier import Frontier
-from adi.model.backbone import KVCache, ReadOut, Rows, Spec, States
+from adi.model.backbone import KVCache, ReadOut, Rows, Spec, States, raw_of
 from adi.model.hf import HfBackbone
 from families import tiny
 
@@ -38,7 +38,7 @@ class SumBackbone:
         self.spec = Spec("sum", "toy", LAYERS, WIDTH, 50, tuple(range(1, LAYERS + 1)), None, "f", "toy", "fp64", "cpu")
         self.ran: Counter[tuple[int, int]] = Counter()
 
-    has_mlp_tap = False
+    has_mlp_tap = can_propagate = False
 
     def new_cache(self) -> ToyCache:
         return ToyCache({layer: [] for layer in range(LAYERS)})
@@ -47,7 +47,7 @@ class SumBackbone:
         return [self._one(r, lo, hi) for r in rows]
 
     def _one(self, rows: Rows, lo: int, hi: int) -> States:
-        state = rows.hidden_TD if rows.hidden_TD is not None else self.embed(rows.ids)
+        state = self.embed(rows.ids) if rows.states is None else raw_of(rows.states)
         before = state
         for layer in range(lo, hi):
             memory = rows.cache.rows[layer]
@@ -105,7 +105,7 @@ def deepest(frontier: Frontier, actions: Sequence[tuple[str, Any]]) -> torch.Ten
         play(frontier, [action])
         del deep[frontier.length :]
         if frontier.filled[-1] == frontier.length > len(deep):
-            deep += list(frontier.hidden(len(deep), frontier.length))
+            deep += list(frontier.states(len(deep), frontier.length).hidden_TD)
     return torch.stack(deep)
 
 
@@ -116,7 +116,7 @@ def test_any_order_gives_the_states_of_one_full_pass(actions: list[tuple[str, An
     whole = Frontier(SumBackbone())
     whole.append(frontier.ids)
     whole.advance(LAYERS)
-    assert torch.equal(deep_TD, whole.hidden(0, whole.length))
+    assert torch.equal(deep_TD, whole.states(0, whole.length).hidden_TD)
 
 
 @given(ACTIONS)
@@ -126,8 +126,8 @@ def test_the_newest_state_is_that_of_the_run_which_its_position_is_in(actions: l
         play(frontier, [(action, value)])
         if frontier._runs:
             for position in range(frontier._runs[0][0], frontier._runs[-1][1]):
-                wanted = frontier.hidden(position, position + 1)
-                assert torch.equal(torch.as_tensor(frontier.newest(position)), wanted)
+                wanted = frontier.states(position, position + 1).hidden_TD
+                assert torch.equal(frontier.newest(position).hidden_TD, wanted)
 
 
 def test_states_that_no_block_reads_again_are_let_go() -> None:
@@ -138,9 +138,9 @@ def test_states_that_no_block_reads_again_are_let_go() -> None:
         frontier.advance(LAYERS)
         frontier.rollback(frontier.length - 1)
         assert len(frontier._runs) == 1
-        assert frontier.newest(frontier.length - 1).shape == (1, WIDTH)
+        assert frontier.newest(frontier.length - 1).hidden_TD.shape == (1, WIDTH)
     with pytest.raises(AssertionError, match="states are held of"):
-        frontier.hidden(0, frontier.length)
+        frontier.states(0, frontier.length)
     frontier.close()
     assert (frontier._runs, frontier.last) == ([], None)
 

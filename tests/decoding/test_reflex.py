@@ -206,7 +206,7 @@ def test_propagated_keys_and_values_are_each_blocks_own_of_the_exit_state(llama:
     frontier.advance(6)
     frontier.append([4])
     frontier.advance(2)
-    state_D = frontier.hidden(3, 4)[0].clone()
+    state_D = frontier.states(3, 4).hidden_TD[0].clone()
     frontier.propagate()
     assert frontier.filled == [4] * 6
     cos, sin = hf.model.rotary_emb(state_D[None, None], torch.tensor([[3]]))
@@ -224,7 +224,7 @@ def test_propagated_keys_and_values_are_each_blocks_own_of_the_exit_state(llama:
     frontier.append([5])
     frontier.advance(6)
     exact = adi_states(llama, [1, 2, 3, 4, 5])[-1]
-    assert not torch.allclose(frontier.hidden(4, 5)[0], exact, atol=1e-4), "it is an approximation"
+    assert not torch.allclose(frontier.states(4, 5).hidden_TD[0], exact, atol=1e-4), "it is an approximation"
 
 
 def test_propagation_owes_nothing_and_refuses_what_it_cannot_do(llama: adi.Model, certified: adi.Exits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adi
-from adi.drafters.network import EPS, Drafter, advance, first_state, fresh_drafter, shapes, speak
+from adi.drafters.network import EPS, Drafter, advance, first_state, fresh_drafter, predict, shapes, step_function
 from adi.exits.heads import shortlist
-from adi.model.backbone import DraftNet, ReadOut, Rows
+from adi.model.backbone import ReadOut, Rows, States
 from conftest import random_drafter, random_exits
 from families import FAMILIES, VOCABULARY, tiny
 
@@ -34,14 +35,14 @@ def parts(norm: str, width: int, bias: bool, size: int, hidden: int = 20) -> tup
     return net.map(lambda weight: weight + 0.1 * some(*weight.shape)), readout
 
 
-def plain_parts(net: Drafter, readout: ReadOut) -> DraftNet:
-    among = shortlist(readout, net.ids_S)
-    gain, shift = readout.gain_D, readout.shift_D
-    return DraftNet(net.tensors(), readout.norm, readout.eps, gain, shift, among.weight_SD, among.bias_S)
+def compiled_step(net: Drafter, readout: ReadOut, eight_bits: bool) -> Any:
+    """A step as the compiled engine runs it."""
+    ov = pytest.importorskip("openvino")
+    from adi.model.openvino.modules import CompiledModule, converted
 
-
-def nowhere(ids: Any) -> Any:
-    raise AssertionError(f"nobody looks up {ids}")
+    core, width = ov.Core(), len(net.out_D)
+    graph = partial(converted, core, None, "step", lambda: step_function(net, readout), [width] * 2, eight_bits)
+    return CompiledModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def normed(row: list[float], kind: str, eps: float, gain: list[float], shift: list[float]) -> list[float]:
@@ -94,7 +95,7 @@ def test_a_step_is_what_the_twin_works_out_row_by_row(norm: str, width: int, bia
         slow = [slow_step(net, readout, x.tolist(), s.tolist()) for x, s in zip(x_TD, state_TD, strict=True)]
         state_TD = advance(net, readout, x_TD, state_TD)
         torch.testing.assert_close(state_TD, torch.tensor(slow), atol=1e-4, rtol=1e-4)
-        said = speak(net, shortlist(readout, net.ids_S), state_TD)
+        said = predict(net, shortlist(readout, net.ids_S), state_TD)
         assert said.tail_T is not None
         for row, wanted in enumerate(slow_words(net, readout, s.tolist()) for s in state_TD):
             got = {
@@ -117,18 +118,14 @@ def test_rows_know_nothing_of_each_other(rows: int, seed: int) -> None:
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize(("norm", "width", "bias", "size"), [("rms", 64, False, 90), ("layer", 36, True, 41), *KINDS[2:]])
 def test_a_compiled_step_does_what_torch_does(norm: str, width: int, bias: bool, size: int, eight_bits: bool) -> None:
-    ov = pytest.importorskip("openvino")
-    from adi.model.openvino.drafter import CompiledDrafter
-
     net, readout = parts(norm, width, bias, size, hidden=48)
-    among = shortlist(readout, net.ids_S)
-    compiled = CompiledDrafter(ov.Core(), plain_parts(net, readout), {"INFERENCE_PRECISION_HINT": "f32"}, eight_bits, nowhere)
+    among, compiled = shortlist(readout, net.ids_S), compiled_step(net, readout, eight_bits)
     draw = torch.Generator().manual_seed(7)
     x_TD, state_TD = 5 * torch.randn((200, width), generator=draw), torch.randn((200, width), generator=draw)
     for rows in (slice(0, 200), slice(3, 4), slice(10, 12), slice(4, 5)):
         wanted = advance(net, readout, x_TD[rows], state_TD[rows])
-        place_T, log_T, state = (torch.from_numpy(a) for a in compiled.steps(x_TD[rows].numpy(), state_TD[rows].numpy()))
-        slow = speak(net, among, wanted if not eight_bits else state)
+        place_T, log_T, state = (torch.from_numpy(a) for a in compiled(x_TD[rows], state_TD[rows].numpy()))
+        slow = predict(net, among, wanted if not eight_bits else state)
         same = place_T == slow.log_probs_TS.argmax(-1)
         if eight_bits:
             assert len(same) < 9 or same.float().mean() > 0.9
@@ -141,31 +138,23 @@ def test_a_compiled_step_does_what_torch_does(norm: str, width: int, bias: bool,
 
 
 @pytest.mark.parametrize(("norm", "width", "bias", "size"), [("rms", 64, False, 90), ("layer", 36, True, 41)])
-def test_a_compiled_drafter_starts_where_torch_does(norm: str, width: int, bias: bool, size: int) -> None:
-    ov = pytest.importorskip("openvino")
-    from adi.model.openvino.drafter import CompiledDrafter
-
-    net, readout = parts(norm, width, bias, size, hidden=48)
-    compiled = CompiledDrafter(ov.Core(), plain_parts(net, readout), {}, False, nowhere)
+def test_drafting_starts_alike_from_arrays_and_tensors(norm: str, width: int, bias: bool, size: int) -> None:
+    _, readout = parts(norm, width, bias, size, hidden=48)
     deep_TD = 30 * torch.randn((3, width), generator=torch.Generator().manual_seed(3))
-    for raw in (deep_TD, deep_TD.numpy()):
-        got = torch.from_numpy(compiled.start(raw))
-        torch.testing.assert_close(got, first_state(readout, deep_TD), atol=1e-5, rtol=1e-5)
+    plain = replace(readout, gain_D=readout.gain_D.numpy(), shift_D=readout.shift_D.numpy())
+    got = first_state(plain, deep_TD.numpy())
+    assert got.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(got), first_state(readout, deep_TD), atol=1e-5, rtol=1e-5)
 
 
 def test_what_a_compiled_step_gave_stays_what_it_was() -> None:
-    ov = pytest.importorskip("openvino")
-    from adi.model.openvino.drafter import CompiledDrafter
-
     net, readout = parts("rms", 16, False, 30)
-    embedded = {0: np.ones((1, 16), np.float32), 1: -np.ones((1, 16), np.float32)}
-    compiled = CompiledDrafter(ov.Core(), plain_parts(net, readout), {}, False, lambda ids: embedded[ids[0]])
-    first = np.ones((1, 16), np.float32)
-    _, log, state = compiled.step(0, first)
-    kept = state.copy()
-    _, other, _ = compiled.step(1, first)
+    compiled, first = compiled_step(net, readout, False), np.ones((1, 16), np.float32)
+    _, log, state = compiled(first, first)
+    kept, kept_log = state.copy(), float(log[0])
+    _, other, _ = compiled(-first, first)
     assert np.array_equal(state, kept)
-    assert log != other
+    assert float(log[0]) == kept_log != float(other[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
@@ -177,11 +166,11 @@ def test_both_engines_embed_what_enters_their_first_block(family: str) -> None:
     compiled = [make(tiny(family), name=family, precision=precision) for precision in ("fp32", "int8")]
     engines: list[Any] = [adi.load(tiny(family)).backbone, *compiled]
     for backbone in engines:
-        x_TD = backbone.embed(ids)
+        x_TD = backbone.embed(ids).hidden_TD
         alone = [backbone.forward([Rows(backbone.new_cache(), 0, (i,), None)], 0, 1)[0].before_TD for i in ids]
         torch.testing.assert_close(x_TD, torch.cat(alone), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(x_TD[2:3], backbone.embed((5,)), atol=0, rtol=0)
-    torch.testing.assert_close(engines[0].embed(ids), engines[1].embed(ids), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(x_TD[2:3], backbone.embed((5,)).hidden_TD, atol=0, rtol=0)
+    torch.testing.assert_close(*(engine.embed(ids).hidden_TD for engine in engines[:2]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
@@ -237,8 +226,8 @@ def test_both_engines_draft_alike() -> None:
     assert mine is not None
     assert theirs is not None
     assert mine.key == theirs.key
-    deep = torch.randn(1, slow.backbone.spec.width, generator=torch.Generator().manual_seed(5))
-    a, b, token = mine.start(deep), theirs.start(deep), 7
+    deep = States(torch.randn(1, slow.backbone.spec.width, generator=torch.Generator().manual_seed(5)))
+    a, b, token = mine.start(States(deep.raw_TD.numpy())), theirs.start(deep), 7
     for _ in range(12):
         (guess, a), (twin, b) = mine.step(token, a), theirs.step(token, b)
         assert (guess.token, guess.depth) == (twin.token, 0)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import adi
 from adi.artifact import _digest
 from adi.exits.exit_output import ExitOutput
-from adi.exits.probe import SAID, Net, joint_features, said_features, state_features
-from adi.exits.signals import Measured, Prediction
-from adi.model.backbone import HeadRows, States
+from adi.exits.probe import HEAD_FEATURES, Net, head_features, joint_features, state_features
+from adi.exits.signals import HeadRows, Prediction
+from adi.model.backbone import States
 from adi.training.answers import Answer
 from adi.training.train_probe import ProbeOptions, fit_probe, gather
 from conftest import probed_exits, random_probe
@@ -36,13 +36,13 @@ def test_a_network_by_hand() -> None:
 
 def test_what_a_head_says_is_the_same_from_torch_and_from_an_engine() -> None:
     want = [math.log(0.5), math.log(0.2), math.log(0.2), 0.5, 0.2, -sum(p * math.log(p) for p in (0.5, 0.2, 0.1, 0.2))]
-    assert said_features(SAID_ROW)[0].tolist() == pytest.approx(want, abs=1e-5)
+    assert head_features(SAID_ROW)[0].tolist() == pytest.approx(want, abs=1e-5)
     inside = -sum(p * math.log(p) for p in (0.5, 0.2, 0.1))
     spread = inside + 0.2 * (math.log(50) - math.log(0.2))
     rows = HeadRows(*(torch.tensor([v]) for v in (0, math.log(0.5), math.log(0.2), math.log(0.2), spread)))
-    measured = Measured(rows, torch.tensor([1, 2, 3]), 50, lambda: SAID_ROW.log_probs_TS)
-    assert said_features(measured)[0].tolist() == pytest.approx(want, abs=1e-5)
-    whole = said_features(Prediction(torch.tensor([[0.75, 0.25]]).log()))[0]
+    measured = Prediction(SAID_ROW.log_probs_TS, torch.tensor([1, 2, 3]), rows.tail_T, 50, rows)
+    assert head_features(measured)[0].tolist() == pytest.approx(want, abs=1e-5)
+    whole = head_features(Prediction(torch.tensor([[0.75, 0.25]]).log()))[0]
     assert whole[3].item() == pytest.approx(0.75)
     assert whole[2].item() < -20, "no tail"
 
@@ -140,7 +140,7 @@ def test_rows_are_those_of_one_full_pass(llama: adi.Model) -> None:
                 assert said.ids_S is not None
                 token = int(said.ids_S[said.log_probs_TS[0].argmax()])
                 assert bool(rows.right_N[at]) == (token == text.ids[place + 1])
-                assert rows.said_NF[at].tolist() == pytest.approx(said_features(said)[0].tolist(), abs=1e-3)
+                assert rows.said_NF[at].tolist() == pytest.approx(head_features(said)[0].tolist(), abs=1e-3)
                 assert bool(rows.choosing_N[at]) == (i % 5 == 0)
             at += 1
     assert at == len(found[2].right_N)
@@ -151,7 +151,7 @@ def test_it_learns_what_the_state_tells(monkeypatch: pytest.MonkeyPatch) -> None
     from adi.training import train_probe as module
 
     generator = torch.Generator().manual_seed(0)
-    x, said = torch.randn(6000, 6, generator=generator), torch.randn(6000, SAID, generator=generator)
+    x, said = torch.randn(6000, 6, generator=generator), torch.randn(6000, HEAD_FEATURES, generator=generator)
     right = torch.rand(6000, generator=generator) < (4 * x[:, 0] * x[:, 1] + said[:, 3]).sigmoid()
     rows = module.Examples(x.half(), said, right, torch.arange(6000) % 5 == 0)
     monkeypatch.setattr(module, "gather", lambda *_: {2: rows})
@@ -170,7 +170,7 @@ def test_it_says_no_more_than_the_head_where_the_state_tells_nothing(monkeypatch
     from adi.training import train_probe as module
 
     generator = torch.Generator().manual_seed(1)
-    x, said = torch.randn(800, 64, generator=generator), torch.randn(800, SAID, generator=generator)
+    x, said = torch.randn(800, 64, generator=generator), torch.randn(800, HEAD_FEATURES, generator=generator)
     right = torch.rand(800, generator=generator) < (2 * said[:, 0]).sigmoid()
     rows = module.Examples(x.half(), said, right, torch.arange(800) % 5 == 0)
     monkeypatch.setattr(module, "gather", lambda *_: {2: rows})

@@ -21,9 +21,9 @@ from adi.decoding.sampler import Sampler, distribution, draw
 from adi.decoding.sampling import Sampling
 from adi.exits.exit_output import ExitOutput
 from adi.exits.heads import predict, shortlist
-from adi.exits.probe import SAID
-from adi.exits.signals import SIGNALS, Measured, Prediction, entropy, lumped_entropy, margin, top_probability
-from adi.model.backbone import HeadRows, States
+from adi.exits.probe import HEAD_FEATURES
+from adi.exits.signals import SIGNALS, HeadRows, Prediction, entropy, lumped_entropy, margin, top_probability
+from adi.model.backbone import States
 from adi.risk import bounds as calibration
 from conftest import exits_with_drafter, random_exits, random_probe
 from families import KV, C, tiny
@@ -133,7 +133,7 @@ def test_measures_of_impossible_tokens_are_numbers(logits: list[float], tail: fl
     logs = torch.tensor([logits]).log_softmax(-1)
     second = logs.topk(min(2, len(logits))).values[:, -1]
     rows = HeadRows(logs.argmax(-1), logs.amax(-1), second, torch.tensor([-INF if tail is None else tail]), entropy(said))
-    measured = Measured(rows, torch.arange(len(logits)), 7, lambda: logs)
+    measured = Prediction(logs, torch.arange(len(logits)), rows.tail_T, 7, rows)
     assert math.isfinite(float(lumped_entropy(measured)))
     if tail in (None, -INF):
         assert float(entropy(said)) == pytest.approx(float(entropy(Prediction(logs))), abs=1e-6)
@@ -246,7 +246,7 @@ def test_heads_and_probes_of_extreme_states_are_numbers_or_never_believed() -> N
     assert exits.heads is not None
     among, adapter = shortlist(model.backbone.readout(), exits.heads.ids_S), exits.heads.adapters[2]
     probe = random_probe(model.backbone.spec.width, (2,))
-    assert SAID == 6
+    assert HEAD_FEATURES == 6
     for scale in (0.0, 1e-30, 1e18, 1e30, INF, NAN):
         hidden_TD = torch.ones(1, model.backbone.spec.width) * scale
         said = predict(adapter, among, hidden_TD)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import adi
-from adi.exits.heads import Adapter, light_head, predict, shortlist
-from adi.exits.signals import Measured, entropy, margin, top_probability
+from adi.exits.heads import Adapter, head_function, predict, shortlist
+from adi.exits.signals import HeadRows, Prediction, entropy, margin, top_probability
 from adi.model.backbone import ReadOut
 from conftest import random_exits
 from families import tiny
@@ -39,16 +41,25 @@ def parts(norm: str, width: int, bias: bool, size: int) -> tuple[Adapter, ReadOu
 def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool, size: int, eight_bits: bool) -> None:
     import openvino as ov
 
-    from adi.model.openvino.exit_head import CompiledLightHead
+    from adi.model.openvino.modules import CompiledModule, converted
 
     adapter, readout, ids_S = parts(norm, width, bias, size)
     among = shortlist(readout, ids_S)
-    head = CompiledLightHead(ov.Core(), light_head(adapter, among), {"INFERENCE_PRECISION_HINT": "f32"}, eight_bits)
+    core = ov.Core()
+    graph = functools.partial(
+        converted, core, None, "head", lambda: head_function(adapter, readout, ids_S), [width], eight_bits
+    )
+    run = CompiledModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def head(hidden_TD: torch.Tensor) -> Prediction:
+        *rows, log_probs_TS = map(torch.from_numpy, run(hidden_TD))
+        return Prediction(log_probs_TS, ids_S, rows[3], VOCABULARY - size, HeadRows(*rows))
+
     hidden_TD = 5 * torch.randn((200, width), generator=torch.Generator().manual_seed(7))
     wanted = predict(adapter, among, hidden_TD)
     for rows in (slice(0, 200), slice(3, 4), slice(10, 12)):
         some = hidden_TD[rows]
-        got = Measured(head.read(some), ids_S, VOCABULARY - size, lambda some=some: head.log_probs(some))
+        got = head(some)
         slow = predict(adapter, among, some)
         best = slow.log_probs_TS.argmax(-1)
         if not eight_bits:
@@ -58,9 +69,9 @@ def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool,
             assert torch.equal(got.rows.place_T, best)
         assert torch.equal(got.rows.place_T, got.log_probs_TS.argmax(-1))
     if eight_bits:
-        got = head.read(hidden_TD)
-        assert (got.place_T == wanted.log_probs_TS.argmax(-1)).float().mean() > 0.9
-        assert (got.entropy_T - entropy(wanted)).abs().mean() < 0.1
+        got = head(hidden_TD)
+        assert (got.rows.place_T == wanted.log_probs_TS.argmax(-1)).float().mean() > 0.9
+        assert (entropy(got) - entropy(wanted)).abs().mean() < 0.1
 
 
 def test_readings_on_the_compiled_engine_come_from_it() -> None:
@@ -69,7 +80,6 @@ def test_readings_on_the_compiled_engine_come_from_it() -> None:
 
     model = adi.Model(make(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
     exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))
-    assert isinstance(exits.reader(model.backbone)(2, torch.randn(1, model.backbone.spec.width)), Measured)
     full = adi.generate(model, [1, 2, 3], max_new_tokens=12)
     got = adi.generate(model, [1, 2, 3], adi.Verified(exits), max_new_tokens=12, candidates=3)
     assert got.token_ids == full.token_ids

@@ -11,7 +11,7 @@ import torch
 
 import adi
 from adi.drafters.datastore import Datastore
-from adi.drafters.network import Drafter, advance, fresh_drafter, speak
+from adi.drafters.network import Drafter, advance, fresh_drafter, predict
 from adi.exits.heads import Shortlist, shortlist
 from adi.training import answers as answers_module
 from adi.training import drafter_shards as tracks_module
@@ -87,7 +87,7 @@ def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Mo
             wanted[step, start] = state
     got = set()
     for done in unroll(net, readout, among, short, torch.arange(count), 4):
-        said = speak(net, among, done.state_RD)
+        said = predict(net, among, done.state_RD)
         torch.testing.assert_close(done.said.log_probs_TS, said.log_probs_TS)
         for row, (start, at) in enumerate(zip(done.start_R.tolist(), done.at_R.tolist(), strict=True)):
             assert at == start + done.step - 1
@@ -194,7 +194,7 @@ def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shard
                 break
             state = advance(net, readout, text.x_ND[at : at + 1], state)
             asked[step] += 1
-            if int(among.ids_S[speak(net, among, state).log_probs_TS.argmax()]) != int(text.tracks.token_N[at]):
+            if int(among.ids_S[predict(net, among, state).log_probs_TS.argmax()]) != int(text.tracks.token_N[at]):
                 break
             right[step] += 1
     got = judge(net, readout, among, sharp.backbone.embed, shards[-1:])

@@ -50,7 +50,7 @@ def check_reflex(model: Model, policy: Policy, sampled: bool) -> None:
         )
     if policy.certificate is not None:
         policy.certificate.check(model.backbone.spec)
-    if policy.skipped == "propagate" and not hasattr(model.backbone, "propagate"):
+    if policy.skipped == "propagate" and not model.backbone.can_propagate:
         raise AdiError(
             f"the {model.backbone.spec.backend} engine cannot make keys and values from an exit's state: use skipped='exact', "
             "or the engine 'hf'."

@@ -179,7 +179,7 @@ def cost_model_of(backbone: Backbone, key: str = "", draft: Callable[[], object]
     ``draft`` makes one drafter step, ``key`` tells one drafter from another.
     """
     spec = backbone.spec
-    machine = processor_hash(f"{spec.device} {getattr(backbone, 'threads', '')}")
+    machine = processor_hash(f"{spec.device} {spec.threads}")
     name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
     lately = _LATELY.setdefault(backbone, {}).setdefault(key, CostCorrection())
     note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
@@ -242,7 +242,7 @@ def _passes(
 
 def _pass(backbone: Backbone, rows: Rows) -> None:
     (states,) = backbone.forward([rows], 0, backbone.spec.layers)
-    backbone.greedy(states.raw_TD)
+    backbone.greedy(states)
 
 
 def _seconds(work: Callable[[], object]) -> float:

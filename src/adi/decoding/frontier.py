@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adi.model.arrays import as_tensor
-from adi.model.backbone import Backbone, Propagating, Rows, States
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adi.model.backbone import Backbone, Rows, States
 
 
 @dataclass(frozen=True)
@@ -29,16 +25,14 @@ class BlockPass:
 
 @dataclass(frozen=True)
 class HeadPass:
-    """A session's wish for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits.
+    """A request for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits."""
 
-    The states are as ``States.raw_TD`` gives them."""
-
-    raw_TD: Any
+    states: States
     whole: bool = False
 
     def met(self, backbone: Backbone) -> Any:
         """A token per row, or ``logits_TV``."""
-        return backbone.logits(as_tensor(self.raw_TD)) if self.whole else backbone.greedy(self.raw_TD)
+        return backbone.logits(self.states) if self.whole else backbone.greedy(self.states)
 
 
 class Frontier:
@@ -82,8 +76,8 @@ class Frontier:
             lo = next(layer for layer in range(to) if self.filled[layer] < self.length)
             hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
         start = self.filled[lo]
-        hidden_TD = self.hidden(start, self.length) if lo else None
-        return BlockPass(Rows(self.cache, start, tuple(self.ids[start:]), hidden_TD), lo, hi)
+        entering = self.states(start, self.length) if lo else None
+        return BlockPass(Rows(self.cache, start, tuple(self.ids[start:]), entering), lo, hi)
 
     def absorb(self, done: BlockPass, states: States) -> None:
         """Take in what a pass gave: its rows are now as deep as it went."""
@@ -109,10 +103,8 @@ class Frontier:
             return
         start = self.filled[depth]
         assert self.filled[-1] == start, "one exit at a time"
-        rows = Rows(self.cache, start, tuple(self.ids[start:]), self.hidden(start, self.length))
-        engine = self.backbone
-        assert isinstance(engine, Propagating)
-        engine.propagate(rows, depth)
+        rows = Rows(self.cache, start, tuple(self.ids[start:]), self.states(start, self.length))
+        self.backbone.propagate(rows, depth)
         self.filled = [self.length] * len(self.filled)
         del self._runs[:-1]
 
@@ -122,28 +114,20 @@ class Frontier:
         self.last = None
         self.cache.close()
 
-    def hidden(self, start: int, end: int) -> Tensor:
-        """The deepest states so far of positions [start, end), ``[T, D]``; not to be written to.
+    def states(self, start: int, end: int) -> States:
+        """The deepest states so far of positions [start, end).
 
         Those of the newest pass to full depth and of what came after it are kept: no block reads older ones again.
         """
         kept = range(self._runs[0][0], self._runs[-1][1]) if self._runs else range(0)
         assert kept.start <= start < end <= kept.stop, f"states are held of {kept}, not of [{start}, {end})"
-        found = [
-            states.rows(slice(max(start - lo, 0), min(end, hi) - lo)).hidden_TD
-            for lo, hi, states in self._runs
-            if lo < end and start < hi
-        ]
-        if len(found) == 1:
-            return found[0]
-        import torch
+        found = [states[max(start - lo, 0) : min(end, hi) - lo] for lo, hi, states in self._runs if lo < end and start < hi]
+        return States.joined(found)
 
-        return torch.cat(found)
-
-    def newest(self, position: int) -> Any:
-        """The deepest state so far of a position among the newest, ``[1, D]``, as ``States.raw_TD`` gives it."""
+    def newest(self, position: int) -> States:
+        """The deepest state so far of a position among the newest."""
         lo, states = next((lo, states) for lo, _, states in reversed(self._runs) if lo <= position)
-        return states.raw_TD[position - lo : position - lo + 1]
+        return states[position - lo : position - lo + 1]
 
     def _forget(self, length: int) -> None:
         """Keep no states of positions from ``length`` on."""

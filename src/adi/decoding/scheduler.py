@@ -21,8 +21,7 @@ from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
 from adi.errors import AdiError, MemoryFullError
-from adi.model.arrays import joined
-from adi.model.backbone import Backbone
+from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.model.tokenizer import Prompt
 
@@ -215,7 +214,7 @@ def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
     wished = [(member, member.need) for member in waiting if isinstance(member.need, HeadPass)]
     scores = [(member, need) for member, need in wished if need.whole == wished[0][1].whole]
     if scores:
-        chosen_scores = [scores[i] for i in sharing([len(need.raw_TD) for _, need in scores], backbone.spec.merged_rows)]
+        chosen_scores = [scores[i] for i in sharing([len(need.states) for _, need in scores], backbone.spec.merged_rows)]
         _score(backbone, chosen_scores)
         return _went_on(chosen_scores, active)
     passes = [(member, member.need) for member in waiting if isinstance(member.need, BlockPass)]
@@ -245,9 +244,9 @@ def _score(backbone: Backbone, scores: Sequence[tuple[_Member, HeadPass]]) -> No
         for member, need in scores:
             member.session.answer(need.met(backbone))
         return
-    together_TD = joined([need.raw_TD for _, need in scores])
-    said = replace(scores[0][1], raw_TD=together_TD).met(backbone)
+    together = States.joined([need.states for _, need in scores])
+    said = replace(scores[0][1], states=together).met(backbone)
     for member, need in scores:
-        count = len(need.raw_TD)
+        count = len(need.states)
         member.session.answer(said[:count])
         said = said[count:]

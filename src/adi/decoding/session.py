@@ -223,16 +223,16 @@ class Session:
             yield ahead
             frontier.absorb(*self._answer)
         assert frontier.last is not None
-        states = frontier.last.rows(slice(-request.read, None))
+        states = frontier.last[-request.read :]
         if request.to < spec.layers:
-            read = functools.partial(self._read, request.to, states.hidden_TD)
+            read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self._probe)]
-        yield HeadPass(states.raw_TD, whole=self.sampling is not None)
+        yield HeadPass(states, whole=self.sampling is not None)
         if self._alone and self._logic.costs is not None and len(request.ids) <= COSTED_ROWS:
             self._logic.costs.passed(len(request.ids), time.perf_counter() - started)
         readings = []
         for i, said in enumerate(self._answer):
-            row, (token, logits_V) = states.rows(slice(i, i + 1)), (said, None) if self.sampling is None else (None, said)
+            row, (token, logits_V) = states[i : i + 1], (said, None) if self.sampling is None else (None, said)
             predict = functools.partial(_full_prediction, self.model.backbone, row)
             readings.append(ExitOutput(request.to, predict, row, token, logits_V))
         return readings
@@ -292,8 +292,8 @@ class Session:
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:
-    return Prediction(backbone.logits(states.hidden_TD).log_softmax(-1))
+    return Prediction(backbone.logits(states).log_softmax(-1))
 
 
-def _no_reader(depth: int, hidden_TD: object) -> Prediction:
+def _no_reader(depth: int, states: object) -> Prediction:
     raise AssertionError("full depth looks at no exit")

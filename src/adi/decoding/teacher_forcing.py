@@ -18,13 +18,13 @@ from adi.artifact import Exits
 from adi.decoding.policies import FullDepth
 from adi.decoding.records import Generation
 from adi.decoding.scheduler import generate_batch, sharing
-from adi.exits.signals import Measured, Prediction, entropy, top_probability
+from adi.exits.signals import Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States
 from adi.model.load import Model
 from adi.model.tokenizer import Prompt
 
 MOST_TEXTS = 16  # that hold KV memory at a time
-READ: dict[str, Callable[[Prediction | Measured], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
+READ: dict[str, Callable[[Prediction], Tensor]] = {"top_probability": top_probability, "entropy": entropy}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_to_stops(
     for lo, hi in pairwise((0, *stops)):
         states = backbone.forward(rows, lo, hi, mlp=mlp)
         yield hi, states
-        rows = [replace(row, hidden_TD=left.hidden_TD) for row, left in zip(rows, states, strict=True)]
+        rows = [replace(row, states=left) for row, left in zip(rows, states, strict=True)]
 
 
 class _RunningText:
@@ -202,10 +202,9 @@ def _reading(
     return ForcedReading(prompt_ids, answer_T, torch.cat(full), exit_ET, signals, regret_RT[0], regret_RT[1:])
 
 
-def head_tokens(head: Prediction | Measured) -> Tensor:
+def head_tokens(head: Prediction) -> Tensor:
     """Each row's likeliest token by an exit head, ``[T]``."""
-    place_T = (head.rows.place_T if isinstance(head, Measured) else head.log_probs_TS.argmax(-1)).long().cpu()
-    return place_T if head.ids_S is None else head.ids_S.cpu()[place_T]
+    return head.tokens_T.cpu()
 
 
 def encoded(model: Model, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:

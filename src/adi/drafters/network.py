@@ -1,4 +1,4 @@
-"""The drafter: a small recurrent network that reads the last verified position's deep state and says what comes next.
+"""The drafter: a small recurrent network that reads the last verified position's deep state and predicts what comes next.
 
 ``state' = norm(u + MLP(u))`` with ``u = mix [norm(x), state]``: ``x`` is the embedding of the token that has just been
 chosen, ``state`` the model's own last state, normed, at the position before it, and from the
@@ -12,27 +12,25 @@ Hydra heads (Ankner et al. 2024); training it on its own states: HASS (Zhang et 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from adi.errors import NoDistributionError
+from adi.exits import heads
 from adi.exits.heads import Shortlist, shortlist
 from adi.exits.signals import Prediction
-from adi.model.arrays import Array, as_array, as_tensor, normalise
-from adi.model.backbone import Backbone, DraftNet, ReadOut
+from adi.model.arrays import Array, as_array, as_tensor, digest, normalise, own_array
+from adi.model.backbone import Backbone, ReadOut, States, TensorFunction
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 EPS = 1e-5
-QUIET = 0.2  # how loud the model's own MLP speaks at first: it was made for another place
+QUIET = 0.2  # the scale of the model's own MLP at first: it was made for another place
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,9 @@ class Drafter:
         tensors = self.tensors()
         return Drafter(**{name: tensor if name == "ids_S" else change(tensor) for name, tensor in tensors.items()})
 
-    def digest(self) -> str:
-        """16 hexadecimal digits that change with any weight."""
-        weights = b"".join(array.tobytes() for array in self.arrays().values())
-        return hashlib.blake2b(weights, digest_size=8).hexdigest()
+    def digest(self, *code: str) -> str:
+        """16 hexadecimal digits that change with any weight, and with these source files."""
+        return digest(self.arrays().values(), *code)
 
 
 def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -93,7 +90,7 @@ def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 def fresh_drafter(
     readout: ReadOut, ids_S: Tensor, hidden: int, generator: torch.Generator, mlp: Mapping[str, Tensor] | None = None
 ) -> Drafter:
-    """A drafter before training: half token, half deep state, and a gated MLP that says little yet.
+    """A drafter before training: half token, half deep state, and a gated MLP with little weight yet.
 
     ``mlp`` may give it the model's own, ``gain_D``, ``gate_FD``, ``up_FD`` and ``down_DF``, in the place of random weights.
     """
@@ -126,38 +123,48 @@ def fresh_drafter(
     )
 
 
-def first_state(readout: ReadOut, deep_TD: Tensor) -> Tensor:
+def first_state(readout: ReadOut, deep_TD: Array) -> Array:
     """What drafting starts from: the model's final norm of the last verified positions' deep states, ``[T, D]``."""
-    state_TD: Tensor = normalise(deep_TD.float(), readout.norm, readout.eps) * readout.gain_D + readout.shift_D
-    return state_TD
+    return normalise(deep_TD, readout.norm, readout.eps) * readout.gain_D + readout.shift_D
 
 
 def advance(net: Drafter, readout: ReadOut, x_TD: Tensor, state_TD: Tensor) -> Tensor:
     """One step: shallow states of the newest tokens and the states before them give the next states, ``[T, D]``."""
     import torch
+    from torch.nn.functional import linear, silu
 
-    shallow = normalise(x_TD.float(), "rms", EPS) * net.shallow_D
-    u = torch.cat([shallow, state_TD], -1) @ net.mix_DE.T
+    shallow_TD = normalise(x_TD.float(), "rms", EPS) * net.shallow_D
+    u = linear(torch.cat([shallow_TD, state_TD], -1), net.mix_DE)
     n = normalise(u, "rms", EPS) * net.gain_D
-    u = u + (torch.nn.functional.silu(n @ net.gate_FD.T) * (n @ net.up_FD.T)) @ net.down_DF.T
+    u = u + linear(silu(linear(n, net.gate_FD)) * linear(n, net.up_FD), net.down_DF)
     next_TD: Tensor = normalise(u, readout.norm, readout.eps) * net.out_D + net.shift_D
     return next_TD
 
 
-def speak(net: Drafter, among: Shortlist, state_TD: Tensor) -> Prediction:
+def predict(net: Drafter, among: Shortlist, state_TD: Tensor) -> Prediction:
     """What the model's own head, cut down to the shortlist, reads from the drafter's states."""
-    import torch
+    return among.prediction(state_TD, *among.with_tail(net.tail_D, net.tail_bias))
 
-    logits_TS = torch.nn.functional.linear(state_TD, among.weight_SD, among.bias_S)
-    tail_T = state_TD @ net.tail_D + net.tail_bias
-    total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
-    outside = among.vocabulary - among.ids_S.shape[0]
-    return Prediction(logits_TS - total_T[:, None], among.ids_S, tail_T - total_T, outside)
+
+def step_function(net: Drafter, readout: ReadOut) -> TensorFunction:
+    """A step as an engine compiles it, on the device of the model's own head: shallow and deep states to places of the
+    likeliest tokens in the shortlist, their log-probabilities, and the next states."""
+    readout = readout.tensors()
+    among = shortlist(readout, net.ids_S)
+    moved = net.map(lambda weight: weight.to(readout.weight_VD.device))
+    rows = among.with_tail(moved.tail_D, moved.tail_bias)
+
+    def run(x_TD: Tensor, state_TD: Tensor) -> tuple[Tensor, ...]:
+        next_TD = advance(moved, readout, x_TD, state_TD)
+        best = among.prediction(next_TD, *rows).log_probs_TS.topk(1)
+        return best.indices[:, 0], best.values[:, 0], next_TD
+
+    return run
 
 
 @dataclass(frozen=True)
 class DraftGuess:
-    """What the drafter says comes next."""
+    """The token that the drafter predicts."""
 
     token: int
     signals: Mapping[str, float]
@@ -165,46 +172,34 @@ class DraftGuess:
 
 
 class Drafting:
-    """A drafter at work beside one model, as a graph of its engine where it has one for it. Holds no sequence's state."""
+    """A drafter at work beside one model, as a function of its engine. Holds no sequence's state."""
 
     def __init__(self, net: Drafter, backbone: Backbone) -> None:
         readout = backbone.readout()
-        among = shortlist(readout, net.ids_S)
         self._embed = weakref.WeakMethod(backbone.embed)  # or the memory of drafters would keep its own keys alive
-        parts = DraftNet(
-            net.arrays(), readout.norm, readout.eps, readout.gain_D, readout.shift_D, among.weight_SD, among.bias_S
-        )
         self._ids: list[int] = net.ids_S.tolist()
-        self._compiled = backbone.draft_net(parts)
+        self._readout = replace(readout, gain_D=own_array(readout.gain_D), shift_D=own_array(readout.shift_D))
+        name = f"drafter-{net.digest(__file__, heads.__file__)}"
+        self._step = backbone.compile(name, lambda: step_function(net, readout), [backbone.spec.width] * 2)
         self.key = f"{len(net.gate_FD)}x{len(net.ids_S)}"  # tells drafters apart that cost differently
-        self._nothing: Any = np.zeros((1, len(net.out_D)), np.float32)
-        if self._compiled is None:
-            self._readout = readout = readout.tensors()
-            self._among = among = shortlist(readout, net.ids_S)
-            self._net = net.map(lambda weight: weight.to(among.weight_SD.device))
-            self._nothing = as_tensor(self._nothing).to(among.weight_SD.device)
 
     def try_once(self) -> None:
         """One step on nothing, to be timed."""
-        self.step(0, self.start(self._nothing))
+        self.step(0, self.start(self._alive()((0,))))
 
-    def start(self, raw_1D: Any) -> Any:
-        """The state to draft from after a position whose deep state is this, ``[1, D]``, as ``States.raw_TD`` gives it."""
-        if self._compiled is not None:
-            return self._compiled.start(raw_1D)
-        return first_state(self._readout, raw_1D)
+    def start(self, states: States) -> Array:
+        """The state to draft from after a position whose deep state is this, of one row."""
+        return first_state(self._readout, states.raw_TD)
 
-    def step(self, token: int, state_1D: Any) -> tuple[DraftGuess, Any]:
+    def step(self, token: int, state_1D: Array) -> tuple[DraftGuess, Array]:
         """What comes after ``token``, which follows the position of ``state_1D``; and the state from which to go on."""
-        if self._compiled is not None:
-            place, log, state_1D = self._compiled.step(token, state_1D)
-        else:
-            embed = self._embed()
-            assert embed is not None, "a drafter outlived its model"
-            state_1D = advance(self._net, self._readout, embed((token,)), state_1D)
-            logs_S = speak(self._net, self._among, state_1D).log_probs_TS[0]
-            place = int(logs_S.argmax())
-            log = float(logs_S[place])
-        if not math.isfinite(log):
-            raise NoDistributionError(f"the drafter holds no distribution: its largest log-probability is {log}.")
-        return DraftGuess(self._ids[place], {"top_probability": math.exp(log)}), state_1D
+        place, log, state_1D = self._step(self._alive()((token,)).raw_TD, state_1D)
+        probability = float(log[0])
+        if not math.isfinite(probability):
+            raise NoDistributionError(f"the drafter holds no distribution: its largest log-probability is {probability}.")
+        return DraftGuess(self._ids[int(place[0])], {"top_probability": math.exp(probability)}), state_1D
+
+    def _alive(self) -> Callable[[Sequence[int]], States]:
+        embed = self._embed()
+        assert embed is not None, "a drafter outlived its model"
+        return embed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from adi.errors import AdiError, NoDistributionError
-from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, require_signal
+from adi.exits.signals import SIGNALS, Asked, Prediction, require_signal
 from adi.model.backbone import States
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Signals(Mapping[str, float]):
     def __init__(
         self,
         depth: int,
-        predict: Callable[[], Prediction | Measured],
+        predict: Callable[[], Prediction],
         states: States,
         probe: Asked | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Signals(Mapping[str, float]):
         return float(signal.measure(mlp_TF))
 
 
-def _spoken(logits_V: Tensor) -> Prediction:
+def _of_logits(logits_V: Tensor) -> Prediction:
     return Prediction(logits_V[None].log_softmax(-1))
 
 
@@ -71,11 +71,11 @@ class _Once:
 
     __slots__ = ("_made", "_make")
 
-    def __init__(self, make: Callable[[], Prediction | Measured]) -> None:
+    def __init__(self, make: Callable[[], Prediction]) -> None:
         self._make = make
-        self._made: Prediction | Measured | None = None
+        self._made: Prediction | None = None
 
-    def __call__(self) -> Prediction | Measured:
+    def __call__(self) -> Prediction:
         if self._made is None:
             self._made = self._make()
         return self._made
@@ -90,7 +90,7 @@ class ExitOutput:
     def __init__(
         self,
         depth: int,
-        predict: Callable[[], Prediction | Measured],
+        predict: Callable[[], Prediction],
         states: States,
         token: int | None = None,
         logits_V: Tensor | None = None,
@@ -100,12 +100,12 @@ class ExitOutput:
         self._logits_V = logits_V
         self._token = token
         # It must not know of this reading: logits in a cycle would wait for the garbage collector, which counts no bytes.
-        self._said = _Once(predict if logits_V is None else functools.partial(_spoken, logits_V))
-        self.signals: Mapping[str, float] = Signals(depth, self._said, states, probe)
+        self._prediction = _Once(predict if logits_V is None else functools.partial(_of_logits, logits_V))
+        self.signals: Mapping[str, float] = Signals(depth, self._prediction, states, probe)
 
     @property
-    def prediction(self) -> Prediction | Measured:
-        return self._said()
+    def prediction(self) -> Prediction:
+        return self._prediction()
 
     @property
     def scores(self) -> tuple[Tensor, Tensor | None]:
@@ -119,17 +119,12 @@ class ExitOutput:
     def token(self) -> int:
         """The likeliest token that the head can name; ValueError where it says NaN."""
         if self._token is None:
-            said = self.prediction
-            if isinstance(said, Measured):
-                best, log = int(said.rows.place_T[0]), float(said.rows.first_T[0])
-            else:
-                best = int(said.log_probs_TS[0].argmax())
-                log = float(said.log_probs_TS[0, best])
+            log = float(self.prediction.rows.first_T[0])
             if not math.isfinite(log):
                 raise NoDistributionError(
                     f"the exit at depth {self.depth} holds no distribution: its largest log-probability is {log}."
                 )
-            self._token = best if said.ids_S is None else int(said.ids_S[best])
+            self._token = int(self.prediction.tokens_T[0])
         return self._token
 
     def candidates(self, count: int) -> tuple[tuple[int, float], ...]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adi.exits.signals import Prediction
-from adi.model.arrays import Array, as_array, as_tensor, normalise
-from adi.model.backbone import LightHead, ReadOut
+from adi.exits import signals
+from adi.exits.signals import HeadRows, Prediction
+from adi.model.arrays import Array, as_array, as_tensor, digest, normalise
+from adi.model.backbone import Backbone, ReadOut, States, TensorFunction, raw_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,22 @@ class Shortlist:
     bias_S: Array | None
     norm: str
     eps: float
+    size: int
     vocabulary: int
+
+    def with_tail(self, tail_D: Tensor, tail_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and biases of one more row, the tail's: ``[S + 1, D]`` and ``[S + 1]``."""
+        import torch
+
+        bias_S = self.weight_SD.new_zeros(self.size) if self.bias_S is None else self.bias_S
+        return torch.cat([self.weight_SD, tail_D[None]]), torch.cat([bias_S, tail_bias])
+
+    def prediction(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor) -> Prediction:
+        """What the rows ``with_tail`` make of normed states."""
+        import torch
+
+        logs_TN = torch.nn.functional.linear(x_TD, weight_ND, bias_N).log_softmax(-1)
+        return Prediction(logs_TN[:, : self.size], self.ids_S, logs_TN[:, self.size], self.vocabulary - self.size)
 
 
 def shortlist(readout: ReadOut, ids_S: Array) -> Shortlist:
@@ -67,7 +83,7 @@ def shortlist(readout: ReadOut, ids_S: Array) -> Shortlist:
     ids_S = as_array(ids_S) if isinstance(weight_VD, np.ndarray) else as_tensor(ids_S).to(weight_VD.device)
     bias_S = None if readout.bias_V is None else readout.scale * readout.bias_V[ids_S]
     weight_SD = readout.scale * readout.weight_VD[ids_S]
-    return Shortlist(ids_S, weight_SD, bias_S, readout.norm, readout.eps, readout.weight_VD.shape[0])
+    return Shortlist(ids_S, weight_SD, bias_S, readout.norm, readout.eps, len(ids_S), len(weight_VD))
 
 
 def fresh_adapter(readout: ReadOut, rank: int, generator: torch.Generator) -> Adapter:
@@ -95,31 +111,38 @@ def adapted(adapter: Adapter, hidden_TD: Tensor, norm: str, eps: float) -> Tenso
 
 def predict(adapter: Adapter, among: Shortlist, hidden_TD: Tensor) -> Prediction:
     """The head's distribution over the shortlist and the tail, at T rows."""
-    import torch
-
-    x = adapted(adapter, hidden_TD, among.norm, among.eps)
-    logits_TS = torch.nn.functional.linear(x, among.weight_SD, among.bias_S)
-    tail_T = x @ adapter.tail_D + adapter.tail_bias
-    total_T = torch.logaddexp(logits_TS.logsumexp(-1), tail_T)
-    outside = among.vocabulary - among.ids_S.shape[0]
-    return Prediction(logits_TS - total_T[:, None], among.ids_S, tail_T - total_T, outside)
+    x_TD = adapted(adapter, hidden_TD, among.norm, among.eps)
+    return among.prediction(x_TD, *among.with_tail(adapter.tail_D, adapter.tail_bias))
 
 
-def light_head(adapter: Adapter, among: Shortlist) -> LightHead:
-    """The same head in plain parts, for an engine to compile."""
-    return LightHead(
-        norm=among.norm,
-        eps=among.eps,
-        gain_D=adapter.gain_D,
-        shift_D=adapter.shift_D,
-        down_DR=adapter.down_DR,
-        up_DR=adapter.up_DR,
-        weight_SD=among.weight_SD,
-        bias_S=among.bias_S,
-        tail_D=adapter.tail_D,
-        tail_bias=adapter.tail_bias,
-        outside=among.vocabulary - among.ids_S.shape[0],
-    )
+def head_function(adapter: Adapter, readout: ReadOut, ids_S: Array) -> TensorFunction:
+    """``predict`` as an engine compiles it, on the device of the model's own head: states to the rows of the ``Prediction`` and
+    all of its log-probabilities."""
+    readout = readout.tensors()
+    among, device = shortlist(readout, ids_S), readout.weight_VD.device
+    moved = Adapter(**{name: tensor.to(device) for name, tensor in adapter.tensors().items()})
+    rows = among.with_tail(moved.tail_D, moved.tail_bias)
+
+    def run(hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        head = among.prediction(adapted(moved, hidden_TD, among.norm, among.eps), *rows)
+        return (*head.rows, head.log_probs_TS)
+
+    return run
+
+
+class ExitHead:
+    """A head at work beside one model, as a function of its engine. Holds no sequence's state."""
+
+    def __init__(self, adapter: Adapter, ids_S: Array, backbone: Backbone) -> None:
+        readout = backbone.readout()
+        name = f"exit-{digest([*vars(adapter).values(), ids_S], __file__, signals.__file__)}"
+        self._run = backbone.compile(name, lambda: head_function(adapter, readout, ids_S), [backbone.spec.width])
+        self._ids_S, self._outside = ids_S, backbone.spec.vocabulary - len(ids_S)
+
+    def __call__(self, states: States | Tensor) -> Prediction:
+        *rows, log_probs_TS = (as_tensor(array) for array in self._run(raw_of(states)))
+        ids_S = as_tensor(self._ids_S).to(log_probs_TS.device)
+        return Prediction(log_probs_TS, ids_S, rows[3], self._outside, HeadRows(*rows))
 
 
 def merged(adapter: Adapter, readout: ReadOut) -> Tensor:

@@ -1,7 +1,7 @@
 """``Probe``: a small network per exit that has learned when going deeper would not change the token.
 
 Its target is the oracle's: the exit's token against full depth's. ``state`` networks read the state alone, so they may be
-asked before any head has run; ``joint`` ones read what the head says as well. Learned halting: ACT (Graves 2016), PonderNet
+asked before any head has run; ``joint`` ones read what the head predicts as well. Learned halting: ACT (Graves 2016), PonderNet
 (Banino et al. 2021); a classifier on the state that stops a decoder early: CALM (Schuster et al. 2022).
 """
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from adi.errors import AdiError
-from adi.exits.signals import Measured, Prediction, lumped_entropy
+from adi.exits.signals import Prediction, lumped_entropy
 from adi.model.arrays import Array, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they ask
-SAID = 6  # features of what a head says
+HEAD_FEATURES = 6
 LEAST_LOG = -30.0
 
 
@@ -52,7 +52,7 @@ class Probe:
     state: Mapping[int, Net]
     joint: Mapping[int, Net]
 
-    def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Callable[[], Prediction | Measured]) -> Tensor:
+    def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Callable[[], Prediction]) -> Tensor:
         """The chance that the exit's token at T rows is full depth's, ``[T]``; ``predict`` is asked where the head is read."""
         x = state_features(hidden_TD) if name == "state_probe" else joint_features(hidden_TD, predict())
         nets: Mapping[int, Net] = getattr(self, KINDS[name])
@@ -72,26 +72,21 @@ def state_features(hidden_TD: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def joint_features(hidden_TD: Tensor, said: Prediction | Measured) -> Tensor:
+def joint_features(hidden_TD: Tensor, head: Prediction) -> Tensor:
     """State and head side by side, ``[T, D + 6]``."""
     import torch
 
-    return torch.cat([state_features(hidden_TD), said_features(said)], -1)
+    return torch.cat([state_features(hidden_TD), head_features(head)], -1)
 
 
-def said_features(said: Prediction | Measured) -> Tensor:
-    """What a head says, ``[T, 6]``: log-probabilities of its first and second token and of the tail, probabilities of the first
-    token and of the tail, entropy with the tail as one token."""
+def head_features(head: Prediction) -> Tensor:
+    """What a head predicts, ``[T, 6]``: log-probabilities of its first and second token and of the tail, probabilities of the
+    first token and of the tail, entropy with the tail as one token."""
     import torch
 
-    if isinstance(said, Measured):
-        logs = [said.rows.first_T, said.rows.second_T, said.rows.tail_T]
-    else:
-        top = said.log_probs_TS.topk(min(2, said.log_probs_TS.shape[-1]), -1).values
-        none = torch.full_like(top[..., 0], LEAST_LOG)
-        logs = [top[..., 0], top[..., 1] if top.shape[-1] == 2 else none, none if said.tail_T is None else said.tail_T]
-    logs = [values.clamp_min(LEAST_LOG) for values in logs]
-    return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(said)], -1).float()
+    rows = head.rows
+    logs = [values.clamp_min(LEAST_LOG) for values in (rows.first_T, rows.second_T, rows.tail_T)]
+    return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(head)], -1).float()
 
 
 def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Probe | None:
@@ -111,7 +106,7 @@ def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Pro
 
     def net(kind: str, depth: int) -> Net:
         parts = {name: own[f"{kind}.{depth}.{name}"] for name in names}
-        features = width + (SAID if kind == "joint" else 0)
+        features = width + (HEAD_FEATURES if kind == "joint" else 0)
         hidden = parts["out_H"].shape[0] if parts["out_H"].dim() == 1 else -1
         shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
         for name, tensor in parts.items():

@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adi.errors import AdiError
-from adi.model.backbone import HeadRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,56 +22,74 @@ if TYPE_CHECKING:
 TOP_UNITS = 0.02
 
 
-@dataclass(frozen=True)
+class HeadRows(NamedTuple):
+    """What most readers want of a head's distribution at T rows, ``[T]`` each: place of the likeliest token, its
+    log-probability, the next one's and the tail's, and the entropy in nats, the tail's tokens being alike."""
+
+    place_T: Tensor
+    first_T: Tensor
+    second_T: Tensor
+    tail_T: Tensor
+    entropy_T: Tensor
+
+
 class Prediction:
     """A head's distribution over the next token at T rows.
 
     ``log_probs_TS`` covers the tokens ``ids_S`` (None: all of the vocabulary, in order); ``tail_T`` is the log-probability
-    that the token is one of the ``tail_size`` others.
+    that the token is one of the ``tail_size`` others. ``rows`` sum it up; an engine may have done so already.
     """
 
-    log_probs_TS: Tensor
-    ids_S: Tensor | None = None
-    tail_T: Tensor | None = None
-    tail_size: int = 0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A prediction whose usual measures an engine has taken already; the distribution itself is worked out when asked for."""
-
-    rows: HeadRows
-    ids_S: Tensor
-    tail_size: int
-    whole: Callable[[], Tensor]
+    def __init__(
+        self,
+        log_probs_TS: Tensor,
+        ids_S: Tensor | None = None,
+        tail_T: Tensor | None = None,
+        tail_size: int = 0,
+        rows: HeadRows | None = None,
+    ) -> None:
+        self.log_probs_TS, self.ids_S, self.tail_T, self.tail_size = log_probs_TS, ids_S, tail_T, tail_size
+        self._rows = rows
 
     @property
-    def log_probs_TS(self) -> Tensor:  # noqa: N802
-        return self.whole()
+    def rows(self) -> HeadRows:
+        if self._rows is None:
+            self._rows = summary(self.log_probs_TS, self.tail_T, self.tail_size)
+        return self._rows
+
+    @property
+    def tokens_T(self) -> Tensor:  # noqa: N802, a shape
+        """The likeliest tokens."""
+        place_T = self.rows.place_T
+        return place_T if self.ids_S is None else self.ids_S[place_T]
 
 
-def entropy(prediction: Prediction | Measured) -> Tensor:
+def summary(log_probs_TS: Tensor, tail_T: Tensor | None, tail_size: int) -> HeadRows:
+    """A distribution over shortlist and tail in five numbers a row; of a single token, the tail is the next one."""
+    import torch
+
+    best, entropy_T = log_probs_TS.topk(min(2, log_probs_TS.shape[-1])), _own_entropy(log_probs_TS).sum(-1)
+    first_T, place_T = best.values[..., 0], best.indices[..., 0]
+    if tail_T is None:
+        tail_T = torch.full_like(first_T, -math.inf)
+    else:
+        entropy_T = entropy_T + _spread(tail_T, tail_size)
+    second_T = best.values[..., 1] if log_probs_TS.shape[-1] > 1 else tail_T
+    return HeadRows(place_T, first_T, second_T, tail_T, entropy_T)
+
+
+def entropy(prediction: Prediction) -> Tensor:
     """Predictive entropy in nats, ``[T]``: an upper bound for a shortlist, whose tail counts as spread evenly."""
-    if isinstance(prediction, Measured):
-        return prediction.rows.entropy_T
-    logs = prediction.log_probs_TS
-    inside = _own_entropy(logs).sum(-1)
-    if prediction.tail_T is None:
-        return inside
-    return inside + _spread(prediction.tail_T, prediction.tail_size)
+    return prediction.rows.entropy_T
 
 
-def lumped_entropy(prediction: Prediction | Measured) -> Tensor:
+def lumped_entropy(prediction: Prediction) -> Tensor:
     """Entropy in nats with the whole tail as one token, ``[T]``: a lower bound for a shortlist.
 
     No signal of its own: a head that is sure of the tail, so of no token that it could name, looks sure to it.
     """
-    if isinstance(prediction, Measured):
-        tail = prediction.rows.tail_T
-        return prediction.rows.entropy_T - _spread(tail, prediction.tail_size) + _own_entropy(tail)
-    logs = prediction.log_probs_TS
-    inside = _own_entropy(logs).sum(-1)
-    return inside if prediction.tail_T is None else inside + _own_entropy(prediction.tail_T)
+    tail_T = prediction.rows.tail_T
+    return prediction.rows.entropy_T - _spread(tail_T, prediction.tail_size) + _own_entropy(tail_T)
 
 
 def _spread(tail_T: Tensor, size: int) -> Tensor:
@@ -88,29 +105,20 @@ def _own_entropy(log_T: Tensor) -> Tensor:
     return -(log_T.exp() * log_T.clamp_min(torch.finfo(log_T.dtype).min))
 
 
-def top_probability(prediction: Prediction | Measured) -> Tensor:
+def top_probability(prediction: Prediction) -> Tensor:
     """Probability of the likeliest token, ``[T]``."""
-    if isinstance(prediction, Measured):
-        return prediction.rows.first_T.exp()
-    return prediction.log_probs_TS.amax(-1).exp()
+    return prediction.rows.first_T.exp()
 
 
-def margin(prediction: Prediction | Measured) -> Tensor:
+def margin(prediction: Prediction) -> Tensor:
     """Lead of the likeliest token over the next, ``[T]``, in probability.
 
     With a shortlist the whole tail counts as one rival, so the lead is negative where the tail outweighs every token.
     """
     import torch
 
-    if isinstance(prediction, Measured):
-        rows = prediction.rows
-        return rows.first_T.exp() - torch.maximum(rows.second_T, rows.tail_T).exp()
-    logs = prediction.log_probs_TS
-    top = logs.topk(min(2, logs.shape[-1]), -1).values.exp()
-    rival = top[..., 1] if top.shape[-1] == 2 else torch.zeros_like(top[..., 0])
-    if prediction.tail_T is not None:
-        rival = torch.maximum(rival, prediction.tail_T.exp())
-    return top[..., 0] - rival
+    rows = prediction.rows
+    return rows.first_T.exp() - torch.maximum(rows.second_T, rows.tail_T).exp()
 
 
 def stability(before_TD: Tensor, hidden_TD: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def top_energy(mlp_TF: Tensor) -> Tensor:
     return torch.where(total > 0, top / total.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(total))
 
 
-Predict = Callable[[], Prediction | Measured]
+Predict = Callable[[], Prediction]
 
 
 class Asked(Protocol):

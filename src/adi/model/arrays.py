@@ -6,7 +6,9 @@ modules and training speak tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +40,23 @@ def joined(given: Sequence[Array]) -> Array:
     return torch.cat(list(given))
 
 
-def normalise(hidden_TD: Tensor, norm: str, eps: float) -> Tensor:
-    """RMS or layer normalisation over the last axis, without gain."""
-    import torch
+def own_array(given: Array) -> Array:
+    """An array that is no view of a file: those are slow to calculate with. Tensors stay what they are."""
+    return np.array(given) if isinstance(given, np.ndarray) else given
 
+
+def digest(arrays: Iterable[Array], *code: str) -> str:
+    """16 hexadecimal digits that change with any number in these and with the text of these source files."""
+    found = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        found.update(np.ascontiguousarray(as_array(array)).tobytes())
+    for path in code:
+        found.update(Path(path).read_bytes())
+    return found.hexdigest()
+
+
+def normalise(hidden_TD: Array, norm: str, eps: float) -> Array:
+    """RMS or layer normalisation over the last axis, without gain, of arrays and of tensors."""
     if norm == "layer":
-        hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdim=True)
-    return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + eps)
+        hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdims=True)
+    return hidden_TD * ((hidden_TD * hidden_TD).mean(-1, keepdims=True) + eps) ** -0.5

@@ -11,18 +11,19 @@ given, and trusts of a layer's KV memory only what lies before the first of thes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from adi.errors import NoDistributionError
-from adi.model.arrays import Array, as_tensor
+from adi.model.arrays import Array, as_tensor, joined
 
 if TYPE_CHECKING:
     from torch import Tensor  # only to name types: the compiled engine decodes without torch, whose import takes seconds
 
 
 MERGED_ROWS = 64
+TensorFunction = Callable[..., "tuple[Tensor, ...]"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Spec:
     ``layers``. ``context`` is the longest sequence in tokens, None when the model sets no limit. ``fingerprint`` names
     the weights, whatever precision they run in. ``row_invariant`` says whether a row's bits were found not to depend on how
     many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked. Of several texts at
-    most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too).
+    most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads``
+    are the processor threads that it runs on, None where others decide.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Spec:
     device: str
     row_invariant: bool | None = None
     merged_rows: int = MERGED_ROWS
+    threads: int | None = None
 
 
 class KVCache:
@@ -69,26 +72,25 @@ class KVCache:
 class Rows:
     """Consecutive positions ``start, start + 1, ...`` of one sequence, on their way through blocks ``[lo, hi)``.
 
-    ``cache`` is the sequence's own, from ``new_cache``. ``ids`` are the tokens at these positions. ``hidden_TD`` is the
-    state that enters block ``lo``; None when ``lo`` is 0, where the embedding makes it.
+    ``cache`` is the sequence's own, from ``new_cache``. ``ids`` are the tokens at these positions. ``states`` are what enters
+    block ``lo``; None when ``lo`` is 0, where the embedding makes it.
     """
 
     cache: Any  # the engine's own KVCache
     start: int
     ids: tuple[int, ...]
-    hidden_TD: Tensor | None
+    states: States | Tensor | None
 
 
 class States:
-    """What a pass through ``[lo, hi)`` leaves of its rows.
+    """What a pass through ``[lo, hi)`` leaves of its T rows: a handle of the engine's, which it takes back as it is.
 
     ``hidden_TD`` left block ``hi - 1`` and ``before_TD`` entered it; ``mlp_TF`` are that block's MLP activations (what its
-    down projection reads), present when they were asked for. An engine may give arrays of its own kind: they become tensors
-    when somebody asks, which most rounds of decoding never do. ``raw_TD`` is ``hidden_TD`` as the engine gave it. Nobody
-    writes to any of them.
+    down projection reads), present when they were asked for. They become tensors when somebody asks, which most rounds of
+    decoding never do; ``raw_TD`` is ``hidden_TD`` in the engine's own kind of array. Nobody writes to any of them.
     """
 
-    def __init__(self, hidden_TD: Any, before_TD: Any, mlp_TF: Any = None) -> None:
+    def __init__(self, hidden_TD: Array, before_TD: Array = None, mlp_TF: Array = None) -> None:
         self.raw_TD = hidden_TD
         self._before_TD, self._mlp_TF = before_TD, mlp_TF
 
@@ -104,10 +106,22 @@ class States:
     def mlp_TF(self) -> Tensor | None:  # noqa: N802, a shape
         return None if self._mlp_TF is None else as_tensor(self._mlp_TF)
 
-    def rows(self, which: slice) -> States:
+    def __len__(self) -> int:
+        return len(self.raw_TD)
+
+    def __getitem__(self, rows: slice) -> States:
         """These rows of it, over the same memory."""
-        mlp_TF = None if self._mlp_TF is None else self._mlp_TF[which]
-        return States(self.raw_TD[which], self._before_TD[which], mlp_TF)
+        return States(*(None if a is None else a[rows] for a in (self.raw_TD, self._before_TD, self._mlp_TF)))
+
+    @staticmethod
+    def joined(parts: Sequence[States]) -> States:
+        """The rows of several passes of one engine, one after the other; only what left the last block."""
+        return parts[0] if len(parts) == 1 else States(joined([part.raw_TD for part in parts]))
+
+
+def raw_of(given: States | Tensor) -> Array:
+    """``States.raw_TD``, or the tensor itself."""
+    return given.raw_TD if isinstance(given, States) else given
 
 
 @dataclass(frozen=True)
@@ -137,39 +151,6 @@ READOUT_ARRAYS = ("gain_D", "shift_D", "weight_VD", "bias_V")
 
 
 @dataclass(frozen=True)
-class LightHead:
-    """An exit head in plain parts, for an engine to compile: ``W (I + U V^T) norm(h) + b`` over a shortlist and a tail.
-
-    ``weight_SD`` and ``bias_S`` are the shortlist's rows of the model's head, ``tail_D`` and ``tail_bias`` give one more logit
-    for the ``outside`` tokens that are not in it.
-    """
-
-    norm: str
-    eps: float
-    gain_D: Array
-    shift_D: Array
-    down_DR: Array
-    up_DR: Array
-    weight_SD: Array
-    bias_S: Array | None
-    tail_D: Array
-    tail_bias: Array
-    outside: int
-
-
-@dataclass(frozen=True)
-class HeadRows:
-    """What a compiled light head says of T rows, ``[T]`` each: place of the likeliest token in the shortlist, its
-    log-probability, the next one's, the tail's, and the entropy in nats (the tail spread evenly)."""
-
-    place_T: Tensor
-    first_T: Tensor
-    second_T: Tensor
-    tail_T: Tensor
-    entropy_T: Tensor
-
-
-@dataclass(frozen=True)
 class TopK:
     """The likeliest next tokens of T rows, best first: ``logits_TK``, ``ids_TK``; ``total_T`` is the logsumexp over all."""
 
@@ -178,42 +159,11 @@ class TopK:
     total_T: Tensor
 
 
-class CompiledHead(Protocol):
-    """A light head on an engine."""
+class CompiledModule(Protocol):
+    """A torch function as a graph of an engine."""
 
-    def read(self, hidden_TD: Tensor) -> HeadRows: ...
-
-    def log_probs(self, hidden_TD: Tensor) -> Tensor:
-        """Of all the shortlist, ``[T, S]``; what ``read`` is a summary of."""
-        ...
-
-
-@dataclass(frozen=True)
-class DraftNet:
-    """A drafter in plain parts, for an engine to compile; ``exits.drafter.Drafter`` says what each weight is.
-
-    ``norm`` and ``eps`` are those of the model's last norm and its own, ``gain_D`` and ``shift_D`` the model's, and
-    ``weight_SD`` and ``bias_S`` the shortlist's rows of the model's head.
-    """
-
-    weights: Mapping[str, Array]
-    norm: str
-    eps: float
-    gain_D: Array
-    shift_D: Array
-    weight_SD: Array
-    bias_S: Array | None
-
-
-class CompiledDraftNet(Protocol):
-    """A drafter on an engine. Its states are arrays of the engine's kind."""
-
-    def start(self, raw_1D: Any) -> Any:
-        """The state to draft from after a position whose deep state is this, as ``States.raw_TD`` gives it."""
-        ...
-
-    def step(self, token: int, state_1D: Any) -> tuple[int, float, Any]:
-        """After ``token``: the place of the likeliest next one in the shortlist, its log-probability, the next state."""
+    def __call__(self, *rows_TD: Array) -> tuple[Array, ...]:
+        """Its outputs for T rows, in the engine's own kind of array; the inputs may be of either kind."""
         ...
 
 
@@ -221,15 +171,6 @@ def require_number(tops: Sequence[float]) -> None:
     """NoDistributionError unless the largest logit of every row is a finite number: of NaN there is no likeliest token."""
     if bad := [top for top in tops if not math.isfinite(top)]:
         raise NoDistributionError(f"the model's logits hold no distribution: the largest is {bad[0]}. Try another precision.")
-
-
-@runtime_checkable
-class Propagating(Protocol):
-    """An engine that can make up the keys and values of blocks that were not run."""
-
-    def propagate(self, rows: Rows, lo: int) -> None:
-        """Give blocks from ``lo`` on keys and values made from the states of these rows."""
-        ...
 
 
 class Backbone(Protocol):
@@ -241,6 +182,11 @@ class Backbone(Protocol):
     @property
     def has_mlp_tap(self) -> bool:
         """Whether ``forward(..., mlp=True)`` can show the MLP activations of a block."""
+        ...
+
+    @property
+    def can_propagate(self) -> bool:
+        """Whether ``propagate`` can make up the keys and values of blocks that were not run."""
         ...
 
     def new_cache(self) -> KVCache:
@@ -270,32 +216,43 @@ class Backbone(Protocol):
         """
         ...
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """The model's own final norm and head on states: ``[T, V]``, in float32."""
-        ...
+    def propagate(self, rows: Rows, lo: int) -> None:
+        """Give blocks from ``lo`` on keys and values made from the states of these rows alone, as if they entered each.
 
-    def greedy(self, raw_TD: Any) -> list[int]:
-        """The likeliest next token of each of T states, tensors or as ``States.raw_TD`` gives them: the first of the largest
-        ``logits``.
-
-        ValueError where the largest is not a finite number.
+        An approximation (Elbayad et al. 2020). AdiError where ``can_propagate`` is False.
         """
         ...
 
-    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
+    def logits(self, states: States | Tensor) -> Tensor:
+        """The model's own final norm and head on states: ``[T, V]``, in float32."""
+        ...
+
+    def greedy(self, states: States | Tensor) -> list[int]:
+        """The likeliest next token of each of T states: the first of the largest ``logits``.
+
+        NoDistributionError where the largest is not a finite number.
+        """
+        ...
+
+    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
         """The ``most`` likeliest next tokens of each of T states."""
         ...
 
-    def light_head(self, head: LightHead) -> CompiledHead | None:
-        """The exit head as a graph of this engine, None where it has none better than torch."""
+    def embed(self, ids: Sequence[int]) -> States:
+        """What enters the first block for each of these tokens at position 0."""
         ...
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """What enters the first block for each of these tokens at position 0, ``[T, D]``."""
+    def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
+        """A torch function over rows ``[T, width]``, one input for each of ``widths``, as this engine runs it best.
+
+        ``name`` tells its weights and its code from all others: an engine may keep what it made of them under this name, and
+        then never calls ``function``, which builds it.
+        """
         ...
 
-    def draft_net(self, net: DraftNet) -> CompiledDraftNet | None:
-        """The drafter as a graph of this engine, None where it has none better than torch."""
+    def last_mlp(self) -> dict[str, Tensor] | None:
+        """The last block's gated MLP with its norm, ``gain_D``, ``gate_FD``, ``up_FD``, ``down_DF``; None where there is
+        none or it cannot be told."""
         ...
 
     def readout(self) -> ReadOut:

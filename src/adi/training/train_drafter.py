@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.drafters.network import Drafter, advance, first_state, fresh_drafter, speak
+from adi.drafters.network import Drafter, advance, first_state, fresh_drafter, predict
 from adi.exits.heads import Shortlist
 from adi.exits.signals import Prediction
 from adi.model.backbone import ReadOut
@@ -87,7 +87,7 @@ def unroll(net: Drafter, readout: ReadOut, among: Shortlist, text: Text, starts:
         inside &= sequence[at.clamp(max=len(sequence) - 1)] == sequence[starts]
         starts, at = starts[inside], at[inside]
         state_RD = advance(net, readout, text.x_ND[at], state_RD[inside])
-        yield Unrolled(step, starts, at, state_RD, speak(net, among, state_RD))
+        yield Unrolled(step, starts, at, state_RD, predict(net, among, state_RD))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from adi.artifact import Exits
 from adi.errors import AdiError
-from adi.exits.probe import Net, Probe, said_features, state_features
-from adi.exits.signals import Measured
+from adi.exits.probe import Net, Probe, head_features, state_features
 from adi.model.backbone import Backbone, Rows
 from adi.training.answers import Answer
 
@@ -108,10 +107,9 @@ def gather(
         cache.close()
         for depth, state_ND in seen.items():
             said = read(depth, state_ND)
-            best_N = said.rows.place_T if isinstance(said, Measured) else said.log_probs_TS.argmax(-1)
-            right_N = (best_N if said.ids_S is None else said.ids_S[best_N]).cpu() == token_N
+            right_N = said.tokens_T.cpu() == token_N
             choosing_N = torch.full_like(right_N, i % CHOOSING == 0)
-            parts[depth].append((state_features(state_ND).half().cpu(), said_features(said).cpu(), right_N, choosing_N))
+            parts[depth].append((state_features(state_ND).half().cpu(), head_features(said).cpu(), right_N, choosing_N))
         progress(i + 1, len(texts))
     return {depth: Examples(*(torch.cat(column) for column in zip(*rows, strict=True))) for depth, rows in parts.items()}
 

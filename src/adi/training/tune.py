@@ -171,7 +171,7 @@ def judge_drafter(
         forced_read = lambda stage, done, total: progress(stage, done, total, "")  # noqa: E731
         found = _talked(model, (voice,), begun, work, share, forced_read, held_share=1.0)
         checks[voice.backbone.spec.precision] = found.checks
-    embed = lambda ids: backbone.embed(ids).cpu()  # noqa: E731
+    embed = lambda ids: backbone.embed(ids).hidden_TD.cpu()  # noqa: E731
     judged = {
         name: judge(drafter, readout, among, embed, paths, kinds, seen, lambda d, t: progress("judge", d, t, ""))
         for name, paths in (*checks.items(), ("", [path for paths in checks.values() for path in paths]))
@@ -291,7 +291,7 @@ def train_drafter(
     fitting = DraftOptions(epochs=options.drafter_epochs, learning_rate=rate, seed=options.seed, bfloat16=quick)
     made_of = [among.ids_S.tolist(), [p.name for p in lessons.shards], None if begin is None else begin.digest()]
     fresh_checkpoint(work / "drafter", [fitting, backbone.spec.fingerprint, *made_of])
-    embed, mlp = lambda ids: backbone.embed(ids).cpu(), backbone.last_mlp()
+    embed, mlp = lambda ids: backbone.embed(ids).hidden_TD.cpu(), backbone.last_mlp()
     note = lambda done, total, loss: progress("drafter", done, total, f"loss {loss:.2f}")  # noqa: E731
     drafter = fit_drafter(readout, among, embed, lessons.shards, work / "drafter.pt", fitting, note, mlp, begin)
     judged = judge(as_halves(drafter), readout, among, embed, lessons.checks, kinds)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens, head_tokens
-from adi.exits.signals import SIGNALS, Asked, Measured, Prediction, lumped_entropy
+from adi.exits.signals import SIGNALS, Asked, Prediction, lumped_entropy
 from adi.measure.trigger_study.pass_seconds import median_seconds
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
@@ -63,14 +63,14 @@ def exit_tables(
     return {depth: ExitTable.joined(rows) for depth, rows in parts.items()}
 
 
-def signals_of(head: Prediction | Measured, seen: ForcedPass, depth: int, probe: Asked | None = None) -> dict[str, Tensor]:
+def signals_of(head: Prediction, seen: ForcedPass, depth: int, probe: Asked | None = None) -> dict[str, Tensor]:
     """Every signal at every row, ``[N]`` each; those of an MLP or a probe only where there is one."""
     given = _inputs(head, seen, depth, probe)
     return {name: signal.measure(*given[signal.reads]) for name, signal in SIGNALS.items() if signal.reads in given}
 
 
 def _inputs(
-    head: Prediction | Measured, seen: ForcedPass, depth: int, probe: Asked | None, rows: slice = slice(None)
+    head: Prediction, seen: ForcedPass, depth: int, probe: Asked | None, rows: slice = slice(None)
 ) -> dict[str, tuple[Any, ...]]:
     """What signals of each kind are measured on."""
     hidden_ND = seen.hidden[depth][rows]
@@ -102,13 +102,13 @@ def _signal_seconds(model: Model, exits: Exits, seen: ForcedPass, depth: int) ->
     return {"head": head} | {name: seconds + head * reads_head(name) for name, seconds in zip(names, alone, strict=True)}
 
 
-def at_temperatures(head: Prediction | Measured, token_N: Tensor) -> tuple[Tensor, Tensor]:
+def at_temperatures(head: Prediction, token_N: Tensor) -> tuple[Tensor, Tensor]:
     """``surprise_NG`` and ``top_NG`` of ``softmax(log p / T)`` over shortlist and tail (temperature scaling, Guo et al. 2017).
 
     What is not in the shortlist is the tail, one class.
     """
     logs_NS = head.log_probs_TS.float().cpu()
-    tail_N = head.rows.tail_T if isinstance(head, Measured) else head.tail_T
+    tail_N = head.tail_T
     logs_NC = logs_NS if tail_N is None else torch.cat([logs_NS, tail_N.float().cpu()[:, None]], 1)
     place_N = token_N
     if head.ids_S is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adi.errors import AdiError
-from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States, TopK, require_number
+from adi.model.arrays import Array, as_tensor
+from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, TopK, raw_of, require_number
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.patch import Patch, Run, find_down_projections
@@ -56,6 +57,11 @@ class HfBackbone:
     def has_mlp_tap(self) -> bool:
         return self._patch.downs is not None
 
+    @property
+    def can_propagate(self) -> bool:
+        """Whether all blocks keep plain keys and values; ``propagate`` refuses others."""
+        return True
+
     def new_cache(self) -> StaircaseCache:
         return StaircaseCache(self.model.config)
 
@@ -76,7 +82,7 @@ class HfBackbone:
     @torch.no_grad()
     def _pass(self, rows: Rows, lo: int, hi: int, mlp: bool) -> States:
         rows.cache.rewind(lo, hi, rows.start)
-        inject = None if rows.hidden_TD is None else rows.hidden_TD[None]
+        inject = None if rows.states is None else as_tensor(raw_of(rows.states))[None]
         run = Run(lo, hi, inject)
         ids = torch.tensor([rows.ids], device=self.model.device)
         positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.model.device)[None]
@@ -88,13 +94,13 @@ class HfBackbone:
 
     @torch.no_grad()
     def propagate(self, rows: Rows, lo: int) -> None:
-        """Give blocks [lo, layers) keys and values of these rows made from ``rows.hidden_TD`` alone, as if it entered each.
+        """Give blocks [lo, layers) keys and values of these rows made from ``rows.states`` alone, as if it entered each.
 
         An approximation (Elbayad et al. 2020). ValueError where some block keeps no plain keys and values.
         """
-        assert rows.hidden_TD is not None
+        assert rows.states is not None
         rows.cache.rewind(lo, self.spec.layers, rows.start)
-        run = Run(lo, self.spec.layers, rows.hidden_TD[None])
+        run = Run(lo, self.spec.layers, as_tensor(raw_of(rows.states))[None])
         ids = torch.tensor([rows.ids], device=self.model.device)
         positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.model.device)[None]
         if not rows.cache.write_only(True):
@@ -106,41 +112,44 @@ class HfBackbone:
             rows.cache.write_only(False)
 
     @torch.no_grad()
-    def logits(self, hidden_TD: Tensor) -> Tensor:
+    def logits(self, states: States | Tensor) -> Tensor:
         """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""
-        hidden_TD = hidden_TD.to(self.model.device, self.model.dtype)
+        hidden_TD = as_tensor(raw_of(states)).to(self.model.device, self.model.dtype)
         run = Run(self.spec.layers, self.spec.layers + 1, hidden_TD[None])
         ids = torch.zeros((1, hidden_TD.shape[0]), dtype=torch.long, device=self.model.device)
         with self._patch.patched(run):
             out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
         return out.logits[0].float()  # type: ignore[no-any-return]
 
-    def greedy(self, raw_TD: Tensor) -> list[int]:
-        """The likeliest next token of each state."""
-        logits_TV = self.logits(raw_TD)
+    def greedy(self, states: States | Tensor) -> list[int]:
+        logits_TV = self.logits(states)
         require_number(logits_TV.amax(-1).tolist())  # NaN where any is
         return logits_TV.argmax(-1).tolist()
 
-    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
-        logits_TV = self.logits(hidden_TD)
+    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
+        logits_TV = self.logits(states)
         best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
         return TopK(best.values, best.indices, logits_TV.logsumexp(-1))
 
-    def light_head(self, head: LightHead) -> None:
-        """None: exit heads run as torch modules do."""
+    def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
+        """The function as it is, without gradients."""
+        made = function()
 
-    def draft_net(self, net: DraftNet) -> None:
-        """None: drafters run as torch code does."""
+        def run(*rows_TD: Array) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return made(*(as_tensor(rows) for rows in rows_TD))
+
+        return run
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int]) -> Tensor:
+    def embed(self, ids: Sequence[int]) -> States:
         """What the first block is given; it runs once for nothing."""
         run = Run(0, 1, None)
         tokens = torch.tensor([tuple(ids)], device=self.model.device)
         with self._patch.patched(run):
             self.decoder(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False)
         assert run.before is not None
-        return run.before[0]
+        return States(run.before[0])
 
     def last_mlp(self) -> dict[str, Tensor] | None:
         """The last block's gated MLP with its norm, ``gain_D``, ``gate_FD``, ``up_FD``, ``down_DF``; None where it has none."""

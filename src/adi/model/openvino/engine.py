@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from adi.errors import AdiError
-from adi.model.arrays import as_array, as_tensor
-from adi.model.backbone import DraftNet, LightHead, ReadOut, Rows, Spec, States, TopK, require_number
+from adi.model.arrays import as_array
+from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, TopK, raw_of, require_number
 from adi.model.openvino import manifest as store
-from adi.model.openvino.drafter import CompiledDrafter, Embedding
-from adi.model.openvino.exit_head import CompiledLightHead
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest
+from adi.model.openvino.modules import CompiledModule, Embedding, converted
 from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
 from adi.model.openvino.topk import TopKHeads
 
@@ -81,9 +84,9 @@ class OpenVinoBackbone:
         self._companion.blocks = [SPARE]
         self._core = ov.Core()
         self._segments = Segments(self._core, blocks, head, page, self._config, self.pool)
-        self._outlooks = TopKHeads(self._core, head, self._config)
+        self._topk = TopKHeads(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
-        self.threads = self._segments.threads
+        self.spec = replace(self.spec, threads=self._segments.threads)
 
     @classmethod
     def open(cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None) -> OpenVinoBackbone:
@@ -144,14 +147,13 @@ class OpenVinoBackbone:
                 self._segments.start()
             bucket = self._segments.bucket_for(count, self.least_rows, lo, hi)
         if (missing := max(self.least_rows, bucket or evened(count)) - count) > 0:
-            given = None if lo == 0 else rows[0].hidden_TD
-            nothing = None if given is None else given.new_zeros(missing, self.spec.width)
-            rows = [*rows, Rows(self._companion, 0, (0,) * missing, nothing)]
+            padding = None if lo == 0 else States(np.zeros((missing, self.spec.width), np.float32))
+            rows = [*rows, Rows(self._companion, 0, (0,) * missing, padding)]
             return self._forward(rows, lo, hi, mlp, bucket)[:-1]
         return self._forward(rows, lo, hi, mlp, bucket)
 
     def _forward(self, rows: Sequence[Rows], lo: int, hi: int, mlp: bool, bucket: int) -> list[States]:
-        layout = Layout.of(rows, self.threads)
+        layout = Layout.of(rows, self._segments.threads)
         with self._segments.lock:
             path = self._segments.path(lo, hi, bucket)
             self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])
@@ -164,40 +166,48 @@ class OpenVinoBackbone:
                 segment.run(feed, self.pool)
             return _states(feed, layout, path[-1], mlp and self.has_mlp_tap)
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
+    def logits(self, states: States | Tensor) -> Tensor:
         """The model's own norm and head on states, ``[T, V]``."""
         import torch
 
         with self._segments.lock:
-            logits, _ = self._scored(hidden_TD)
-            return torch.from_numpy(logits[0, : len(hidden_TD)].copy())
+            logits, _ = self._head(states)
+            return torch.from_numpy(logits[0, : len(states)].copy())
 
-    def greedy(self, raw_TD: Any) -> list[int]:
+    def greedy(self, states: States | Tensor) -> list[int]:
         with self._segments.lock:
-            logits, token = self._scored(raw_TD)
-            require_number(logits[0, : len(raw_TD)].max(-1).tolist())  # NaN where any is
-            return token[0, : len(raw_TD)].tolist()  # type: ignore[no-any-return]
+            logits, token = self._head(states)
+            require_number(logits[0, : len(states)].max(-1).tolist())  # NaN where any is
+            return token[0, : len(states)].tolist()  # type: ignore[no-any-return]
 
-    def _scored(self, raw_TD: Any) -> Any:
+    def _head(self, states: States | Tensor) -> Any:
         """The head's arrays; a bucket's head gets padding beside the true states."""
-        array = as_array(raw_TD)
+        array = as_array(raw_of(states))
         bucket = self._segments.bucket_for(len(array), self.least_rows)
         return self._segments.heads[bucket].run(array, max(bucket, self.least_rows))
 
-    def top_k_tokens(self, hidden_TD: Tensor, most: int) -> TopK:
+    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
         with self._segments.lock:
-            return self._outlooks.run(hidden_TD, most)
+            return self._topk.run(as_array(raw_of(states)), most)
 
-    def light_head(self, head: LightHead) -> CompiledLightHead:
-        """The exit head as a graph; its weights take 8 bits where the model's do."""
-        return CompiledLightHead(self._core, head, self._config, self.spec.precision != "fp32")
+    def embed(self, ids: Sequence[int]) -> States:
+        return States(self._embedding.run(ids))
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        return as_tensor(self._embedding.run(ids).copy())  # what is remembered is not given away
+    def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
+        """The function as a graph, kept beside the export; its matrices take 8 bits a weight where the model's do."""
+        graph = partial(converted, self._core, self._folder, name, function, widths, self.spec.precision != "fp32")
+        return CompiledModule(self._core, graph, self._config)
 
-    def draft_net(self, net: DraftNet) -> CompiledDrafter:
-        """The drafter as a graph; its weights take 8 bits where the model's do."""
-        return CompiledDrafter(self._core, net, self._config, self.spec.precision != "fp32", self._embedding.run)
+    @property
+    def can_propagate(self) -> bool:
+        """False: a segment runs its blocks whole."""
+        return False
+
+    def propagate(self, rows: Rows, lo: int) -> None:
+        raise AdiError("the openvino engine cannot make keys and values from an exit's state; use the engine 'hf'.")
+
+    def last_mlp(self) -> None:
+        """None: an export does not tell the parts of a block apart."""
 
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""

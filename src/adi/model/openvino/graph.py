@@ -187,6 +187,15 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
     return parts
 
 
+def embedding_graph(blocks: Any) -> Any:
+    """From ids to what enters the first block."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    result = ops.result(_by_name(blocks.get_results())["state.0"].input_value(0))
+    return ov.Model([result], _parameters([result]), "embedding")
+
+
 def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
     """Give a segment or a head one number of rows, and a segment one number of sequences, for good."""
     fixed = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from adi.model.backbone import Rows
+from adi.model.arrays import as_array
+from adi.model.backbone import Rows, raw_of
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 BLOCKS_AT_ONCE = 64  # the list of KV blocks has room for a multiple of this, so that a growing text seldom wants new arrays
@@ -96,9 +97,9 @@ class PassInputs:
         """Write the states that enter a pass into the array ``name``."""
         array, at = self.arrays[name], 0
         for r, count in zip(rows, layout.counts, strict=True):
-            assert r.hidden_TD is not None, "blocks above the first need the states that enter them"
-            assert r.hidden_TD.shape[0] == count, "one state for each id"
-            array[0, at : at + count] = r.hidden_TD.detach().numpy()
+            assert r.states is not None, "blocks above the first need the states that enter them"
+            assert len(r.states) == count, "one state for each id"
+            array[0, at : at + count] = as_array(raw_of(r.states))
             at += count
 
 

@@ -85,7 +85,7 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash(f'buckets {BUCKETS}, fixed')}-{backbone.threads}"
+    machine = f"{processor_hash(f'buckets {BUCKETS}, fixed')}-{backbone.spec.threads}"
     if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
         found[machine] = _least_rows(backbone)
         with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
@@ -100,7 +100,7 @@ def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash('merged')}-{backbone.threads}"
+    machine = f"{processor_hash('merged')}-{backbone.spec.threads}"
     if found.get(machine) not in (*MERGED, BUCKETS[-1]):
         found[machine] = next((most for most in MERGED if _alike_apart(backbone, most)), BUCKETS[-1])
         with contextlib.suppress(OSError):

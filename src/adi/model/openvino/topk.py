@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adi.model.backbone import TopK
 from adi.model.openvino.segments import Config
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class TopKHeads:
@@ -20,7 +17,7 @@ class TopKHeads:
         self._make = (core, head, config)
         self._requests: dict[int, Any] = {}
 
-    def run(self, hidden_TD: Tensor, most: int) -> TopK:
+    def run(self, hidden_TD: Any, most: int) -> TopK:
         """For states ``[T, D]``; copies."""
         import openvino as ov
         import torch
@@ -31,7 +28,7 @@ class TopKHeads:
         request = self._requests[most]
         for port in request.model_inputs:
             counts = port.get_any_name() == "position_ids"
-            given = np.zeros((1, len(hidden_TD)), np.int64) if counts else hidden_TD.detach().numpy()[None]
+            given = np.zeros((1, len(hidden_TD)), np.int64) if counts else hidden_TD[None]
             request.set_tensor(port, ov.Tensor(np.ascontiguousarray(given)))
         request.infer()
         values, places, total = (request.get_output_tensor(i).data[0] for i in range(3))
@@ -52,4 +49,4 @@ def _graph(head: Any, most: int) -> Any:
     summed = ops.reduce_sum(ops.exp(ops.subtract(source, top)), ops.constant(np.int64(-1)), True)
     total = ops.add(ops.log(summed), top)
     results = [ops.result(output) for output in (best.output(0), best.output(1), total.output(0))]
-    return ov.Model(results, head.get_parameters(), "outlook")
+    return ov.Model(results, head.get_parameters(), "topk")
