@@ -10,8 +10,7 @@ import transformers as t
 
 from adi.model.backbone import Rows
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make
-from adi.model.openvino import manifest as store
+from adi.model.openvino import OpenVinoBackbone, make, manifest
 from families import KV, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())
@@ -36,7 +35,7 @@ def engine(made: Cached, family: str, precision: str = "fp32") -> OpenVinoBackbo
 
 
 def folder_of(family: str, precision: str = "fp32") -> Path:
-    return store.place(store.key_of(model_of(family), fingerprint(model_of(family))), precision)
+    return manifest.export_dir(manifest.key_of(model_of(family), fingerprint(model_of(family))), precision)
 
 
 def prefilled(backbone: Any, ids: tuple[int, ...]) -> Any:

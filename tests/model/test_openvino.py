@@ -21,7 +21,7 @@ import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make, opened_before
+from adi.model.openvino import OpenVinoBackbone, make, open_exported
 from adi.model.openvino.export import pipeline as export_module
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
@@ -84,14 +84,14 @@ def test_an_export_opens_without_the_original(made: Cached) -> None:
 def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_path: Path) -> None:
     engine(made, "llama")
     (tmp_path / "config.json").write_text("{}")
-    assert opened_before(tmp_path, precision="fp32") is None
+    assert open_exported(tmp_path, precision="fp32") is None
     make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
-    again = opened_before(tmp_path, precision="fp32")
+    again = open_exported(tmp_path, precision="fp32")
     assert again is not None
     assert again.spec == engine(made, "llama").spec
-    assert opened_before(tmp_path, precision="int8") is None
+    assert open_exported(tmp_path, precision="int8") is None
     (tmp_path / "config.json").write_text('{"more": 1}')
-    assert opened_before(tmp_path, precision="fp32") is None
+    assert open_exported(tmp_path, precision="fp32") is None
 
 
 def test_a_model_has_the_name_it_is_loaded_by(tiny_folder: Path, tmp_path: Path) -> None:
@@ -243,3 +243,17 @@ def test_a_lone_tokens_embedding_is_remembered(made: Cached) -> None:
     first = backbone.embed([5])
     assert backbone.embed([5]).raw_TD is first.raw_TD
     assert torch.equal(backbone.embed([5, 6]).hidden_TD[:1], first.hidden_TD)
+
+
+def test_an_edit_of_the_exporter_makes_a_new_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adi.model.openvino import manifest
+
+    before = manifest.export_dir("ab-cd", "int8")
+    assert manifest.export_dir("ab-cd", "int8") == before
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "gptq.py"))
+    manifest.exporter_digest.cache_clear()
+    assert manifest.export_dir("ab-cd", "int8") != before
+    monkeypatch.undo()
+    manifest.exporter_digest.cache_clear()
+    assert manifest.export_dir("ab-cd", "int8") == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from msgspec.structs import replace
 
 pytest.importorskip("openvino")
 
@@ -20,8 +20,7 @@ import openvino as ov
 
 from adi.model.backbone import Rows
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import make
-from adi.model.openvino import manifest as store
+from adi.model.openvino import make, manifest
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export import smoothquant as module
 from adi.model.openvino.export.smoothquant import MOST, scales, smooth
@@ -38,10 +37,10 @@ def gained(family: str) -> Any:
     return model
 
 
-def exported(model: Any, name: str) -> tuple[store.Manifest, Any, Any]:
+def exported(model: Any, name: str) -> tuple[manifest.Manifest, Any, Any]:
     make(model, name=name, precision="fp32")
-    folder = store.place(store.key_of(model, fingerprint(model)), "fp32")
-    return store.read_manifest(folder), *store.read_graphs(folder, ov.Core())
+    folder = manifest.export_dir(manifest.key_of(model, fingerprint(model)), "fp32")
+    return manifest.read_manifest(folder), *manifest.read_graphs(folder, ov.Core())
 
 
 def gains(blocks: Any) -> list[Any]:

@@ -197,7 +197,7 @@ def _load_openvino(
         raise AdiError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
     if device not in ("auto", "cpu"):
         raise AdiError(f"the openvino backend runs on the CPU, not on {device!r}.")
-    from adi.model.openvino import make, opened_before
+    from adi.model.openvino import make, open_exported
     from adi.model.openvino.export.calibration_data import calibration_texts
 
     folder = local_folder(source, notice)
@@ -205,7 +205,7 @@ def _load_openvino(
     import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
 
     with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
-        opening = aside.submit(opened_before, folder, precision=chosen, threads=threads, stops=stops)
+        opening = aside.submit(open_exported, folder, precision=chosen, threads=threads, stops=stops)
         found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:

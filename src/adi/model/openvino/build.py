@@ -1,4 +1,4 @@
-"""``make``: the engine for a loaded transformers model, exported on first use; ``opened_before``: without the model."""
+"""``make``: the engine for a loaded transformers model, exported on first use; ``open_exported``: without the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from adi.errors import AdiError
 from adi.model.hub import Notice, quiet_transformers
-from adi.model.openvino import manifest as store
+from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
 
@@ -39,7 +39,7 @@ def make(
         name: for ``spec.name`` and messages.
         precision: "fp32", "int8" or "int4".
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
-        source: the folder that the model was read from; ``opened_before`` then finds the export without the model.
+        source: the folder that the model was read from; ``open_exported`` then finds the export without the model.
         samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
         stops: depths to be ready to stop at, as far as they exist.
         kv_bytes, threads: as for ``OpenVinoBackbone.open``.
@@ -51,20 +51,20 @@ def make(
     from adi.model.hf.engine import HfBackbone, fingerprint  # here, because opening an export needs no transformers
     from adi.model.openvino.export.pipeline import export
 
-    if precision not in store.PRECISIONS:
-        raise AdiError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(store.PRECISIONS)}.")
+    if precision not in manifest.PRECISIONS:
+        raise AdiError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(manifest.PRECISIONS)}.")
     weights = weights or fingerprint(model)
-    key = store.key_of(model, weights)
-    folder = store.place(key, precision)
+    key = manifest.key_of(model, weights)
+    folder = manifest.export_dir(key, precision)
     with EXPORTING, quiet_transformers():
         if not (folder / "model.json").exists():
             export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
-        store.remember(source, precision, key)
+        manifest.remember(source, precision, key)
     return _opened(folder, stops, kv_bytes, threads)
 
 
-def opened_before(
+def open_exported(
     source: Path,
     *,
     precision: str = "int8",
@@ -76,7 +76,7 @@ def opened_before(
 
     An edited folder, another precision or another version of OpenVINO, NNCF or transformers needs a new export.
     """
-    folder = store.recall(source, precision)
+    folder = manifest.recall(source, precision)
     return None if folder is None else _opened(folder, stops, kv_bytes, threads)
 
 

@@ -14,11 +14,10 @@ import numpy as np
 from adi.errors import AdiError
 from adi.model.arrays import as_array
 from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, TopK, raw_of, require_number
-from adi.model.openvino import manifest as store
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
-from adi.model.openvino.manifest import Manifest
+from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import CompiledModule, Embedding, converted
 from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
 from adi.model.openvino.topk import TopKHeads
@@ -50,7 +49,7 @@ class OpenVinoBackbone:
 
     def __init__(
         self,
-        page: Manifest,
+        manifest: Manifest,
         blocks: Any,
         head: Any,
         *,
@@ -61,29 +60,29 @@ class OpenVinoBackbone:
         import openvino as ov
 
         self.spec = Spec(
-            name=page.name,
-            family=page.family,
-            layers=page.layers,
-            width=page.width,
-            vocabulary=page.vocabulary,
-            stops=tuple(range(1, page.layers + 1)),
-            context=page.context,
-            fingerprint=page.fingerprint,
+            name=manifest.name,
+            family=manifest.family,
+            layers=manifest.layers,
+            width=manifest.width,
+            vocabulary=manifest.vocabulary,
+            stops=tuple(range(1, manifest.layers + 1)),
+            context=manifest.context,
+            fingerprint=manifest.fingerprint,
             backend="openvino",
-            precision=page.precision,
+            precision=manifest.precision,
             device="cpu",
         )
-        self._page, self._folder = page, folder
+        self._manifest, self._folder = manifest, folder
         self._feeds: dict[tuple[int, int, int], PassInputs] = {}
         self.pool = KVPool(kv_bytes)
-        self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[page.precision]}
+        self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[manifest.precision]}
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
         self.least_rows = 1
         self._companion = PagedCache(self.pool)
         self._companion.blocks = [SPARE]
         self._core = ov.Core()
-        self._segments = Segments(self._core, blocks, head, page, self._config, self.pool)
+        self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool)
         self._topk = TopKHeads(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
         self.spec = replace(self.spec, threads=self._segments.threads)
@@ -102,13 +101,13 @@ class OpenVinoBackbone:
         """
         import openvino as ov
 
-        page = store.read_manifest(folder)
-        blocks, head = store.read_graphs(folder, ov.Core())
-        return cls(page, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads)
+        manifest = read_manifest(folder)
+        blocks, head = read_graphs(folder, ov.Core())
+        return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads)
 
     @property
     def has_mlp_tap(self) -> bool:
-        return self._page.has_mlp
+        return self._manifest.has_mlp
 
     def new_cache(self) -> PagedCache:
         return PagedCache(self.pool)
@@ -213,7 +212,7 @@ class OpenVinoBackbone:
         """The head taken apart, as it was at export."""
         if self._folder is None:
             raise AdiError("this engine was not opened from a folder, where the readout is kept.")
-        return store.read_readout(self._folder, self._page)
+        return read_readout(self._folder, self._manifest)
 
     def _feed(self, key: tuple[int, int, int]) -> PassInputs:
         """The feed for passes of this shape; the oldest goes when there are too many."""

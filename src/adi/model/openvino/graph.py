@@ -7,14 +7,13 @@ projection of block i reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from adi.errors import AdiError
-from adi.model.openvino.export.fuse_qkv import merge_matrices
+from adi.schema import Natural, Positive
 
 BLOCK_TOKENS = 32  # positions in one block of KV memory: what the CPU plugin's paged attention is written for
 
@@ -37,12 +36,12 @@ SEQUENCE_INPUTS = (("past_lens", 1), ("subsequence_begins", 1), ("block_indices"
 class Attention:
     """One block's attention: heads, widths of a head's queries and values, scale, and its window in positions (0: none)."""
 
-    heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
+    heads: Positive
+    kv_heads: Positive
+    key_width: Positive
+    value_width: Positive
     scale: float
-    window: int
+    window: Natural
 
 
 @dataclass(frozen=True)
@@ -55,77 +54,16 @@ class SegmentGraph:
     outputs: tuple[str, ...]
 
 
-def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
-    """Give a freshly traced graph the names above, by position alone."""
-    layers = len(attentions)
-    results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, mlps))]
-    for node, name in zip(graph.get_results(), (name for part in results for name in part), strict=True):
-        node.set_friendly_name(name)
-    names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(layers))]
-    shapes = [[1, -1]] * 2 + [[1, -1, a.heads, a.value_width] for a in attentions]
-    for node, name, shape in zip(graph.get_parameters(), names, shapes, strict=True):
-        node.set_friendly_name(name)
-        node.output(0).get_tensor().set_names({name})
-        node.set_partial_shape(_partial(shape))
-    graph.validate_nodes_and_infer_types()
-    _count_rows_by_positions(graph)
-    kinds = ("query.", "key.", "value.")
-    merge_matrices(graph, [node for node in graph.get_results() if node.get_friendly_name().startswith(kinds)])
-
-
-def _count_rows_by_positions(graph: Any) -> None:
-    """Wherever a shape is read, take the number of rows from ``position_ids`` instead.
-
-    The library shares such readings over all blocks, and a segment would run the first block again just to measure it.
-    """
-    from openvino import opset13 as ops
-
-    positions = _by_name(graph.get_parameters())["position_ids"]
-    rows = ops.gather(ops.shape_of(positions), ops.constant(np.array([1], np.int64)), ops.constant(np.int64(0)))
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() != "ShapeOf":
-            continue
-        sizes = list(node.input_value(0).get_partial_shape())
-        if sum(size.is_dynamic for size in sizes) != 1:
-            continue
-        whole = [rows if size.is_dynamic else ops.constant(np.array([size.get_length()], np.int64)) for size in sizes]
-        shape = ops.convert(ops.concat(whole, 0), node.get_output_element_type(0).to_string())
-        for user in node.output(0).get_target_inputs():
-            user.replace_source_output(shape.output(0))
-    graph.validate_nodes_and_infer_types()
-
-
-def _outputs(layers: int, mlps: int) -> tuple[tuple[str, int], ...]:
-    return ("state", layers + 1), ("query", layers), ("key", layers), ("value", layers), ("mlp", mlps)
-
-
-def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
-    """The blocks, and the head: ``hidden [1, T, D]`` to ``logits [1, T, V]`` and the likeliest token ``[1, T]``."""
-    import openvino as ov
-    from openvino import opset13 as ops
-
-    results = _by_name(graph.get_results())
-    _inject(results[f"state.{layers}"], width)
-    logits = results.pop("logits")
-    best = ops.topk(logits.input_value(0), np.int32(1), -1, "max", "value", index_element_type="i32")
-    token = ops.result(ops.squeeze(best.output(1), np.int64(-1)).output(0))
-    token.set_friendly_name("token")
-    needed = _parameters([logits])
-    if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
-        raise AdiError("its head reads more than the state that leaves its last block")
-    return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
-
-
 def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
     """Put paged attention over ``key_cache.i`` and ``value_cache.i`` into every hole of the blocks."""
     from openvino import opset13 as ops
     from openvino.op import _PagedAttentionExtension
 
-    inputs, results = _by_name(graph.get_parameters()), _by_name(graph.get_results())
-    shared = {name: _parameter(name, [-1] * rank, np.int32) for name, rank in (*SEQUENCE_INPUTS, ("max_context_len", 0))}
+    inputs, results = by_name(graph.getinputs_of()), by_name(graph.get_results())
+    shared = {name: new_input(name, [-1] * rank, np.int32) for name, rank in (*SEQUENCE_INPUTS, ("max_context_len", 0))}
     for i, a in enumerate(attentions):
         flat = [_flat(results[f"{kind}.{i}"].input_value(0), n) for kind, n in _widths(a)]
-        caches = [_parameter(f"{kind}_cache.{i}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
+        caches = [new_input(f"{kind}_cache.{i}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
         numbers = [ops.constant(np.float32(a.scale)), ops.constant(np.int32(a.window)), ops.constant(np.zeros(0, np.float32))]
         unused = [ops.constant(np.zeros(shape, kind)) for kind, shape in UNUSED]
         sequence = [shared[name] for name, _ in SEQUENCE_INPUTS]
@@ -140,29 +78,6 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
             user.replace_source_output(attended.output(0))
 
 
-def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[tuple[str, int], str]) -> Any:
-    """A copy of the blocks with ordinary causal attention in the holes (windows left out), for whole texts of one sequence.
-
-    It gives what enters the product of each name in ``outputs``, in their order; keys of ``outputs`` are not looked at.
-    """
-    import openvino as ov
-    from openvino import opset13 as ops
-
-    graph = blocks.clone()
-    inputs, results = _by_name(graph.get_parameters()), _by_name(graph.get_results())
-    for i, a in enumerate(attentions):
-        query, key, value = (results[f"{kind}.{i}"].input_value(0) for kind in ("query", "key", "value"))
-        repeat = ops.constant(np.repeat(np.arange(a.kv_heads), a.heads // a.kv_heads))
-        key, value = (ops.gather(x, repeat, ops.constant(np.int64(1))) for x in (key, value))
-        paid = ops.scaled_dot_product_attention(query, key, value, scale=ops.constant(np.float32(a.scale)), causal=True)
-        attended = ops.transpose(paid, ops.constant(np.array([0, 2, 1, 3], np.int64)))
-        for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
-            user.replace_source_output(attended.output(0))
-    nodes = _by_name(graph.get_ordered_ops())
-    ends = [ops.result(nodes[name].input_value(0)) for name in outputs.values()]
-    return ov.Model(ends, [inputs["input_ids"], inputs["position_ids"]], "attended_plainly")
-
-
 def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
     """The filled graph as one segment for each stop, each with its own input ``hidden`` where it does not embed.
 
@@ -171,10 +86,10 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
     import openvino as ov
     from openvino import opset13 as ops
 
-    results = _by_name(graph.get_results())
+    results = by_name(graph.get_results())
     sources = {name: result.input_value(0) for name, result in results.items()}
     for stop in stops[:-1]:
-        _inject(results[f"state.{stop}"], width)
+        inject(results[f"state.{stop}"], width)
     parts = []
     for lo, hi in zip((0, *stops), stops, strict=False):
         wanted = {"hidden": f"state.{hi}", "before": f"state.{hi - 1}", "mlp": f"mlp.{hi - 1}"}
@@ -182,7 +97,7 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
             del wanted["before"]  # it is the input
         outputs = {name: sources[key] for name, key in wanted.items() if key in sources}
         ends = [ops.result(source) for source in outputs.values()]
-        part = ov.Model(ends, _parameters(ends), f"blocks_{lo}_{hi}")
+        part = ov.Model(ends, inputs_of(ends), f"blocks_{lo}_{hi}")
         parts.append(SegmentGraph(lo, hi, part, tuple(outputs)))
     return parts
 
@@ -192,8 +107,8 @@ def embedding_graph(blocks: Any) -> Any:
     import openvino as ov
     from openvino import opset13 as ops
 
-    result = ops.result(_by_name(blocks.get_results())["state.0"].input_value(0))
-    return ov.Model([result], _parameters([result]), "embedding")
+    result = ops.result(by_name(blocks.get_results())["state.0"].input_value(0))
+    return ov.Model([result], inputs_of([result]), "embedding")
 
 
 def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
@@ -207,12 +122,12 @@ def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
         "block_indices_begins": [sequences + 1],
     }
     names = [port.get_any_name() for port in graph.inputs]
-    graph.reshape({name: _partial(fixed[name]) for name in names if name in fixed})
+    graph.reshape({name: partial_shape(fixed[name]) for name in names if name in fixed})
 
 
-def _inject(result: Any, width: int) -> Any:
+def inject(result: Any, width: int) -> Any:
     """A new input that takes the place of what ``result`` reads, for everything but ``result``."""
-    hidden = _parameter("hidden", [1, -1, width], np.float32)
+    hidden = new_input("hidden", [1, -1, width], np.float32)
     for user in result.input_value(0).get_target_inputs():
         if user.get_node().get_type_name() != "Result":
             user.replace_source_output(hidden.output(0))
@@ -231,27 +146,27 @@ def _flat(output: Any, width: int) -> Any:
     return ops.reshape(rows_first, ops.constant(np.array([-1, width], np.int64)), special_zero=False)
 
 
-def _parameter(name: str, shape: list[int], kind: type[np.generic] | None) -> Any:
+def new_input(name: str, shape: list[int], kind: type[np.generic] | None) -> Any:
     import openvino as ov
     from openvino import opset13 as ops
 
     element = ov.Type.dynamic if kind is None else ov.Type(kind)
-    node = ops.parameter(_partial(shape), element, name=name)
+    node = ops.parameter(partial_shape(shape), element, name=name)
     node.output(0).get_tensor().set_names({name})
     return node
 
 
-def _partial(shape: Sequence[int]) -> Any:
+def partial_shape(shape: Sequence[int]) -> Any:
     import openvino as ov
 
     return ov.PartialShape(list(shape))
 
 
-def _by_name(nodes: Sequence[Any]) -> dict[str, Any]:
+def by_name(nodes: Sequence[Any]) -> dict[str, Any]:
     return {node.get_friendly_name(): node for node in nodes}
 
 
-def _parameters(results: Sequence[Any]) -> list[Any]:
+def inputs_of(results: Sequence[Any]) -> list[Any]:
     """The inputs that these results read, directly or not."""
     stack, seen, found = list(results), set(), []
     while stack:

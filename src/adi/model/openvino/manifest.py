@@ -1,56 +1,57 @@
-"""What is kept of an exported model: two graphs, the head taken apart, and a page about them.
+"""What is kept of an exported model: two graphs, the head taken apart, and a manifest about them.
 
 A folder is written whole or not at all. Nothing in it runs code, and the weights of the original need not be there.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from adi.errors import FileError, ModelError
-from adi.files import cache_folder, read_json, whole_folder, write_json
-from adi.model.arrays import as_array
+from adi.files import cache_folder, whole_folder, write_json
+from adi.model.arrays import as_array, digest
 from adi.model.backbone import READOUT_ARRAYS, ReadOut
 from adi.model.openvino.graph import Attention
+from adi.schema import Positive, Record, read_json_as
 
 FORMAT = 6
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
+EXPORTER = ("openvino/export", "openvino/graph.py", "hf/patch.py", "hf/readout.py", "hf/splitting.py")  # beside this package
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "family", "fingerprint", "precision"), (str,)),
-    **dict.fromkeys(("layers", "width", "vocabulary"), (int,)),
-    "context": (int, type(None)),
-    "has_mlp": (bool,),
-    "attentions": (list,),
-    "readout": (dict, str),
-}
 
 
-@dataclass(frozen=True)
-class Manifest:
+class NormAndScale(Record, frozen=True):
+    """The numbers of a ``ReadOut`` that are no arrays."""
+
+    norm: Annotated[str, Meta(pattern="^(rms|layer)$")]
+    eps: float
+    scale: float
+
+
+class Manifest(Record, frozen=True):
     """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none."""
 
     name: str
     family: str
-    layers: int
-    width: int
-    vocabulary: int
-    context: int | None
+    layers: Positive
+    width: Positive
+    vocabulary: Positive
+    context: Positive | None
     fingerprint: str
     precision: str
     has_mlp: bool
     attentions: tuple[Attention, ...]
-    readout: dict[str, Any] | str
+    readout: NormAndScale | str
+    format: Annotated[int, Meta(ge=FORMAT, le=FORMAT)] = FORMAT
 
 
 def key_of(model: Any, weights: str) -> str:
@@ -60,15 +61,24 @@ def key_of(model: Any, weights: str) -> str:
     return f"{weights}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
-def place(key: str, precision: str) -> Path:
-    """Where the export of the model of this key in this precision belongs, for the versions installed now."""
+def export_dir(key: str, precision: str) -> Path:
+    """Where the export of the model of this key in this precision belongs, for the versions installed now and the code of the
+    exporter as it is now."""
     made_with = "|".join(f"{package} {version(package)}" for package in MADE_WITH)
-    made = hashlib.blake2b(f"{FORMAT}|{made_with}".encode(), digest_size=4).hexdigest()
+    made = hashlib.blake2b(f"{exporter_digest()}|{made_with}".encode(), digest_size=4).hexdigest()
     return cache_folder() / "openvino" / f"{key}-{precision}-{made}"
 
 
-def save(folder: Path, page: Manifest, blocks: Any, head: Any, readout: ReadOut | None) -> None:
-    """Write the folder; ValueError, naming it, where that cannot be done."""
+@functools.cache
+def exporter_digest() -> str:
+    """Changes with the text of any module that makes an export."""
+    package = Path(__file__).parent.parent
+    files = [path for name in EXPORTER for path in (sorted((package / name).glob("*.py")) or [package / name])]
+    return digest([], *map(str, files))
+
+
+def write_export(folder: Path, manifest: Manifest, blocks: Any, head: Any, readout: ReadOut | None) -> None:
+    """Write the folder; AdiError, naming it, where that cannot be done."""
     import openvino as ov
     from safetensors.numpy import save_file
 
@@ -80,33 +90,17 @@ def save(folder: Path, page: Manifest, blocks: Any, head: Any, readout: ReadOut 
                 parts = {name: a for name in READOUT_ARRAYS if (a := getattr(readout, name)) is not None}
                 arrays = {name: np.ascontiguousarray(as_array(a)) for name, a in parts.items()}
                 save_file(arrays, fresh / "readout.safetensors")
-            write_json(fresh / "model.json", {"format": FORMAT, **asdict(page)})
+            write_json(fresh / "model.json", manifest.to_json())
     except (OSError, RuntimeError) as error:
         raise FileError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The page of an exported model; ValueError where the folder holds none of this format."""
-    value = read_json(folder / "model.json", "exported model")
-    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-        raise FileError(f"{folder} holds no exported model of format {FORMAT}; delete it and load the model again.")
+    """The manifest of an exported model; AdiError where the folder holds none of this format."""
     try:
-        page = Manifest(**value)
-        _check_kinds(page, KINDS)
-        page = replace(page, attentions=tuple(Attention(**a) for a in value["attentions"]))
-        for attention in page.attentions:
-            _check_kinds(attention, dict.fromkeys(asdict(attention), (int, float)))
-        return page
-    except TypeError as error:
-        raise FileError(f"the exported model in {folder} is damaged ({error}); delete it and load the model again.") from None
-
-
-def _check_kinds(value: Manifest | Attention, kinds: Mapping[str, tuple[type, ...]]) -> None:
-    """TypeError where a field is of another type, or a number below zero."""
-    for name, allowed in kinds.items():
-        found = getattr(value, name)
-        if type(found) not in allowed or (type(found) in (int, float) and not 0 <= found < 1 << 31):
-            raise TypeError(f"{name} is {found!r:.60}")
+        return read_json_as(folder / "model.json", Manifest, "exported model")
+    except FileError as error:
+        raise FileError(f"{str(error).rstrip('.')}; delete it and load the model again.") from None
 
 
 def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
@@ -117,16 +111,16 @@ def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
         raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
 
 
-def read_readout(folder: Path, page: Manifest) -> ReadOut:
+def read_readout(folder: Path, manifest: Manifest) -> ReadOut:
     """The head taken apart at export, its numbers left on disk until looked at; ValueError says why a family has none."""
     from safetensors import SafetensorError
 
-    if isinstance(page.readout, str):
-        raise ModelError(page.readout)
+    if isinstance(manifest.readout, str):
+        raise ModelError(manifest.readout)
     try:
         arrays = _mapped(folder / "readout.safetensors")
         parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
-        return ReadOut(**page.readout, **parts)
+        return ReadOut(**manifest.readout.to_json(), **parts)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
 
@@ -154,6 +148,10 @@ def _note_path(source: Path, precision: str) -> Path:
     return cache_folder() / "openvino" / "sources" / f"{key}-{precision}.json"
 
 
+class _Note(Record, frozen=True):
+    key: Annotated[str, Meta(pattern=r"^[0-9a-f]+-[0-9a-f]+$")]
+
+
 def remember(source: Path, precision: str, key: str) -> None:
     """Note that the model folder ``source`` is the model of this key, so that its weights need not be read again."""
     write_json(_note_path(source, precision), {"key": key})
@@ -164,11 +162,7 @@ def recall(source: Path, precision: str) -> Path | None:
     note = _note_path(source, precision)
     if not note.exists():
         return None
-    stated = read_json(note, "note about an export")
-    key = stated.get("key") if isinstance(stated, dict) else None
-    if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", key):
-        raise FileError(f"the note about an export {note} is damaged; delete it.")
-    folder = place(key, precision)
+    folder = export_dir(read_json_as(note, _Note, "note about an export").key, precision)
     return folder if (folder / "model.json").exists() else None
 
 

@@ -32,7 +32,7 @@ def linears_before(results: Sequence[Any]) -> list[Any]:
     return found
 
 
-def merge_matrices(graph: Any, results: Sequence[Any]) -> None:
+def fuse_matrices(graph: Any, results: Sequence[Any]) -> None:
     """One product for all constant matrices before ``results`` that multiply the same input, its result split again.
 
     A pass over few rows is bound by calls and by reading weights, so one long product is faster than three. (Gate and up
@@ -47,11 +47,11 @@ def merge_matrices(graph: Any, results: Sequence[Any]) -> None:
             groups.setdefault((source.get_node().get_name(), source.get_index()), []).append(node)
     for group in groups.values():
         if len(group) > 1:
-            _merge(group)
+            _fuse(group)
     graph.validate_nodes_and_infer_types()
 
 
-def _merge(group: list[Any]) -> None:
+def _fuse(group: list[Any]) -> None:
     from openvino import opset13 as ops
 
     weights = [node.input_value(1).get_node().data for node in group]

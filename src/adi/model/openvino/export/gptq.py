@@ -31,7 +31,7 @@ class FourBits:
     error: float
 
 
-def quantise(weight_NK: Tensor, hessian_KK: Tensor) -> FourBits:
+def gptq(weight_NK: Tensor, hessian_KK: Tensor) -> FourBits:
     """The matrix in four bits, K a multiple of 32."""
     h = hessian_KK.double()
     ridge = DAMPING * h.diagonal().mean().clamp_min(1e-12)

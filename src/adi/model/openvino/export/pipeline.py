@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from adi.errors import AdiError, NotExportableError
 from adi.model.backbone import ReadOut, Rows
 from adi.model.hf import HfBackbone
 from adi.model.hub import Notice
-from adi.model.openvino import manifest as store
 from adi.model.openvino.engine import OpenVinoBackbone
-from adi.model.openvino.export.quantize import compress
+from adi.model.openvino.export.graphs import name_ports, split_head
+from adi.model.openvino.export.quantize import quantize
 from adi.model.openvino.export.trace import attentions, foreign, trace
-from adi.model.openvino.graph import name_ports, split_head
-from adi.model.openvino.manifest import Manifest
+from adi.model.openvino.manifest import Manifest, NormAndScale, write_export
 
 CHECK_TOKENS = 40  # past the first block of KV memory
 CHECK_WINDOW = 1100  # windows up to here are left behind in the check
@@ -26,25 +25,25 @@ TOLERANCE = 1e-3
 
 
 def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Sequence[int]], notice: Notice) -> None:
-    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples`` are as for ``compress``.
+    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples`` are as for ``quantize``.
 
     Raises ValueError, in one sentence that names the architecture, for a model that cannot be exported, or whose exported
     graph does not give the model's own logits.
     """
     notice(f"Exporting {hf.spec.name} to OpenVINO once, in {precision} (kept in {folder})")
     try:
-        page, blocks, head = _graphs(hf, precision)
+        manifest, blocks, head = _graphs(hf, precision)
         with foreign(RuntimeError):  # the plugin may not know an operation
-            _check(hf, page, blocks.clone(), head.clone())
-        read = [ids[: page.context] for ids in samples]
-        blocks, head = compress(
-            blocks.clone(), head.clone(), precision, page.attentions, read
+            _check(hf, manifest, blocks.clone(), head.clone())
+        read = [ids[: manifest.context] for ids in samples]
+        blocks, head = quantize(
+            blocks.clone(), head.clone(), precision, manifest.attentions, read
         )  # NNCF would follow what they share
     except AdiError as error:
         reason = str(error).rstrip(".")
         raise NotExportableError(f"{type(hf.model).__name__} cannot be exported to OpenVINO: {reason}.") from error
-    page, readout = _with_readout(hf, page)
-    store.save(folder, page, blocks, head, readout)
+    manifest, readout = _with_readout(hf, manifest)
+    write_export(folder, manifest, blocks, head, readout)
 
 
 def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
@@ -53,7 +52,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
     graph = trace(hf.model, given)
     name_ports(graph, found, mlps)
     blocks, head = split_head(graph, spec.layers, spec.width)
-    page = Manifest(
+    manifest = Manifest(
         name=spec.name,
         family=spec.family,
         layers=spec.layers,
@@ -66,29 +65,29 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
         attentions=tuple(found),
         readout="",
     )
-    return page, blocks, head
+    return manifest, blocks, head
 
 
-def _with_readout(hf: HfBackbone, page: Manifest) -> tuple[Manifest, ReadOut | None]:
+def _with_readout(hf: HfBackbone, manifest: Manifest) -> tuple[Manifest, ReadOut | None]:
     try:
         readout = hf.readout()
     except AdiError as error:
-        return replace(page, readout=str(error)), None
-    return replace(page, readout={"norm": readout.norm, "eps": readout.eps, "scale": readout.scale}), readout
+        return replace(manifest, readout=str(error)), None
+    return replace(manifest, readout=NormAndScale(readout.norm, readout.eps, readout.scale)), readout
 
 
-def _check(hf: HfBackbone, page: Manifest, blocks: Any, head: Any) -> None:
+def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any) -> None:
     """In float32, run in parts, after a rollback and beside another sequence: the model's own logits, or no export."""
-    windows = [a.window for a in page.attentions if 0 < a.window <= CHECK_WINDOW]
-    length = min(max([CHECK_TOKENS, *(w + 8 for w in windows)]), page.context or CHECK_TOKENS)
+    windows = [a.window for a in manifest.attentions if 0 < a.window <= CHECK_WINDOW]
+    length = min(max([CHECK_TOKENS, *(w + 8 for w in windows)]), manifest.context or CHECK_TOKENS)
     generator = torch.Generator().manual_seed(0)
-    ids = tuple(torch.randint(0, page.vocabulary, (length,), generator=generator).tolist())
+    ids = tuple(torch.randint(0, manifest.vocabulary, (length,), generator=generator).tolist())
     with torch.no_grad():
         wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
-    fp32 = OpenVinoBackbone(replace(page, precision="fp32"), blocks, head)  # KV memory in 32 bits too
-    half = max(1, page.layers // 2)
+    fp32 = OpenVinoBackbone(replace(manifest, precision="fp32"), blocks, head)  # KV memory in 32 bits too
+    half = max(1, manifest.layers // 2)
     cache, mate = fp32.new_cache(), fp32.new_cache()
-    past, layers = length // 2, page.layers
+    past, layers = length // 2, manifest.layers
     fp32.forward([Rows(cache, 0, ids[: past + 1], None), Rows(mate, 0, ids[1:4], None)], 0, layers)
     early = [
         *fp32.forward([Rows(cache, past, ids[past : past + 1], None)], 0, half),

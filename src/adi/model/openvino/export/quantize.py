@@ -17,14 +17,15 @@ import numpy as np
 
 from adi.errors import AdiError
 from adi.model.openvino.export.fuse_qkv import is_linear, linears_before
-from adi.model.openvino.export.gptq import GROUP, FourBits, quantise
+from adi.model.openvino.export.gptq import GROUP, FourBits, gptq
+from adi.model.openvino.export.graphs import attended_plainly
 from adi.model.openvino.export.smoothquant import smooth
-from adi.model.openvino.graph import Attention, attended_plainly
+from adi.model.openvino.graph import Attention
 
 SPARED = 1 / 5  # of the weights that could take 4 bits, so many stay in 8: those with the largest error
 
 
-def compress(
+def quantize(
     blocks: Any, head: Any, precision: str, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]
 ) -> tuple[Any, Any]:
     """Both graphs with weights in ``precision``, by how they act on ``samples``, texts as token ids.
@@ -62,7 +63,7 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
     found: list[tuple[Any, FourBits]] = []
     for node in chosen:
         weight = torch.from_numpy(node.input_value(1).get_node().data.astype(np.float32))
-        found.append((node, quantise(weight, hessians[_source(node)])))
+        found.append((node, gptq(weight, hessians[_source(node)])))
     left = SPARED * sum(made.codes_NK.numel() for _, made in found)
     for node, made in sorted(found, key=lambda pair: -pair[1].error):
         left -= made.codes_NK.numel()

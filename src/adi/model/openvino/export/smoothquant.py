@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from adi.model.openvino.export.fuse_qkv import is_linear
-from adi.model.openvino.graph import Attention, attended_plainly
+from adi.model.openvino.export.graphs import attended_plainly
+from adi.model.openvino.graph import Attention
 
 WINDOWS = 8  # of the sample texts, spread over them
 SHARE = 0.5  # of the loudness of a channel that goes over to the matrices

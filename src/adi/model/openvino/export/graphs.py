@@ -1,0 +1,96 @@
+"""A freshly traced graph gets its names and becomes two: the blocks, with holes for attention, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adi.errors import AdiError
+from adi.model.openvino.export.fuse_qkv import fuse_matrices
+from adi.model.openvino.graph import Attention, by_name, inject, inputs_of, partial_shape
+
+
+def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
+    """Give a freshly traced graph the names above, by position alone."""
+    layers = len(attentions)
+    results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, mlps))]
+    for node, name in zip(graph.get_results(), (name for part in results for name in part), strict=True):
+        node.set_friendly_name(name)
+    names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(layers))]
+    shapes = [[1, -1]] * 2 + [[1, -1, a.heads, a.value_width] for a in attentions]
+    for node, name, shape in zip(graph.getinputs_of(), names, shapes, strict=True):
+        node.set_friendly_name(name)
+        node.output(0).get_tensor().set_names({name})
+        node.set_partial_shape(partial_shape(shape))
+    graph.validate_nodes_and_infer_types()
+    _count_rows_by_positions(graph)
+    kinds = ("query.", "key.", "value.")
+    fuse_matrices(graph, [node for node in graph.get_results() if node.get_friendly_name().startswith(kinds)])
+
+
+def _count_rows_by_positions(graph: Any) -> None:
+    """Wherever a shape is read, take the number of rows from ``position_ids`` instead.
+
+    The library shares such readings over all blocks, and a segment would run the first block again just to measure it.
+    """
+    from openvino import opset13 as ops
+
+    positions = by_name(graph.getinputs_of())["position_ids"]
+    rows = ops.gather(ops.shape_of(positions), ops.constant(np.array([1], np.int64)), ops.constant(np.int64(0)))
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "ShapeOf":
+            continue
+        sizes = list(node.input_value(0).get_partial_shape())
+        if sum(size.is_dynamic for size in sizes) != 1:
+            continue
+        whole = [rows if size.is_dynamic else ops.constant(np.array([size.get_length()], np.int64)) for size in sizes]
+        shape = ops.convert(ops.concat(whole, 0), node.get_output_element_type(0).to_string())
+        for user in node.output(0).get_target_inputs():
+            user.replace_source_output(shape.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _outputs(layers: int, mlps: int) -> tuple[tuple[str, int], ...]:
+    return ("state", layers + 1), ("query", layers), ("key", layers), ("value", layers), ("mlp", mlps)
+
+
+def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
+    """The blocks, and the head: ``hidden [1, T, D]`` to ``logits [1, T, V]`` and the likeliest token ``[1, T]``."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    results = by_name(graph.get_results())
+    inject(results[f"state.{layers}"], width)
+    logits = results.pop("logits")
+    best = ops.topk(logits.input_value(0), np.int32(1), -1, "max", "value", index_element_type="i32")
+    token = ops.result(ops.squeeze(best.output(1), np.int64(-1)).output(0))
+    token.set_friendly_name("token")
+    needed = inputs_of([logits])
+    if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
+        raise AdiError("its head reads more than the state that leaves its last block")
+    return ov.Model(list(results.values()), graph.getinputs_of(), "blocks"), ov.Model([logits, token], needed, "head")
+
+
+def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[tuple[str, int], str]) -> Any:
+    """A copy of the blocks with ordinary causal attention in the holes (windows left out), for whole texts of one sequence.
+
+    It gives what enters the product of each name in ``outputs``, in their order; keys of ``outputs`` are not looked at.
+    """
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    graph = blocks.clone()
+    inputs, results = by_name(graph.getinputs_of()), by_name(graph.get_results())
+    for i, a in enumerate(attentions):
+        query, key, value = (results[f"{kind}.{i}"].input_value(0) for kind in ("query", "key", "value"))
+        repeat = ops.constant(np.repeat(np.arange(a.kv_heads), a.heads // a.kv_heads))
+        key, value = (ops.gather(x, repeat, ops.constant(np.int64(1))) for x in (key, value))
+        paid = ops.scaled_dot_product_attention(query, key, value, scale=ops.constant(np.float32(a.scale)), causal=True)
+        attended = ops.transpose(paid, ops.constant(np.array([0, 2, 1, 3], np.int64)))
+        for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
+            user.replace_source_output(attended.output(0))
+    nodes = by_name(graph.get_ordered_ops())
+    ends = [ops.result(nodes[name].input_value(0)) for name in outputs.values()]
+    return ov.Model(ends, [inputs["input_ids"], inputs["position_ids"]], "attended_plainly")
