@@ -158,6 +158,12 @@ class TopK:
     ids_TK: Tensor
     total_T: Tensor
 
+    @classmethod
+    def of(cls, logits_TV: Tensor, most: int) -> TopK:
+        """Of the whole vocabulary's logits; at most as many as there are."""
+        best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
+        return cls(best.values, best.indices, logits_TV.logsumexp(-1))
+
 
 class CompiledModule(Protocol):
     """A torch function as a graph of an engine."""

@@ -127,9 +127,7 @@ class HfBackbone:
         return logits_TV.argmax(-1).tolist()
 
     def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
-        logits_TV = self.logits(states)
-        best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
-        return TopK(best.values, best.indices, logits_TV.logsumexp(-1))
+        return TopK.of(self.logits(states), most)
 
     def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
         """The function as it is, without gradients."""

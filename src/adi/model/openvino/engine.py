@@ -20,7 +20,6 @@ from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import CompiledModule, Embedding, converted
 from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
-from adi.model.openvino.topk import TopKHeads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +82,6 @@ class OpenVinoBackbone:
         self._companion.blocks = [SPARE]
         self._core = ov.Core()
         self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool)
-        self._topk = TopKHeads(self._core, head, self._config)
         self._embedding = Embedding(self._core, blocks, self._config)
         self.spec = replace(self.spec, threads=self._segments.threads)
 
@@ -186,8 +184,7 @@ class OpenVinoBackbone:
         return self._segments.heads[bucket].run(array, max(bucket, self.least_rows))
 
     def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
-        with self._segments.lock:
-            return self._topk.run(as_array(raw_of(states)), most)
+        return TopK.of(self.logits(states), most)
 
     def embed(self, ids: Sequence[int]) -> States:
         return States(self._embedding.run(ids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,28 +82,30 @@ def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     Found with a stop half-way, once on each kind of machine, and kept beside the export: ``least_rows``, or 0 where rows
     depend on their company whatever their number.
     """
-    note = folder / "rows.json"
-    found = read_json(note, "note about row invariance") if note.exists() else {}
-    found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash(f'buckets {BUCKETS}, fixed')}-{backbone.spec.threads}"
-    if not isinstance(found.get(machine), int) or isinstance(found[machine], bool):
-        found[machine] = _least_rows(backbone)
-        with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
-            write_json(note, found)
-    backbone.least_rows = max(1, found[machine])
-    return bool(found[machine] > 0)
+    least = _noted(backbone, folder, f"buckets {BUCKETS}, fixed", (0, 1, 2), lambda: _least_rows(backbone))
+    backbone.least_rows = max(1, least)
+    return least > 0
 
 
 def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
     """How many rows of two texts may share a pass and keep the bits that they have apart: found once on each kind of machine,
     with ``least_rows`` settled, and kept beside the export."""
+
+    def find() -> int:
+        return next((most for most in MERGED if _alike_apart(backbone, most)), BUCKETS[-1])
+
+    return _noted(backbone, folder, "merged", (*MERGED, BUCKETS[-1]), find)
+
+
+def _noted(backbone: OpenVinoBackbone, folder: Path, what: str, allowed: Sequence[int], find: Callable[[], int]) -> int:
+    """What was found on this kind of machine, by the note beside the export, or is found now and noted."""
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash('merged')}-{backbone.spec.threads}"
-    if found.get(machine) not in (*MERGED, BUCKETS[-1]):
-        found[machine] = next((most for most in MERGED if _alike_apart(backbone, most)), BUCKETS[-1])
-        with contextlib.suppress(OSError):
+    machine = f"{processor_hash(what)}-{backbone.spec.threads}"
+    if isinstance(found.get(machine), bool) or found.get(machine) not in allowed:
+        found[machine] = find()
+        with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
             write_json(note, found)
     return int(found[machine])
 
