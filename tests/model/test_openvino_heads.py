@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,29 @@ def test_readings_on_the_compiled_engine_come_from_it() -> None:
             assert (a.depth, a.token) == (b.depth, b.token)
             assert a.signals["entropy"] == pytest.approx(b.signals["entropy"], abs=1e-3)
             assert a.candidates[0].token == a.token
+
+
+def test_a_function_is_converted_once_and_again_only_where_it_is_damaged(tmp_path: Path) -> None:
+    import openvino as ov
+
+    from adi.model.openvino.modules import CompiledModule, converted
+
+    core, built = ov.Core(), []
+
+    def function() -> Any:
+        built.append(1)
+        return lambda x_TD: (x_TD * 2,)
+
+    def run(name: str) -> list[float]:
+        graph = functools.partial(converted, core, tmp_path, name, function, [3], False)
+        return CompiledModule(core, graph, {})(torch.ones(1, 3))[0].ravel().tolist()  # type: ignore[no-any-return]
+
+    assert run("double") == [2, 2, 2]
+    assert run("double") == [2, 2, 2]
+    assert len(built) == 1
+    run("another")
+    assert len(built) == 2
+    for file in tmp_path.rglob("graph.xml"):
+        file.write_text("<damaged")
+    assert run("double") == [2, 2, 2]
+    assert len(built) == 3

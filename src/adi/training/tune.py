@@ -17,6 +17,7 @@ from adi.drafters.network import Drafter
 from adi.errors import AdiError
 from adi.exits.heads import Heads, Shortlist, shortlist
 from adi.model.backbone import Backbone, ReadOut
+from adi.model.hf import HfBackbone
 from adi.model.load import Model
 from adi.training.answers import (
     HELD_OUT_SHARE,
@@ -302,8 +303,7 @@ def _answers(
     model: Model, work: Path, prompts: Sequence[Sequence[str]], options: TuneOptions, progress: Progress
 ) -> list[Answer]:
     """The model's answers to the prompts; those in the folder are kept if this model gave them under these options."""
-    hf = getattr(model.backbone, "model", None)
-    if hf is None:
+    if not isinstance(model.backbone, HfBackbone):
         raise AdiError("tuning runs on the transformers engine; load the model with backend='hf'.")
     if not prompts:
         return []
@@ -312,7 +312,7 @@ def _answers(
     if changed(work / "answers.key", key):
         (work / "answers.jsonl").unlink(missing_ok=True)
     return collect(
-        hf,
+        model.backbone.model,
         lambda text: list(model.encode(text, raw=raw)),
         model.eos_ids,
         interleave(prompts),

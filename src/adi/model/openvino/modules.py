@@ -5,7 +5,6 @@ A function is converted once for each export and kept beside it, so that decodin
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
 import threading
@@ -31,8 +30,7 @@ class CompiledModule:
     for. One call at a time."""
 
     def __init__(self, core: Any, graph: Callable[[], Any], config: Config) -> None:
-        self._core, self._config = core, config
-        self._graph = functools.cache(graph)
+        self._core, self._graph, self._config = core, graph, config
         self._requests: dict[bool, Any] = {}
         self._ready: dict[int, tuple[Any, list[Any], range]] = {}
         self._lock = threading.Lock()
@@ -56,7 +54,6 @@ class CompiledModule:
         if lone not in self._requests:
             graph = self._graph()
             if lone:
-                graph = graph.clone()
                 graph.reshape({i: ov.PartialShape([1, width]) for i, width in enumerate(widths)})
             self._requests[lone] = self._core.compile_model(graph, "CPU", self._config).create_infer_request()
         request, inputs = self._requests[lone], [np.zeros((rows, width), np.float32) for width in widths]
