@@ -59,7 +59,7 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
     from openvino import opset13 as ops
     from openvino.op import _PagedAttentionExtension
 
-    inputs, results = by_name(graph.getinputs_of()), by_name(graph.get_results())
+    inputs, results = by_name(graph.get_parameters()), by_name(graph.get_results())
     shared = {name: new_input(name, [-1] * rank, np.int32) for name, rank in (*SEQUENCE_INPUTS, ("max_context_len", 0))}
     for i, a in enumerate(attentions):
         flat = [_flat(results[f"{kind}.{i}"].input_value(0), n) for kind, n in _widths(a)]

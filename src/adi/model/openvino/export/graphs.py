@@ -20,7 +20,7 @@ def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
         node.set_friendly_name(name)
     names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(layers))]
     shapes = [[1, -1]] * 2 + [[1, -1, a.heads, a.value_width] for a in attentions]
-    for node, name, shape in zip(graph.getinputs_of(), names, shapes, strict=True):
+    for node, name, shape in zip(graph.get_parameters(), names, shapes, strict=True):
         node.set_friendly_name(name)
         node.output(0).get_tensor().set_names({name})
         node.set_partial_shape(partial_shape(shape))
@@ -37,7 +37,7 @@ def _count_rows_by_positions(graph: Any) -> None:
     """
     from openvino import opset13 as ops
 
-    positions = by_name(graph.getinputs_of())["position_ids"]
+    positions = by_name(graph.get_parameters())["position_ids"]
     rows = ops.gather(ops.shape_of(positions), ops.constant(np.array([1], np.int64)), ops.constant(np.int64(0)))
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "ShapeOf":
@@ -70,7 +70,7 @@ def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
     needed = inputs_of([logits])
     if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
         raise AdiError("its head reads more than the state that leaves its last block")
-    return ov.Model(list(results.values()), graph.getinputs_of(), "blocks"), ov.Model([logits, token], needed, "head")
+    return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
 
 
 def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[tuple[str, int], str]) -> Any:
@@ -82,7 +82,7 @@ def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapp
     from openvino import opset13 as ops
 
     graph = blocks.clone()
-    inputs, results = by_name(graph.getinputs_of()), by_name(graph.get_results())
+    inputs, results = by_name(graph.get_parameters()), by_name(graph.get_results())
     for i, a in enumerate(attentions):
         query, key, value = (results[f"{kind}.{i}"].input_value(0) for kind in ("query", "key", "value"))
         repeat = ops.constant(np.repeat(np.arange(a.kv_heads), a.heads // a.kv_heads))
