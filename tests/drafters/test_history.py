@@ -210,6 +210,20 @@ def test_a_process_that_dies_while_it_learns_loses_only_that(path: Path, at: str
     assert [p.name for p in path.parent.iterdir()] == ["history"]
 
 
+def test_a_sequence_that_could_not_be_written_is_not_remembered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.01)
+    known = History.open(path, **OURS)
+    known.learn([1, 2, 3])
+    known.learn([4, 5, 6])
+    with closing(sqlite3.connect(path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sequences").fetchone()  # a reader blocks the commit
+        with pytest.raises(ValueError, match=r"cannot use the history .*locked"):
+            known.learn([1, 2, 3])
+    known.learn([1, 2, 3])
+    assert content(path) == [(4, 5, 6), (1, 2, 3)]
+
+
 def _die(path: Path, at: str) -> None:
     """Leave in the middle of a transaction, with more written than SQLite's cache of one page holds."""
     database = sqlite3.connect(path, isolation_level=None)
@@ -253,7 +267,7 @@ def test_a_file_of_the_old_format_is_converted_once(path: Path, rest: bytes, cap
 def test_an_old_file_of_another_tokenizer_is_refused_too(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(OLD)
-    with pytest.raises(ValueError, match=r"another tokenizer \(tokenizer ours, not theirs\)"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(ours with 100 tokens, not theirs with 100\)"):
         History.open(path, fingerprint="theirs", vocabulary=100)
     assert content(path) == [(4, 5, 6), (1, 2, 3)]
 
@@ -327,9 +341,9 @@ def test_what_was_dropped_is_erased(path: Path) -> None:
 
 def test_another_tokenizers_file_is_refused(path: Path) -> None:
     History.open(path, **OURS)
-    with pytest.raises(ValueError, match=r"another tokenizer \(tokenizer ours, not theirs\).* file of its own"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(ours with 100 tokens, not theirs with 100\).* file of its own"):
         History.open(path, fingerprint="theirs", vocabulary=100)
-    with pytest.raises(ValueError, match="vocabulary 100, not 101"):
+    with pytest.raises(ValueError, match="ours with 100 tokens, not ours with 101"):
         History.open(path, fingerprint="ours", vocabulary=101)
 
 

@@ -117,7 +117,7 @@ class History:
         """
         limit = LIMIT_TOKENS if limit_tokens is None else limit_tokens
         given = dict(fingerprint=fingerprint, vocabulary=vocabulary, limit_tokens=limit, edition=secrets.token_hex(8))
-        history = cls(_resolved(path), from_json(given, _Meta, "a history"))
+        history = cls(expanded(path).absolute(), from_json(given, _Meta, "a history"))
         with history._transaction(create=create, writing=create or limit_tokens is not None) as database:
             if limit_tokens not in (None, history._meta.limit_tokens):
                 database.execute("UPDATE meta SET value = ? WHERE name = 'limit_tokens'", (limit_tokens,))
@@ -128,9 +128,8 @@ class History:
     @classmethod
     def look(cls, path: str | os.PathLike[str]) -> History:
         """The history in an existing file, whichever tokenizer's it is: to show and to prune it."""
-        place = _resolved(path)
-        with _connected(place) as database:
-            meta = _read_meta(database, place)
+        with _connected(expanded(path).absolute()) as database:
+            meta = _read_meta(database, Path(path))
         return cls.open(path, fingerprint=meta.fingerprint, vocabulary=meta.vocabulary, create=False)
 
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
@@ -215,43 +214,36 @@ class History:
     @contextmanager
     def _transaction(self, *, writing: bool = False, create: bool = False) -> Iterator[sqlite3.Connection]:
         """The database under a lock, with everything read that other processes have changed."""
-        with _connected(self.path, create) as database, database:
-            database.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
-            if create and not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                _write(database, replace(self._meta, edition=secrets.token_hex(8)), ())
-            self._read(database)
-            yield database
+        try:
+            with _connected(self.path, create) as database, database:
+                database.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
+                if create and not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    _write(database, replace(self._meta, edition=secrets.token_hex(8)), ())
+                self._read(database)
+                yield database
+        except BaseException:
+            self._meta = replace(self._meta, edition="")  # read all again: what was noted may not be in the file
+            raise
 
     def _read(self, database: sqlite3.Connection) -> None:
-        meta = _read_meta(database, self.path)
-        for name, mine, found in (
-            ("tokenizer", self._meta.fingerprint, meta.fingerprint),
-            ("vocabulary", self._meta.vocabulary, meta.vocabulary),
-        ):
-            if mine != found:
-                raise AdiError(
-                    f"the history in {self.path} is of another tokenizer ({name} {found}, not {mine}), so its token ids mean "
-                    "other texts. Give each tokenizer a file of its own."
-                )
-        if meta.edition != self._meta.edition:  # another file, or the first reading
-            if (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise _damaged(self.path, found)
-            self._forget_all()
+        own, meta = self._meta, _read_meta(database, self.path)
+        if (own.fingerprint, own.vocabulary) != (meta.fingerprint, meta.vocabulary):
+            raise FileError(
+                f"the history {self.path} is of another tokenizer ({meta.fingerprint} with {meta.vocabulary} tokens, not "
+                f"{own.fingerprint} with {own.vocabulary}), so its ids mean other texts. Give each tokenizer a file of its own."
+            )
+        another = own.edition != meta.edition  # another file of this name, or the first reading
+        if another and (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise _damaged(self.path, found)
         self._meta = meta
-        if not self._took_new(database):  # some were dropped
-            self._forget_all()
-            if not self._took_new(database):
-                raise _damaged(self.path, "it holds a sequence twice")
-
-    def _took_new(self, database: sqlite3.Connection) -> bool:
-        """Read the rows after the last one read. Whether all sequences in the file are known, and no others."""
-        for row in database.execute("SELECT id, ids FROM sequences WHERE id > ? ORDER BY id", (self._last,)):
-            self._take(*row)
-        known: bool = len(self._order) == database.execute("SELECT count(*) FROM sequences").fetchone()[0]
-        return known
-
-    def _forget_all(self) -> None:
-        self._order, self._last, self._tokens, self._sorted = {}, 0, 0, None
+        for from_start in (another, True):  # what another process has dropped shows in the count
+            if from_start:
+                self._order, self._last, self._tokens, self._sorted = {}, 0, 0, None
+            for row in database.execute("SELECT id, ids FROM sequences WHERE id > ? ORDER BY id", (self._last,)):
+                self._take(*row)
+            if len(self._order) == database.execute("SELECT count(*) FROM sequences").fetchone()[0]:
+                return
+        raise _damaged(self.path, "it holds a sequence twice")
 
     def _take(self, row: int, data: bytes) -> None:
         """Note the sequence that is the newest by now."""
@@ -268,26 +260,21 @@ class History:
 
     def _drop(self, database: sqlite3.Connection, tokens: int) -> None:
         """Drop the oldest sequences until at most so many tokens are left."""
-        dropped = []
         while self._tokens > tokens:
-            data = next(iter(self._order))
+            data, row = next(iter(self._order.items()))
+            database.execute("DELETE FROM sequences WHERE id = ?", (row,))
+            del self._order[data]
             self._tokens -= len(data) // WORD
-            dropped.append((self._order.pop(data),))
-        database.executemany("DELETE FROM sequences WHERE id = ?", dropped)
-        self._sorted = None if dropped else self._sorted
-
-
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    try:
-        return expanded(path).resolve()
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot use the history {str(path)!r}: {error}.") from None
+            self._sorted = None
 
 
 @contextmanager
 def _connected(path: Path, create: bool = False) -> Iterator[sqlite3.Connection]:
     """The database in this file; FileError for what the system or SQLite refuses."""
+    if "\0" in str(path):
+        raise FileError(f"cannot use the history {str(path)!r}: no file has such a name.")
     try:
+        path = path.resolve()  # so that a conversion keeps a link
         if create and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT, 0o600))
