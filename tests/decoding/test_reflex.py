@@ -247,7 +247,7 @@ def test_propagation_owes_nothing_and_refuses_what_it_cannot_do(llama: adi.Model
 def test_an_engine_that_cannot_propagate_is_refused(
     llama: adi.Model, certified: adi.Exits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(type(llama.backbone), "propagate")
+    monkeypatch.setattr(type(llama.backbone), "can_propagate", False)
     with pytest.raises(ValueError, match="cannot make keys and values"):
         adi.generate(llama, [1, 2], adi.Reflex(certified, trigger=adi.Never(), skipped="propagate"), max_new_tokens=3)
 
