@@ -29,10 +29,17 @@ README_ROWS = {
     "openvino-genai:int8": "OpenVINO GenAI",
     "llama.cpp": "llama.cpp, Q4_1",
 }
-MACHINES = {  # processor and machine, as adi records them -> key
-    ("Intel(R) Xeon(R) Processor @ 2.50GHz", "x86_64, 2 cores, AVX-512 VNNI, Linux"): "A",
-    ("AMD EPYC", "x86_64, 2 cores, Linux"): "B",
-    ("AMD EPYC", "x86_64, 2 cores, AVX2, Linux"): "C",
+MACHINES = {  # processor and machine, as adi records them -> key and description
+    ("Intel(R) Xeon(R) Processor @ 2.50GHz", "x86_64, 2 cores, AVX-512 VNNI, Linux"): (
+        "A",
+        "2 cores of an Intel Xeon at 2.5 GHz, AVX-512 with VNNI, no bfloat16; a virtual machine",
+    ),
+    ("AMD EPYC", "x86_64, 2 cores, Linux"): ("B", "2 cores of an AMD EPYC, AVX-512 with bfloat16; a virtual machine"),
+    ("AMD EPYC", "x86_64, 2 cores, AVX2, Linux"): ("C", "2 cores of an AMD EPYC, AVX2 only; a virtual machine"),
+    ("AMD EPYC", "x86_64, 2 cores, AVX-512 VNNI, Linux"): (
+        "D",
+        "2 cores of an AMD EPYC, AVX-512 with VNNI and bfloat16; a virtual machine",
+    ),
 }
 Result = dict[str, Any]
 
@@ -54,7 +61,15 @@ def source(file: str) -> str:
     where = (found["processor"], found["machine"])
     if where not in MACHINES:
         raise SystemExit(f"docs/results/{file} was made on {', '.join(where)}: name this machine in tools/benchmarks.py")
-    return f"[Machine {MACHINES[where]}](#machines), {made['date']}, commit {made['commit']}:\n`{found['command']}`"
+    return f"[Machine {MACHINES[where][0]}](#machines), {made['date']}, commit {made['commit']}:\n`{found['command']}`"
+
+
+def machines() -> str:
+    """The machines that results were measured on."""
+    found = [load(file) for file in json.loads(MADE.read_text())]
+    used = {(result["processor"], result["machine"]) for result in found if "processor" in result}
+    rows = [[key, what] for where, (key, what) in MACHINES.items() if where in used]
+    return "\n".join(["| machine | processor |", "|---|---|", *(f"| {key} | {what} |" for key, what in rows)])
 
 
 def interval(ratio: Result | None) -> str:
@@ -254,7 +269,10 @@ def pages() -> dict[Path, str]:
     """The text of every generated page."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
     environment.globals |= {
-        **{f.__name__: f for f in (bench, batches, categories, quality, exits, drafter, inspected, auroc, estimates, audit)},
+        **{
+            f.__name__: f
+            for f in (machines, bench, batches, categories, quality, exits, drafter, inspected, auroc, estimates, audit)
+        },
         "results": RESULTS,
     }
     readme = ROOT / "README.md"
