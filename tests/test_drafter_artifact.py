@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import adi
 from adi.artifact import _digest
 from adi.drafters.network import shapes
+from adi.model.backbone import States
 from conftest import exits_with_drafter, random_exits
 from families import VOCABULARY, tiny
 
@@ -42,7 +43,7 @@ def test_a_drafter_comes_back_from_disk_in_half_precision(llama: adi.Model, tmp_
     mine, theirs = again.drafting(llama.backbone), fine.drafting(llama.backbone)
     assert mine is not None
     assert theirs is not None
-    deep = torch.randn(1, llama.backbone.spec.width, generator=torch.Generator().manual_seed(5))
+    deep = States(torch.randn(1, llama.backbone.spec.width, generator=torch.Generator().manual_seed(5)))
     assert mine.step(7, mine.start(deep))[0].token == theirs.step(7, theirs.start(deep))[0].token
 
 

@@ -101,7 +101,7 @@ def test_a_drafter_that_says_nan_is_an_error() -> None:
     drafting = exits.drafting(model.backbone)
     assert drafting is not None
     with pytest.raises(ValueError, match="the drafter holds no distribution"):
-        drafting.step(5, drafting.start(torch.ones(1, model.backbone.spec.width)))
+        drafting.step(5, drafting.start(States(torch.ones(1, model.backbone.spec.width))))
 
 
 @pytest.mark.parametrize("name", SIGNALS)
