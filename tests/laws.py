@@ -18,24 +18,13 @@ import torch
 
 from adi.decoding.controller import Controller
 from adi.decoding.cost_model import CostModel
-from adi.decoding.lookup import lookup
-from adi.decoding.proposers import NgramSources, ladder
+from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.requests import DraftStep, DraftToken, Emitted, Forward, Request, SequenceLogic
 from adi.decoding.sampler import Sampler, distribution
 from adi.decoding.sampling import Sampling
-from adi.decoding.speculate import (
-    DraftStep,
-    DraftToken,
-    Emitted,
-    Forward,
-    Proposing,
-    Request,
-    SequenceLogic,
-    decode_unverified,
-    speculate,
-    verified,
-)
+from adi.decoding.speculate import Proposal, Proposing, Strategy, speculate
 from adi.drafters.ngram import NgramIndex
-from adi.exits.triggers import Always, Never, Threshold
+from adi.exits.triggers import Always, Threshold, Trigger
 from adi.measure.statistics import leading, total_variation, variation_band
 
 V, TOKENS, LAYERS, DRAWS, RISK = 5, 4, 6, 20_000, 1e-6
@@ -144,8 +133,17 @@ def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Emitted], int]:
             said.append(item)
 
 
-def plan(rule: Any, trigger: Any = None, stops: tuple[int, ...] = (2, 4)) -> Request:
-    return Request(PROMPT, TOKENS, LAYERS, stops, trigger or Always((2,)), lambda _: False, rule)
+def request(rule: Any) -> Request:
+    return Request(PROMPT, TOKENS, LAYERS, lambda _: False, rule)
+
+
+def by_exits(wanted: Request, trigger: Trigger) -> ExitProposer:
+    return ExitProposer(wanted, (2, 4), trigger)
+
+
+def verified(rule: Any, trigger: Trigger) -> SequenceLogic:
+    wanted = request(rule)
+    return speculate(wanted, Strategy(by_exits(wanted, trigger), 3))
 
 
 def cheap() -> CostModel:
@@ -154,26 +152,31 @@ def cheap() -> CostModel:
 
 
 class Memory:
-    """A habit memory that knows what often follows, and is often wrong."""
+    """A history that knows what often follows, and is often wrong."""
 
     def find(self, text: Sequence[int], most: int) -> Any:
         from adi.drafters.ngram import NgramMatch
 
-        return NgramMatch(tuple(_likeliest(4, (*text, i))[0] for i in range(min(3, most))), 3, "habits") if most else None
+        return NgramMatch(tuple(_likeliest(4, (*text, i))[0] for i in range(min(3, most))), 3, "history") if most else None
 
 
-def by_ladder(rule: Any, drafter: bool) -> SequenceLogic:
-    memory = NgramSources(() if drafter else (Memory(),), None if drafter else NgramIndex())
-    return ladder(plan(rule, Never(), ()), Controller(cheap()), memory, drafter)
+def adaptive(rule: Any, drafter: bool) -> SequenceLogic:
+    wanted, sources = request(rule), NgramSources(() if drafter else (Memory(),), None if drafter else NgramIndex())
+    return speculate(wanted, Strategy(ControlledProposer(wanted, Controller(cheap()), sources, drafter), 15))
+
+
+def lookup(rule: Any) -> SequenceLogic:
+    wanted, sources = request(rule), NgramSources((), NgramIndex(2))
+    return speculate(wanted, Strategy(ControlledProposer(wanted, FixedLength(), sources, False), 3))
 
 
 KINDS: dict[str, Callable[[Any], SequenceLogic]] = {
-    "memory": lambda rule: by_ladder(rule, False),
-    "drafter": lambda rule: by_ladder(rule, True),
-    "exit head": lambda rule: verified(plan(rule, Threshold("top_probability", 0.45)), 3),
-    "exit head, always": lambda rule: verified(plan(rule), 3),
-    "lookup": lambda rule: lookup(plan(rule, Never(), ()), 3, 2),
-    "full depth": lambda rule: decode_unverified(plan(rule, Never(), ())),
+    "memory": lambda rule: adaptive(rule, False),
+    "drafter": lambda rule: adaptive(rule, True),
+    "exit head": lambda rule: verified(rule, Threshold("top_probability", 0.45)),
+    "exit head, always": lambda rule: verified(rule, Always((2,))),
+    "lookup": lookup,
+    "full depth": lambda rule: speculate(request(rule), Strategy(NoDrafts(), 0)),
 }
 
 
@@ -211,9 +214,9 @@ class Drawn:
         self.dice, self.stated, self.dislikes = random.Random(1), stated, dislikes
 
     def __call__(self, rule: Any) -> SequenceLogic:
-        return speculate(plan(rule), 2, self._propose)
+        return speculate(request(rule), Strategy(self, 2))
 
-    def _propose(self, text: Sequence[int], most: int) -> Proposing:
+    def propose(self, text: Sequence[int], most: int) -> Proposing:
         drafts: list[DraftToken] = []
         while len(drafts) < most:
             known = (*text, *(d.token for d in drafts))
@@ -221,11 +224,11 @@ class Drawn:
             token = self.dice.choices(range(V), q_V.tolist())[0]
             if token in self.dislikes:
                 break
-            drafts.append(DraftToken(token, 2, (), density_V=self.stated(q_V)))
-            yield drafts[-1]
-        rows = (text[-1], *(d.token for d in drafts))
-        readings = yield Forward(len(text) - 1, rows, LAYERS, len(rows))
-        return drafts, (), readings
+            drafts.append(DraftToken(token, 2, density_V=self.stated(q_V)))
+        return Proposal(len(text) - 1, drafts)
+        yield  # a generator all the same
+
+    def on_verified(self, accepted: int) -> None: ...
 
 
 @functools.cache

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from adi.decoding.speculate import DraftToken, Emitted, Forward, Request, SequenceLogic
-from adi.exits.triggers import Threshold
+from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.reflex import Unverified
+from adi.decoding.requests import DraftToken, Emitted, Fallback, Forward, Request, SequenceLogic
+from adi.decoding.speculate import Strategy, Verification, speculate
+from adi.drafters.ngram import NgramIndex
+from adi.exits.triggers import Threshold, Trigger
 
 LAYERS, END = 10, 99
 
@@ -23,11 +27,13 @@ class Said:
 @dataclass
 class World:
     """Answers requests: ``truth[i]`` is the full model's token at output position i given a correct past, ``early(depth,
-    i)`` what an exit says there and how sure it is. Off the true path everything is 0."""
+    i)`` what an exit gives there and how sure it is. Off the true path everything is 0. ``fell`` is the number of tokens that
+    were final when a sequence fell back."""
 
     prompt: int
     truth: list[int]
     early: Callable[[int, int], tuple[int, float]]
+    fell: int | None = None
 
     def run(self, sequence: SequenceLogic) -> tuple[list[Emitted], list[Forward], int]:
         ids: list[int] = []
@@ -46,6 +52,8 @@ class World:
                 reply = [self._read(item.to, row, ids) for row in rows]
             elif isinstance(item, DraftToken):
                 proposed += 1
+            elif isinstance(item, Fallback):
+                self.fell = len(said)
             else:
                 said.append(item)
 
@@ -59,8 +67,32 @@ class World:
         return Said(depth, token, {"margin": margin})
 
 
-def plan(prompt: int, budget: int, stops: tuple[int, ...] = (3, 6)) -> Request:
-    return Request(tuple(range(prompt)), budget, LAYERS, stops, Threshold("margin", 0.5), lambda token: token == END)
+def request(prompt: int, budget: int) -> Request:
+    return Request(tuple(range(prompt)), budget, LAYERS, lambda token: token == END)
+
+
+STOPS, SURE = (3, 6), Threshold("margin", 0.5)
+
+
+def full_depth(wanted: Request) -> SequenceLogic:
+    return speculate(wanted, Strategy(NoDrafts(), 0))
+
+
+def verified(wanted: Request, drafts: int, stops: tuple[int, ...] = STOPS, trigger: Trigger = SURE) -> SequenceLogic:
+    """Drafts from exits."""
+    return speculate(wanted, Strategy(ExitProposer(wanted, stops, trigger), drafts))
+
+
+def reflex(
+    wanted: Request, checks: Verification | None = None, stops: tuple[int, ...] = STOPS, trigger: Trigger = SURE
+) -> SequenceLogic:
+    """Early exit, verified where ``checks`` are due; after drift at most four drafts a round."""
+    return speculate(wanted, Strategy(ExitProposer(wanted, stops, trigger), 4, checks or Unverified()))
+
+
+def lookup(wanted: Request, drafts: int, ngram: int) -> SequenceLogic:
+    proposer = ControlledProposer(wanted, FixedLength(), NgramSources((), NgramIndex(ngram)), False)
+    return speculate(wanted, Strategy(proposer, drafts))
 
 
 TRUTH = st.lists(st.integers(1, 5), min_size=30, max_size=30)

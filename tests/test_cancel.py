@@ -44,7 +44,7 @@ def policies(model: adi.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
     exits = exits_with_drafter(model) if model.backbone.spec.backend == "hf" else bare
     seed = {"temperature": 0.8, "seed": 11}
     return {
-        "full": (None, {}),
+        "full": (adi.FullDepth(), {}),
         "verified": (adi.Verified() if exits is bare else adi.Verified(exits), {}),
         "verified at exits": (adi.Verified(bare, adi.Always((2,)), 3), {}),
         "lookup": (adi.Lookup(), {}),
@@ -163,7 +163,7 @@ def test_a_session_given_up_between_any_two_events(model: adi.Model) -> None:
 
 
 def test_a_session_that_never_began_holds_nothing(model: adi.Model) -> None:
-    steps = adi.stream(model, PROMPTS[0], max_new_tokens=TOKENS)
+    steps = adi.stream(model, PROMPTS[0], adi.FullDepth(), max_new_tokens=TOKENS)
     assert pages(model) == 0
     del steps
     assert nothing_held(model)
@@ -202,7 +202,7 @@ def test_an_error_that_is_kept_keeps_no_memory(model: adi.Model) -> None:
 
 def test_an_unfinished_text_is_not_learned(model: adi.Model, tmp_path: Path) -> None:
     habits = History.open(tmp_path / "habits", fingerprint="x", vocabulary=model.backbone.spec.vocabulary)
-    policy = adi.Verified(habits=habits)
+    policy = adi.Verified(history=habits)
     with interrupted(model.backbone, 6) as fired, suppress(KeyboardInterrupt):
         adi.generate(model, PROMPTS[0], policy, max_new_tokens=TOKENS)
     assert fired
@@ -213,7 +213,7 @@ def test_an_unfinished_text_is_not_learned(model: adi.Model, tmp_path: Path) -> 
 
 def test_a_leak_is_seen(model: adi.Model) -> None:
     """Or the tests above would prove nothing."""
-    steps = adi.stream(model, PROMPTS[0], max_new_tokens=TOKENS)
+    steps = adi.stream(model, PROMPTS[0], adi.FullDepth(), max_new_tokens=TOKENS)
     next(steps)
     assert not nothing_held(model)
     steps.close()  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def used(folder: Path) -> None:
         certificate.sentence()
         only_value_errors(lambda certificate=certificate: certificate.check(model.backbone.spec))
     policies = [lambda: adi.Verified(exits), lambda: adi.Verified(exits, draft_tokens=3)]
-    full = adi.generate(model, ids, max_new_tokens=3).token_ids
+    full = adi.generate(model, ids, adi.FullDepth(), max_new_tokens=3).token_ids
     for made in policies:
         text = only_value_errors(lambda made=made: adi.generate(model, ids, made(), max_new_tokens=3))
         assert text is None or text.token_ids == full

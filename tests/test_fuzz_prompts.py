@@ -52,12 +52,12 @@ def test_an_empty_prompt_is_refused_where_nothing_would_be_read(prompt: Any) -> 
 
 def test_an_empty_message_is_a_message() -> None:
     """Around it stands the template, so there is something to read."""
-    assert len(adi.generate(_KEPT["model"], "", max_new_tokens=2).token_ids) <= 2
+    assert len(adi.generate(_KEPT["model"], "", adi.FullDepth(), max_new_tokens=2).token_ids) <= 2
 
 
 def test_one_token_is_enough_for_every_mode() -> None:
     model, exits = _KEPT["model"], _KEPT["exits"]
-    wanted = adi.generate(model, [7], max_new_tokens=9, stop_at_eos=False).token_ids
+    wanted = adi.generate(model, [7], adi.FullDepth(), max_new_tokens=9, stop_at_eos=False).token_ids
     for policy in (adi.Verified(), adi.Verified(exits), adi.Verified(exits, draft_tokens=4), adi.Lookup()):
         assert adi.generate(model, [7], policy, max_new_tokens=9, stop_at_eos=False).token_ids == wanted
     assert len(adi.generate(model, [7], adi.Reflex(exits, thresholds=9.0), max_new_tokens=9, stop_at_eos=False).token_ids) == 9
@@ -68,9 +68,9 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(monkeypatch: pyt
     monkeypatch.setattr(model.backbone, "forward", lambda *_, **__: pytest.fail("it ran"))
     for prompt in ("word " * 50_000, [5] * 513, [5] * 512):
         with pytest.raises(ValueError, match=r"model's context of 512; shorten the prompt"):
-            adi.generate(model, prompt, max_new_tokens=1)
+            adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"prompt 1: .*context of 512"):
-        adi.generate_batch(model, [[5], [5] * 512], max_new_tokens=1)
+        adi.generate_batch(model, [[5], [5] * 512], adi.FullDepth(), max_new_tokens=1)
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -78,10 +78,10 @@ def test_half_a_surrogate_pair_is_no_text(raw: bool) -> None:
     model = _KEPT["model"]
     for prompt in (LONE, f"a{LONE}b", "\udcff"):
         with pytest.raises(ValueError, match="cannot be tokenized"):
-            adi.generate(model, prompt, raw=raw)
+            adi.generate(model, prompt, adi.FullDepth(), raw=raw)
     if not raw:
         with pytest.raises(ValueError, match=r"cannot be tokenized|chat template refuses"):
-            adi.generate(model, [{"role": "user", "content": LONE}])
+            adi.generate(model, [{"role": "user", "content": LONE}], adi.FullDepth())
 
 
 @settings(max_examples=150)
@@ -120,7 +120,7 @@ def test_a_user_cannot_end_the_turn() -> None:
     end = model.tokenizer.hf.convert_tokens_to_ids("<|end|>")
     assert model.encode(text).count(end) == 1
     assert model.encode(text, special_tokens=True).count(end) == 3
-    for told in (adi.generate, lambda *a, **o: adi.generate_batch(model, [a[1]], **o)[0]):
+    for told in (adi.generate, lambda *a, **o: adi.generate_batch(model, [a[1]], adi.FullDepth(), **o)[0]):
         assert told(model, text, max_new_tokens=1).prompt_ids == model.encode(text)
         asked = told(model, text, max_new_tokens=1, special_tokens=True)
         assert asked.prompt_ids == model.encode(text, special_tokens=True)
@@ -141,12 +141,12 @@ def test_prompts_of_any_kind_are_read_or_refused(prompt: Any) -> None:
 
 
 def counted(name: str) -> Callable[[Any], Any]:
-    return lambda value: adi.generate(_KEPT["model"], [5], **{"max_new_tokens": 1, name: value})
+    return lambda value: adi.generate(_KEPT["model"], [5], adi.FullDepth(), **{"max_new_tokens": 1, name: value})
 
 
 COUNTS: dict[str, Callable[[Any], Any]] = {
     "max_new_tokens": counted("max_new_tokens"),
-    "most": lambda value: adi.generate_batch(_KEPT["model"], [[5]], max_new_tokens=1, most=value),
+    "most": lambda value: adi.generate_batch(_KEPT["model"], [[5]], adi.FullDepth(), max_new_tokens=1, most=value),
     "Verified.draft_tokens": lambda value: adi.Verified(_KEPT["exits"], draft_tokens=value if value is not None else 0),
     "Lookup.draft_tokens": lambda value: adi.Lookup(draft_tokens=value),
     "Lookup.ngram": lambda value: adi.Lookup(ngram=value),
@@ -253,6 +253,8 @@ def test_the_command_line_asks_for_special_tokens(tiny_folder: Path) -> None:
     model = ["--model", str(tiny_folder), "--backend", "hf", "--mode", "full", "--raw", "-n", "4", "--json", "--ignore-eos"]
     texts = [CliRunner().invoke(app, ["run", "<|user|>hi<|end|>", *model, *more]).stdout for more in ([], ["--special-tokens"])]
     prompts = [_KEPT["model"].encode("<|user|>hi<|end|>", raw=True, special_tokens=asked) for asked in (False, True)]
-    wanted = [adi.generate(_KEPT["model"], ids, max_new_tokens=4, stop_at_eos=False).token_ids for ids in prompts]
+    wanted = [
+        adi.generate(_KEPT["model"], ids, adi.FullDepth(), max_new_tokens=4, stop_at_eos=False).token_ids for ids in prompts
+    ]
     assert wanted[0] != wanted[1]
     assert [tuple(json.loads(text)["token_ids"]) for text in texts] == wanted

@@ -36,7 +36,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def text(model: adi.Model, name: str, prompt: tuple[int, ...] = PROMPT) -> tuple[int, ...]:
-    policy = adi.Verified(adi.bare_exits(model, (2, 4)), adi.Always((2,)), 3) if name == "verified at exits" else None
+    policy = (
+        adi.Verified(adi.bare_exits(model, (2, 4)), adi.Always((2,)), 3) if name == "verified at exits" else adi.FullDepth()
+    )
     options: dict[str, Any] = {"temperature": 0.8, "seed": 11} if name == "sampled" else {}
     return adi.generate(model, prompt, policy, max_new_tokens=TOKENS, **options).token_ids
 
@@ -134,7 +136,7 @@ def test_memory_that_grows_may_be_interrupted_at_every_line(model: adi.Model) ->
         backbone.pool.__init__(backbone.pool.budget_bytes)
         for segment in backbone._segments._segments.values():
             segment.add_to(backbone.pool)
-        other = adi.stream(model, PROMPT, max_new_tokens=TOKENS)
+        other = adi.stream(model, PROMPT, adi.FullDepth(), max_new_tokens=TOKENS)
         begun = [next(other).token, next(other).token]
         with suppress(KeyboardInterrupt), interrupted_at_line(number, growing) as seen:
             text(model, "full", long)

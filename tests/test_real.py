@@ -39,7 +39,7 @@ def test_full_depth_is_transformers_greedy(model: adi.Model) -> None:
     ids = model.encode("Why is the sky blue?")
     with torch.no_grad():
         wanted = hf.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-    assert list(adi.generate(model, "Why is the sky blue?", max_new_tokens=24).token_ids) == wanted
+    assert list(adi.generate(model, "Why is the sky blue?", adi.FullDepth(), max_new_tokens=24).token_ids) == wanted
 
 
 WITHOUT_TORCH = """
@@ -79,8 +79,8 @@ def test_a_user_cannot_write_special_tokens_unless_asked(model: adi.Model) -> No
     assert hf.decode(model.encode(text, raw=True)) == text
     asked = model.encode(text, special_tokens=True)
     assert sum(i in special for i in asked) == len(plain) + 5
-    assert adi.generate(model, text, max_new_tokens=1).prompt_ids == ids
-    assert adi.generate(model, text, max_new_tokens=1, special_tokens=True).prompt_ids == asked
+    assert adi.generate(model, text, adi.FullDepth(), max_new_tokens=1).prompt_ids == ids
+    assert adi.generate(model, text, adi.FullDepth(), max_new_tokens=1, special_tokens=True).prompt_ids == asked
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -90,9 +90,9 @@ def test_on_the_compiled_engine(exits: adi.Exits, model: adi.Model, precision: s
     compiled = adi.load("smollm2-135m", backend="openvino", precision=precision)
     assert compiled.backbone.spec.row_invariant
     prompts = [item.prompt for item in read_prompts("bench")[3::27]]
-    full = [adi.generate(compiled, prompt, max_new_tokens=32) for prompt in prompts]
+    full = [adi.generate(compiled, prompt, adi.FullDepth(), max_new_tokens=32) for prompt in prompts]
     if precision == "fp32":
-        assert full[0].token_ids == adi.generate(model, prompts[0], max_new_tokens=32).token_ids
+        assert full[0].token_ids == adi.generate(model, prompts[0], adi.FullDepth(), max_new_tokens=32).token_ids
     policy = adi.Verified(exits)
     for prompt, wanted in zip(prompts, full, strict=True):
         got = adi.generate(compiled, prompt, policy, max_new_tokens=32)
@@ -105,7 +105,7 @@ def test_on_the_compiled_engine(exits: adi.Exits, model: adi.Model, precision: s
 @pytest.mark.parametrize("place", range(0, 80, 20))
 def test_verified_with_the_shipped_exits_is_full_depth(model: adi.Model, exits: adi.Exits, place: int) -> None:
     prompt = read_prompts("bench")[place].prompt
-    full = adi.generate(model, prompt, max_new_tokens=32)
+    full = adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=32)
     eager = adi.Threshold("top_probability", 0.2)
     for policy in (adi.Verified(exits), adi.Verified(exits, eager, draft_tokens=4)):
         got = adi.generate(model, prompt, policy, max_new_tokens=32)
@@ -117,7 +117,7 @@ def test_a_seed_draws_the_same_text_verified_and_at_full_depth(model: adi.Model,
     options = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1}
     prompt, accepted, texts = read_prompts("bench")[7].prompt, 0, set()
     for seed in range(3):
-        full = adi.generate(model, prompt, seed=seed, **options)
+        full = adi.generate(model, prompt, adi.FullDepth(), seed=seed, **options)
         for policy in (adi.Verified(exits), adi.Verified(exits, adi.Threshold("top_probability", 0.2), draft_tokens=4)):
             got = adi.generate(model, prompt, policy, seed=seed, **options)
             assert got.token_ids == full.token_ids
@@ -128,7 +128,7 @@ def test_a_seed_draws_the_same_text_verified_and_at_full_depth(model: adi.Model,
 
 
 def test_every_kind_of_trigger_keeps_the_text(model: adi.Model, exits: adi.Exits) -> None:
-    full = adi.generate(model, "List three colours.", max_new_tokens=20)
+    full = adi.generate(model, "List three colours.", adi.FullDepth(), max_new_tokens=20)
     for trigger in (
         adi.Threshold("stability", 0.5, min_depth=16),
         adi.Threshold("hoyer", 0.5, min_depth=20),
@@ -196,10 +196,10 @@ def test_prompts_of_a_batch_have_the_states_that_they_have_alone(compiled: adi.M
 
     monkeypatch.setattr(compiled.backbone, "forward", noted)
     prompts = [compiled.encode(item.prompt) for item in spread(read_prompts("bench"), 24)[16:]]
-    adi.generate_batch(compiled, prompts, max_new_tokens=1)
+    adi.generate_batch(compiled, prompts, adi.FullDepth(), max_new_tokens=1)
     together = dict(states)
     for prompt in prompts:
-        adi.generate(compiled, prompt, max_new_tokens=1)
+        adi.generate(compiled, prompt, adi.FullDepth(), max_new_tokens=1)
     assert set(together) == set(prompts)
     assert all(torch.equal(together[prompt], states[prompt]) for prompt in prompts)
 

@@ -83,7 +83,7 @@ def test_a_sequence_that_is_never_closed_is_caught(soak: Any, work: Any) -> None
 
     def leave() -> None:
         if not left:
-            left.append(adi.stream(work.model, [5, 6], max_new_tokens=4))
+            left.append(adi.stream(work.model, [5, 6], adi.FullDepth(), max_new_tokens=4))
             next(left[0])
 
     samples, _ = soak.soak(work, 20, 10, after_each=leave)

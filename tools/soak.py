@@ -86,7 +86,7 @@ class Work:
         policy, options = adi.Verified(drafting), {"max_new_tokens": length, "raw": True, "stop_at_eos": False}
         match kind:
             case "full":
-                adi.generate(self.model, asked[0], **options)
+                adi.generate(self.model, asked[0], adi.FullDepth(), **options)
             case "verified":
                 adi.generate(self.model, asked[0], policy, **options)
             case "exits":
@@ -99,13 +99,13 @@ class Work:
                 chosen = policy if kind == "sampled" else reflex
                 adi.generate(self.model, asked[0], chosen, temperature=0.8, top_p=0.9, seed=number, **options)
             case "cancelled":
-                steps = adi.stream(self.model, asked[0], dice.choice([policy, reflex, None]), **options)
+                steps = adi.stream(self.model, asked[0], dice.choice([policy, reflex, adi.FullDepth()]), **options)
                 list(itertools.islice(steps, length // 2))
                 steps.close()  # type: ignore[attr-defined]
             case "interrupted":
                 interrupted(self.model, dice.randint(1, length), lambda: adi.generate(self.model, asked[0], policy, **options))
             case "batch":
-                adi.generate_batch(self.model, asked, dice.choice([policy, reflex, None]), **options)
+                adi.generate_batch(self.model, asked, dice.choice([policy, reflex, adi.FullDepth()]), **options)
             case "batch cancelled":
                 calls = dice.randint(1, length)
                 interrupted(self.model, calls, lambda: adi.generate_batch(self.model, asked, policy, **options))

@@ -17,11 +17,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adi.artifact import Exits, bare_exits, load_exits
-    from adi.decoding.generate import generate, stream
-    from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
+    from adi.decoding.generate import BatchMemoryError, generate, generate_batch, stream
+    from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
     from adi.decoding.records import Generation, Step
     from adi.decoding.sampling import Sampling, prompt_seed
-    from adi.decoding.scheduler import BatchMemoryError, generate_batch
+    from adi.decoding.scheduler import Scheduler
     from adi.decoding.session import Session
     from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
     from adi.measure.audit.run import audit
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from adi.training.tune import TuneOptions, tune
 
 _HOMES = {
-    "adi.decoding.scheduler": ("BatchMemoryError", "generate_batch"),
-    "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Verified"),
+    "adi.decoding.scheduler": ("Scheduler",),
+    "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Static", "Verified"),
     "adi.decoding.records": ("Generation", "Step"),
     "adi.decoding.sampling": ("Sampling", "prompt_seed"),
     "adi.decoding.session": ("Session",),
-    "adi.decoding.generate": ("generate", "stream"),
+    "adi.decoding.generate": ("BatchMemoryError", "generate", "generate_batch", "stream"),
     "adi.artifact": ("Exits", "bare_exits", "load_exits"),
     "adi.risk.certificate": ("Certificate",),
     "adi.risk.drift": ("DriftMonitor",),
@@ -93,7 +93,9 @@ __all__ = [  # noqa: RUF022 - the verbs first
     "Policy",
     "Reflex",
     "Sampling",
+    "Scheduler",
     "Session",
+    "Static",
     "Step",
     "Threshold",
     "Trace",

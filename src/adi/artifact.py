@@ -210,6 +210,14 @@ def shipped() -> list[str]:
     return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
 
 
+def shipped_for(fingerprint: str) -> Exits | None:
+    """The exits that come with the package for these weights, None where there are none."""
+    for name in shipped():
+        if read_json(SHIPPED / name / "exits.json", "exits file")["base"] == fingerprint:
+            return load_exits(name)
+    return None
+
+
 def load_exits(source: str | os.PathLike[str]) -> Exits:
     """Exits from a folder, or those shipped with the package for a model ("smollm2-135m").
 

@@ -32,7 +32,7 @@ def model(tiny_folder: Path) -> list[str]:
 def test_run_prints_the_text_and_the_closing_lines(model: list[str], tiny_model: adi.Model) -> None:
     done = adi_("run", "hello dog", *model, *ALWAYS, "-n", 12, "--compare")
     assert done.exit_code == 0, done.output
-    full = adi.generate(tiny_model, "hello dog", max_new_tokens=12)
+    full = adi.generate(tiny_model, "hello dog", adi.FullDepth(), max_new_tokens=12)
     assert done.stdout.startswith(full.text)
     for part in (
         "identical: yes",
@@ -50,7 +50,7 @@ def test_json_is_one_document(model: list[str], tiny_model: adi.Model) -> None:
     document = json.loads(done.stdout)
     assert set(document) >= DOCUMENT | {"full", "identical", "speedup"}
     assert set(document["full"]) >= DOCUMENT
-    full = adi.generate(tiny_model, "hello dog", max_new_tokens=12)
+    full = adi.generate(tiny_model, "hello dog", adi.FullDepth(), max_new_tokens=12)
     assert document["identical"] is True
     assert document["row_invariant"] is adi.load(model[1]).backbone.spec.row_invariant
     assert document["token_ids"] == document["full"]["token_ids"] == list(full.token_ids)
@@ -64,7 +64,9 @@ def test_run_and_chat_draw(model: list[str], tiny_model: adi.Model) -> None:
     document = json.loads(done.stdout)
     options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
     assert document["sampling"] == options
-    assert document["token_ids"] == list(adi.generate(tiny_model, "hello dog", max_new_tokens=12, **options).token_ids)
+    assert document["token_ids"] == list(
+        adi.generate(tiny_model, "hello dog", adi.FullDepth(), max_new_tokens=12, **options).token_ids
+    )
     assert document["identical"] is True, "full depth draws the same from the same seed"
     unseeded = adi_("run", "hello dog", *model, *ALWAYS, "-n", 6, "-t", "1.5", "--compare")
     seed = int(unseeded.stdout.split("--seed ")[1].split()[0])
@@ -80,7 +82,7 @@ def test_run_and_chat_draw(model: list[str], tiny_model: adi.Model) -> None:
 
 def test_run_reads_standard_input(model: list[str], tiny_model: adi.Model) -> None:
     document = json.loads(adi_("run", "-", *model, "--mode", "full", "-n", 4, "--json", text="the fox").stdout)
-    assert document["text"] == adi.generate(tiny_model, "the fox", max_new_tokens=4).text
+    assert document["text"] == adi.generate(tiny_model, "the fox", adi.FullDepth(), max_new_tokens=4).text
 
 
 def test_reflex_says_that_it_is_uncalibrated(model: list[str]) -> None:
@@ -122,9 +124,11 @@ def test_a_trace_becomes_a_page(model: list[str], tmp_path: Path) -> None:
 def test_chat_keeps_the_conversation(model: list[str], tiny_model: adi.Model) -> None:
     done = adi_("chat", *model, *ALWAYS, "-n", 5, text="hello\n/depth\nand the fox\n/reset\n/what\n/bye\n")
     assert done.exit_code == 0, done.output
-    first = adi.generate(tiny_model, "hello", max_new_tokens=5).text
+    first = adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=5).text
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
-    second = adi.generate(tiny_model, [*talk, {"role": "user", "content": "and the fox"}], max_new_tokens=5).text
+    second = adi.generate(
+        tiny_model, [*talk, {"role": "user", "content": "and the fox"}], adi.FullDepth(), max_new_tokens=5
+    ).text
     assert first in done.stdout
     assert second in done.stdout
     assert "unknown command /what" in done.stdout
@@ -133,22 +137,24 @@ def test_chat_keeps_the_conversation(model: list[str], tiny_model: adi.Model) ->
 def test_an_interruption_ends_the_answer_and_not_the_conversation(
     model: list[str], tiny_model: adi.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, calls = Session._serve, []
+    forward, calls = Session._forward, []
 
     def interrupted(self: Session, request: Any) -> Any:
         calls.append(request)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return serve(self, request)
+        return forward(self, request)
 
-    monkeypatch.setattr(Session, "_serve", interrupted)
+    monkeypatch.setattr(Session, "_forward", interrupted)
     done = adi_("chat", *model, "--mode", "full", "-n", 6, text="hello\n/depth\nand the fox\n/bye\n")
     assert done.exit_code == 0, done.output
     assert "3 tokens in 3 rounds" in done.stdout, "what had come before the interruption is kept"
     monkeypatch.undo()
-    kept = "".join(step.text for step in list(adi.stream(tiny_model, "hello", max_new_tokens=6))[:3])
+    kept = "".join(step.text for step in list(adi.stream(tiny_model, "hello", adi.FullDepth(), max_new_tokens=6))[:3])
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": kept}]
-    second = adi.generate(tiny_model, [*talk, {"role": "user", "content": "and the fox"}], max_new_tokens=6).text
+    second = adi.generate(
+        tiny_model, [*talk, {"role": "user", "content": "and the fox"}], adi.FullDepth(), max_new_tokens=6
+    ).text
     assert second in done.stdout
 
 
@@ -265,7 +271,7 @@ def test_interruption_is_exit_code_130(model: list[str], monkeypatch: pytest.Mon
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adi.decoding.session.Session._serve", interrupt)
+    monkeypatch.setattr("adi.decoding.session.Session._forward", interrupt)
     done = adi_("run", "hi", *model, "--mode", "full")
     assert done.exit_code == 130
     assert "stopped" in done.output

@@ -74,9 +74,11 @@ def test_mistakes_get_a_sentence_and_exit_code_2(path: Path, tmp_path: Path, tin
 
 def test_a_text_that_cannot_be_remembered_is_given_all_the_same(path: Path, tiny_model: adi.Model, tiny_tokenizer: Any) -> None:
     mine = tokenizer_fingerprint(Tokenizer(tiny_tokenizer))
-    policy = adi.Verified(habits=History.open(path, fingerprint=mine, vocabulary=tiny_model.backbone.spec.vocabulary))
+    policy = adi.Verified(history=History.open(path, fingerprint=mine, vocabulary=tiny_model.backbone.spec.vocabulary))
     adi.generate(tiny_model, "hello fox", policy, max_new_tokens=6, stop_at_eos=False)
     path.write_bytes(b"junk" * 64)
     with pytest.warns(UserWarning, match="this text was not remembered"):
         got = adi.generate(tiny_model, "hello dog", policy, max_new_tokens=6, stop_at_eos=False)
-    assert got.token_ids == adi.generate(tiny_model, "hello dog", max_new_tokens=6, stop_at_eos=False).token_ids
+    assert (
+        got.token_ids == adi.generate(tiny_model, "hello dog", adi.FullDepth(), max_new_tokens=6, stop_at_eos=False).token_ids
+    )

@@ -1,4 +1,4 @@
-"""The ladder's logic driven by a script: whatever is drafted, exactly the truth; and whose memory speaks."""
+"""The adaptive proposer driven by a script: whatever is drafted, exactly the truth; and which n-gram source is used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from adi.decoding.controller import Controller, DraftChoice
 from adi.decoding.cost_model import CostModel
-from adi.decoding.proposers import NgramSources, ladder
-from adi.decoding.speculate import DraftStep, Emitted, Forward, Request
+from adi.decoding.proposers import ControlledProposer, NgramSources
+from adi.decoding.requests import DraftStep, Emitted, Forward, Request
+from adi.decoding.speculate import Strategy, speculate
 from adi.drafters.ngram import NgramIndex, NgramMatch
-from adi.exits.triggers import Never
 
 LAYERS, END = 10, 99
 TRUTH = st.lists(st.integers(1, 5), min_size=40, max_size=40)
@@ -28,11 +28,12 @@ class Said:
     signals: Any = field(default_factory=dict)
 
 
-def run(plan: Request, truth: list[int], drafts: list[tuple[int, float]], costs: CostModel, memory: bool) -> list[Emitted]:
+def run(wanted: Request, truth: list[int], drafts: list[tuple[int, float]], costs: CostModel, memory: bool) -> list[Emitted]:
     """Answer from ``truth``; off the true path full depth says 0. The drafter says what ``drafts`` says, in turn."""
-    ids, final, said, guesses = list[int](), list(plan.prompt), list[Emitted](), 0
+    ids, final, said, guesses = list[int](), list(wanted.prompt), list[Emitted](), 0
     before, reply = 0, None
-    sequence = ladder(plan, Controller(costs), NgramSources((), NgramIndex() if memory else None), True)
+    sources = NgramSources((), NgramIndex() if memory else None)
+    sequence = speculate(wanted, Strategy(ControlledProposer(wanted, Controller(costs), sources, True), 15))
     while True:
         try:
             item = next(sequence) if reply is None else sequence.send(reply)
@@ -41,7 +42,7 @@ def run(plan: Request, truth: list[int], drafts: list[tuple[int, float]], costs:
         reply = None
         if isinstance(item, Forward):
             ids[item.keep :] = item.ids
-            whole = [*plan.prompt, *truth]
+            whole = [*wanted.prompt, *truth]
             rows = range(len(ids) - item.read, len(ids))
             reply = [Said(whole[r + 1] if ids[: r + 1] == whole[: r + 1] else 0) for r in rows]
         elif isinstance(item, DraftStep):
@@ -67,8 +68,8 @@ def run(plan: Request, truth: list[int], drafts: list[tuple[int, float]], costs:
 def test_it_says_exactly_the_truth_whoever_drafts(truth, drafts, prompt, budget, end, costs, memory) -> None:
     if end is not None:
         truth[end] = END
-    plan = Request(tuple(range(1, prompt + 1)), budget, LAYERS, (), Never(), lambda token: token == END)
-    said = run(plan, truth, drafts, costs, memory)
+    wanted = Request(tuple(range(1, prompt + 1)), budget, LAYERS, lambda token: token == END)
+    said = run(wanted, truth, drafts, costs, memory)
     assert [d.token for d in said] == truth[: budget if end is None else min(budget, end + 1)]
     assert {d.draft.level for d in said if d.draft} <= {"memory", "drafter"}
 
@@ -81,9 +82,9 @@ class Other:
         return self.recall
 
 
-def test_every_memory_that_knows_something_is_heard() -> None:
+def test_every_source_that_has_a_match_is_used() -> None:
     text = [1, 2, 3, 9, 2, 3]  # a run of two tokens came before, and 9 after it
-    other = NgramMatch((7, 8), 3, "habits")
+    other = NgramMatch((7, 8), 3, "history")
     own, theirs = NgramSources([Other(None), Other(other)]).find(text, 3)
     assert (own.tokens[0], own.matched, own.source) == (9, 2, "context")
     assert theirs == other
@@ -95,9 +96,9 @@ def test_every_memory_that_knows_something_is_heard() -> None:
 
 def test_the_controller_takes_the_memory_that_was_right_before() -> None:
     controller = Controller(CostModel({1: 1.0, 16: 1.1}))
-    good, bad = NgramMatch((1,) * 8, 2, "answers"), NgramMatch((2,) * 8, 8, "context")
-    assert controller.choose([good, bad], False, 8).recall is bad, "a run of eight in the text is rarely wrong"
+    good, bad = NgramMatch((1,) * 8, 2, "datastore"), NgramMatch((2,) * 8, 8, "context")
+    assert controller.choose([good, bad], False, 8).match is bad, "a run of eight in the text is rarely wrong"
     for _ in range(12):
-        controller.judged(DraftChoice("memory", 8, bad), [], 8, 0)
-        controller.judged(DraftChoice("memory", 8, good), [], 8, 8)
-    assert controller.choose([good, bad], False, 8).recall is good
+        controller.update(DraftChoice("memory", 8, bad), [], 8, 0)
+        controller.update(DraftChoice("memory", 8, good), [], 8, 8)
+    assert controller.choose([good, bad], False, 8).match is good

@@ -1,4 +1,4 @@
-"""The ladder on tiny models, with a drafter that is right as often as the test wants: exactly full depth's tokens."""
+"""The adaptive proposer on tiny models, its drafter right as often as the test wants: exactly full depth's tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import adi
-from adi.decoding import proposers as ladder_module
-from adi.decoding import strategy as logic_module
+from adi.decoding import policies as policies_module
+from adi.decoding import speculate as speculate_module
 from adi.decoding.cost_model import CostModel
-from adi.decoding.speculate import DepthOutput, DraftStep
+from adi.decoding.requests import DepthOutput, DraftStep
 from adi.drafters.history import History
 from adi.drafters.network import DraftGuess, Drafting
 from conftest import exits_with_drafter
@@ -28,16 +28,16 @@ PROMPTS = [[1, 2, 3], [5], [7, 7, 7, 7], [100, 3, 50, 9, 100, 3], [(7 * i) % VOC
 LONG = 28
 
 
-class FixedLength(CostModel):
+class FixedCosts(CostModel):
     """Costs that no measurement moves, so that runs repeat."""
 
     def passed(self, rows: int, seconds: float) -> None: ...
     def drafted(self, seconds: float, first: bool = True) -> None: ...
     def copy(self) -> CostModel:
-        return FixedLength(dict(self.pass_seconds), self.draft_seconds)
+        return FixedCosts(dict(self.pass_seconds), self.draft_seconds)
 
 
-FLAT = FixedLength({1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}, 0.5)
+FLAT = FixedCosts({1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}, 0.5)
 
 
 @dataclass
@@ -100,24 +100,25 @@ def compiled() -> dict[str, adi.Model]:
 
 @pytest.fixture(autouse=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logic_module, "cost_model_of", lambda *_: FLAT)
+    monkeypatch.setattr(policies_module, "cost_model_of", lambda *_: FLAT.copy())
 
 
 @cache
 def full_texts(model: adi.Model, length: int = LONG) -> dict[tuple[int, ...], tuple[int, ...]]:
-    return {tuple(p): adi.generate(model, p, max_new_tokens=length + 8, stop_at_eos=False).token_ids for p in PROMPTS}
+    options: dict[str, Any] = {"max_new_tokens": length + 8, "stop_at_eos": False}
+    return {tuple(p): adi.generate(model, p, adi.FullDepth(), **options).token_ids for p in PROMPTS}
 
 
 @pytest.fixture
 def oracle(model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> Oracle:
     made = Oracle(full_texts(model))
-    guess = adi.Session._guess
+    guess = adi.Session._draft_step
 
     def placed(session: Any, request: DraftStep) -> DraftGuess:
         made.place(session, request)
         return guess(session, request)
 
-    monkeypatch.setattr(adi.Session, "_guess", placed)
+    monkeypatch.setattr(adi.Session, "_draft_step", placed)
     monkeypatch.setattr(Drafting, "step", lambda _, token, state: made.step(token, state))
     return made
 
@@ -126,7 +127,7 @@ def ending(model: adi.Model, eos: int) -> adi.Model:
     return adi.Model(model.backbone, None, frozenset({eos}))
 
 
-def habits(path: Path, *texts: Sequence[int]) -> History:
+def history(path: Path, *texts: Sequence[int]) -> History:
     known = History.open(path / f"h{len(list(path.iterdir()))}", fingerprint="ours", vocabulary=VOCABULARY)
     for text in texts:
         known.learn(text)
@@ -146,15 +147,15 @@ def rounds_of(got: adi.Generation) -> Iterator[tuple[str, int, int]]:
 def test_memory_alone_and_an_untrained_drafter_say_what_full_depth_says(model: adi.Model, tmp_path: Path) -> None:
     truths = full_texts(model)
     exits = exits_with_drafter(model)
-    known = habits(tmp_path, *truths.values())
+    known = history(tmp_path, *truths.values())
     levels = Counter[str]()
     for policy in (
         adi.Verified(),
         adi.Verified(memory=False),
         adi.Verified(exits),
         adi.Verified(exits, memory=False),
-        adi.Verified(habits=habits(tmp_path)),
-        adi.Verified(exits, habits=known),
+        adi.Verified(history=history(tmp_path)),
+        adi.Verified(exits, history=known),
     ):
         for prompt in PROMPTS:
             for length in (LONG, 2, 1):
@@ -210,10 +211,10 @@ def test_texts_end_where_full_depths_do(model: adi.Model, oracle: Oracle, tmp_pa
         truth = oracle.truths[tuple(prompt)]
         short = ending(model, truth[where])
         wanted = truth[: truth.index(truth[where]) + 1]
-        known = habits(tmp_path, truth)
+        known = history(tmp_path, truth)
         for right in (0.4, 1.0):
             oracle.right, oracle.favourite = right, truth[where]  # wrong drafts are endings that full depth refuses
-            for policy in (adi.Verified(exits), adi.Verified(exits, memory=False), adi.Verified(habits=known, memory=False)):
+            for policy in (adi.Verified(exits), adi.Verified(exits, memory=False), adi.Verified(history=known, memory=False)):
                 got = adi.generate(short, prompt, policy, max_new_tokens=LONG)
                 assert (got.token_ids, got.finish) == (wanted, "eos")
                 drafted_end += got.steps[-1].drafted
@@ -231,11 +232,11 @@ def test_a_batch_says_what_full_depth_says_to_each(model: adi.Model, oracle: Ora
     exits = exits_with_drafter(model)
     oracle.right = 0.8
     eos = oracle.truths[tuple(PROMPTS[0])][9]
-    known = habits(tmp_path, *oracle.truths.values())
-    for policy in (adi.Verified(), adi.Verified(exits), adi.Verified(exits, memory=False), adi.Verified(habits=known)):
+    known = history(tmp_path, *oracle.truths.values())
+    for policy in (adi.Verified(), adi.Verified(exits), adi.Verified(exits, memory=False), adi.Verified(history=known)):
         for some in (model, ending(model, eos)):
             for length in (LONG, 1, 2):
-                full = adi.generate_batch(some, PROMPTS, max_new_tokens=length)
+                full = adi.generate_batch(some, PROMPTS, adi.FullDepth(), max_new_tokens=length)
                 got = adi.generate_batch(some, PROMPTS, policy, max_new_tokens=length, most=4)
                 assert [(g.token_ids, g.finish) for g in got] == [(f.token_ids, f.finish) for f in full]
                 assert length < LONG or sum(g.counters.accepted for g in got) > 0
@@ -243,7 +244,7 @@ def test_a_batch_says_what_full_depth_says_to_each(model: adi.Model, oracle: Ora
 
 def test_a_broken_acceptance_rule_would_be_seen(oracle: Oracle, model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first draft of a round is let through whatever full depth says: the tests above would fail."""
-    propose = ladder_module.Ladder.propose
+    accept = speculate_module.accept
 
     @dataclass(frozen=True)
     class Agreeing:
@@ -251,14 +252,13 @@ def test_a_broken_acceptance_rule_would_be_seen(oracle: Oracle, model: adi.Model
         depth: int
         signals: Any
 
-    def gullible(self: Any, text: Sequence[int], most: int) -> Any:
-        drafts, silent, readings = yield from propose(self, text, most)
-        changed: list[DepthOutput] = list(readings)
-        if drafts:
-            changed[0] = Agreeing(drafts[0].token, changed[0].depth, {})
-        return drafts, silent, changed
+    def gullible(wanted: Any, text: Sequence[int], proposal: Any, outputs: Sequence[DepthOutput], rounds: int) -> Any:
+        changed: list[DepthOutput] = list(outputs)
+        if proposal.drafts:
+            changed[0] = Agreeing(proposal.drafts[0].token, changed[0].depth, {})
+        return accept(wanted, text, proposal, changed, rounds)
 
-    monkeypatch.setattr(ladder_module.Ladder, "propose", gullible)
+    monkeypatch.setattr(speculate_module, "accept", gullible)
     monkeypatch.setattr(Oracle, "place", lambda self, session, request: setattr(self, "wanted", 0))
     exits, differ = exits_with_drafter(model), 0
     oracle.right = 0.5
@@ -268,9 +268,9 @@ def test_a_broken_acceptance_rule_would_be_seen(oracle: Oracle, model: adi.Model
     assert differ == len(PROMPTS)
 
 
-def test_habits_take_fewer_rounds_the_second_time_and_change_nothing_else(model: adi.Model, tmp_path: Path) -> None:
-    truths, known = full_texts(model), habits(tmp_path)
-    policy = adi.Verified(habits=known)
+def test_a_history_takes_fewer_rounds_the_second_time_and_change_nothing_else(model: adi.Model, tmp_path: Path) -> None:
+    truths, known = full_texts(model), history(tmp_path)
+    policy = adi.Verified(history=known)
     first = [adi.generate(model, p, policy, max_new_tokens=LONG, stop_at_eos=False) for p in PROMPTS[:3]]
     assert known.info().sequences == len({g.token_ids for g in first})
     again = [adi.generate(model, p, policy, max_new_tokens=LONG, stop_at_eos=False) for p in PROMPTS[:3]]
@@ -296,5 +296,5 @@ def test_what_the_controller_does_not_decide_is_refused(model: adi.Model, tmp_pa
     for bad in ({"draft_tokens": 3}, {"trigger": adi.Never()}):
         with pytest.raises(ValueError, match="needs exits"):
             adi.Verified(**bad)
-    with pytest.raises(ValueError, match="habits are read by the controller"):
-        adi.Verified(adi.bare_exits(model, (2,)), habits=habits(tmp_path))
+    with pytest.raises(ValueError, match="a history is read by the controller"):
+        adi.Verified(adi.bare_exits(model, (2,)), history=history(tmp_path))

@@ -55,9 +55,9 @@ def simulate(
     controller = Controller(costs.copy())
     now, position, rounds, times = 0.0, 0, [], []
     while position < tokens:
-        recalls = [NgramMatch((1,) * 15, 8, "context")] if memory else list(beside)
-        choice = controller.choose(recalls, not memory, 15)
-        drafts, agreed, confidences = 0, 0, list[float]()
+        matches = [NgramMatch((1,) * 15, 8, "context")] if memory else list(beside)
+        choice = controller.choose(matches, not memory, 15)
+        drafts, accepted, confidences = 0, 0, list[float]()
         truths = [rng.random() < right(position + i) for i in range(16)]
         if choice.level == "memory":
             drafts = choice.drafts
@@ -66,15 +66,15 @@ def simulate(
                 confidences.append(confidence(position + drafts, truths[drafts]))
                 drafts += 1
                 now += costs.draft_seconds
-                if drafts >= 15 or not controller.goes_on(confidences):
+                if drafts >= 15 or not controller.should_continue(confidences):
                     break
-        agreed = next((i for i in range(drafts) if not truths[i]), drafts)
+        accepted = next((i for i in range(drafts) if not truths[i]), drafts)
         now += costs.rows(drafts + 1)
         if drafts:
-            controller.judged(choice, confidences, drafts, agreed)
-        position += agreed + 1
-        times += [now] * (agreed + 1)
-        rounds.append((choice.level, drafts, agreed))
+            controller.update(choice, confidences, drafts, accepted)
+        position += accepted + 1
+        times += [now] * (accepted + 1)
+        rounds.append((choice.level, drafts, accepted))
     return Outcome(times[:tokens], rounds)
 
 
@@ -98,8 +98,8 @@ def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(table: str, memory
 def test_many_that_are_always_wrong_cost_no_more_than_one(table: str) -> None:
     beside = (
         NgramMatch((1,) * 15, 8, "context"),
-        NgramMatch((2,) * 15, 6, "habits"),
-        NgramMatch((3,) * 8, 5, "answers", (0.9,) * 8),
+        NgramMatch((2,) * 15, 6, "history"),
+        NgramMatch((3,) * 8, 5, "datastore", (0.9,) * 8),
     )
     got = simulate(TABLES[table], lambda _: 0.0, 1000, confidence=boastful, beside=beside)
     assert got.worst_ratio(TABLES[table].rows(1), 200) >= 0.97
@@ -168,7 +168,7 @@ def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, fl
     costs, one = controller.costs, controller.costs.rows(1)
     best, most, tokens, reach = 0, 0.0, 1.0, 1.0
     for drafts, share in enumerate(list(controller._acceptances(offer)), 1):
-        seconds = costs.rows(drafts + 1) + (costs.drafting(drafts) if offer.recall is None else 0.0)
+        seconds = costs.rows(drafts + 1) + (costs.drafting(drafts) if offer.match is None else 0.0)
         reach *= share
         if seconds > (1 + LOSS) * one - controller._lost or (reach < HOPELESS and drafts > 1):
             break
@@ -181,7 +181,7 @@ def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, fl
 @given(
     st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16),
     st.floats(0.0, 2.0),
-    st.sampled_from(["context", "habits"]),
+    st.sampled_from(["context", "history"]),
     st.integers(1, 8),
     st.lists(st.floats(0.0, 1.0), max_size=8),
     st.integers(0, 15),
@@ -190,12 +190,12 @@ def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, fl
 def test_planning_gives_up_only_what_could_not_pay(steps, draft, source, matched, shares, most, past) -> None:
     costs = CostModel({rows: 5.0 + sum(steps[:rows]) for rows in range(1, 17)}, draft)
     controller = Controller(costs)
-    recalls = [NgramMatch((1,) * 15, matched, source), NgramMatch((1,) * len(shares), matched, "answers", tuple(shares))]
-    offers = [DraftChoice("memory", min(len(recall.tokens), most), recall) for recall in recalls if recall.tokens]
+    matches = [NgramMatch((1,) * 15, matched, source), NgramMatch((1,) * len(shares), matched, "datastore", tuple(shares))]
+    offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches if match.tokens]
     offers.append(DraftChoice("drafter", min(6, most)))
     for right in past:
         for offer in offers:
             if offer.drafts:
-                controller.judged(DraftChoice(offer.level, 1, offer.recall), [0.5], 1, int(right))
+                controller.update(DraftChoice(offer.level, 1, offer.match), [0.5], 1, int(right))
     for offer in offers:
         assert controller._plan(offer) == pytest.approx(planned_plainly(controller, offer))

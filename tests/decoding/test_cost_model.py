@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,13 @@ from hypothesis import strategies as st
 
 import adi
 from adi.decoding import cost_model as module
-from adi.decoding.cost_model import CostModel, cost_model_of, measure
+from adi.decoding.cost_model import CostCorrection, CostModel, cost_model_of, measure
 from adi.errors import MemoryFullError
+
+
+def loaded(model: adi.Model) -> adi.Model:
+    """The same as if loaded once more: nothing is known of it yet."""
+    return replace(model, notes={})
 
 
 @pytest.fixture
@@ -33,11 +41,12 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
 
 
 def test_a_table_is_measured_once(llama: adi.Model, measured: list[object], tmp_path: Path) -> None:
-    first = cost_model_of(llama.backbone, "a", lambda: None)
-    again = cost_model_of(llama.backbone, "a", lambda: None)
+    llama = loaded(llama)
+    first = cost_model_of(llama, "a", lambda: None)
+    again = cost_model_of(loaded(llama), "a", lambda: None)
     assert (first.pass_seconds, first.draft_seconds) == (again.pass_seconds, again.draft_seconds) == ({1: 0.5, 4: 0.75}, 0.125)
     assert len(measured) == 1
-    assert cost_model_of(llama.backbone).draft_seconds == 0
+    assert cost_model_of(llama).draft_seconds == 0
     assert len(measured) == 2, "another drafter, or none, is another table"
     assert len(list((tmp_path / "costs").iterdir())) == 2
 
@@ -72,11 +81,11 @@ DAMAGED: list[Any] = [
 
 @pytest.mark.parametrize("content", DAMAGED, ids=str)
 def test_a_damaged_table_is_measured_again(llama: adi.Model, measured: list[object], tmp_path: Path, content: Any) -> None:
-    cost_model_of(llama.backbone)
+    cost_model_of(loaded(llama))
     (note,) = (tmp_path / "costs").iterdir()
     whole = note.read_text()
     note.write_text(content if isinstance(content, str) else json.dumps(content))
-    assert cost_model_of(llama.backbone).pass_seconds == {1: 0.5, 4: 0.75}
+    assert cost_model_of(loaded(llama)).pass_seconds == {1: 0.5, 4: 0.75}
     assert len(measured) == 2
     assert note.read_text() == whole, "and written anew"
 
@@ -86,7 +95,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADI_CACHE", str(tmp_path / "file"))
-    assert cost_model_of(llama.backbone).rows(1) == cost_model_of(llama.backbone).rows(1) == 0.5
+    assert cost_model_of(loaded(llama)).rows(1) == cost_model_of(loaded(llama)).rows(1) == 0.5
     assert len(measured) == 2
 
 
@@ -115,20 +124,21 @@ def test_first_and_further_steps_of_the_drafter_follow_use_apart() -> None:
 
 def test_far_into_a_text_passes_cost_more_by_their_rows() -> None:
     costs = CostModel({1: 10.0, 4: 12.0}, position_seconds={1: 0.01, 4: 0.03})
-    costs.stand(64 + 100)
+    costs.at_position(64 + 100)
     assert [costs.rows(n) for n in (1, 2, 4)] == pytest.approx([11.0, 10 + 2 / 3 + 1 + 2 / 3, 15.0])
-    costs.stand(3)
+    costs.at_position(3)
     assert costs.rows(4) == 12, "before the first measured place it is as there"
 
 
 def test_what_use_teaches_is_shared_by_all_sequences_of_a_model(llama: adi.Model, measured: list[object]) -> None:
-    one, other = cost_model_of(llama.backbone, "a").copy(), cost_model_of(llama.backbone, "a").copy()
+    llama = loaded(llama)
+    one, other = cost_model_of(llama, "a").copy(), cost_model_of(llama, "a").copy()
     for _ in range(200):
         one.passed(1, 1.0)
-    one.stand(10)
-    other.stand(500)
+    one.at_position(10)
+    other.at_position(500)
     assert other.rows(1) == one.rows(1) == pytest.approx(1.0, rel=0.02)
-    assert cost_model_of(llama.backbone, "b").rows(1) == 0.5
+    assert cost_model_of(llama, "b").rows(1) == 0.5
 
 
 def test_more_rows_are_never_taken_for_quicker(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +161,7 @@ def test_far_into_a_text_too_more_rows_are_never_taken_for_quicker(llama: adi.Mo
     monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, context=8192))
     costs = measure(llama.backbone)
     for length in (10, 600, 2048, 8192):
-        costs.stand(length)
+        costs.at_position(length)
         seconds = [costs.rows(count) for count in range(1, 17)]
         assert seconds == sorted(seconds)
 
@@ -203,13 +213,60 @@ def test_a_slower_machine_is_learned_from_passes_of_any_number_of_rows_and_each_
 def test_what_is_kept_for_some_rounds_is_near_what_it_would_be_worked_out_to(table, each, used) -> None:
     costs = CostModel(table, 0.5, 0.25, each)
     for rows, seconds, length in used:
-        costs.stand(length)
+        costs.at_position(length)
         for count in (rows, 1, 17, 40, 2):
-            further = module._between(each, count) * max(0, length - module.PAST) if each else 0.0
-            plain = module._between(table, count) + further
-            wanted, moved = plain * costs.lately.of(count), module.MOVED * module._between(each, count) if each else 0.0
-            assert costs.rows(count) == pytest.approx(wanted, rel=0.1, abs=moved * costs.lately.of(count) + 1e-9)
+            further = module.interpolate(each, count) * max(0, length - module.PAST) if each else 0.0
+            plain = module.interpolate(table, count) + further
+            wanted, moved = plain * costs.correction.of(count), module.MOVED * module.interpolate(each, count) if each else 0.0
+            assert costs.rows(count) == pytest.approx(wanted, rel=0.1, abs=moved * costs.correction.of(count) + 1e-9)
         costs.passed(rows, seconds)
         costs.drafted(seconds, first=bool(rows % 2))
-        first, later = (costs.lately.of_step(name) for name in (module.FIRST, module.FURTHER))
+        first, later = (costs.correction.of_step(name) for name in (module.FIRST, module.FURTHER))
         assert costs.drafting(3) == pytest.approx(0.5 * first + 2 * 0.25 * later)
+
+
+def test_the_table_is_read_once_for_a_model_and_not_for_every_generation(
+    llama: adi.Model, measured: list[object], tmp_path: Path
+) -> None:
+    model = loaded(llama)
+    cost_model_of(model)
+    shutil.rmtree(tmp_path / "costs")
+    assert cost_model_of(model).rows(1) == 0.5
+    assert len(measured) == 1
+
+
+def test_measuring_and_compiling_are_not_counted_as_time_of_the_first_generation(
+    llama: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(backbone: object, draft: object = None) -> CostModel:
+        time.sleep(0.5)
+        return CostModel({1: 1.0, 4: 1.1})
+
+    monkeypatch.setattr(module, "measure", slow)
+    monkeypatch.setattr(llama.backbone, "prepare", lambda *_, **__: time.sleep(0.5))
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    before = time.perf_counter()
+    text = adi.generate(loaded(llama), [1, 2], adi.Verified(), max_new_tokens=2)
+    assert text.counters.seconds < time.perf_counter() - before - 0.9
+    assert text.steps[-1].seconds <= text.counters.seconds
+
+
+class Yielding(dict[int, float]):
+    """Lets other threads run whenever it is written to."""
+
+    def __setitem__(self, key: int, value: float) -> None:
+        time.sleep(0)
+        super().__setitem__(key, value)
+
+
+def test_threads_may_teach_one_correction_at_once() -> None:
+    """Six, of which each adds numbers of rows that the others have not."""
+    correction = CostCorrection(own=Yielding())
+
+    def use(number: int) -> None:
+        for i in range(40):
+            correction.passed(1 << 40 * number + i, 1.1)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(use, range(6)))
+    assert correction.common == pytest.approx(6 * 40 * 0.1 * math.log(1.1))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 
 import adi
-from adi.decoding.policies import depths_of
-from adi.measure.bench.sweep import DRAFT_LENGTHS, static_depths, sweep
+from adi.measure.bench.sweep import DRAFT_LENGTHS, sweep
 from conftest import exits_with_drafter
 
 
 def test_static_mode_and_the_sweep_know_the_drafter_as_depth_0(llama: adi.Model) -> None:
     exits = exits_with_drafter(llama)
-    assert static_depths(exits) == (0, *exits.depths)
-    assert static_depths(adi.bare_exits(llama, (2, 4))) == (2, 4)
+    assert adi.Static.depths_of(exits) == (0, *exits.depths)
+    assert adi.Static.depths_of(adi.bare_exits(llama, (2, 4))) == (2, 4)
     found = sweep(llama, exits, [(1, 2, 3)], 6)
     assert {(t.depth, t.draft_tokens) for t in found.grid} == {(d, k) for d in (0, *exits.depths) for k in DRAFT_LENGTHS}
-    policy = adi.Verified(exits, adi.Always((0,)), 3)
-    assert (policy.adaptive, depths_of(policy)) == (False, (0,))
+    policy = adi.Static(exits, 0, 3)
+    assert policy.depths == (0,)
     got, full = (adi.generate(llama, [1, 2, 3], policy=p, max_new_tokens=14) for p in (policy, adi.FullDepth()))
     assert got.token_ids == full.token_ids
     told = got.summary()
@@ -28,5 +27,5 @@ def test_static_mode_and_the_sweep_know_the_drafter_as_depth_0(llama: adi.Model)
 
 
 def test_depth_0_needs_a_drafter(llama: adi.Model) -> None:
-    with pytest.raises(ValueError, match=r"depths \[0\]"):
-        adi.Verified(adi.bare_exits(llama, (2, 4)), adi.Always((0,)), 3)
+    with pytest.raises(ValueError, match=r"no exit at depth 0 to draft from; choose among \[2, 4\]"):
+        adi.Static(adi.bare_exits(llama, (2, 4)), 0, 3)

@@ -36,7 +36,7 @@ def policies(model: adi.Model) -> list[Any]:
 
 def test_verified_is_full_depth_token_for_token(tiny_model: adi.Model) -> None:
     for prompt in ("the quick brown fox", "12 plus 30 is", "é 日本 😀"):
-        full = adi.generate(tiny_model, prompt, max_new_tokens=40, stop_at_eos=False)
+        full = adi.generate(tiny_model, prompt, adi.FullDepth(), max_new_tokens=40, stop_at_eos=False)
         for policy in policies(tiny_model):
             got = adi.generate(tiny_model, prompt, policy, max_new_tokens=40, stop_at_eos=False)
             assert got.token_ids == full.token_ids
@@ -48,11 +48,14 @@ def test_full_depth_is_transformers_greedy(tiny_model: adi.Model, tiny_hf: Any) 
     ids = tiny_model.encode("the lazy dog")
     with torch.no_grad():
         out = tiny_hf.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, pad_token_id=0)
-    assert list(adi.generate(tiny_model, "the lazy dog", max_new_tokens=30).token_ids) == out[0, len(ids) :].tolist()
+    assert (
+        list(adi.generate(tiny_model, "the lazy dog", adi.FullDepth(), max_new_tokens=30).token_ids)
+        == out[0, len(ids) :].tolist()
+    )
 
 
 def test_a_trigger_that_never_fires_is_full_depth_at_full_depths_cost(tiny_model: adi.Model) -> None:
-    full = adi.generate(tiny_model, "hello", max_new_tokens=20, stop_at_eos=False)
+    full = adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=20, stop_at_eos=False)
     bare = adi.bare_exits(tiny_model, (2, 4))
     unreachable = adi.Threshold("top_probability", 2.0)
     for policy in (
@@ -148,31 +151,36 @@ def test_json_keeps_steps(tiny_model: adi.Model) -> None:
 
 
 def test_eos_ends_the_text_and_may_be_ignored(tiny_model: adi.Model) -> None:
-    free = adi.generate(tiny_model, "hello", max_new_tokens=30, stop_at_eos=False)
+    free = adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=30, stop_at_eos=False)
     eos = free.token_ids[11]
     first = free.token_ids.index(eos)
     short = adi.Model(tiny_model.backbone, tiny_model.tokenizer, frozenset({eos}))
     bare = adi.bare_exits(short, (2, 4))
-    for policy in (None, adi.Verified(bare, ALWAYS), adi.Verified(bare, SOMETIMES), adi.Reflex(bare, trigger=adi.Never())):
+    for policy in (
+        adi.FullDepth(),
+        adi.Verified(bare, ALWAYS),
+        adi.Verified(bare, SOMETIMES),
+        adi.Reflex(bare, trigger=adi.Never()),
+    ):
         got = adi.generate(short, "hello", policy, max_new_tokens=30)
         assert (got.token_ids, got.finish) == (free.token_ids[: first + 1], "eos")
         assert adi.generate(short, "hello", policy, max_new_tokens=30, stop_at_eos=False).token_ids == free.token_ids
-    assert adi.generate(short, "hello", max_new_tokens=3, stop_at_eos=False).finish == "length"
+    assert adi.generate(short, "hello", adi.FullDepth(), max_new_tokens=3, stop_at_eos=False).finish == "length"
 
 
 def test_stop_strings_end_the_text_and_are_left_out(tiny_model: adi.Model) -> None:
-    free = adi.generate(tiny_model, "hello", max_new_tokens=40, stop_at_eos=False)
+    free = adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=40, stop_at_eos=False)
     stop = free.text[len(free.text) // 2 :][:3]
     at = free.text.index(stop)
     bare = adi.bare_exits(tiny_model, (2, 4))
-    for policy in (None, adi.Verified(bare, ALWAYS)):
+    for policy in (adi.FullDepth(), adi.Verified(bare, ALWAYS)):
         got = adi.generate(tiny_model, "hello", policy, max_new_tokens=40, stop_at_eos=False, stop=[stop, "never there"])
         assert got.text == free.text[:at]
         assert got.finish == "stop"
         assert got.token_ids == free.token_ids[: len(got.token_ids)]
     for bad in ([""], [3]):
         with pytest.raises(ValueError, match="stop strings"):
-            adi.generate(tiny_model, "hello", stop=bad)
+            adi.generate(tiny_model, "hello", adi.FullDepth(), stop=bad)
 
 
 def _step(index: int, text: str) -> Step:
@@ -185,7 +193,11 @@ def test_stop_text_cuts_where_a_search_in_the_whole_text_would(pieces: list[str]
     ends = [whole.find(stop) for stop in stops if stop in whole]
     # a longer stop that begins earlier may still be incomplete when a shorter one is found
     watcher = StopStrings(stops)
-    got = "".join(e.text for e in watcher.watch([_step(i, p) for i, p in enumerate(pieces)]) if isinstance(e, Step))
+    shown: list[Any] = []
+    for i, piece in enumerate(pieces):
+        if watcher.hit is None:
+            shown += watcher.push(_step(i, piece))
+    got = "".join(step.text for step in [*shown, *watcher.rest()])
     if not ends:
         assert got == whole
         assert watcher.hit is None
@@ -198,9 +210,9 @@ def test_stop_text_cuts_where_a_search_in_the_whole_text_would(pieces: list[str]
 def test_the_context_limit_is_refused_before_any_work(tiny_model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(tiny_model.backbone), "forward", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=r"500 tokens and max_new_tokens is 20.*context of 512.*at most 492"):
-        adi.generate(tiny_model, [5] * 500, max_new_tokens=20)
+        adi.generate(tiny_model, [5] * 500, adi.FullDepth(), max_new_tokens=20)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        adi.generate(tiny_model, [5], max_new_tokens=0)
+        adi.generate(tiny_model, [5], adi.FullDepth(), max_new_tokens=0)
 
 
 def test_the_last_token_of_the_context_can_be_used(tiny_model: adi.Model) -> None:
@@ -218,7 +230,7 @@ def test_sparsity_is_refused_where_there_is_no_single_mlp() -> None:
 
 
 def test_a_stream_left_early_leaves_the_model_usable(tiny_model: adi.Model) -> None:
-    full = adi.generate(tiny_model, "hello", max_new_tokens=10)
+    full = adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=10)
     policy = adi.Verified(adi.bare_exits(tiny_model, (2,)), ALWAYS)
     for taken in range(1, 6):
         stream = adi.stream(tiny_model, "hello", policy, max_new_tokens=10)
@@ -228,7 +240,7 @@ def test_a_stream_left_early_leaves_the_model_usable(tiny_model: adi.Model) -> N
 
 
 def test_a_session_runs_once(tiny_model: adi.Model) -> None:
-    session = adi.Session(tiny_model, "hello", max_new_tokens=3)
+    session = adi.Session(tiny_model, "hello", adi.FullDepth(), max_new_tokens=3)
     assert len(list(session)) == 3
     with pytest.raises(RuntimeError, match="runs once"):
         list(session)
@@ -237,7 +249,7 @@ def test_a_session_runs_once(tiny_model: adi.Model) -> None:
 def test_the_text_is_whole_where_the_length_cuts_a_character(tiny_model: adi.Model) -> None:
     assert tiny_model.tokenizer is not None
     for length in range(1, 12):
-        got = adi.generate(tiny_model, "é 日本 😀", max_new_tokens=length, stop_at_eos=False)
+        got = adi.generate(tiny_model, "é 日本 😀", adi.FullDepth(), max_new_tokens=length, stop_at_eos=False)
         assert got.text == tiny_model.tokenizer.decode(got.token_ids)
 
 
@@ -250,9 +262,9 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model) -> None:
     with pytest.raises(ValueError, match="policy is a Exits"):
         adi.generate(tiny_model, "hello", bare)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="candidates is -1"):
-        adi.generate(tiny_model, "hello", candidates=-1)
+        adi.generate(tiny_model, "hello", adi.FullDepth(), candidates=-1)
     with pytest.raises(ValueError, match="raw=True"):
-        adi.generate(tiny_model, [{"role": "user", "content": "hello"}], raw=True)
+        adi.generate(tiny_model, [{"role": "user", "content": "hello"}], adi.FullDepth(), raw=True)
 
 
 def test_signals_of_a_step_do_not_depend_on_tracing(tiny_model: adi.Model) -> None:

@@ -12,11 +12,9 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.decoding.lookup import lookup
 from adi.decoding.records import Drafted, Step, TakenBack
 from adi.decoding.session import Session
-from adi.decoding.speculate import decode_unverified
-from scripted import END, LAYERS, World, plan
+from scripted import END, LAYERS, World, full_depth, lookup, request
 
 TOKENS = st.lists(st.integers(1, 3), min_size=30, max_size=30)
 
@@ -28,8 +26,8 @@ def script(prompt: int, truth: list[int]) -> World:
 @given(TOKENS, st.integers(1, 5), st.integers(1, 20), st.integers(1, 8), st.integers(1, 4), st.integers(0, 40))
 def test_lookup_says_what_plain_decoding_says(truth, prompt, budget, draft, ngram, end) -> None:
     truth[end:] = [END] * len(truth[end:])
-    plain = script(prompt, truth).run(decode_unverified(plan(prompt, budget, ())))[0]
-    said, asked, proposed = script(prompt, truth).run(lookup(plan(prompt, budget, ()), draft, ngram))
+    plain = script(prompt, truth).run(full_depth(request(prompt, budget)))[0]
+    said, asked, proposed = script(prompt, truth).run(lookup(request(prompt, budget), draft, ngram))
     assert [d.token for d in said] == [d.token for d in plain]
     assert {a.to for a in asked} == {LAYERS}, "drafts run no block"
     assert sum(d.draft is not None for d in said) + sum(len(d.rejected) for d in said) == proposed
@@ -38,14 +36,14 @@ def test_lookup_says_what_plain_decoding_says(truth, prompt, budget, draft, ngra
 
 
 def test_a_text_that_repeats_itself_takes_few_rounds() -> None:
-    said, asked, _ = script(1, [1, 2, 3] * 10).run(lookup(plan(1, 22, ()), 5, 3))
+    said, asked, _ = script(1, [1, 2, 3] * 10).run(lookup(request(1, 22), 5, 3))
     assert [len(a.ids) for a in asked] == [1, 1, 1, 1, 6, 6, 6], "four tokens alone, then blocks of five and one"
     assert [d.depth for d in said[4:10]] == [0] * 5 + [LAYERS]
 
 
 def test_the_mode_keeps_the_text_of_a_model(tiny_model: adi.Model) -> None:
     prompt = "the dog and the dog and the fox"
-    full = adi.generate(tiny_model, prompt, max_new_tokens=60)
+    full = adi.generate(tiny_model, prompt, adi.FullDepth(), max_new_tokens=60)
     got = adi.generate(tiny_model, prompt, adi.Lookup(draft_tokens=4, ngram=2), max_new_tokens=60, candidates=2)
     assert got.token_ids == full.token_ids
     assert got.mode == "lookup"

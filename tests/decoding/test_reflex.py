@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +12,9 @@ from msgspec import structs
 
 import adi
 from adi.decoding.records import DriftFound
-from adi.decoding.reflex import Fallback, SpotCheck, disagrees, watched
-from adi.decoding.speculate import Emitted, Forward, decode_unverified, verified
+from adi.decoding.reflex import SpotCheck, disagrees
 from conftest import random_exits
-from scripted import GUESSES, LAYERS, TRUTH, World, plan
+from scripted import GUESSES, LAYERS, TRUTH, World, reflex, request
 from support import certificate
 
 
@@ -30,38 +27,15 @@ class Quiet(adi.DriftMonitor):
         return False
 
 
-def spot(share: float, monitor: adi.DriftMonitor, seed: int = 0) -> SpotCheck:
-    return SpotCheck(monitor, share, random.Random(seed), disagrees)
-
-
-@dataclass
-class Watched(World):
-    """The scripted world; notes where a sequence fell back."""
-
-    fell: int | None = None
-
-    def watch(self, sequence: object) -> tuple[list[Emitted], list[Forward], int]:
-        def through() -> Iterator[object]:
-            reply, said = None, 0
-            while True:
-                try:
-                    item = next(sequence) if reply is None else sequence.send(reply)  # type: ignore[call-overload, attr-defined]
-                except StopIteration:
-                    return
-                if isinstance(item, Fallback):
-                    self.fell, reply = said, None
-                    continue
-                said += isinstance(item, Emitted)
-                reply = yield item
-
-        return self.run(through())  # type: ignore[arg-type]
+def spot(share: float, monitor: adi.DriftMonitor) -> SpotCheck:
+    return SpotCheck(monitor, share, disagrees)
 
 
 @given(TRUTH, GUESSES, st.integers(1, 5), st.integers(1, 20))
 def test_without_checks_it_is_plain_reflex(truth, guesses, prompt, budget) -> None:
     early = lambda depth, at: guesses[(2 * at + (depth == 6)) % 60]  # noqa: E731
-    plain = World(prompt, truth, early).run(decode_unverified(plan(prompt, budget)))
-    seen = Watched(prompt, truth, early).watch(watched(plan(prompt, budget), spot(0.0, Quiet(0.1)), lambda p: verified(p, 4)))
+    plain = World(prompt, truth, early).run(reflex(request(prompt, budget)))
+    seen = World(prompt, truth, early).run(reflex(request(prompt, budget), spot(0.0, Quiet(0.1))))
     assert [d.token for d in seen[0]] == [d.token for d in plain[0]]
     assert [d.depth for d in seen[0]] == [d.depth for d in plain[0]]
     assert seen[1] == plain[1]
@@ -69,38 +43,40 @@ def test_without_checks_it_is_plain_reflex(truth, guesses, prompt, budget) -> No
 
 @given(TRUTH, GUESSES, st.integers(1, 5), st.integers(1, 20))
 def test_where_all_is_checked_the_text_is_the_truth(truth, guesses, prompt, budget) -> None:
-    world = Watched(prompt, truth, lambda depth, at: guesses[(2 * at + (depth == 6)) % 60])
+    world = World(prompt, truth, lambda depth, at: guesses[(2 * at + (depth == 6)) % 60])
     checks = spot(1.0, Quiet(0.1))
-    said, _, proposed = world.watch(watched(plan(prompt, budget), checks, lambda p: verified(p, 4)))
+    said, _, proposed = world.run(reflex(request(prompt, budget), checks))
     assert [d.token for d in said] == truth[:budget]
     assert checks.checked == len(said) - 1
-    assert checks.differed == proposed == sum(len(d.rejected) for d in said)
+    assert checks.differed == sum(len(d.rejected) for d in said)
+    assert proposed == checks.differed + sum(d.draft is not None for d in said)
 
 
 @given(TRUTH, GUESSES, st.integers(1, 20), st.integers(0, 99))
 def test_after_the_fall_every_token_is_verified(truth, guesses, budget, seed) -> None:
     """An exit that is always wrong and always believed: found out soon; from there on the truth of that context follows."""
     wrong = lambda depth, at: (6, 0.9)  # noqa: E731
-    monitor = adi.DriftMonitor(0.02, 0.5)
-    world = Watched(2, truth, wrong)
-    said, asked, _ = world.watch(watched(plan(2, budget), spot(1.0, monitor, seed), lambda p: verified(p, 4)))
+    monitor = adi.DriftMonitor(0.02, 0.5, seed)
+    world = World(2, truth, wrong)
+    said, asked, _ = world.run(reflex(request(2, budget), spot(1.0, monitor)))
     assert [d.token for d in said] == truth[:budget], "all are checked, so even before the fall nothing wrong stands"
     assert len(said) == budget
     if budget > 8:
         assert world.fell is not None
         assert monitor.alarmed
     rounds = [d.round for d in said]
+    assert sorted(set(rounds)) == list(range(1, [a.to for a in asked].count(LAYERS) + 1)), "a round is a pass to full depth"
     assert rounds == sorted(rounds)
     assert all(a.keep > 0 for a in asked[1:]), "nothing is read again from the beginning"
     assert [a.to for a in asked].count(LAYERS) <= budget
 
 
-def test_another_sequences_alarm_is_heard() -> None:
+def test_another_sequences_alarm_counts() -> None:
     truth = [1 + i % 5 for i in range(30)]
     monitor = adi.DriftMonitor(0.02)
     monitor.alarmed = True
-    world = Watched(2, truth, lambda depth, at: (6, 0.9))
-    said, _, _ = world.watch(watched(plan(2, 10), spot(0.0, monitor), lambda p: verified(p, 4)))
+    world = World(2, truth, lambda depth, at: (6, 0.9))
+    said, _, _ = world.run(reflex(request(2, 10), spot(0.0, monitor)))
     assert world.fell == 1
     assert [d.token for d in said] == truth[:10]
 
@@ -124,7 +100,9 @@ def test_a_certificate_that_does_not_hold_is_found_out_and_said(llama: adi.Model
     assert generation.drift.checked >= generation.drift.differed > 0
     tail = generation.token_ids[found.index :]
     context = [*generation.prompt_ids, *generation.token_ids[: found.index]]
-    assert adi.generate(llama, context, max_new_tokens=len(tail)).token_ids == tail, "from there on full depth's"
+    assert adi.generate(llama, context, adi.FullDepth(), max_new_tokens=len(tail)).token_ids == tail, (
+        "from there on full depth's"
+    )
     assert any(step.accepted or step.depth == 6 for step in generation.steps[found.index :])
 
 
@@ -134,7 +112,7 @@ def test_what_follows_with_the_same_monitor_is_verified_from_the_start(llama: ad
     adi.generate(llama, [1, 2, 3], policy, max_new_tokens=60)
     assert monitor.alarmed
     again = adi.generate(llama, [7, 8], policy, max_new_tokens=12)
-    assert again.token_ids == adi.generate(llama, [7, 8], max_new_tokens=12).token_ids
+    assert again.token_ids == adi.generate(llama, [7, 8], adi.FullDepth(), max_new_tokens=12).token_ids
     assert again.drift is not None
     assert again.drift.fell_back_at == 0
     fresh = adi.Reflex(certified, risk=0.02, spot_check=0.5)
@@ -148,7 +126,7 @@ def test_a_certificate_that_holds_is_left_alone(llama: adi.Model, certified: adi
     got = adi.generate(llama, [1, 2, 3], policy, max_new_tokens=40)
     assert got.drift is not None
     assert (got.drift.fell_back_at, got.drift.differed) == (None, 0)
-    assert got.token_ids == adi.generate(llama, [1, 2, 3], max_new_tokens=40).token_ids
+    assert got.token_ids == adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=40).token_ids
 
 
 def test_the_loss_watched_is_the_certificates(llama: adi.Model, certified: adi.Exits) -> None:
@@ -236,7 +214,7 @@ def test_propagation_owes_nothing_and_refuses_what_it_cannot_do(llama: adi.Model
     never = adi.Reflex(certified, trigger=adi.Never(), skipped="propagate")
     assert (
         adi.generate(llama, [1, 2, 3], never, max_new_tokens=10).token_ids
-        == adi.generate(llama, [1, 2, 3], max_new_tokens=10).token_ids
+        == adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=10).token_ids
     )
     with pytest.raises(ValueError, match="choose one of exact, propagate"):
         adi.Reflex(certified, trigger=adi.Never(), skipped="guess")

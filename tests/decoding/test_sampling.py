@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 import adi
-from adi.decoding.sampler import LEADING, distribution, draw, judged, top_p
+from adi.decoding.sampler import LEADING, distribution, draw, top_p, verify_draft
 from adi.decoding.sampling import Sampling, prompt_seed
 from conftest import random_exits
 
@@ -118,7 +118,7 @@ def test_draw_never_leaves_the_weights() -> None:
 
 
 @given(DENSITY, DENSITY)
-def test_a_judged_draft_is_distributed_as_full_depth_says(p: list[int], q: list[int]) -> None:
+def test_a_verify_draft_draft_is_distributed_as_full_depth_says(p: list[int], q: list[int]) -> None:
     """All of the draft's law and all numbers, in exact fractions for what is wanted and by cells for what is done."""
     p_, q_ = ([Fraction(x, sum(d)) for x in d] for d in (p, q))
     p_V, q_V = (torch.tensor([float(x) for x in d], dtype=torch.float64) for d in (p_, q_))
@@ -138,7 +138,7 @@ def test_a_judged_draft_is_distributed_as_full_depth_says(p: list[int], q: list[
             names.append(x)
         for a, b, name in zip(edges, edges[1:], names, strict=False):
             if b > a:
-                assert judged(p_V, q_V, d, float((a + b) / 2)) == name
+                assert verify_draft(p_V, q_V, d, float((a + b) / 2)) == name
     assert law == p_, "the rule itself, in exact arithmetic (Leviathan et al. 2023)"
 
 
@@ -156,7 +156,7 @@ def test_one_draw_is_the_rule_for_a_point_mass(p: list[int], draft: int) -> None
     point = torch.nn.functional.one_hot(torch.tensor(draft), 5).double()
     p_V = torch.tensor([float(x) for x in p_], dtype=torch.float64)
     cells = 997  # numbers spread evenly: both ways give every token as often, up to the cells that an edge cuts
-    for say in (lambda u: draw(p_V, u), lambda u: judged(p_V, point, draft, u)):
+    for say in (lambda u: draw(p_V, u), lambda u: verify_draft(p_V, point, draft, u)):
         counts = [0] * 5
         for i in range(cells):
             counts[say((i + 0.5) / cells)] += 1
@@ -175,7 +175,7 @@ def test_edges_of_arithmetic() -> None:
         with pytest.raises(ValueError, match=r"hold no distribution: the largest is (nan|inf)"):
             distribution(torch.tensor([0.0, bad]), [], hot)
     with pytest.raises(ValueError, match="cannot have been drawn"):
-        judged(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0]), 1, 0.5)
+        verify_draft(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0]), 1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, Any], words: str, ll
         with pytest.raises(ValueError, match=words):
             verb(llama, [1], **options)
     with pytest.raises(ValueError, match=words):
-        adi.generate_batch(llama, [[1]], **options)
+        adi.generate_batch(llama, [[1]], adi.FullDepth(), **options)
 
 
 def test_seeds() -> None:
@@ -232,9 +232,9 @@ def test_full_depth_and_verified_say_the_same_from_the_same_seed(llama: adi.Mode
     for seed in range(2):
         for prompt in PROMPTS[:2]:
             before = torch.random.get_rng_state()
-            full = adi.generate(llama, prompt, max_new_tokens=24, seed=seed, **HOT)
+            full = adi.generate(llama, prompt, adi.FullDepth(), max_new_tokens=24, seed=seed, **HOT)
             assert torch.equal(torch.random.get_rng_state(), before), "the caller's dice are not touched"
-            again = adi.generate(llama, prompt, max_new_tokens=24, seed=seed, **HOT)
+            again = adi.generate(llama, prompt, adi.FullDepth(), max_new_tokens=24, seed=seed, **HOT)
             assert again.token_ids == full.token_ids
             texts.add(full.token_ids)
             for policy in policies(llama):
@@ -242,27 +242,29 @@ def test_full_depth_and_verified_say_the_same_from_the_same_seed(llama: adi.Mode
                 assert got[0].token_ids == got[1].token_ids == full.token_ids
             assert full.sampling == Sampling(**HOT, seed=seed).to_json()
     assert len(texts) == 4
-    assert adi.generate(llama, [1], max_new_tokens=2).sampling is None
+    assert adi.generate(llama, [1], adi.FullDepth(), max_new_tokens=2).sampling is None
 
 
 def test_an_unseeded_text_can_be_drawn_again(llama: adi.Model) -> None:
-    one, two = (adi.generate(llama, [1, 2], max_new_tokens=24, temperature=2.0) for _ in range(2))
+    one, two = (adi.generate(llama, [1, 2], adi.FullDepth(), max_new_tokens=24, temperature=2.0) for _ in range(2))
     assert one.token_ids != two.token_ids
     assert one.sampling is not None
-    assert adi.generate(llama, [1, 2], max_new_tokens=24, **one.sampling).token_ids == one.token_ids
-    assert tuple(s.token for s in adi.stream(llama, [1, 2], max_new_tokens=24, **one.sampling)) == one.token_ids
+    assert adi.generate(llama, [1, 2], adi.FullDepth(), max_new_tokens=24, **one.sampling).token_ids == one.token_ids
+    assert (
+        tuple(s.token for s in adi.stream(llama, [1, 2], adi.FullDepth(), max_new_tokens=24, **one.sampling)) == one.token_ids
+    )
 
 
 def test_a_batch_draws_what_each_prompt_draws_alone(llama: adi.Model) -> None:
     prompts = [*PROMPTS, PROMPTS[0]]
-    for policy in (None, *policies(llama)):
+    for policy in (adi.FullDepth(), *policies(llama)):
         together = adi.generate_batch(llama, prompts, policy, max_new_tokens=12, most=3, seed=5, **HOT)
         alone = [
             adi.generate(llama, p, policy, max_new_tokens=12, seed=prompt_seed(5, i), **HOT) for i, p in enumerate(prompts)
         ]
         assert [g.token_ids for g in together] == [g.token_ids for g in alone]
     assert together[0].token_ids != together[3].token_ids, "the same prompt twice is drawn twice"
-    unseeded = adi.generate_batch(llama, [[1], [1]], max_new_tokens=12, temperature=2.0)
+    unseeded = adi.generate_batch(llama, [[1], [1]], adi.FullDepth(), max_new_tokens=12, temperature=2.0)
     assert unseeded[0].token_ids != unseeded[1].token_ids
 
 
@@ -271,7 +273,7 @@ def test_greedy_with_a_penalty_is_transformers(tiny_model: adi.Model, tiny_hf: A
     with torch.no_grad():
         out = tiny_hf.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, repetition_penalty=1.4, pad_token_id=0)
     exits = adi.bare_exits(tiny_model, (2, 4))
-    for policy in (None, adi.Verified(exits, adi.Always((2,)), draft_tokens=4)):
+    for policy in (adi.FullDepth(), adi.Verified(exits, adi.Always((2,)), draft_tokens=4)):
         got = adi.generate(tiny_model, ids, policy, max_new_tokens=30, repetition_penalty=1.4)
         assert list(got.token_ids) == out[0, len(ids) :].tolist()
 

@@ -12,9 +12,10 @@ import transformers as t
 
 import adi
 from adi.decoding.frontier import Frontier
+from adi.decoding.reflex import Unverified
 from adi.decoding.sampler import distribution
 from adi.decoding.sampling import Sampling
-from adi.decoding.speculate import decode_unverified
+from adi.decoding.speculate import Strategy, speculate
 from adi.exits.triggers import Always
 from conftest import random_drafter, random_exits
 from laws import (
@@ -28,12 +29,13 @@ from laws import (
     Law,
     Remembering,
     V,
+    by_exits,
     cheap,
     early_logits,
     exact,
     full_logits,
     off,
-    plan,
+    request,
     sampled,
 )
 
@@ -58,7 +60,12 @@ def test_reflex_draws_the_exits_own_law() -> None:
             p_V = distribution(logits_V, PROMPT + said, hot).tolist()
             longer.update({(*said, x): chance * p for x, p in enumerate(p_V)})
         law = longer
-    found, _, _ = sampled(lambda rule: decode_unverified(plan(rule, Always((2,)))), Remembering(hot))
+
+    def reflex(rule: Any) -> Any:
+        wanted = request(rule)
+        return speculate(wanted, Strategy(by_exits(wanted, Always((2,))), 1, Unverified()))
+
+    found, _, _ = sampled(reflex, Remembering(hot))
     assert off(found, law) < 1
     assert off(found, exact(hot)) > 1.5, "and it is not the full model's"
 
@@ -122,7 +129,7 @@ STARTS = {"exit head": PROMPT, "drafter": PROMPT, "memory": (4, 4, 4, 4), "looku
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_the_law_through_a_real_network(small: adi.Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adi.decoding.strategy.cost_model_of", lambda *_: cheap())  # its own: use teaches costs
+    monkeypatch.setattr("adi.decoding.policies.cost_model_of", lambda *_: cheap())  # its own: use teaches costs
     sampling = Sampling(temperature=1.0, top_k=3, seed=0)
     found, accepted = drawn(small, policies(small)[kind], sampling, STARTS[kind])
     assert off(found, real_law(small, sampling, STARTS[kind])) < 1

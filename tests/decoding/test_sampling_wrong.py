@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adi.decoding.speculate import DraftToken
+from adi.decoding.requests import DraftToken
 from laws import DRAFTERS, DRAWS, KINDS, SETTINGS, Drawn, Remembering, V, density, exact, off, sampled
 
 

@@ -140,7 +140,7 @@ def test_readings_are_what_heads_and_the_full_model_give_row_by_row(made: Cached
 def test_a_models_own_answer_is_what_full_depth_predicts(tiny_model: adi.Model) -> None:
     answers = own_answers(tiny_model, ["hello", "the fox"], 8)
     assert [a.token_ids for a in answers] == [
-        adi.generate(tiny_model, p, max_new_tokens=8).token_ids for p in ("hello", "the fox")
+        adi.generate(tiny_model, p, adi.FullDepth(), max_new_tokens=8).token_ids for p in ("hello", "the fox")
     ]
     for one in forced_readings(tiny_model.backbone, None, [(a.prompt_ids, a.token_ids) for a in answers]):
         assert torch.equal(one.answer_T, one.full_T)

@@ -81,7 +81,7 @@ def test_a_probe_comes_back_from_disk_and_triggers(llama: adi.Model, tmp_path: P
     assert exits.probe is not None
     for name, tensor in exits.probe.tensors().items():
         assert torch.equal(again.probe.tensors()[name], tensor)
-    full = adi.generate(llama, [1, 2, 3], max_new_tokens=24)
+    full = adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=24)
     got = adi.generate(llama, [1, 2, 3], adi.Verified(again), max_new_tokens=24, candidates=2)
     assert got.token_ids == full.token_ids
     assert got.counters.drafted > 0
@@ -121,7 +121,7 @@ def test_a_foreign_probe_is_refused(change: dict[str, Any], llama: adi.Model, tm
 
 
 def texts_of(model: adi.Model, count: int) -> list[Answer]:
-    given = adi.generate_batch(model, [[i + 1, 2, 3] for i in range(count)], max_new_tokens=16)
+    given = adi.generate_batch(model, [[i + 1, 2, 3] for i in range(count)], adi.FullDepth(), max_new_tokens=16)
     return [Answer(str(i), g.prompt_ids + g.token_ids, 3, True, False) for i, g in enumerate(given)]
 
 

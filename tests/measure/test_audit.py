@@ -35,7 +35,7 @@ PROMPTS = [[1, 2, 3], [(7 * i) % VOCABULARY for i in range(20)]]
 
 @pytest.fixture(autouse=True)
 def _known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adi.decoding.strategy.cost_model_of", lambda *_: CostModel({1: 26.0, 4: 28.0, 16: 40.0}, 0.5))
+    monkeypatch.setattr("adi.decoding.policies.cost_model_of", lambda *_: CostModel({1: 26.0, 4: 28.0, 16: 40.0}, 0.5))
 
 
 def small(model: adi.Model, **options: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Pat
 
 def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "adi.decoding.strategy.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
+        "adi.decoding.session.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
     )
     said = small(llama)["violations"]
     for check in ("always at depth 4", "random rejections", "rollbacks to every length"):
@@ -192,12 +192,11 @@ def test_the_law_is_that_of_transformers(llama: adi.Model) -> None:
 
 
 def test_scripted_drafts_are_right_as_often_as_the_script_says(llama: adi.Model) -> None:
-    text = adi.generate(llama, [1, 2, 3], max_new_tokens=13, stop_at_eos=False).token_ids
+    text = adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=13, stop_at_eos=False).token_ids
     known = (1, 2, 3, *text)
     for right in range(4):
-        options: dict[str, Any] = {"depths": (2, 4), "drafts": 3, "seed": right, "max_new_tokens": 13}
-        session = Scripted(llama, [1, 2, 3], lambda said: known[len(said)], lambda most, n=right: min(n, most), **options)
-        steps = drive(session)
+        script = Scripted(lambda said: known[len(said)], lambda most, n=right: min(n, most), (2, 4), 3, right)
+        steps = drive(adi.Session(llama, [1, 2, 3], script, max_new_tokens=13, stop_at_eos=False))
         assert tuple(s.token for s in steps) == text
         first = [s for s in steps if s.round == 2]
         assert [s.drafted for s in first] == [True] * right + [False]
@@ -205,7 +204,7 @@ def test_scripted_drafts_are_right_as_often_as_the_script_says(llama: adi.Model)
 
 
 def test_a_tie_explains_only_what_it_can(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = adi.generate(llama, [1, 2], max_new_tokens=6, stop_at_eos=False).token_ids
+    full = adi.generate(llama, [1, 2], adi.FullDepth(), max_new_tokens=6, stop_at_eos=False).token_ids
     assert divergence(llama, 0, [1, 2], full, full, 0.0) is None
     other = (*full[:3], (full[3] + 1) % VOCABULARY, *full[4:])
     found = divergence(llama, 0, [1, 2], full, other, 1e-6)

@@ -58,7 +58,7 @@ def test_what_cannot_be_certified_says_how_many_prompts_it_takes(tiny_model: adi
     assert "with 12 calibration prompts no rule could pass" in result.notes[0]
     assert "at least 2995 are needed" in result.notes[0]
     never = adi.generate(tiny_model, "hello", adi.Reflex(_with(exits, c), risk=0.001), max_new_tokens=6)
-    assert never.token_ids == adi.generate(tiny_model, "hello", max_new_tokens=6).token_ids
+    assert never.token_ids == adi.generate(tiny_model, "hello", adi.FullDepth(), max_new_tokens=6).token_ids
 
 
 def _with(exits: adi.Exits, c: adi.Certificate) -> adi.Exits:
@@ -90,7 +90,7 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model, exits: adi.Exits
 
 
 def test_the_path_goes_from_safe_to_bold_and_counts_as_replays_do(tiny_model: adi.Model, exits: adi.Exits) -> None:
-    texts = [adi.generate(tiny_model, p, max_new_tokens=8) for p in PROMPTS[:12]]
+    texts = [adi.generate(tiny_model, p, adi.FullDepth(), max_new_tokens=8) for p in PROMPTS[:12]]
     readings = forced_readings(tiny_model.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
     rules = risk_path(readings, exits.depths, 6, [0.05, 0.8], "disagreement")
     assert rules

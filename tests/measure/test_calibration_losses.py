@@ -24,7 +24,7 @@ def exits(llama: adi.Model) -> adi.Exits:
 
 @pytest.fixture(scope="module")
 def readings(llama: adi.Model, exits: adi.Exits) -> list[ForcedReading]:
-    texts = [adi.generate(llama, prompt, max_new_tokens=TOKENS) for prompt in PROMPTS]
+    texts = [adi.generate(llama, prompt, adi.FullDepth(), max_new_tokens=TOKENS) for prompt in PROMPTS]
     return forced_readings(llama.backbone, exits, [(g.prompt_ids, g.token_ids) for g in texts])
 
 

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adi
-from adi.decoding.speculate import DraftToken, Emitted, Forward, Request, verified
+from adi.decoding.requests import DraftToken, Emitted, Forward, Request
 from adi.exits.triggers import Threshold
 from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
 from adi.measure.trigger_study.simulate import RecordedText, simulate
+from scripted import verified
 from support import pass_seconds
 
 LAYERS, STOPS, WRONG = 10, (2, 5, 8), 0
@@ -59,9 +60,9 @@ class Twin:
 
 def run(text: list[Any], draft_tokens: int) -> tuple[int, float, int, int, int]:
     """Tokens after the first, seconds without the prompt, rounds, drafts, kept."""
-    plan = Request((9,), len(text), LAYERS, STOPS, Threshold("margin", 0.5), lambda token: False)
+    wanted = Request((9,), len(text), LAYERS, lambda token: False)
     twin, reply, said, drafted, begun = Twin(text), None, [], 0, False
-    sequence = verified(plan, draft_tokens)
+    sequence = verified(wanted, draft_tokens, STOPS, Threshold("margin", 0.5))
     while True:
         try:
             item = next(sequence) if reply is None else sequence.send(reply)

@@ -163,7 +163,7 @@ def test_what_the_study_chose_can_be_used(tiny_model: adi.Model) -> None:
     prompts = [f"the {n} quick foxes" for n in range(4)]
     exits = probed_exits(tiny_model, (2, 5))
     study = adi.study_triggers(tiny_model, exits, prompts, max_new_tokens=8)
-    full = adi.generate(tiny_model, "the fox", max_new_tokens=12)
+    full = adi.generate(tiny_model, "the fox", adi.FullDepth(), max_new_tokens=12)
     for one in study.estimates:
         if one.trigger is not None:
             rule = trigger_from_json(json.loads(json.dumps(one.trigger)))

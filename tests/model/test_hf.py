@@ -110,7 +110,7 @@ def test_threads_may_share_a_model() -> None:
     model = adi.load(tiny("llama"))
     exits = adi.bare_exits(model, (2, 4))
     policy = adi.Verified(exits, adi.Threshold("top_probability", 0.0))
-    wanted = [adi.generate(model, [i, i + 1], max_new_tokens=12).token_ids for i in range(4, 10)]
+    wanted = [adi.generate(model, [i, i + 1], adi.FullDepth(), max_new_tokens=12).token_ids for i in range(4, 10)]
     with ThreadPoolExecutor(6) as pool:
         got = list(pool.map(lambda i: adi.generate(model, [i, i + 1], policy, max_new_tokens=12).token_ids, range(4, 10)))
     assert got == wanted
@@ -156,7 +156,7 @@ def test_a_users_own_forward_on_a_block_survives() -> None:
     block.forward = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
     mine = block.forward
     try:
-        adi.generate(adi.load(hf), [3, 4], max_new_tokens=2)
+        adi.generate(adi.load(hf), [3, 4], adi.FullDepth(), max_new_tokens=2)
         assert block.forward is mine
         assert calls
     finally:

@@ -80,7 +80,7 @@ def test_two_threads_may_load_with_an_empty_cache(
         stop.set()
         lines = talking.result()
     assert capsys.readouterr().out == "from another thread\n" * lines, "an export prints nothing and swallows nothing"
-    texts = {adi.generate(model, [5, 6, 7], max_new_tokens=8).token_ids for model in models[:2]}
+    texts = {adi.generate(model, [5, 6, 7], adi.FullDepth(), max_new_tokens=8).token_ids for model in models[:2]}
     assert len(texts) == 1
 
 

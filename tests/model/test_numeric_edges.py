@@ -48,9 +48,12 @@ def broken(scale: float, only: int | None = None) -> adi.Model:
 def test_logits_that_are_none_are_an_error_in_every_mode(scale: float, only: int | None) -> None:
     model = broken(scale, only)
     told: list[Callable[[], Any]] = [
-        *(lambda o=o: adi.generate(model, IDS, max_new_tokens=3, **o) for o in ({}, SAMPLED, {"repetition_penalty": 1.2})),
+        *(
+            lambda o=o: adi.generate(model, IDS, adi.FullDepth(), max_new_tokens=3, **o)
+            for o in ({}, SAMPLED, {"repetition_penalty": 1.2})
+        ),
         *(lambda p=p: adi.generate(model, IDS, p, max_new_tokens=3) for p in (adi.Verified(), adi.Lookup())),
-        lambda: adi.generate_batch(model, [IDS, IDS], max_new_tokens=3),
+        lambda: adi.generate_batch(model, [IDS, IDS], adi.FullDepth(), max_new_tokens=3),
     ]
     for forced_read in told:
         with pytest.raises(ValueError, match=NO_DISTRIBUTION):
@@ -82,7 +85,7 @@ def test_an_exit_that_says_nan_is_never_believed_by_a_rule_and_never_speaks() ->
     assert exits.heads is not None
     bad = {d: replace(a, tail_bias=torch.tensor([NAN])) for d, a in exits.heads.adapters.items()}
     exits = replace(exits, heads=replace(exits.heads, adapters=bad))
-    full = adi.generate(model, IDS, max_new_tokens=6).token_ids
+    full = adi.generate(model, IDS, adi.FullDepth(), max_new_tokens=6).token_ids
     for rule in (adi.Threshold("entropy", 99.0), adi.Threshold("margin", -9.0), adi.Threshold("top_probability", 0.0)):
         for policy in (adi.Reflex(exits, trigger=rule), adi.Verified(exits, trigger=rule)):
             assert adi.generate(model, IDS, policy, max_new_tokens=6).token_ids == full
@@ -151,7 +154,13 @@ def test_a_vocabulary_of_one() -> None:
     bare = adi.bare_exits(model, (2, 4))
     exits = random_exits(model, (2, 4), adi.Threshold("entropy", 0.0), size=1)
     rules = [adi.Threshold("margin", 0.5), adi.Threshold("top_probability", 0.5), adi.Threshold("entropy", 0.1)]
-    policies = [None, adi.Verified(), adi.Lookup(), *(adi.Verified(bare, r) for r in rules), adi.Reflex(bare, trigger=rules[0])]
+    policies = [
+        adi.FullDepth(),
+        adi.Verified(),
+        adi.Lookup(),
+        *(adi.Verified(bare, r) for r in rules),
+        adi.Reflex(bare, trigger=rules[0]),
+    ]
     policies += [
         adi.Verified(exits, draft_tokens=3),
         adi.Verified(exits_with_drafter(model, size=1)),
@@ -191,9 +200,9 @@ def test_logits_that_are_all_equal() -> None:
     assert float(distribution(flat, (), Sampling(1.0, top_p=1e-9))[0]) == 1.0
 
 
-@pytest.mark.parametrize("make", [None, adi.Verified, lambda: adi.Lookup()], ids=["full", "verified", "lookup"])
+@pytest.mark.parametrize("make", [adi.FullDepth, adi.Verified, lambda: adi.Lookup()], ids=["full", "verified", "lookup"])
 def test_temperature_zero_is_greedy(make: Any) -> None:
-    model, policy = adi.load(tiny("llama")), None if make is None else make()
+    model, policy = adi.load(tiny("llama")), make()
     greedy = adi.generate(model, IDS, policy, max_new_tokens=20).token_ids
     for options in (
         {"temperature": 0},
@@ -272,6 +281,6 @@ def test_p_values_at_the_edge(method: str) -> None:
 def test_steps_of_nan_signals_are_strict_json() -> None:
     """What a trace keeps of such a look is read again."""
     model = broken(1.0)
-    generation = adi.generate(model, IDS, max_new_tokens=1)
+    generation = adi.generate(model, IDS, adi.FullDepth(), max_new_tokens=1)
     step = structs.replace(generation.steps[0], signals={"entropy": NAN, "margin": INF})
     assert adi.Step.from_json(step.to_json()).signals.keys() == {"entropy", "margin"}

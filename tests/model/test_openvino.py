@@ -59,14 +59,14 @@ def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_verified_decoding_is_plain_decoding(made: Cached, precision: str) -> None:
     model = adi.Model(backbone=engine(made, "llama", precision), tokenizer=None, eos_ids=frozenset())
-    plain = adi.generate(model, list(IDS[:PROMPT]), max_new_tokens=40)
+    plain = adi.generate(model, list(IDS[:PROMPT]), adi.FullDepth(), max_new_tokens=40)
     exits = adi.bare_exits(model, (2, 4))
     ragged = adi.AnyOf((adi.Threshold("stability", 0.93), adi.Threshold("top_probability", 0.03)))
     for trigger in (adi.Threshold("top_probability", 0.0), ragged):
         policy = adi.Verified(exits, trigger, draft_tokens=5)
         assert adi.generate(model, list(IDS[:PROMPT]), policy, max_new_tokens=40).token_ids == plain.token_ids
     if precision == "fp32":
-        reference = adi.generate(adi.load(tiny("llama")), list(IDS[:PROMPT]), max_new_tokens=40)
+        reference = adi.generate(adi.load(tiny("llama")), list(IDS[:PROMPT]), adi.FullDepth(), max_new_tokens=40)
         assert reference.token_ids == plain.token_ids
 
 

@@ -82,7 +82,7 @@ def test_readings_on_the_compiled_engine_come_from_it() -> None:
 
     model = adi.Model(make(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
     exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))
-    full = adi.generate(model, [1, 2, 3], max_new_tokens=12)
+    full = adi.generate(model, [1, 2, 3], adi.FullDepth(), max_new_tokens=12)
     got = adi.generate(model, [1, 2, 3], adi.Verified(exits), max_new_tokens=12, candidates=3)
     assert got.token_ids == full.token_ids
     twin = adi.load(tiny("llama"))

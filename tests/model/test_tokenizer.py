@@ -82,10 +82,10 @@ def test_a_model_without_chat_template_says_what_to_do(tiny_hf: Any, tiny_tokeni
     plain.chat_template = None
     model = adi.load(tiny_hf, tokenizer=plain)
     with pytest.raises(ValueError, match="no chat template; use raw=True"):
-        adi.generate(model, "hello")
-    assert adi.generate(model, "hello", raw=True, max_new_tokens=2).token_ids
+        adi.generate(model, "hello", adi.FullDepth())
+    assert adi.generate(model, "hello", adi.FullDepth(), raw=True, max_new_tokens=2).token_ids
 
 
 def test_a_model_without_tokenizer_takes_ids_only(llama: adi.Model) -> None:
     with pytest.raises(ValueError, match="no tokenizer"):
-        adi.generate(llama, "hello")
+        adi.generate(llama, "hello", adi.FullDepth())

@@ -43,7 +43,7 @@ class Stop(Exception):  # noqa: N818
 
 
 def own_text(model: adi.Model, prompt: str, length: int) -> Answer:
-    got = adi.generate(model, prompt, max_new_tokens=length, stop_at_eos=False)
+    got = adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=length, stop_at_eos=False)
     return Answer(prompt, (*got.prompt_ids, *got.token_ids), len(got.prompt_ids), True, False)
 
 
@@ -272,7 +272,7 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     assert mine.heads is not None
     assert saved.drafter.ids_S.tolist() == mine.heads.ids_S.tolist(), "the shortlist is kept too"
     assert saved.report["drafter"]["positions"] > 0
-    full = adi.generate(sharp, "the quick fox", max_new_tokens=30, stop_at_eos=False)
+    full = adi.generate(sharp, "the quick fox", adi.FullDepth(), max_new_tokens=30, stop_at_eos=False)
     assert adi.generate(sharp, "the quick fox", adi.Verified(saved), max_new_tokens=30, stop_at_eos=False).token_ids == (
         full.token_ids
     )

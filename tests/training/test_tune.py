@@ -49,7 +49,7 @@ def test_tuned_exits_are_saved_and_verified_output_stays_exact(sharp: adi.Model,
     exits = adi.load_exits(tuned[1])
     assert exits.made_by["command"] == "a test"
     assert exits.made_by["options"]["seed"] == 0
-    full = adi.generate(sharp, "the quick fox", max_new_tokens=40, stop_at_eos=False)
+    full = adi.generate(sharp, "the quick fox", adi.FullDepth(), max_new_tokens=40, stop_at_eos=False)
     for trigger in (None, adi.Threshold("top_probability", 0.0)):
         got = adi.generate(sharp, "the quick fox", adi.Verified(exits, trigger), max_new_tokens=40, stop_at_eos=False)
         assert got.token_ids == full.token_ids
@@ -181,7 +181,9 @@ def test_answers_are_the_models_own_greedy_text(tiny_model: adi.Model, tmp_path:
         hf, lambda p: list(tiny_model.encode(p)), tiny_model.eos_ids, greedy, tmp_path / "a", tokens=10**6, max_new_tokens=10
     )
     for answer in got:
-        assert answer.ids[answer.start :] == adi.generate(tiny_model, answer.prompt, max_new_tokens=10).token_ids
+        assert (
+            answer.ids[answer.start :] == adi.generate(tiny_model, answer.prompt, adi.FullDepth(), max_new_tokens=10).token_ids
+        )
 
 
 def test_splits_are_stable_and_of_the_right_size() -> None:

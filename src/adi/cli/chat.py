@@ -33,7 +33,6 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.paint import legend
-    from adi.decoding.policies import depths_of
 
     console, drawn = out(), sampling.sampling()
     loaded = engine.load(model, decoding.stops(model))
@@ -42,7 +41,7 @@ def chat(
         raise ModelError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     if console.is_terminal:
         say(console, HELP, "dim")
-        console.print(legend(depths_of(policy), loaded.backbone.spec.layers))
+        console.print(legend(policy.depths, loaded.backbone.spec.layers))
     _Conversation(console, loaded, policy, drawn, max_new_tokens, system).hold()
 
 
@@ -73,7 +72,6 @@ class _Conversation:
     def _answer(self, line: str) -> None:
         """One turn; a refused one leaves no trace."""
         from adi.cli.run import drift_line
-        from adi.decoding.policies import depths_of
         from adi.decoding.session import Session
 
         messages = [*self._messages, {"role": "user", "content": line}]
@@ -84,7 +82,7 @@ class _Conversation:
             say(self._out, f"{error} Type /reset to start over.", "red")
             return
         self._messages = messages  # kept, even where the answer is interrupted or fails
-        generation = _answered(self._out, session, depths_of(self._policy))
+        generation = _answered(self._out, session, self._policy.depths)
         self._messages.append({"role": "assistant", "content": generation.text})
         drift = "" if generation.drift is None else "\n" + drift_line(generation.drift)
         self._last = f"{generation.summary()}{drift}"

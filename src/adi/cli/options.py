@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -175,7 +175,7 @@ class DecodingOptions:
 
     def policy(self, model: Model) -> Policy:
         """The policy; AdiError for a combination without meaning."""
-        from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified
+        from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified, default_policy
         from adi.exits.triggers import with_thresholds
 
         self._check()
@@ -184,14 +184,14 @@ class DecodingOptions:
         if self.mode == "lookup":
             return Lookup() if self.draft_tokens is None else Lookup(self.draft_tokens)
         history = opened_history(model, self.history)
-        if self.mode == "verified" and self.exits is None and not self.by_rule and not _shipped_for(model):
-            return Verified(habits=history)
+        if self.mode == "verified" and self.exits is None and not self.by_rule:
+            return replace(default_policy(model), history=history)
         exits = exits_for(model, self.exits)
         rule = read_trigger(self.trigger) if self.trigger is not None else None
         if self.mode == "verified":
             if self.threshold is not None:
                 rule = with_thresholds(exits.trigger, self.threshold)
-            return Verified(exits, trigger=rule, draft_tokens=self.draft_tokens, habits=history)
+            return Verified(exits, trigger=rule, draft_tokens=self.draft_tokens, history=history)
         reflex: dict[str, Any] = {"kind": self.kind, "spot_check": self.spot_check, "skipped": self.skipped}
         return Reflex(exits, thresholds=self.threshold, trigger=rule, risk=self.risk, **reflex)
 
@@ -241,7 +241,7 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
 
 def exits_for(model: Model, given: str | None) -> Exits:
     """The exits named on the command line, else those shipped for the model; ModelError says how to get some."""
-    from adi.artifact import bare_exits, load_exits, shipped
+    from adi.artifact import bare_exits, load_exits, shipped_for
 
     if given == "bare" or (given or "").startswith("bare:"):
         layers = model.backbone.spec.layers
@@ -250,8 +250,8 @@ def exits_for(model: Model, given: str | None) -> Exits:
         exits = bare_exits(model, depths)
     elif given is not None:
         exits = load_exits(given)
-    elif model.source in shipped():
-        exits = load_exits(model.source)
+    elif (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
+        exits = found
     else:
         raise ModelError(
             f"no exits are shipped for {model.source!r}. Train some with 'adi tune {model.source} --out DIR' and give "
@@ -259,12 +259,6 @@ def exits_for(model: Model, given: str | None) -> Exits:
         )
     exits.check(model.backbone)
     return exits
-
-
-def _shipped_for(model: Model) -> bool:
-    from adi.artifact import shipped
-
-    return model.source in shipped()
 
 
 def opened_history(model: Model, path: Path | None) -> History | None:

@@ -140,12 +140,11 @@ def generated(model: Model, text: str, policy: Policy, **options: Any) -> Genera
 def _shown(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
     """Generate with the text painted as it comes."""
     from adi.cli.paint import Painter, legend
-    from adi.decoding.policies import depths_of
     from adi.decoding.session import Session
 
     console = out()
     session = Session(model, text, policy, **options)
-    depths = depths_of(policy)
+    depths = policy.depths
     if depths and console.is_terminal:
         console.print(legend(depths, model.backbone.spec.layers))
     return session.generation(list(Painter(console, depths).follow(session)))

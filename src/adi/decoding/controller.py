@@ -18,7 +18,7 @@ from adi.drafters.ngram import NgramMatch
 
 MOST_DRAFTS = 15
 LONGEST_CHAIN = 6  # of drafter steps
-LOOKING = 0.015  # share of the time that may go into single drafts by levels that have not paid, to see whether they would
+EXPLORING = 0.015  # share of the time that may go into single drafts by levels that have not paid, to see whether they would
 PATIENCE = 48  # rounds after which such a draft is made even if it costs more
 LOSS = 4.0  # passes that drafting may have cost more than it gave, ...
 FORGIVEN = 0.01  # ... of which so many are forgiven with every token: over 200 tokens at most 6 passes, 3%, can be lost
@@ -31,13 +31,13 @@ TRUST_WEIGHT, TRUST_MEMORY = 6.0, 0.95
 # text at hand on 300 answers of SmolLM2-135M to training prompts; of habits on four kinds of task that came again eight times
 # with other details, and on questions between them that had nothing to do with them (email, code, extraction, travel of
 # tools/habit.py). Where the memory voted, by tenth of the winner's share, on held-out talk.
-RECALLED_FIRST: Mapping[str, Sequence[float]] = {
+MATCHED_FIRST: Mapping[str, Sequence[float]] = {
     "context": (0.0, 0.23, 0.55, 0.65, 0.71, 0.71, 0.74, 0.77, 0.91),
-    "habits": (0.0, 0.1, 0.27, 0.33, 0.48, 0.62, 0.64, 0.72, 0.77),
+    "history": (0.0, 0.1, 0.27, 0.33, 0.48, 0.62, 0.64, 0.72, 0.77),
 }
-RECALLED_NEXT: Mapping[str, Sequence[float]] = {
+MATCHED_NEXT: Mapping[str, Sequence[float]] = {
     "context": (0.0, 0.66, 0.72, 0.75, 0.78, 0.81, 0.83, 0.84, 0.94),
-    "habits": (0.0, 0.15, 0.4, 0.5, 0.65, 0.67, 0.72, 0.78, 0.8),
+    "history": (0.0, 0.15, 0.4, 0.5, 0.65, 0.67, 0.72, 0.78, 0.8),
 }
 VOTED_FIRST = (0.01, 0.13, 0.17, 0.23, 0.38, 0.43, 0.53, 0.72, 0.83, 0.87)
 VOTED_NEXT = (0.07, 0.07, 0.14, 0.3, 0.41, 0.6, 0.65, 0.7, 0.84, 0.96)
@@ -45,17 +45,17 @@ GUESSED = 0.4
 
 
 class DraftChoice(NamedTuple):
-    """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``recall`` if it is
+    """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``match`` if it is
     a memory's."""
 
     level: str
     drafts: int = 0
-    recall: NgramMatch | None = None
+    match: NgramMatch | None = None
 
     @property
     def source(self) -> str:
         """Who drafts: a memory by name, or the drafter."""
-        return self.recall.source if self.recall is not None else self.level
+        return self.match.source if self.match is not None else self.level
 
 
 FULL = DraftChoice("full")
@@ -114,16 +114,16 @@ class Controller:
     _rate: float = 0.0
     _lost: float = 0.0  # seconds
 
-    def stand(self, length: int) -> None:
+    def at_position(self, length: int) -> None:
         """The next round begins behind so many positions."""
-        self.costs.stand(length)
+        self.costs.at_position(length)
 
-    def choose(self, recalls: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
         most = min(most, self.drafts)
         plain = 1 / self.costs.rows(1)
         best, rate = FULL, plain
-        offers = [DraftChoice("memory", min(len(recall.tokens), most), recall) for recall in recalls]
+        offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches]
         if drafter:
             offers.append(DraftChoice("drafter", min(LONGEST_CHAIN, most)))
         for offer in offers:
@@ -131,9 +131,9 @@ class Controller:
             if not drafts:
                 continue
             if reachable > rate:
-                best, rate = DraftChoice(offer.level, drafts, offer.recall), reachable
-            elif reachable <= plain and best.level == "full" and self._may_look(offer.source):
-                best = DraftChoice(offer.level, 1, offer.recall)
+                best, rate = DraftChoice(offer.level, drafts, offer.match), reachable
+            elif reachable <= plain and best.level == "full" and self._may_explore(offer.source):
+                best = DraftChoice(offer.level, 1, offer.match)
         if best.level == "full":
             self._spend(0.0, 1)
         else:
@@ -154,10 +154,10 @@ class Controller:
         plain = self.costs.rows(1)
         self._lost = max(0.0, self._lost + seconds - (tokens - 1) * plain - FORGIVEN * plain * tokens)
 
-    def _may_look(self, source: str) -> bool:
+    def _may_explore(self, source: str) -> bool:
         """Whether enough was saved up for one draft that may well be wrong."""
         price = self._price(source, 1)
-        self._saved[source] += max(LOOKING * self.costs.rows(1), price / PATIENCE)
+        self._saved[source] += max(EXPLORING * self.costs.rows(1), price / PATIENCE)
         return self._saved[source] >= price
 
     def _plan(self, offer: DraftChoice) -> tuple[int, float]:
@@ -167,7 +167,7 @@ class Controller:
         limit = (1 + LOSS) * passes[1] - self._lost
         for drafts, share in enumerate(self._acceptances(offer), 1):
             seconds = passes[drafts + 1]
-            if offer.recall is None:
+            if offer.match is None:
                 seconds += self.costs.drafting(drafts)
             reach *= share
             if seconds > limit or (reach < HOPELESS and drafts > 1):
@@ -181,31 +181,31 @@ class Controller:
 
     def _acceptances(self, offer: DraftChoice) -> Iterable[float]:
         """Of one draft after the other, those before it given; for all drafts of the offer."""
-        recall, drafts = offer.recall, offer.drafts
-        if recall is None:
-            self._look_ahead()
+        match, drafts = offer.match, offer.drafts
+        if match is None:
+            self._expected_chain()
             return self._chain[:drafts]
-        trust = self._trust[recall.source].value
-        if recall.shares:
-            runs = (self._run(recall, draft).value for draft in range(1, min(drafts, len(recall.shares)) + 1))
+        trust = self._trust[match.source].value
+        if match.shares:
+            runs = (self._run(match, draft).value for draft in range(1, min(drafts, len(match.shares)) + 1))
             return (min(0.98, share * trust) for share in runs)
-        first, later = (min(0.98, self._run(recall, draft).value * trust) for draft in (1, 2))
+        first, later = (min(0.98, self._run(match, draft).value * trust) for draft in (1, 2))
         return [first, *[later] * (drafts - 1)][:drafts]
 
-    def _run(self, recall: NgramMatch, draft: int) -> DecayedRate:
-        if recall.shares:
+    def _run(self, match: NgramMatch, draft: int) -> DecayedRate:
+        if match.shares:
             priors: Sequence[float] = VOTED_FIRST if draft == 1 else VOTED_NEXT
-            place = bin_of(recall.shares[draft - 1])
+            place = bin_of(match.shares[draft - 1])
         else:
-            known = RECALLED_FIRST if draft == 1 else RECALLED_NEXT
-            priors = known.get(recall.source, known["habits"])
-            place = min(recall.matched, len(priors) - 1)
-        key = (recall.source, place, draft == 1)
+            known = MATCHED_FIRST if draft == 1 else MATCHED_NEXT
+            priors = known.get(match.source, known["history"])
+            place = min(match.matched, len(priors) - 1)
+        key = (match.source, place, draft == 1)
         if (share := self._shares.get(key)) is None:
             share = self._shares[key] = DecayedRate(priors[place])
         return share
 
-    def _look_ahead(self) -> None:
+    def _expected_chain(self) -> None:
         """Before the drafter has spoken: how often its first, second, ... draft in a row was accepted, those before it given.
 
         A place that was hardly reached is taken for as good as the one before it. It holds for the round.
@@ -226,7 +226,7 @@ class Controller:
             self._shares[key] = DecayedRate(self.bins.get(key[1], (key[1] + 0.5) / 10))
         return self._shares[key]
 
-    def goes_on(self, confidences: Sequence[float]) -> bool:
+    def should_continue(self, confidences: Sequence[float]) -> bool:
         """Whether one more step of the drafter is worth its time and its row, after drafts of these confidences.
 
         Or several more: where passes cost the same up to some number of rows, the first beyond it pays for all that follow.
@@ -244,16 +244,16 @@ class Controller:
                 return self._affords("drafter", place)
         return False
 
-    def judged(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
-        """Full depth has spoken: ``agreed`` of ``drafts`` stand. What lies behind the first wrong one says nothing."""
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
+        """Full depth has spoken: ``accepted`` of ``drafts`` stand. What lies behind the first wrong one says nothing."""
         source = choice.source
-        self._spend(self._price(source, drafts), agreed + 1)
-        if agreed == drafts:
+        self._spend(self._price(source, drafts), accepted + 1)
+        if accepted == drafts:
             self._saved[source] += self._price(source, 1)  # it was right to look: look again at once
-        for draft in range(1, min(agreed + 1, drafts) + 1):
-            right = float(draft <= agreed)
-            if choice.recall is not None:
-                share = self._run(choice.recall, draft)
+        for draft in range(1, min(accepted + 1, drafts) + 1):
+            right = float(draft <= accepted)
+            if choice.match is not None:
+                share = self._run(choice.match, draft)
             else:
                 share = self._bin(confidences[draft - 1])
                 self._steps[draft - 1].add(right)

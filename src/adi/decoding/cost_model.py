@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import threading
 import time
-import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
-from adi.errors import MemoryFullError
-from adi.files import cache_folder, read_json, write_json
+from msgspec import Meta
+
+from adi.errors import AdiError, MemoryFullError
+from adi.files import cache_folder, write_json
 from adi.machine import processor_hash
 from adi.model.backbone import Backbone, Rows
+from adi.model.load import Model
+from adi.schema import NonNegative, Record, read_json_as
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
 ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST, FAR = 64, 512  # positions before a pass that is measured
-LATELY = 0.1  # weight of one more measurement during use
+LEARNING = 0.1  # weight of one more measurement during use
 FADING = 0.995  # of what was learned of each number of rows, with every measurement
 USUAL_ROWS = 16  # numbers of rows that a controller thinks of
 PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
@@ -30,7 +35,7 @@ OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as
 STALE = 0.02  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
 KEPT, MOVED = 8, 16  # ... after so many passes, and so many positions on
 FIRST, FURTHER = "first", "further"
-_LATELY: weakref.WeakKeyDictionary[Any, dict[str, CostCorrection]] = weakref.WeakKeyDictionary()
+_MEASURING = threading.Lock()  # two measurements at once would measure each other
 
 
 @dataclass
@@ -44,6 +49,7 @@ class CostCorrection:
     own: dict[int, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     single: int = 0  # rounds in a row with one step at most
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)  # sequences may have threads
 
     def of(self, rows: int) -> float:
         """The factor for passes of so many rows."""
@@ -55,18 +61,20 @@ class CostCorrection:
 
     def passed(self, rows: int, ratio: float) -> None:
         """A pass took so many times what was expected."""
-        off = LATELY * _mild(ratio)
-        for key in self.own:
-            self.own[key] *= FADING
-        self.common += off
-        self.own[rows.bit_length()] = self.own.get(rows.bit_length(), 0.0) + off
+        off = LEARNING * _mild(ratio)
+        with self._lock:
+            for key in self.own:
+                self.own[key] *= FADING
+            self.common += off
+            self.own[rows.bit_length()] = self.own.get(rows.bit_length(), 0.0) + off
 
     def stepped(self, name: str, ratio: float) -> None:
         """The same of a drafter's step."""
-        self.steps[name] = self.steps.get(name, 0.0) + LATELY * _mild(ratio)
-        self.single = 0 if name == FURTHER else self.single + 1
-        if self.single > PATIENCE and FURTHER in self.steps:
-            self.steps[FURTHER] *= FADING
+        with self._lock:
+            self.steps[name] = self.steps.get(name, 0.0) + LEARNING * _mild(ratio)
+            self.single = 0 if name == FURTHER else self.single + 1
+            if self.single > PATIENCE and FURTHER in self.steps:
+                self.steps[FURTHER] *= FADING
 
 
 def _mild(ratio: float) -> float:
@@ -78,21 +86,21 @@ class CostModel:
     """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
     it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
     so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
-    ``lately`` follows what use measures. A controller asks some forty times a round: what it asks for is worked out once and
-    kept for some rounds, until it would differ by some percent."""
+    ``correction`` follows what use measures. A controller asks some forty times a round: the answers are kept for some rounds,
+    until they would differ by some percent."""
 
     pass_seconds: dict[int, float]
     draft_seconds: float = 0.0
     further_seconds: float | None = None
     position_seconds: dict[int, float] = field(default_factory=dict)
-    lately: CostCorrection = field(default_factory=CostCorrection)
+    correction: CostCorrection = field(default_factory=CostCorrection)
     _beyond: int = 0  # positions past ``PAST``
     _learned: float = field(default=0.0, compare=False, repr=False)  # since the passes were worked out
     _passes: list[float] = field(default_factory=list, compare=False, repr=False)
     _steps: tuple[float, float] | None = field(default=None, compare=False, repr=False)
     _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
 
-    def stand(self, length: int) -> None:
+    def at_position(self, length: int) -> None:
         """From now on passes come after about so many positions."""
         beyond = max(0, length - PAST)
         if abs(beyond - self._beyond) >= MOVED:
@@ -111,7 +119,7 @@ class CostModel:
             self._learned = 0.0
             known[:] = [self._plain(rows) for rows in range(most + 1)]
             for bits in range(1, most.bit_length() + 1):  # the factor is one for all numbers of so many bits
-                factor = self.lately.of(1 << bits - 1)
+                factor = self.correction.of(1 << bits - 1)
                 for rows in range(1 << bits - 1, min(1 << bits, most + 1)):
                     known[rows] *= factor
         return known
@@ -125,15 +133,15 @@ class CostModel:
 
     def _line_up(self, most: int) -> None:
         for rows in range(len(self._lines), most + 1):
-            each = _between(self.position_seconds, rows) if self.position_seconds else 0.0
-            self._lines.append((_between(self.pass_seconds, rows), each))
+            each = interpolate(self.position_seconds, rows) if self.position_seconds else 0.0
+            self._lines.append((interpolate(self.pass_seconds, rows), each))
 
     def drafting(self, steps: int) -> float:
         """Seconds of so many steps of the drafter in a row."""
         if not steps:
             return 0.0
         if self._steps is None:
-            of_step = self.lately.of_step
+            of_step = self.correction.of_step
             self._steps = self.draft_seconds * of_step(FIRST), self._further * of_step(FURTHER)
         first, further = self._steps
         return first + (steps - 1) * further
@@ -144,9 +152,9 @@ class CostModel:
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        ratio = seconds / (self._plain(rows) * self.lately.of(rows))  # others may have taught it since
-        self.lately.passed(rows, ratio)
-        self._learned += LATELY * abs(_mild(ratio)) + STALE / KEPT
+        ratio = seconds / (self._plain(rows) * self.correction.of(rows))  # others may have taught it since
+        self.correction.passed(rows, ratio)
+        self._learned += LEARNING * abs(_mild(ratio)) + STALE / KEPT
         if self._learned > STALE:
             self._passes.clear()
 
@@ -154,45 +162,72 @@ class CostModel:
         """A drafter's step was timed in use, the first after a pass or a further one."""
         name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
         if table > 0:
-            self.lately.stepped(name, seconds / (table * self.lately.of_step(name)))
+            self.correction.stepped(name, seconds / (table * self.correction.of_step(name)))
             self._steps = None
 
     def copy(self) -> CostModel:
         """For one sequence, at a place of its own; what use teaches is shared."""
-        return replace(self, _passes=[], _steps=None)
+        return replace(self, _passes=[], _steps=None, _lines=[])
 
 
-def _between(known: Mapping[int, float], count: int) -> float:
-    """Straight lines between the numbers that are known and beyond them, nowhere falling."""
+def interpolate(known: Mapping[int, float], at: int) -> float:
+    """Straight lines between known values and beyond them, nowhere falling."""
     places = sorted(known)
-    if len(places) == 1 or count <= places[0]:
+    if len(places) == 1 or at <= places[0]:
         return known[places[0]]
-    at = min(max(1, bisect_left(places, count)), len(places) - 1)
-    a, b = places[at - 1], places[at]
+    right = min(max(1, bisect_left(places, at)), len(places) - 1)
+    a, b = places[right - 1], places[right]
     slope = (known[b] - known[a]) / (b - a)
-    return known[a] + max(0.0, slope) * (count - a)
+    return known[a] + max(0.0, slope) * (at - a)
 
 
-def cost_model_of(backbone: Backbone, key: str = "", draft: Callable[[], object] | None = None) -> CostModel:
-    """Measured once for a model, precision and machine, and kept in the cache folder; a second or two the first time.
+def cost_model_of(model: Model, key: str = "", draft: Callable[[], object] | None = None) -> CostModel:
+    """For one sequence of this model. Measured once for a model, precision and machine, a second or two the first time, kept in
+    the cache folder and, with what use teaches, with the model.
 
     ``draft`` makes one drafter step, ``key`` tells one drafter from another.
     """
+    known: dict[str, CostModel] = model.notes.setdefault("costs", {})
+    if key not in known:
+        with _MEASURING:
+            if key not in known:
+                known[key] = _kept(model.backbone, key) or _measured(model.backbone, key, draft)
+    return known[key].copy()
+
+
+class CostTable(Record, frozen=True):
+    """A ``CostModel`` as its file has it."""
+
+    pass_seconds: dict[int, Annotated[float, Meta(gt=0, le=1e6)]]
+    position_seconds: dict[int, NonNegative]
+    draft: NonNegative
+    further: NonNegative | None
+
+
+def _file(backbone: Backbone, key: str) -> Path:
     spec = backbone.spec
     machine = processor_hash(f"{spec.device} {spec.threads}")
     name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
-    lately = _LATELY.setdefault(backbone, {}).setdefault(key, CostCorrection())
-    note = cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
-    with contextlib.suppress(ValueError, OSError):
-        if (found := _parsed(read_json(note, "cost table"))) is not None:
-            return replace(found, lately=lately)
+    return cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
+
+
+def _kept(backbone: Backbone, key: str) -> CostModel | None:
+    """None where there is no such file, or none that can be used: it is measured again."""
+    with contextlib.suppress(AdiError, OSError):
+        found = read_json_as(_file(backbone, key), CostTable, "cost table")
+        if found.pass_seconds and min(found.pass_seconds) == 1:
+            return CostModel(found.pass_seconds, found.draft, found.further, found.position_seconds)
+    return None
+
+
+def _measured(backbone: Backbone, key: str, draft: Callable[[], object] | None) -> CostModel:
     costs = measure(backbone, draft)
-    with contextlib.suppress(OSError, ValueError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        tables = {"pass_seconds": costs.pass_seconds, "position_seconds": costs.position_seconds}
-        text = {table: {str(count): seconds for count, seconds in each.items()} for table, each in tables.items()}
-        write_json(note, {**text, "draft": costs.draft_seconds, "further": costs.further_seconds})
-    return replace(costs, lately=lately)
+    table = CostTable(costs.pass_seconds, costs.position_seconds, costs.draft_seconds, costs.further_seconds)
+    with contextlib.suppress(AdiError, OSError):
+        file = _file(backbone, key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, table.to_json())
+    return costs
 
 
 def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> CostModel:
@@ -249,21 +284,3 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _parsed(value: Any) -> CostModel | None:
-    """None for what is no cost table of this form: it is measured again."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("pass_seconds"), Mapping):
-        return None
-    each: Any = value.get("position_seconds")
-    if not isinstance(each, Mapping):
-        return None
-    draft: Any = value.get("draft")
-    further: Any = value.get("further")
-    numbers = (*value["pass_seconds"].values(), *each.values(), draft, *(() if further is None else (further,)))
-    if any(not isinstance(number, (int, float)) for number in numbers):
-        return None
-    seconds, more = ({int(k): float(v) for k, v in table.items()} for table in (value["pass_seconds"], each))
-    sane = seconds and min(seconds) == 1 and all(0 < v < math.inf for v in seconds.values())
-    sane = sane and all(0 <= number < math.inf for number in (*more.values(), draft, further or 0.0))
-    return CostModel(seconds, float(draft), None if further is None else float(further), more) if sane else None

@@ -30,7 +30,7 @@ class HeadPass:
     states: States
     whole: bool = False
 
-    def met(self, backbone: Backbone) -> Any:
+    def run(self, backbone: Backbone) -> Any:
         """A token per row, or ``logits_TV``."""
         return backbone.logits(self.states) if self.whole else backbone.greedy(self.states)
 
@@ -124,7 +124,7 @@ class Frontier:
         found = [states[max(start - lo, 0) : min(end, hi) - lo] for lo, hi, states in self._runs if lo < end and start < hi]
         return States.joined(found)
 
-    def newest(self, position: int) -> States:
+    def last_state(self, position: int) -> States:
         """The deepest state so far of a position among the newest."""
         lo, states = next((lo, states) for lo, _, states in reversed(self._runs) if lo <= position)
         return states[position - lo : position - lo + 1]

@@ -1,15 +1,29 @@
-"""The drivers that most callers want: ``stream`` keeps a session's steps, ``generate`` joins them."""
+"""What most callers want: ``generate`` a text, ``stream`` its steps, ``generate_batch`` many in shared passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from adi.decoding.policies import Policy
 from adi.decoding.records import Generation, Step
 from adi.decoding.sampling import Sampling
-from adi.decoding.session import Session
+from adi.decoding.scheduler import MOST, Observer, Scheduler
+from adi.decoding.session import Session, check_count
+from adi.errors import AdiError, MemoryFullError
 from adi.model.load import Model
 from adi.model.tokenizer import Prompt
+
+
+class BatchMemoryError(MemoryFullError):
+    """A text of a batch for which KV memory does not suffice even while no other runs.
+
+    ``prompts`` are the indices of all such texts, ``finished`` the other texts of the batch by their indices.
+    """
+
+    def __init__(self, message: str, prompts: Sequence[int], finished: Mapping[int, Generation]) -> None:
+        super().__init__(message)
+        self.prompts, self.finished = tuple(prompts), dict(finished)
 
 
 def stream(
@@ -35,33 +49,41 @@ def stream(
     Args:
         model: from ``adi.load``.
         prompt: a string (one user message, in the model's chat template), a list of chat messages, or token ids.
-        policy: ``FullDepth()`` (the default), ``Verified(exits)``, ``Reflex(exits, ...)`` or ``Lookup()``.
+        policy: by default ``Verified``, with the exits shipped for the model where there are some; or ``FullDepth()``,
+            ``Verified(exits)``, ``Reflex(exits, ...)``, ``Lookup()``, ``Static(exits, depth, draft_tokens)``.
         max_new_tokens: at most so many tokens.
         stop: texts that end the output; they are not part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.
         raw: leave the chat template out.
         special_tokens: read what the prompt spells like a special token, such as ``<|im_end|>``, as that token. By default it
             is text, so that a text from elsewhere cannot end the user's turn.
-        candidates: record, at every depth looked at, this many candidate tokens and all signals (slower).
+        candidates: record, at every depth read, this many candidate tokens and all signals (slower).
         temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, as ``Sampling`` describes; greedy by
-            default. A seed says the same text again, at full depth and verified alike; verified, the distribution is the
+            default. The same seed gives the same text, at full depth and verified alike; verified, the distribution is the
             full model's (docs/exactness.md).
 
     Raises:
-        ValueError: before any work, for a prompt or option that cannot be meant.
+        AdiError: before any work, for a prompt or option without meaning.
     """
-    session = Session(
-        model,
-        prompt,
-        policy,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        stop_at_eos=stop_at_eos,
-        raw=raw,
-        special_tokens=special_tokens,
-        candidates=candidates,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-    )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
+    return _steps(Session(model, prompt, policy, sampling=sampling, **options))
+
+
+def _options(
+    max_new_tokens: int, stop: str | Sequence[str], stop_at_eos: bool, raw: bool, special_tokens: bool, candidates: int
+) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "stop": stop,
+        "stop_at_eos": stop_at_eos,
+        "raw": raw,
+        "special_tokens": special_tokens,
+        "candidates": candidates,
+    }
+
+
+def _steps(session: Session) -> Iterator[Step]:
     return (event for event in session if isinstance(event, Step))
 
 
@@ -84,16 +106,68 @@ def generate(
     seed: int | None = None,
 ) -> Generation:
     """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``."""
-    session = Session(
-        model,
-        prompt,
-        policy,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        stop_at_eos=stop_at_eos,
-        raw=raw,
-        special_tokens=special_tokens,
-        candidates=candidates,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-    )
-    return session.generation([event for event in session if isinstance(event, Step)])
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
+    session = Session(model, prompt, policy, sampling=sampling, **options)
+    return session.generation(list(_steps(session)))
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Prompt],
+    policy: Policy | None = None,
+    *,
+    max_new_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    stop_at_eos: bool = True,
+    raw: bool = False,
+    special_tokens: bool = False,
+    candidates: int = 0,
+    most: int = MOST,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    observer: Observer[Session] | None = None,
+) -> list[Generation]:
+    """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
+
+    On an engine whose rows do not depend on each other (``spec.row_invariant``) they are the same bit for bit, in every
+    precision. Where KV memory is full, the texts that came last begin again when others have ended, which costs time only.
+
+    Args:
+        prompts: each as for ``generate``; none gives an empty list.
+        most: so many sequences run at once at most; the others wait, and join as texts end and KV memory is free.
+        seed: each prompt draws with its own, ``prompt_seed(seed, its index)``, which gives the same text to ``generate``.
+        observer: sees what the network computes for each prompt's session.
+        model, policy, max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates, temperature, top_k, top_p, min_p,
+            repetition_penalty: as for ``generate``.
+
+    Raises:
+        AdiError: before any work, for an option or a prompt without meaning (the prompt is named by its index); and, as
+            ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
+    """
+    check_count("most", most, 1)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
+    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
+    sessions: dict[Session, int] = {}
+    for i, prompt in enumerate(prompts):
+        try:
+            sessions[Session(model, prompt, policy, sampling=sampling.of_prompt(i), **options)] = i
+        except AdiError as error:
+            raise type(error)(f"prompt {i}: {error}") from None
+    steps: dict[Session, list[Step]] = {session: [] for session in sessions}
+    with Scheduler(model.backbone, most=most, observer=observer) as scheduler:
+        for session in sessions:
+            scheduler.add(session)
+        for session, event in scheduler:
+            if isinstance(event, Step):
+                steps[session].append(event)
+    texts = {i: session.generation(steps[session]) for session, i in sessions.items() if session not in scheduler.unfit}
+    if scheduler.unfit:
+        first = min(scheduler.unfit, key=sessions.__getitem__)
+        unfit = sorted(sessions[session] for session in scheduler.unfit)
+        raise BatchMemoryError(f"prompt {sessions[first]}: {scheduler.unfit[first]}", unfit, texts)
+    return list(texts.values())

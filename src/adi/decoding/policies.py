@@ -1,44 +1,121 @@
-"""How to decode: frozen values without behaviour."""
+"""How to decode: each policy is one class, which says what it refuses and builds the strategy of a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from adi.artifact import Exits
+from adi.artifact import Exits, shipped_for
+from adi.decoding.controller import MOST_DRAFTS, Controller
+from adi.decoding.cost_model import CostModel, cost_model_of
+from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.records import Drift
+from adi.decoding.reflex import Loss, SpotCheck, Unverified, disagrees
+from adi.decoding.requests import DepthOutput, Request
+from adi.decoding.speculate import Strategy, Verification
 from adi.drafters.history import History
+from adi.drafters.ngram import NgramIndex
 from adi.errors import AdiError
+from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS
-from adi.exits.triggers import Always, Never, Trigger, with_thresholds
+from adi.exits.triggers import Always, Trigger, with_thresholds
+from adi.model.load import Model
 from adi.risk.certificate import SKIPPED, Certificate
 from adi.risk.drift import DriftMonitor
 
+DRAFT_TOKENS = 6
+
+
+class Policy:
+    """A way of decoding. One of your own is a subclass with a ``mode`` and a ``strategy``; all else has a default."""
+
+    mode: ClassVar[str]
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Depths below the last one at which a token may be drafted; 0: before any block, by n-grams or the drafter."""
+        return ()
+
+    @property
+    def exit_trigger(self) -> Trigger | None:
+        """The rule that the exits are asked by; None where none is asked."""
+        return None
+
+    def check(self, model: Model, sampled: bool) -> None:
+        """AdiError for what this model cannot do, or cannot while tokens are ``sampled``; before any work."""
+        blind = [n for n in (self.exit_trigger.needs if self.exit_trigger else ()) if SIGNALS[n].reads == "mlp"]
+        if blind and not model.backbone.has_mlp_tap:
+            raise AdiError(
+                f"the trigger reads {blind[0]!r}, but {model.backbone.spec.family} models show no single MLP per block "
+                "(experts, or another form); use entropy, margin, top_probability or stability."
+            )
+
+    def prepare(self, model: Model) -> None:
+        """What takes long, once for a model: it is not counted as time of a generation."""
+
+    def in_force(self) -> Policy:
+        """What to decode by now: itself, unless something was found to speak against it."""
+        return self
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """How to decode one sequence; called anew for each."""
+        raise NotImplementedError
+
+    def on_finished(self, tokens: Sequence[int]) -> None:
+        """The tokens of a text that came to its end."""
+
+    def result(self, verification: Verification, fell_at: int | None) -> dict[str, Any]:
+        """Further fields of the ``Generation``, of which all tokens from ``fell_at`` on were verified after drift was found."""
+        return {}
+
 
 @dataclass(frozen=True)
-class FullDepth:
+class FullDepth(Policy):
     """Every block for every token: ordinary decoding."""
 
+    mode: ClassVar[str] = "full"
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """One token a pass."""
+        return Strategy(NoDrafts(), 0)
+
 
 @dataclass(frozen=True)
-class Verified:
-    """Draft cheaply, verify at full depth: exactly the full model's text.
+class Verified(Policy):
+    """Speculative decoding: draft cheaply, verify at full depth, exactly the full model's text.
 
     Exactly where the engine's rows do not depend on their company (``spec.row_invariant``), and in float32; else tokens whose
     logits nearly tie can swap, and ``adi run --compare`` shows whether it happened.
 
-    By default a controller climbs the ladder: memory of the text (and of ``habits``, where given), the drafter of ``exits``
-    (where it has one), full depth; it drafts as far as measured costs and acceptance say. ``Verified()`` needs no training.
-    With a ``trigger`` or ``draft_tokens`` of your own, or with exits that have no drafter, drafts come from exits by that
-    rule alone: at most ``draft_tokens`` (6) are drafted before they are verified, and a token for which the trigger stays
-    silent at every exit ends the draft earlier. The trigger ``Always((0,))`` drafts before any block has run: the drafter of
-    ``exits`` takes ``draft_tokens`` steps in every round.
+    By default a controller chooses in every round between n-grams of the text (and of ``history``, where given), the drafter
+    of ``exits`` (where it has one) and no draft, and drafts as far as measured costs and acceptance say. ``Verified()`` needs
+    no training; ``memory=False`` leaves the text's own n-grams out.
+
+    With a ``trigger`` or ``draft_tokens``, or with exits that have no drafter, drafts come from the exits by that rule alone:
+    at most ``draft_tokens`` (6) a round, fewer where the trigger fires at no exit.
     """
 
     exits: Exits | None = None
     trigger: Trigger | None = None
     draft_tokens: int | None = None
-    habits: History | None = None
+    history: History | None = None
     memory: bool = True
+    mode: ClassVar[str] = "verified"
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens is not None:
+            _positive("draft_tokens", self.draft_tokens)
+        if self.adaptive:
+            return
+        if self.exits is None:
+            raise AdiError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from n-grams.")
+        if self.history is not None:
+            raise AdiError(
+                "a history is read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
+            )
+        _fitting(self.exits, self.trigger or self.exits.trigger)
 
     @property
     def adaptive(self) -> bool:
@@ -47,30 +124,112 @@ class Verified:
         return not by_rule and (self.exits is None or self.exits.drafter is not None)
 
     @property
-    def drafts_at_once(self) -> bool:
-        """Whether the drafter makes all drafts, and always as many."""
-        return self.trigger == Always((0,)) and self.exits is not None and self.exits.drafter is not None
+    def depths(self) -> tuple[int, ...]:
+        """0 for the controller's drafters, else the exits."""
+        return (0,) if self.adaptive or self.exits is None else self.exits.depths
 
-    def __post_init__(self) -> None:
-        if self.draft_tokens is not None and (type(self.draft_tokens) is not int or self.draft_tokens < 1):
-            raise AdiError(f"draft_tokens is {self.draft_tokens!r}; it must be a whole number of at least 1.")
+    @property
+    def exit_trigger(self) -> Trigger | None:
+        """The given one, or the exits' own; None for the controller."""
+        return None if self.adaptive or self.exits is None else self.trigger or self.exits.trigger
+
+    def prepare(self, model: Model) -> None:
+        """Measure what passes cost, where a controller needs to know."""
         if self.adaptive:
+            self._costs(model)
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """By the controller, or by the exits' rule."""
+        trigger, exits = self.exit_trigger, self.exits
+        if trigger is not None and exits is not None:
+            return _by_exits(request, exits, trigger, self.draft_tokens or DRAFT_TOKENS)
+        costs = self._costs(model)
+        control = Controller(costs, bins={} if exits is None else exits.acceptance)
+        others = [source for source in (self.history, None if exits is None else exits.answers) if source is not None]
+        sources = NgramSources(others, NgramIndex() if self.memory else None)
+        drafting = None if exits is None else exits.drafting(model.backbone)
+        proposer = ControlledProposer(request, control, sources, drafting is not None)
+        return Strategy(proposer, MOST_DRAFTS, drafting=drafting, costs=costs)
+
+    def on_finished(self, tokens: Sequence[int]) -> None:
+        """Remember the text, where there is a history."""
+        if self.history is None:
             return
-        if self.exits is None:
-            raise AdiError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from memory.")
-        if self.habits is not None:
-            raise AdiError(
-                "habits are read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
-            )
-        if not self.drafts_at_once:
-            _check(self.exits, trigger_of(self))
+        try:
+            self.history.learn(tokens)
+        except AdiError as error:  # a file that was damaged or a full disk meanwhile; the text is there
+            warnings.warn(f"this text was not remembered: {error}", stacklevel=2)
+
+    def _costs(self, model: Model) -> CostModel:
+        drafting = None if self.exits is None else self.exits.drafting(model.backbone)
+        return cost_model_of(model) if drafting is None else cost_model_of(model, drafting.key, drafting.try_once)
 
 
 @dataclass(frozen=True)
-class Reflex:
-    """What an exit says stands. The text may differ from the full model's; how often is bounded where ``risk`` is given.
+class Static(Policy):
+    """Verified decoding by one fixed choice: always ``draft_tokens`` drafts, of the exit at ``depth`` whatever it shows, or at
+    depth 0 of the drafter. What the controller has to beat."""
 
-    One of three says which exits are believed: ``risk``, a level that ``adi calibrate`` certified for these exits (of
+    exits: Exits
+    depth: int = 0
+    draft_tokens: int = DRAFT_TOKENS
+    mode: ClassVar[str] = "static"
+
+    def __post_init__(self) -> None:
+        _positive("draft_tokens", self.draft_tokens)
+        if self.depth not in (there := self.depths_of(self.exits)):
+            raise AdiError(f"there is no exit at depth {self.depth} to draft from; choose among {list(there)}.")
+
+    @staticmethod
+    def depths_of(exits: Exits) -> tuple[int, ...]:
+        """The depths to choose among: the exits, and 0 where there is a drafter."""
+        return (*((0,) if exits.drafter is not None else ()), *exits.depths)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The one."""
+        return (self.depth,)
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """The same number of drafts in every round."""
+        if self.depth:
+            return _by_exits(request, self.exits, Always((self.depth,)), self.draft_tokens)
+        proposer = ControlledProposer(request, FixedLength(), NgramSources((), None), True)
+        return Strategy(proposer, self.draft_tokens, drafting=self.exits.drafting(model.backbone))
+
+
+@dataclass(frozen=True)
+class Lookup(Policy):
+    """Prompt lookup (Saxena 2023): draft what followed the last tokens earlier in the text, verify at full depth.
+
+    The last ``ngram`` tokens are looked for first, then fewer, down to one; at most ``draft_tokens`` tokens are drafted. Needs
+    no exits.
+    """
+
+    draft_tokens: int = 10
+    ngram: int = 3
+    mode: ClassVar[str] = "lookup"
+
+    def __post_init__(self) -> None:
+        _positive("draft_tokens", self.draft_tokens)
+        _positive("ngram", self.ngram)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """No block runs for a draft."""
+        return (0,)
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """N-grams of the text itself, as many drafts as there are."""
+        sources = NgramSources((), NgramIndex(self.ngram))
+        return Strategy(ControlledProposer(request, FixedLength(), sources, False), self.draft_tokens)
+
+
+@dataclass(frozen=True)
+class Reflex(Policy):
+    """Early exit without verification. The text may differ from the full model's; how often is bounded where ``risk`` is given.
+
+    One of three says where an exit's token is final: ``risk``, a level that ``adi calibrate`` certified for these exits (of
     ``kind`` "disagreement" or "log_loss"); ``thresholds`` (one number, or one per depth) for the exits' own trigger; or a
     whole ``trigger``. The last two are uncalibrated.
 
@@ -91,6 +250,7 @@ class Reflex:
     spot_check: float = 0.0
     monitor: DriftMonitor | None = None
     skipped: str = "exact"
+    mode: ClassVar[str] = "reflex"
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
@@ -100,96 +260,128 @@ class Reflex:
             )
         if self.skipped not in SKIPPED:
             raise AdiError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
-        if self.thresholds is not None:
-            with_thresholds(self.exits.trigger, self.thresholds)  # refuses what cannot be meant
-        _check(self.exits, trigger_of(self))
+        _fitting(self.exits, self.exit_trigger)
         if not isinstance(self.spot_check, (int, float)) or not 0 <= self.spot_check <= 1:
             raise AdiError(f"spot_check is {self.spot_check!r}; it is a share of tokens, from 0 to 1.")
         if self.monitor is not None and not self.spot_check:
             raise AdiError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
         if self.spot_check:
-            certificate = self.certificate
-            if self.skipped != "exact":
-                raise AdiError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
-            if certificate is None:
-                raise AdiError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
-            if self.monitor is None:
-                object.__setattr__(self, "monitor", DriftMonitor.of(certificate))
-            assert self.monitor is not None
-            self.monitor.check(certificate)
+            self._watch()
+
+    def _watch(self) -> None:
+        certificate = self.certificate
+        if self.skipped != "exact":
+            raise AdiError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
+        if certificate is None:
+            raise AdiError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
+        monitor = self.monitor or DriftMonitor.of(certificate)
+        monitor.check(certificate)
+        object.__setattr__(self, "monitor", monitor)
 
     @property
     def certificate(self) -> Certificate | None:
         """What bounds the risk, None where nothing does."""
         return None if self.risk is None else self.exits.certificate(self.kind, self.risk, self.skipped)
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The exits."""
+        return self.exits.depths
 
-@dataclass(frozen=True)
-class Lookup:
-    """Draft what followed the last tokens when they stood in the text before; verify at full depth: exactly its text.
+    @property
+    def exit_trigger(self) -> Trigger:
+        """The given one, the certificate's, or the exits' own at the given thresholds."""
+        if self.trigger is not None:
+            return self.trigger
+        if (certificate := self.certificate) is not None:
+            return certificate.trigger
+        assert self.thresholds is not None
+        return with_thresholds(self.exits.trigger, self.thresholds)
 
-    Prompt lookup (Saxena 2023): the last ``ngram`` tokens are looked for first, then fewer, down to one; at most
-    ``draft_tokens`` tokens are drafted. Needs no exits.
-    """
+    def check(self, model: Model, sampled: bool) -> None:
+        """Also a certificate of another model or precision, or of greedy text; and an engine that cannot propagate."""
+        super().check(model, sampled)
+        certificate = self.certificate
+        if sampled and certificate is not None:
+            raise AdiError(
+                "a certificate of risk speaks of greedy text, and this one is to be sampled: leave temperature and "
+                "repetition_penalty out, or risk=... (thresholds=... are uncertified and go with both)."
+            )
+        if certificate is not None:
+            certificate.check(model.backbone.spec)
+        if self.skipped == "propagate" and not model.backbone.can_propagate:
+            raise AdiError(
+                f"the {model.backbone.spec.backend} engine cannot make keys and values from an exit's state: use "
+                "skipped='exact', or the engine 'hf'."
+            )
 
-    draft_tokens: int = 10
-    ngram: int = 3
+    def in_force(self) -> Policy:
+        """Verified decoding, once the monitor has found that the certificate does not hold."""
+        return Verified(self.exits) if self.monitor is not None and self.monitor.alarmed else self
 
-    def __post_init__(self) -> None:
-        for name in ("draft_tokens", "ngram"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise AdiError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """Exits by their rule; verified sometimes, where there is something to watch over."""
+        verification = SpotCheck(self.monitor, self.spot_check, self._loss()) if self.monitor is not None else Unverified()
+        exits = _by_exits(request, self.exits, self.exit_trigger, DRAFT_TOKENS)
+        return replace(exits, verification=verification, propagate=self.skipped == "propagate")
 
+    def _loss(self) -> Loss:
+        """What a token costs by the risk that the certificate bounds, in [0, 1]."""
+        nats = None if self.certificate is None else self.certificate.nats
+        if nats is None:
+            return disagrees
 
-Policy = FullDepth | Verified | Reflex | Lookup
+        def regret(output: DepthOutput, token: int) -> float:
+            assert isinstance(output, ExitOutput)
+            logs_V = output.prediction.log_probs_TS[0]
+            return min(max(float(logs_V.max() - logs_V[token]), 0.0), nats) / nats
 
+        return regret
 
-def in_force(policy: Policy) -> Policy:
-    """The policy itself; for a reflex whose monitor has found that its certificate does not hold, verified decoding."""
-    if isinstance(policy, Reflex) and policy.monitor is not None and policy.monitor.alarmed:
-        return Verified(policy.exits)
-    return policy
-
-
-def depths_of(policy: Policy) -> tuple[int, ...]:
-    """The depths below the last one at which a token may be put forward; 0: before any block, by a memory or the drafter."""
-    match policy:
-        case FullDepth():
-            return ()
-        case Lookup() | Verified(adaptive=True) | Verified(drafts_at_once=True):
-            return (0,)
-        case _:
-            assert policy.exits is not None
-            return policy.exits.depths
-
-
-def trigger_of(policy: Policy) -> Trigger:
-    """The rule that this policy asks; one that never fires where it looks at no exit."""
-    if isinstance(policy, (FullDepth, Lookup)) or (isinstance(policy, Verified) and policy.adaptive):
-        return Never()
-    if policy.trigger is not None:
-        return policy.trigger
-    if isinstance(policy, Reflex) and policy.certificate is not None:
-        return policy.certificate.trigger
-    if isinstance(policy, Reflex) and policy.thresholds is not None:
-        return with_thresholds(policy.exits.trigger, policy.thresholds)
-    assert policy.exits is not None
-    return policy.exits.trigger
+    def result(self, verification: Verification, fell_at: int | None) -> dict[str, Any]:
+        """``certified``, the certificate in words, until it was refuted, and ``drift``, what spot checks found."""
+        certificate, monitor = self.certificate, self.monitor
+        found: dict[str, Any] = {"verified": fell_at == 0}
+        if certificate is not None and fell_at is None:
+            found["certified"] = certificate.sentence()
+        if monitor is not None:
+            seen = (verification.checked, verification.differed, monitor.checked)
+            found["drift"] = Drift(monitor.level, *seen, monitor.lower, monitor.upper, fell_at)
+        return found
 
 
-def name_of(policy: Policy) -> str:
-    """The mode that a policy stands for: full, verified, reflex or lookup. ValueError for what is no policy."""
-    names: dict[type, str] = {FullDepth: "full", Verified: "verified", Reflex: "reflex", Lookup: "lookup"}
-    if type(policy) not in names:
+def default_policy(model: Model) -> Verified:
+    """Verified decoding, with the exits shipped for these very weights where there are some; made once for a model."""
+    if "default policy" not in model.notes:
+        model.notes["default policy"] = Verified(shipped_for(model.backbone.spec.fingerprint))
+    found: Verified = model.notes["default policy"]
+    return found
+
+
+def required(policy: Policy | None, model: Model) -> Policy:
+    """The policy, by default the model's; AdiError for what is none."""
+    if policy is None:
+        return default_policy(model)
+    if not isinstance(policy, Policy):
         raise AdiError(
             f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()."
         )
-    return names[type(policy)]
+    return policy
 
 
-def _check(exits: Exits, trigger: Trigger) -> None:
-    """ValueError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
+def _by_exits(request: Request, exits: Exits, trigger: Trigger, draft_tokens: int) -> Strategy:
+    stops = tuple(depth for depth in exits.depths if trigger.may_fire(depth))
+    return Strategy(ExitProposer(request, stops, trigger), draft_tokens, exits=exits, stops=stops)
+
+
+def _fitting(exits: Exits, trigger: Trigger) -> None:
+    """AdiError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
     if stray := sorted(trigger.depths - set(exits.depths)):
         raise AdiError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
     if exits.probe is None and (asked := [name for name in trigger.needs if SIGNALS[name].reads == "probe"]):
         raise AdiError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")
+
+
+def _positive(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise AdiError(f"{name} is {value!r}; it must be a whole number of at least 1.")

@@ -1,7 +1,4 @@
-"""The ladder: memory, the drafter, full depth; a controller climbs only as far as costs and acceptance say.
-
-One more way of proposing for ``sequence.speculate``, so full depth has the last word on every token here too.
-"""
+"""Who drafts: exits of the network itself, n-gram matches, the drafter."""
 
 from __future__ import annotations
 
@@ -9,131 +6,158 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adi.decoding.controller import DraftChoice
-from adi.decoding.speculate import (
-    DepthOutput,
-    DraftStep,
-    DraftToken,
-    Forward,
-    Proposing,
-    Request,
-    SequenceLogic,
-    Yields,
-    speculate,
-)
+from adi.decoding.controller import FULL, DraftChoice
+from adi.decoding.requests import DraftStep, DraftToken, ExitCheck, Forward, Replies, Request, Yields
+from adi.decoding.speculate import Proposal, Proposing
 from adi.drafters.ngram import NgramIndex, NgramMatch
+from adi.exits.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class NoDrafts:
+    """Ordinary decoding: one token a pass."""
+
+    def propose(self, text: Sequence[int], most: int) -> Proposing:
+        """Nothing."""
+        return Proposal(len(text) - 1)
+        yield  # a generator all the same
+
+    def on_verified(self, accepted: int) -> None:
+        """There was nothing to accept."""
+
+
+@dataclass(frozen=True)
+class ExitProposer:
+    """Drafts from exits: each token is run from stop to stop until ``trigger`` fires; where it fires nowhere, drafting ends."""
+
+    request: Request
+    stops: tuple[int, ...]
+    trigger: Trigger
+
+    def propose(self, text: Sequence[int], most: int) -> Proposing:
+        """Nothing is computed twice: what has run stays in the frontier, and verifying goes on from there."""
+        drafts: list[DraftToken] = []
+        known, token = len(text) - 1, text[-1]
+        while len(drafts) < most and not (drafts and self.request.ends(token)):
+            checks = yield from self._climb(known, token)
+            known += bool(checks)
+            if not (checks and checks[-1].fired):
+                return Proposal(known, drafts, checks)
+            token = checks[-1].output.token
+            drafts.append(DraftToken(token, checks[-1].output.depth, checks))
+        return Proposal(known, drafts)
+
+    def on_verified(self, accepted: int) -> None:
+        """The trigger is fixed."""
+
+    def _climb(self, keep: int, token: int) -> Generator[Yields, Replies, tuple[ExitCheck, ...]]:
+        """Append ``token`` and go up until the trigger fires."""
+        checks: list[ExitCheck] = []
+        ids: tuple[int, ...] = (token,)
+        for stop in self.stops:
+            (output,) = yield Forward(keep, ids, stop)
+            keep, ids = keep + len(ids), ()
+            checks.append(ExitCheck(output, self.trigger.fires(output.signals, stop)))
+            if checks[-1].fired:
+                break
+        return tuple(checks)
 
 
 class NgramSource(Protocol):
-    """A memory beside the text's own; ``exits.habits.History`` is one."""
+    """Where n-grams are looked up; ``drafters.history.History`` is one."""
 
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None: ...
 
 
 @dataclass
 class NgramSources:
-    """The text's own memory, and others beside it."""
+    """The text at hand (``text``, None: not), and ``others`` beside it."""
 
     others: Sequence[NgramSource] = ()
     text: NgramIndex | None = field(default_factory=NgramIndex)
 
     def find(self, text: Sequence[int], most: int) -> list[NgramMatch]:
-        """What each of them says comes next, where it says anything."""
-        said = [past.find(text, most) for past in ((self.text,) if self.text is not None else ()) + tuple(self.others)]
-        return [recall for recall in said if recall is not None]
+        """What followed the last tokens, by every source that knows them."""
+        own: tuple[NgramSource, ...] = () if self.text is None else (self.text,)
+        found = (source.find(text, most) for source in (*own, *self.others))
+        return [match for match in found if match is not None]
 
 
-class Decides(Protocol):
-    """Who drafts, and how far; ``decoding.controller.Controller`` is one."""
+class DraftControl(Protocol):
+    """Chooses the drafter of a round and how far it drafts; ``decoding.controller.Controller`` adapts."""
 
-    @property
-    def drafts(self) -> int: ...
+    def at_position(self, length: int) -> None: ...
 
-    def stand(self, length: int) -> None: ...
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice: ...
 
-    def choose(self, recalls: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice: ...
+    def should_continue(self, confidences: Sequence[float]) -> bool: ...
 
-    def goes_on(self, confidences: Sequence[float]) -> bool: ...
-
-    def judged(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, agreed: int) -> None: ...
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class FixedLength:
-    """No controller: so many steps of the drafter in every round, come what may. What a controller has to beat."""
+    """No control: in every round as many drafts as allowed, of the drafter where there is one, else of the first match."""
 
-    drafts: int
+    def at_position(self, length: int) -> None:
+        """The position does not matter."""
 
-    def stand(self, length: int) -> None:
-        """It does not matter to it where the text is."""
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
+        """Whoever can draft, as far as possible."""
+        if drafter and most:
+            return DraftChoice("drafter", most)
+        return DraftChoice("memory", min(len(matches[0].tokens), most), matches[0]) if matches else FULL
 
-    def choose(self, recalls: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
-        """The drafter, where there is room for a draft."""
-        return DraftChoice("drafter", most) if most else DraftChoice("full")
+    def should_continue(self, confidences: Sequence[float]) -> bool:
+        """Always."""
+        return True
 
-    def goes_on(self, confidences: Sequence[float]) -> bool:
-        """Whatever they are."""
-        return len(confidences) < self.drafts
-
-    def judged(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, agreed: int) -> None:
-        """It learns nothing."""
-
-
-def ladder(plan: Request, controller: Decides, memory: NgramSources, drafter: bool) -> SequenceLogic:
-    """Rounds in which whoever the controller names drafts, and full depth verifies."""
-    rungs = Ladder(plan, controller, memory, drafter)
-    return speculate(plan, controller.drafts, rungs.propose, rungs.hear)
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
+        """Nothing is learned."""
 
 
 @dataclass
-class Ladder:
-    """``propose`` for rounds; what it remembers between them is what the controller must be told."""
+class ControlledProposer:
+    """Drafts before any block runs, from n-gram matches or the drafter, as ``control`` decides in every round."""
 
-    plan: Request
-    controller: Decides
-    memory: NgramSources
+    request: Request
+    control: DraftControl
+    sources: NgramSources
     drafter: bool
-    _tried: tuple[DraftChoice, list[float], int] | None = None
+    _choice: DraftChoice = FULL
+    _drafts: list[DraftToken] = field(default_factory=list)
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
-        self.controller.stand(len(text))
-        choice = self.controller.choose(self.memory.find(text, most), self.drafter, most)
-        drafts: list[DraftToken] = []
-        confidences: list[float] = []
-        if choice.recall is not None:
-            remembered = self._up_to_the_end(choice.recall.tokens[: choice.drafts])
-            drafts = [DraftToken(token, 0, (), "memory") for token in remembered]
-            yield from drafts
+        """By one drafter a round."""
+        self.control.at_position(len(text))
+        self._choice = choice = self.control.choose(self.sources.find(text, most), self.drafter, most)
+        self._drafts = drafts = []
+        if choice.match is not None:
+            drafts += [DraftToken(token, 0, level="memory") for token in self._to_the_end(choice.match.tokens[: choice.drafts])]
         elif choice.level == "drafter":
-            confidences = yield from self._guess(text, drafts, most)
-        rows = (text[-1], *(d.token for d in drafts if not self.plan.ends(d.token)))
-        readings = yield Forward(len(text) - 1, rows, self.plan.layers, len(rows))
-        self._tried = (choice, confidences, len(drafts))
-        return drafts, (), readings
+            yield from self._draft(text, most)
+        return Proposal(len(text) - 1, drafts)
 
-    def hear(self, agreed: int) -> None:
-        """So many drafts of the last proposal stand."""
-        assert self._tried is not None
-        choice, confidences, drafts = self._tried
-        if drafts:
-            self.controller.judged(choice, confidences, drafts, agreed)
+    def on_verified(self, accepted: int) -> None:
+        """Tell the controller."""
+        if drafts := self._drafts:
+            self.control.update(self._choice, _confidences(drafts), len(drafts), accepted)
 
-    def _guess(
-        self, text: Sequence[int], drafts: list[DraftToken], most: int
-    ) -> Generator[Yields, Sequence[DepthOutput], list[float]]:
-        """Draft by the network, one token at a time, while the controller finds it worth its while; how sure each was."""
-        confidences: list[float] = []
-        last = text[-1]
+    def _draft(self, text: Sequence[int], most: int) -> Generator[Yields, Replies, None]:
+        """One step of the drafter after the other, while the controller finds it worth its time."""
+        drafts, last = self._drafts, text[-1]
         while True:
-            (reading,) = yield DraftStep(last, len(text) - 1, fresh=not drafts)
-            last = reading.token
-            confidences.append(reading.signals["top_probability"])
-            drafts.append(DraftToken(last, 0, (), "drafter", confidences[-1]))
-            yield drafts[-1]
-            if self.plan.ends(last) or len(drafts) >= most or not self.controller.goes_on(confidences):
-                return confidences
+            (output,) = yield DraftStep(last, len(text) - 1, fresh=not drafts)
+            last = output.token
+            drafts.append(DraftToken(last, 0, level="drafter", confidence=output.signals["top_probability"]))
+            if self.request.ends(last) or len(drafts) >= most or not self.control.should_continue(_confidences(drafts)):
+                return
 
-    def _up_to_the_end(self, tokens: Sequence[int]) -> list[int]:
+    def _to_the_end(self, tokens: Sequence[int]) -> Sequence[int]:
         """Nothing follows a token that ends the text."""
-        end = next((i + 1 for i, token in enumerate(tokens) if self.plan.ends(token)), len(tokens))
-        return list(tokens[:end])
+        end = next((i + 1 for i, token in enumerate(tokens) if self.request.ends(token)), len(tokens))
+        return tokens[:end]
+
+
+def _confidences(drafts: Sequence[DraftToken]) -> list[float]:
+    return [draft.confidence for draft in drafts if draft.confidence is not None]

@@ -166,8 +166,8 @@ class Summary(Record, frozen=True):
 @dataclass(frozen=True)
 class Generation:
     """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text. ``sampling`` holds the options
-    that draw it again, seed included; None where it is greedy. In reflex mode ``certified`` says what bounds its risk (None:
-    nothing does), ``drift`` what spot checks found."""
+    that draw it again, seed included; None where it is greedy. ``verified``: full depth had the last word on every token. Else
+    ``certified`` says what bounds the risk (None: nothing does), ``drift`` what spot checks found."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -181,6 +181,7 @@ class Generation:
     finish: str
     counters: Counters
     sampling: Mapping[str, Any] | None = None
+    verified: bool = True
     certified: str | None = None
     drift: Drift | None = None
 
@@ -210,5 +211,5 @@ class Generation:
             seconds=c.seconds,
             tokens_per_second=tokens / c.seconds if c.seconds > 0 else 0.0,
             finish=self.finish,
-            calibrated=self.mode != "reflex" or self.certified is not None,
+            calibrated=self.verified or self.certified is not None,
         )

@@ -1,129 +1,88 @@
-"""Reflex decoding under watch: some tokens are checked at full depth, and when too many were wrong the rest is verified."""
+"""Decoding without verification, and spot checks of it: some tokens are compared with full depth, and when too many differ
+the rest of the text is verified."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from adi.decoding.policies import Policy, Reflex
-from adi.decoding.records import Drift
-from adi.decoding.speculate import (
-    DepthOutput,
-    DraftToken,
-    Emitted,
-    ExitCheck,
-    Forward,
-    Request,
-    SequenceLogic,
-    Yields,
-    early_exit,
-)
+from adi.decoding.requests import DepthOutput, Fallback, Replies
+from adi.decoding.speculate import Proposal, Verification
 from adi.risk.drift import DriftMonitor
 
 Loss = Callable[[DepthOutput, int], float]
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """Drift was found, the running risk being above ``lower``, and so above ``level``; what follows is verified."""
+class Unverified(Verification):
+    """No draft is verified: the token of an exit that fires is final."""
 
-    level: float
-    lower: float
+    always = False
+
+    def due(self) -> bool:
+        """Never."""
+        return False
 
 
 @dataclass
-class SpotCheck:
-    """The share of tokens to check, the dice that choose them, and what a token costs given full depth's reading there.
+class SpotCheck(Verification):
+    """A ``share`` of the tokens, drawn at random, is verified; all of them once ``monitor`` has found drift, in this sequence
+    or in another one.
 
-    ``checked`` and ``differed`` count this generation's; the monitor outlives it.
+    ``loss`` is what a token costs given full depth's output there. ``checked`` and ``differed`` count this generation's
+    checks; the monitor outlives it. Restarted, a sequence has the same dice, falls back where it did before, and the monitor
+    sees none of its checks twice.
     """
 
     monitor: DriftMonitor
     share: float
-    dice: random.Random
     loss: Loss
+    always: bool = False
     checked: int = 0
     differed: int = 0
+    _counted: int = 0  # checks that the monitor has seen
+    _rounds: int = 0
+    _known: int = 0  # rounds that ran before a restart
+    _fell: int | None = None  # the round in which verification began
+    _dice: random.Random | None = None
+    _start: object = None
+
+    def restarted(self) -> SpotCheck:
+        """From its beginning."""
+        self._known, self._rounds = max(self._known, self._rounds), 0
+        self.always, self.checked, self.differed = False, 0, 0
+        if self._dice is not None:
+            self._dice.setstate(self._start)  # type: ignore[arg-type]
+        return self
+
+    def drift(self) -> Fallback | None:
+        """Once the monitor is alarmed."""
+        self._rounds += 1
+        found = self.monitor.alarmed if self._rounds > self._known else self._rounds == self._fell
+        if self.always or not found:
+            return None
+        self.always, self._fell = True, self._rounds
+        return Fallback(self.monitor.level, self.monitor.lower)
 
     def due(self) -> bool:
-        """Whether the next token is checked; thrown before anything is known of it."""
-        return self.dice.random() < self.share
+        """By the dice, whatever the text is."""
+        if self._dice is None:
+            self._dice = self.monitor.dice()
+            self._start = self._dice.getstate()
+        return self.always or self._dice.random() < self.share
 
-    def saw(self, reading: DepthOutput, token: int) -> None:
-        """Full depth's word on a token."""
+    def on_verified(self, proposal: Proposal, outputs: Replies) -> None:
+        """Full depth's output for a checked token. Where no exit fired, full depth decided, which counts as right."""
+        if self.always:
+            return
+        token = proposal.drafts[0].token if proposal.drafts else outputs[0].token
         self.checked += 1
-        self.differed += reading.token != token
-        self.monitor.saw(self.loss(reading, token))
+        self.differed += outputs[0].token != token
+        if self.checked > self._counted:
+            self._counted = self.checked
+            self.monitor.saw(self.loss(outputs[0], token))
 
 
-def disagrees(reading: DepthOutput, token: int) -> float:
-    """1 where full depth would have said another token."""
-    return float(reading.token != token)
-
-
-def watched(
-    plan: Request, spot: SpotCheck, verify: Callable[[Request], SequenceLogic]
-) -> Generator[Yields | Fallback, Sequence[DepthOutput], None]:
-    """``decode_unverified``, with spot checks. A checked token that differs is corrected, since full depth's is known by then.
-
-    Tokens that full depth decides are checked for nothing, and count as right. ``verify`` goes on where drift is found, by this
-    sequence's checks or by another's with the same monitor.
-    """
-    (reading,) = yield Forward(0, plan.prompt, plan.layers)
-    yield Emitted(reading.token, plan.layers, (ExitCheck(reading, False),), 1)
-    text, rounds = [*plan.prompt, reading.token], 1
-    for left in range(plan.budget - 1, 0, -1):
-        if plan.ends(text[-1]):
-            return
-        if spot.monitor.alarmed:
-            yield Fallback(spot.monitor.level, spot.monitor.lower)
-            rest = replace(plan, prompt=tuple(text), budget=left)
-            yield from _resumed(verify(rest), Forward(len(text) - 1, (text[-1],), plan.layers), rounds)
-            return
-        due = spot.due()
-        glances = yield from early_exit(plan, len(text) - 1, (text[-1],))
-        believed = glances[-1].reading if glances and glances[-1].fired else None
-        draft = DraftToken(believed.token, believed.depth, glances) if believed is not None else None
-        if draft is None or due:
-            entered = bool(glances)
-            (reading,) = yield Forward(len(text) - 1 + entered, () if entered else (text[-1],), plan.layers)
-            glances, rounds = (*glances, ExitCheck(reading, False)), rounds + 1
-            if due:
-                spot.saw(reading, reading.token if draft is None else draft.token)
-        if draft is not None and due and draft.token != reading.token:
-            yield draft
-            decided = Emitted(reading.token, plan.layers, glances, rounds, None, (draft,))
-        elif draft is not None:
-            decided = Emitted(draft.token, draft.depth, glances, rounds, draft)
-        else:
-            decided = Emitted(reading.token, plan.layers, glances, rounds)
-        text.append(decided.token)
-        yield decided
-
-
-def _resumed(sequence: SequenceLogic, first: Forward, rounds: int) -> SequenceLogic:
-    """A sequence whose text is in the network already, all but its last token: its first request becomes ``first``."""
-    asked = next(sequence)
-    assert isinstance(asked, Forward)
-    assert asked.keep == 0
-    reply = yield first
-    while True:
-        try:
-            item = next(sequence) if reply is None else sequence.send(reply)
-        except StopIteration:
-            return
-        reply = yield replace(item, round=item.round + rounds - 1) if isinstance(item, Emitted) else item
-
-
-def told_of(policy: Policy, spot: SpotCheck | None, fell_at: int | None) -> dict[str, Any]:
-    """What a generation says of its risk: ``certified``, the certificate in words, and ``drift``, what spot checks found."""
-    if not isinstance(policy, Reflex) or policy.certificate is None:
-        return {}
-    words, monitor = policy.certificate.sentence(), policy.monitor
-    if monitor is None:
-        return {"certified": words}
-    checked, differed = (spot.checked, spot.differed) if spot is not None else (0, 0)
-    drift = Drift(monitor.level, checked, differed, monitor.checked, monitor.lower, monitor.upper, fell_at)
-    return {"certified": words, "drift": drift}
+def disagrees(output: DepthOutput, token: int) -> float:
+    """1 where full depth gives another token."""
+    return float(output.token != token)

@@ -28,7 +28,7 @@ from adi.errors import AdiError
 from adi.model.backbone import require_number
 
 if TYPE_CHECKING:
-    from adi.decoding.speculate import DraftToken
+    from adi.decoding.requests import DraftToken
 
 LEADING = 512  # tokens looked at first where a nucleus is sought
 
@@ -103,7 +103,7 @@ def draw(weight_V: Tensor, number: float) -> int:
     return place if place < len(weight_V) else int(weight_V.nonzero()[-1])  # rounding at the very end
 
 
-def judged(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
+def verify_draft(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
     """The token that stands where ``draft`` was drawn from ``q_V``: the draft itself with chance ``min(1, p / q)``, else a draw
     from the residual; distributed as ``p_V``. One number in [0, 1) serves both, since what is left of it is spread evenly."""
     if float(q_V[draft]) <= 0:
@@ -118,7 +118,7 @@ def judged(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
 
 
 class Sampler:
-    """The rule by which one sequence's tokens become final (``sequence.Rule``) when it samples; it holds the dice.
+    """The rule by which one sequence's tokens become final (``requests.Rule``) when it samples; it holds the dice.
 
     Full depth's row is read as logits over the vocabulary. Where an exit decides (reflex mode), its own distribution is drawn
     from: of a shortlist head the tail cannot be named, so the shortlist, renormalised, stands for all; the repetition
@@ -138,7 +138,7 @@ class Sampler:
             place = draw(p_S, self.number())
             return place if ids_S is None else int(ids_S[place])
         assert ids_S is None, "drafts are judged by full depth"
-        return judged(p_S, draft.density_V, draft.token, self.number())
+        return verify_draft(p_S, draft.density_V, draft.token, self.number())
 
     def distribution(self, scores_S: Tensor, text: Sequence[int], ids_S: Tensor | None) -> Tensor:
         return distribution(scores_S, text, self.sampling, ids_S)

@@ -1,199 +1,292 @@
-"""``generate_batch``: many sequences, each at its own length and depth, in shared passes.
+"""The driver: one or many sequences, each at its own length and depth, in shared passes. ``generate`` runs it with one.
 
-Every sequence is an ordinary ``Session``. The driver collects what they need next and meets it together: the passes that
-begin at the lowest block first, so that sequences which lag catch up and share what lies above. Reading weights is most of
-the cost of a pass over few rows, so eight sequences in one pass cost little more than one. Beyond some rows (64) a pass gains
-nothing more, and its kernels have other bits than a text alone gets: the sequences that waited longest go first.
+A sequence is a generator of needs (block passes, head passes) and events. The driver collects what all of them need next and
+serves it together, passes that begin at the lowest block first, so that sequences which lag catch up and share what lies above.
+Reading weights is most of the cost of a pass over few rows, so eight sequences in one pass cost little more than one. Beyond
+some rows (64) a pass gains nothing more, and its kernels have other bits than a sequence alone gets: those that waited longest
+go first.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, Generic, Protocol, TypeVar
 
-from adi.decoding.checks import check_count
-from adi.decoding.frontier import BlockPass, HeadPass
-from adi.decoding.policies import Policy
-from adi.decoding.records import Event, Generation, Step
-from adi.decoding.sampling import Sampling
-from adi.decoding.session import Session
-from adi.errors import AdiError, MemoryFullError
+from adi.decoding.frontier import BlockPass, Frontier, HeadPass
+from adi.decoding.records import Drafted, Event, Step, TakenBack
+from adi.decoding.stop_strings import StopStrings
+from adi.errors import MemoryFullError
 from adi.model.backbone import Backbone, States
-from adi.model.load import Model
-from adi.model.tokenizer import Prompt
 
-NEXT_TOKENS = 32  # of each text, for which KV memory should be free when another enters
+NEXT_TOKENS = 32  # of each sequence, for which KV memory should be free when another joins
+MOST = 32
+Work = Generator[BlockPass | HeadPass | Event, Any, None]
 
 
-class BatchMemoryError(MemoryFullError):
-    """A text of a batch for which KV memory does not suffice even while no other runs.
+class Schedulable(Protocol):
+    """What the driver can run; ``decoding.session.Session`` is one."""
 
-    ``prompts`` are the indices of all such texts, ``finished`` the other texts of the batch by their indices.
-    """
+    alone: bool  # set by the driver: no other sequence runs, so that passes may be timed
 
-    def __init__(self, message: str, prompts: Sequence[int], finished: Mapping[int, Generation]) -> None:
-        super().__init__(message)
-        self.prompts, self.finished = tuple(prompts), dict(finished)
+    @property
+    def frontier(self) -> Frontier: ...
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def budget(self) -> int:
+        """Most new tokens."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end the output."""
+        ...
+
+    def run(self) -> Work:
+        """A ``BlockPass`` is sent itself, or a lower part of it, with the states that it gave; a ``HeadPass`` what it gives for
+        each of its rows. Closing the generator frees the KV memory."""
+        ...
+
+    def restart(self) -> None:
+        """Be as new: ``run`` will give the same again."""
+        ...
+
+    def complete(self, stopped: bool) -> None:
+        """It came to its end, ``stopped`` by a stop string."""
+        ...
+
+
+S = TypeVar("S", bound=Schedulable)
+
+
+class Observer(Generic[S]):
+    """Sees what the network computes for each sequence of a ``Scheduler``. Override what you need."""
+
+    def on_pass(self, sequence: S, done: BlockPass, states: States) -> None:
+        """Blocks ``[done.lo, done.hi)`` ran over ``done.rows``; ``states`` are theirs."""
+
+    def on_scores(self, sequence: S, head: HeadPass, scores: Any) -> None:
+        """The head scored ``head.states``: a token per row, or ``logits_TV`` where ``head.whole``."""
+
+    def on_restart(self, sequence: S) -> None:
+        """KV memory was full: the sequence begins again, and will give the same."""
 
 
 @dataclass(eq=False)
-class _Member:
-    """One prompt of the batch: its session, its steps so far and what it waits for."""
+class _Entry(Generic[S]):
+    """A sequence in the driver: what it needs next, and which of its events the consumer has."""
 
-    index: int
-    make: Callable[[], Session]
-    session: Session
-    work: Generator[BlockPass | HeadPass | Event, None, None] = field(init=False)
-    steps: list[Step] = field(default_factory=list)
+    sequence: S
+    work: Work = field(init=False)
+    stops: StopStrings = field(init=False)
     need: BlockPass | HeadPass | None = None
-    met: int = 0  # when a need of it was last met, by a clock of the batch
+    reply: Any = None  # to its last need
+    served: int = 0  # when a need of it was last served
+    delivered: int = 0  # steps that the consumer has
+    repeated: int = 0  # of these, since it began again
+    drafts: int = 0  # that the consumer has, and nobody verified yet
 
     def __post_init__(self) -> None:
-        self.work = self.session.work()
+        self.begin()
 
-    def go_on(self) -> bool:
-        """Run to the next need; False when the text is finished."""
-        for item in self.work:
+    def begin(self) -> None:
+        self.work, self.stops = self.sequence.run(), StopStrings(self.sequence.stop)
+        self.need = self.reply = None
+
+    def advance(self) -> Iterator[Event]:
+        """Send the reply and run to the next need; the events on the way. Without a need afterwards it is at its end."""
+        while self.stops.hit is None:
+            reply, self.reply = self.reply, None
+            try:
+                item = self.work.send(reply)
+            except StopIteration:
+                break
             if isinstance(item, (BlockPass, HeadPass)):
                 self.need = item
-                return True
-            if isinstance(item, Step):
-                self.steps.append(item)
-        self.need = None
-        return False
+                return
+            yield from self._undelivered(self.stops.push(item))
+        self.work.close()
+        yield from self._undelivered(self.stops.rest())
+        self.sequence.complete(self.stops.hit is not None)
 
-    def start_over(self) -> None:
-        """Give back all KV memory; a new session will say the same again, from its own seed too."""
-        self.close()
-        self.session, self.steps, self.need = self.make(), [], None
-        self.work = self.session.work()
+    def _undelivered(self, events: Sequence[Event]) -> Iterator[Event]:
+        """Those that the consumer did not have before the sequence began again."""
+        for event in events:
+            old = self.repeated < self.delivered
+            self.repeated += isinstance(event, Step)
+            if not old:
+                self.delivered = self.repeated
+                self.drafts += _more_drafts(event)
+                yield event
+
+    def restart(self) -> list[Event]:
+        """Free all KV memory and be as new; drafts that the consumer has are taken back."""
+        self.work.close()
+        self.sequence.restart()
+        taken_back: list[Event] = [TakenBack(self.drafts)] if self.drafts else []
+        self.drafts = self.repeated = 0
+        self.begin()
+        return taken_back
+
+
+def _more_drafts(event: Event) -> int:
+    """By how many more or fewer drafts are open after this event."""
+    match event:
+        case Drafted():
+            return 1
+        case TakenBack():
+            return -event.count
+        case Step(drafted=True, accepted=True):
+            return -1
+    return 0
+
+
+class Scheduler(Generic[S]):
+    """Runs sequences of a model. Iterating gives ``(sequence, event)`` until all are at their end, ``step`` those of one pass.
+    Sequences may be added and cancelled between steps. Close it, or use it in a ``with``.
+
+    Where KV memory is full, the sequence that joined last makes room, those that have no token yet before others, and begins
+    again later; what its consumer has had is not given twice. From then on a sequence joins only where all that run may become
+    as long as their budget allows: so none begins again twice, and the oldest always goes on. One that does not fit even alone
+    is put into ``unfit``.
+    """
+
+    def __init__(self, backbone: Backbone, *, most: int = MOST, observer: Observer[S] | None = None) -> None:
+        self.backbone, self.most, self.observer = backbone, most, observer or Observer()
+        self.unfit: dict[S, MemoryFullError] = {}
+        self._waiting: deque[_Entry[S]] = deque()
+        self._running: list[_Entry[S]] = []  # in the order in which they joined
+        self._crowded = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: S) -> None:
+        """It joins with the next step, or when there is room."""
+        self._waiting.append(_Entry(sequence))
+
+    def cancel(self, sequence: S) -> None:
+        """Give it up: its KV memory is free at once. Nothing happens where it is at its end."""
+        for entry in (*self._running, *self._waiting):
+            if entry.sequence is sequence:
+                (self._running if entry in self._running else self._waiting).remove(entry)
+                entry.work.close()
 
     def close(self) -> None:
-        self.work.close()
+        """Cancel all."""
+        for entry in (*self._running, *self._waiting):
+            entry.work.close()
+        self._running.clear()
+        self._waiting.clear()
 
+    def __enter__(self) -> Scheduler[S]:
+        return self
 
-@dataclass
-class _Batch:
-    """Who waits, who runs (in the order in which they entered) and who cannot.
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-    Where KV memory is full, the text that entered last makes room, those that have said nothing yet before others, and begins
-    again later. From then on a text enters only where all that run may become as long as ``budget`` allows: so none begins
-    again twice, and the oldest always goes on.
-    """
+    def __iter__(self) -> Iterator[tuple[S, Event]]:
+        while self.busy:
+            yield from self._step()
 
-    backbone: Backbone
-    most: int
-    budget: int
-    waiting: deque[_Member]
-    running: list[_Member] = field(default_factory=list)
-    unfit: list[tuple[_Member, MemoryFullError]] = field(default_factory=list)
-    crowded: bool = False
+    def step(self) -> list[tuple[S, Event]]:
+        """Let waiting sequences join, then one pass, or one call of the head, for all that can share it."""
+        return list(self._step())
 
-    def run(self) -> None:
-        """Until nobody waits or runs."""
-        while self.waiting or self.running:
-            self._let_in()
-            for member in self._met():
-                if not member.go_on():
-                    self.running.remove(member)
-
-    def _met(self) -> list[_Member]:
-        """The members whose needs were met, after as many as must have made room."""
+    def _step(self) -> Iterator[tuple[S, Event]]:
+        """Each event as soon as it is there, so that none is lost where a later one fails."""
+        yield from self._join()
+        yield from self._advance()
+        for entry in self._running:
+            entry.sequence.alone = len(self._running) == 1
         while True:
             try:
-                return _meet(self.backbone, self.running)
-            except MemoryFullError as error:  # before anything has run, so the needs stand
-                self._make_room(error)
+                self._serve()
+                break
+            except MemoryFullError as error:  # before anything has run
+                yield from self._make_room(error)
+        yield from self._advance()
 
-    def _let_in(self) -> None:
-        while self.waiting and len(self.running) < self.most and self._has_room_for(self.waiting[0]):
-            member = self.waiting.popleft()
-            if member.go_on():
-                self.running.append(member)
+    def _advance(self) -> Iterator[tuple[S, Event]]:
+        """Run all that need nothing by now."""
+        for entry in [one for one in self._running if one.need is None]:
+            for event in entry.advance():
+                yield entry.sequence, event
+            if entry.need is None:
+                self._running.remove(entry)
 
-    def _has_room_for(self, member: _Member) -> bool:
-        if not self.running:
+    def _join(self) -> Iterator[tuple[S, Event]]:
+        while self._waiting and len(self._running) < self.most and self._has_room_for(self._waiting[0]):
+            self._running.append(self._waiting.popleft())
+            yield from self._advance()
+
+    def _has_room_for(self, entry: _Entry[S]) -> bool:
+        if not self._running:
             return True  # if it does not fit now, it never will
-        return self.backbone.fits([(m.session.frontier.cache, self._length(m)) for m in (*self.running, member)])
+        return self.backbone.fits([(one.sequence.frontier.cache, self._length(one)) for one in (*self._running, entry)])
 
-    def _length(self, member: _Member) -> int:
-        """How long a text may become before another one ends: while memory was never full, a guess."""
-        prompt = len(member.session.prompt_ids)
-        longest = prompt + self.budget
-        return longest if self.crowded else min(longest, max(prompt, member.session.frontier.length) + NEXT_TOKENS)
+    def _length(self, entry: _Entry[S]) -> int:
+        """How long a sequence may become before another one ends: while memory was never full, a guess."""
+        prompt = len(entry.sequence.prompt_ids)
+        longest = prompt + entry.sequence.budget
+        return longest if self._crowded else min(longest, max(prompt, entry.sequence.frontier.length) + NEXT_TOKENS)
 
-    def _make_room(self, error: MemoryFullError) -> None:
-        member = next((m for m in reversed(self.running) if not m.steps), self.running[-1])
-        self.running.remove(member)
-        if not self.running:
-            member.close()
-            self.unfit.append((member, error))
+    def _make_room(self, error: MemoryFullError) -> Iterator[tuple[S, Event]]:
+        entry = next((one for one in reversed(self._running) if not one.delivered), self._running[-1])
+        self._running.remove(entry)
+        if not self._running:
+            entry.work.close()
+            self.unfit[entry.sequence] = error
             return
-        member.start_over()
-        self.waiting.appendleft(member)
-        self.crowded = True
+        self._waiting.appendleft(entry)
+        self._crowded = True
+        self.observer.on_restart(entry.sequence)
+        for event in entry.restart():
+            yield entry.sequence, event
 
+    def _serve(self) -> None:
+        """Serve the needs of some sequences, those first that have waited longest."""
+        longest = sorted(self._running, key=lambda entry: entry.served)
+        heads = [(entry, entry.need) for entry in longest if isinstance(entry.need, HeadPass)]
+        passes = [(entry, entry.need) for entry in longest if isinstance(entry.need, BlockPass)]
+        replies = self._score(heads) if heads else self._forward(passes) if passes else []
+        now = 1 + max((entry.served for entry in longest), default=0)
+        for entry, reply in replies:
+            entry.need, entry.reply, entry.served = None, reply, now
 
-def generate_batch(
-    model: Model,
-    prompts: Sequence[Prompt],
-    policy: Policy | None = None,
-    *,
-    max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    stop_at_eos: bool = True,
-    raw: bool = False,
-    special_tokens: bool = False,
-    candidates: int = 0,
-    most: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> list[Generation]:
-    """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
+    def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Any]]:
+        """One call of the head for all of them, where rows do not depend on each other; else one for each."""
+        alike = [(entry, head) for entry, head in waiting if head.whole == waiting[0][1].whole]
+        chosen = [alike[i] for i in sharing([len(head.states) for _, head in alike], self.backbone.spec.merged_rows)]
+        if self.backbone.spec.row_invariant:
+            together = replace(chosen[0][1], states=States.joined([head.states for _, head in chosen])).run(self.backbone)
+            ends = list(accumulate(len(head.states) for _, head in chosen))
+            scores = [together[end - len(head.states) : end] for end, (_, head) in zip(ends, chosen, strict=True)]
+        else:
+            scores = [head.run(self.backbone) for _, head in chosen]
+        for (entry, head), score in zip(chosen, scores, strict=True):
+            self.observer.on_scores(entry.sequence, head, score)
+        return [(entry, score) for (entry, _), score in zip(chosen, scores, strict=True)]
 
-    On an engine whose rows do not depend on each other (``spec.row_invariant``) they are the same bit for bit, in every
-    precision. Where KV memory is full, the texts that came last begin again when others have ended, which costs time only.
-
-    Args:
-        prompts: each as for ``generate``; none gives an empty list.
-        most: so many sequences run at once at most; the others wait, and enter as texts end and KV memory is free.
-        seed: each prompt draws with its own, ``prompt_seed(seed, its index)``: what ``generate`` says alone from that one.
-        model, policy, max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates, temperature, top_k, top_p, min_p,
-            repetition_penalty: as for ``generate``.
-
-    Raises:
-        ValueError: before any work, for an option or a prompt that cannot be meant (the prompt is named by its index); and,
-            as ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
-    """
-    check_count("most", most, 1)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "raw": raw}
-    options |= {"candidates": candidates, "special_tokens": special_tokens}
-    members = []
-    for i, prompt in enumerate(prompts):
-        make = partial(Session, model, prompt, policy, stop=stop, sampling=sampling.of_prompt(i), **options)
-        try:
-            members.append(_Member(i, make, make()))
-        except ValueError as error:
-            raise AdiError(f"prompt {i}: {error}") from None
-    batch = _Batch(model.backbone, most, max_new_tokens, deque(members))
-    try:
-        batch.run()
-    finally:
-        for member in members:
-            member.close()
-    unfit = [member.index for member, _ in batch.unfit]
-    texts = {m.index: m.session.generation(m.steps) for m in members if m.index not in unfit}
-    if unfit:
-        raise BatchMemoryError(f"prompt {unfit[0]}: {batch.unfit[0][1]}", unfit, texts)
-    return list(texts.values())
+    def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Any]]:
+        """One pass for those that begin lowest, as far as all of them go."""
+        lo = min(need.lo for _, need in waiting)
+        lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
+        chosen = [lowest[i] for i in sharing([len(need.rows.ids) for _, need in lowest], self.backbone.spec.merged_rows)]
+        hi = min(need.hi for _, need in chosen)
+        mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
+        found = self.backbone.forward([need.rows for _, need in chosen], lo, hi, mlp=mlp)
+        replies = [(entry, (replace(need, hi=hi), states)) for (entry, need), states in zip(chosen, found, strict=True)]
+        for entry, (done, states) in replies:
+            self.observer.on_pass(entry.sequence, done, states)
+        return replies
 
 
 def sharing(counts: Sequence[int], most: int) -> list[int]:
@@ -206,47 +299,3 @@ def sharing(counts: Sequence[int], most: int) -> list[int]:
             chosen.append(place)
             left -= count
     return chosen
-
-
-def _meet(backbone: Backbone, active: Sequence[_Member]) -> list[_Member]:
-    """Meet the needs of some members, those first that have waited longest; these may go on."""
-    waiting = sorted(active, key=lambda member: member.met)
-    wished = [(member, member.need) for member in waiting if isinstance(member.need, HeadPass)]
-    scores = [(member, need) for member, need in wished if need.whole == wished[0][1].whole]
-    if scores:
-        chosen_scores = [scores[i] for i in sharing([len(need.states) for _, need in scores], backbone.spec.merged_rows)]
-        _score(backbone, chosen_scores)
-        return _went_on(chosen_scores, active)
-    passes = [(member, member.need) for member in waiting if isinstance(member.need, BlockPass)]
-    if not passes:
-        return []
-    lo = min(need.lo for _, need in passes)
-    lowest = [(member, need) for member, need in passes if need.lo == lo]
-    chosen = [lowest[i] for i in sharing([len(need.rows.ids) for _, need in lowest], backbone.spec.merged_rows)]
-    hi = min(need.hi for _, need in chosen)
-    shown = any(member.session.frontier.mlp for member, _ in chosen)
-    states = backbone.forward([need.rows for _, need in chosen], lo, hi, mlp=shown)
-    for (member, need), left in zip(chosen, states, strict=True):
-        member.session.answer((replace(need, hi=hi), left))
-    return _went_on(chosen, active)
-
-
-def _went_on(chosen: Sequence[tuple[_Member, BlockPass | HeadPass]], active: Sequence[_Member]) -> list[_Member]:
-    now = 1 + max(member.met for member in active)
-    for member, _ in chosen:
-        member.met = now
-    return [member for member, _ in chosen]
-
-
-def _score(backbone: Backbone, scores: Sequence[tuple[_Member, HeadPass]]) -> None:
-    """One call of the head for all of them, where rows do not depend on each other; else one for each."""
-    if not backbone.spec.row_invariant:
-        for member, need in scores:
-            member.session.answer(need.met(backbone))
-        return
-    together = States.joined([need.states for _, need in scores])
-    said = replace(scores[0][1], states=together).met(backbone)
-    for member, need in scores:
-        count = len(need.states)
-        member.session.answer(said[:count])
-        said = said[count:]

@@ -1,231 +1,148 @@
-"""One sequence's decoding logic: propose, verify, accept, roll back.
+"""Speculative decoding of one sequence: propose, verify, accept, roll back. Every policy is this one loop.
 
-Written once, as generators that yield what they need next (an ``Forward``: go back to here, append these tokens, bring
-all rows to that depth, read the last so many) and are sent the readings. They never call a model, so a driver may run one
-of them or merge the requests of many, and a test may answer from a script. Between requests they yield what has happened.
+A generator that yields what it needs (``Forward``, ``DraftStep``) and is sent the outputs. It never calls a model, so a driver
+may run one sequence or merge the requests of many, and a test may answer from a script. Between requests it yields what has
+happened: drafts, final tokens, a fall-back.
 
-Greedy verification after Stern et al. 2018 (blockwise parallel decoding) and Leviathan et al. 2023 (speculative decoding);
-the draft is the same network, stopped early, and the frontier keeps what it computed.
+Greedy verification after Stern et al. 2018 (blockwise parallel decoding) and Leviathan et al. 2023 (speculative decoding).
+Drafts may come from the same network, stopped early, whose states the frontier keeps, so that verifying computes the rest only.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from adi.exits.triggers import Trigger
+from adi.decoding.requests import DraftToken, Emitted, ExitCheck, Fallback, Forward, Replies, Request, SequenceLogic, Yields
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class DepthOutput(Protocol):
-    """What one row shows at one depth; ``exits.exit_output.ExitOutput`` is the real one."""
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def token(self) -> int: ...
-    @property
-    def signals(self) -> Mapping[str, float]: ...
+    from adi.artifact import Exits
+    from adi.decoding.cost_model import CostModel
+    from adi.drafters.network import Drafting
 
 
 @dataclass(frozen=True)
-class Forward:
-    """A request: keep the first ``keep`` positions, append ``ids``, bring all rows to depth ``to``, read the last ``read``."""
+class Proposal:
+    """Drafts that may follow the text. Of text and drafts in a row, the first ``known`` tokens have entered the network.
 
-    keep: int
-    ids: tuple[int, ...]
-    to: int
-    read: int = 1
+    ``checks`` are the exits read for one more token, none of which fired.
+    """
 
-
-@dataclass(frozen=True)
-class DraftStep:
-    """A request: what the drafter expects after the token ``after``, which has entered no block. ``fresh``: it starts from the
-    deep state of the last of ``known`` positions, else from what it gave itself the time before."""
-
-    after: int
     known: int
-    fresh: bool
+    drafts: Sequence[DraftToken] = ()
+    checks: tuple[ExitCheck, ...] = ()
 
 
-@dataclass(frozen=True)
-class ExitCheck:
-    """One depth looked at on the way: its reading, and whether the trigger believed it."""
-
-    reading: DepthOutput
-    fired: bool
+Proposing = Generator[Yields, Replies, Proposal]
 
 
-@dataclass(frozen=True)
-class DraftToken:
-    """A token put forward, with every depth looked at for it; the last is the one that was believed.
+class Proposer(Protocol):
+    """Makes drafts; ``decoding.proposers`` has one for exits and one for n-gram matches and the drafter."""
 
-    ``depth`` 0 and no glance: no block ran for it; ``level`` says whether a "memory" or the "drafter" said it, the latter with
-    a ``confidence``, its probability there. ``density_V`` is what it was drawn from, None where nothing was left to chance.
+    def propose(self, text: Sequence[int], most: int) -> Proposing:
+        """At most ``most`` drafts after ``text``, whose last token has not entered the network. No draft follows one that ends
+        the text."""
+        ...
+
+    def on_verified(self, accepted: int) -> None:
+        """Full depth accepted so many drafts of the last proposal."""
+        ...
+
+
+class Verification:
+    """Which drafts full depth verifies: here all of them, so that the text is exactly full depth's."""
+
+    always = True
+    checked = differed = 0  # drafts spot-checked, and those of them that full depth did not give
+
+    def drift(self) -> Fallback | None:
+        """Where verification begins in mid-text, once: why."""
+        return None
+
+    def due(self) -> bool:
+        """Whether the next drafts are verified; decided before they are made."""
+        return True
+
+    def on_verified(self, proposal: Proposal, outputs: Replies) -> None:
+        """Full depth's outputs for a proposal that was due."""
+
+    def restarted(self) -> Verification:
+        """The same for the same sequence, which is decoded again from its beginning."""
+        return self
+
+
+@dataclass
+class Strategy:
+    """How one sequence decodes: who proposes, how many tokens a round at most, and which of them are verified.
+
+    ``exits`` are read at depths ``stops``. ``drafting`` answers ``DraftStep``, ``costs`` are told what passes and steps take.
+    ``propagate``: blocks that a final token skipped get keys and values from its exit's state.
     """
 
-    token: int
-    depth: int
-    glances: tuple[ExitCheck, ...]
-    level: str = "exit"
-    confidence: float | None = None
-    density_V: Tensor | None = None
+    proposer: Proposer
+    draft_tokens: int
+    verification: Verification = field(default_factory=Verification)
+    exits: Exits | None = None
+    stops: tuple[int, ...] = ()
+    drafting: Drafting | None = None
+    costs: CostModel | None = None
+    propagate: bool = False
 
 
-@dataclass(frozen=True)
-class Emitted:
-    """A token that is final. ``draft`` is what it was drafted as, ``rejected`` the drafts that it puts an end to."""
+def speculate(request: Request, strategy: Strategy) -> SequenceLogic:
+    """Decode one sequence in rounds: at most ``draft_tokens`` drafts, then full depth's word on them and one token more.
 
-    token: int
-    depth: int
-    glances: tuple[ExitCheck, ...]
-    round: int
-    draft: DraftToken | None = None
-    rejected: tuple[DraftToken, ...] = ()
-
-
-Yields = Forward | DraftStep | DraftToken | Emitted
-SequenceLogic = Generator[Yields, Sequence[DepthOutput], None]
-Proposal = tuple[list[DraftToken], tuple[ExitCheck, ...], Sequence[DepthOutput]]
-Proposing = Generator[Yields, Sequence[DepthOutput], Proposal]
-
-
-class Rule(Protocol):
-    """The token that follows ``text``, of which ``reading`` is the last row; where one was drafted, it stands if it is that.
-
-    ``likeliest`` here is greedy; ``drawing.Sampler`` draws. It is asked once for every final token, in order.
+    Where verification is not due, one draft at a time is final as it is. Without drafts this is ordinary decoding.
     """
-
-    def __call__(self, text: Sequence[int], reading: DepthOutput, draft: DraftToken | None = None, /) -> int: ...
-
-
-def likeliest(text: Sequence[int], reading: DepthOutput, draft: DraftToken | None = None, /) -> int:
-    """Greedy: whatever is likeliest."""
-    return reading.token
-
-
-@dataclass(frozen=True)
-class Request:
-    """What both ways of decoding need to know. ``stops`` are the depths to look at, ``ends`` says which tokens end it, ``rule``
-    how a final token comes of what was read."""
-
-    prompt: tuple[int, ...]
-    budget: int
-    layers: int
-    stops: tuple[int, ...]
-    trigger: Trigger
-    ends: Callable[[int], bool]
-    rule: Rule = likeliest
-
-
-def early_exit(
-    plan: Request, keep: int, ids: tuple[int, ...]
-) -> Generator[Yields, Sequence[DepthOutput], tuple[ExitCheck, ...]]:
-    """Append ``ids`` and go up from stop to stop until the trigger believes one; nothing is computed twice."""
-    glances: list[ExitCheck] = []
-    for stop in plan.stops:
-        (reading,) = yield Forward(keep, ids, stop)
-        keep, ids = keep + len(ids), ()
-        glances.append(ExitCheck(reading, plan.trigger.fires(reading.signals, stop)))
-        if glances[-1].fired:
-            break
-    return tuple(glances)
-
-
-def decode_unverified(plan: Request) -> SequenceLogic:
-    """Whatever the trigger believes stands; where it believes nothing, full depth decides.
-
-    Without stops this is ordinary decoding, with them reflex decoding. Layers that were skipped fill themselves, exactly,
-    when a later token goes deeper.
-    """
-    (reading,) = yield Forward(0, plan.prompt, plan.layers)
-    text, rounds = [*plan.prompt, plan.rule(plan.prompt, reading)], 1
-    yield Emitted(text[-1], plan.layers, (ExitCheck(reading, False),), 1)
-    for _ in range(plan.budget - 1):
-        if plan.ends(text[-1]):
-            return
-        glances = yield from early_exit(plan, len(text) - 1, (text[-1],))
-        if not (glances and glances[-1].fired):
-            rest = (text[-1],) if not glances else ()
-            (reading,) = yield Forward(len(text) - len(rest), rest, plan.layers)
-            glances = (*glances, ExitCheck(reading, False))
+    verification, layers = strategy.verification, request.layers
+    (output,) = yield Forward(0, request.prompt, layers)  # prefill
+    text, rounds = [*request.prompt, request.rule(request.prompt, output)], 1
+    yield Emitted(text[-1], layers, (ExitCheck(output, False),), rounds)
+    while (left := request.budget + len(request.prompt) - len(text)) > 0 and not request.ends(text[-1]):
+        if (drift := verification.drift()) is not None:
+            yield drift
+        always, due = verification.always, verification.due()
+        most = min(strategy.draft_tokens, left - 1) if always else 1
+        proposal = yield from strategy.proposer.propose(text, most)
+        if due or not proposal.drafts:
             rounds += 1
-        token, depth = plan.rule(text, glances[-1].reading), glances[-1].reading.depth
-        text.append(token)
-        draft = DraftToken(token, depth, glances) if depth < plan.layers else None
-        yield Emitted(token, depth, glances, rounds, draft)
+            yield from proposal.drafts
+            outputs = yield _verifying(request, text, proposal, always)
+            emitted = accept(request, text, proposal, outputs, rounds)
+            strategy.proposer.on_verified(sum(one.draft is not None for one in emitted))
+            if due:
+                verification.on_verified(proposal, outputs)
+        else:
+            emitted = [_unverified(request, text, proposal.drafts[0], rounds)]
+        text.extend(one.token for one in emitted)
+        yield from emitted
 
 
-def verified(plan: Request, draft_tokens: int) -> SequenceLogic:
-    """Draft a block at exits, verify it in one pass, keep what full depth agrees with, add the token it gives next."""
-    return speculate(plan, draft_tokens, functools.partial(_propose_and_verify, plan))
+def _verifying(request: Request, text: Sequence[int], proposal: Proposal, one_more: bool) -> Forward:
+    """Bring text and drafts to full depth. Nothing need follow a draft that ends the text, nor the last one if not
+    ``one_more`` token is wanted: it stays out of the network."""
+    tokens = [*text, *(draft.token for draft in proposal.drafts)]
+    if proposal.drafts and (request.ends(tokens[-1]) or not one_more):
+        tokens.pop()
+    return Forward(proposal.known, tuple(tokens[proposal.known :]), request.layers, len(tokens) - len(text) + 1)
 
 
-def speculate(
-    plan: Request,
-    draft_tokens: int,
-    propose: Callable[[Sequence[int], int], Proposing],
-    hear: Callable[[int], None] = lambda agreed: None,
-) -> SequenceLogic:
-    """Rounds of at most ``draft_tokens`` drafts, whoever makes them; full depth has the last word on every token.
-
-    ``propose(text, most)`` gets all final tokens, of which the last has not entered the network. It gives at most ``most``
-    drafts, the glances of a last token that found no believer, and full depth's reading at every row. ``hear`` is told how
-    many of them stand.
-    """
-    (reading,) = yield Forward(0, plan.prompt, plan.layers)
-    text, rounds = [*plan.prompt, plan.rule(plan.prompt, reading)], 1
-    yield Emitted(text[-1], plan.layers, (ExitCheck(reading, False),), 1)
-    while (left := plan.budget - len(text) + len(plan.prompt)) > 0 and not plan.ends(text[-1]):
-        rounds += 1
-        drafts, silent, readings = yield from propose(text, min(draft_tokens, left - 1))
-        decided = _judged(plan, text, drafts, silent, readings, rounds)
-        hear(sum(said.draft is not None for said in decided))
-        text.extend(said.token for said in decided)
-        yield from decided
-
-
-def _judged(
-    plan: Request,
-    text: Sequence[int],
-    drafts: Sequence[DraftToken],
-    silent: tuple[ExitCheck, ...],
-    readings: Sequence[DepthOutput],
-    rounds: int,
-) -> list[Emitted]:
-    """The drafts that stand and the token that full depth gives after them: none where a draft ended the text and stands."""
-    known, decided = list(text), list[Emitted]()
-    for place, reading in enumerate(readings):
-        draft = drafts[place] if place < len(drafts) else None
-        token = plan.rule(known, reading, draft)
-        glances = (*(silent if draft is None else draft.glances), ExitCheck(reading, False))
+def accept(request: Request, text: Sequence[int], proposal: Proposal, outputs: Replies, rounds: int) -> list[Emitted]:
+    """The drafts that full depth agrees with, and the token that it gives after them, where it was asked for one."""
+    known, emitted = list(text), list[Emitted]()
+    for place, output in enumerate(outputs):
+        draft = proposal.drafts[place] if place < len(proposal.drafts) else None
+        token = request.rule(known, output, draft)
+        checks = (*(proposal.checks if draft is None else draft.checks), ExitCheck(output, False))
         if draft is None or token != draft.token:
-            return [*decided, Emitted(token, plan.layers, glances, rounds, None, tuple(drafts[place:]))]
-        decided.append(Emitted(token, draft.depth, glances, rounds, draft))
+            return [*emitted, Emitted(token, request.layers, checks, rounds, None, tuple(proposal.drafts[place:]))]
+        emitted.append(Emitted(token, draft.depth, checks, rounds, draft))
         known.append(token)
-    return decided
+    return emitted
 
 
-def _propose_and_verify(plan: Request, text: Sequence[int], most: int) -> Proposing:
-    """Drafts from exits."""
-    drafts: list[DraftToken] = []
-    end = len(text) - 1
-    row: tuple[int, ...] = (text[-1],)  # the token that has not entered the network yet
-    while len(drafts) < most and not (drafts and plan.ends(drafts[-1].token)):
-        glances = yield from early_exit(plan, end, row)
-        if glances:
-            end, row = end + 1, ()
-        if not (glances and glances[-1].fired):
-            readings = yield Forward(end, row, plan.layers, len(drafts) + 1)
-            return drafts, glances, readings
-        drafts.append(DraftToken(glances[-1].reading.token, glances[-1].reading.depth, glances))
-        row = (drafts[-1].token,)
-        yield drafts[-1]
-    if drafts and plan.ends(drafts[-1].token):
-        row = ()  # nothing follows an ending, so it need not enter the network
-    readings = yield Forward(end, row, plan.layers, len(drafts) + len(row))
-    return drafts, (), readings
+def _unverified(request: Request, text: Sequence[int], draft: DraftToken, rounds: int) -> Emitted:
+    """The token by the exit that fired: its likeliest, or one drawn from its distribution."""
+    token = request.rule(text, draft.checks[-1].output)
+    return Emitted(token, draft.depth, draft.checks, rounds, replace(draft, token=token), verified=False)

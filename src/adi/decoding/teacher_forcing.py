@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from adi.artifact import Exits
+from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth
 from adi.decoding.records import Generation
-from adi.decoding.scheduler import generate_batch, sharing
+from adi.decoding.scheduler import sharing
 from adi.exits.signals import Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States
 from adi.model.load import Model

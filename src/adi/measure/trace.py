@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from adi.decoding.policies import FullDepth, Lookup, Policy, depths_of, trigger_of
+from adi.decoding.policies import Policy
 from adi.decoding.records import Generation, Step, Summary
 from adi.errors import FileError
 from adi.exits.triggers import Rule
@@ -37,17 +37,17 @@ class Trace(Record, frozen=True):
     steps: tuple[Step, ...]
 
 
-def trace_of(generation: Generation, policy: Policy | None, prompt: str) -> Trace:
+def trace_of(generation: Generation, policy: Policy, prompt: str) -> Trace:
     """The trace of a finished generation; generate with ``candidates=5`` or so, or its steps hold no looks."""
-    policy = policy if policy is not None else FullDepth()
+    trigger = policy.exit_trigger
     return Trace(
         model=generation.model,
         backend=generation.backend,
         precision=generation.precision,
         mode=generation.mode,
         layers=generation.layers,
-        depths=depths_of(policy),
-        trigger=None if isinstance(policy, (FullDepth, Lookup)) else trigger_of(policy).to_json(),
+        depths=policy.depths,
+        trigger=None if trigger is None else trigger.to_json(),
         prompt=prompt,
         text=generation.text,
         summary=generation.summary(),

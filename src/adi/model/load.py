@@ -36,12 +36,16 @@ BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "ope
 
 @dataclass(frozen=True)
 class Model:
-    """A backbone and what turns text into its tokens. ``eos_ids`` are the tokens that end an answer."""
+    """A backbone and what turns text into its tokens. ``eos_ids`` are the tokens that end an answer.
+
+    ``notes`` is what others find out about the model once and keep with it, such as its measured costs.
+    """
 
     backbone: Backbone
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     source: str = field(default="")
+    notes: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, special_tokens: bool = False) -> tuple[int, ...]:
         """Token ids of a prompt: a string (one user message), a list of chat messages, or token ids as they are.

@@ -85,7 +85,8 @@ def _checks(
     notice("full depth and replay")
     policies = policies_of(exits)
     model.backbone.prepare((), drafts=True, wait=True)
-    texts = [generate(model, ids, max_new_tokens=size.max_new_tokens, stop_at_eos=False).token_ids for ids in prompts]
+    options: dict[str, Any] = {"max_new_tokens": size.max_new_tokens, "stop_at_eos": False}
+    texts = [generate(model, ids, FullDepth(), **options).token_ids for ids in prompts]
     replayed = [
         _replay(model, exits, ids, text, size.seed + i) for i, (ids, text) in enumerate(zip(prompts, texts, strict=True))
     ]
@@ -173,16 +174,9 @@ def _faults(
     for i, (ids, text) in enumerate(zip(prompts, texts, strict=True)):
         known = (*ids, *text)
         for right in lengths:
-            session = Scripted(
-                model,
-                ids,
-                functools.partial(_next_of, known),
-                functools.partial(_right_drafts, right, dice),
-                depths=exits.depths,
-                drafts=DRAFTS,
-                seed=size.seed + i,
-                max_new_tokens=len(text),
-            )
+            truth, share = functools.partial(_next_of, known), functools.partial(_right_drafts, right, dice)
+            script = Scripted(truth, share, exits.depths, DRAFTS, size.seed + i)
+            session = Session(model, list(ids), script, max_new_tokens=len(text), stop_at_eos=False)
             said = [step.token for step in drive(session)]
             _count(tally, model, i, ids, text, said, session.counters.drafted, session.counters.accepted, noise)
     return tally
@@ -198,6 +192,10 @@ def _interrupted(
 ) -> Tally:
     """Runs that end before a pass, or after one whose states are lost, and go on from the tokens that had come, as full depth
     goes on from there: below float32 a prompt's long pass may round otherwise than the short ones that made these tokens."""
+
+    def continued(after: Sequence[int], policy: Policy, tokens: int) -> tuple[int, ...]:
+        return generate(model, after, policy, max_new_tokens=tokens, stop_at_eos=False).token_ids
+
     tally = Tally("interruptions")
     for i, (ids, text) in enumerate(zip(prompts, texts, strict=True)):
         known = {0: tuple(text), len(text): tuple(text)}  # full depth's text, by how much of it was there when it went on
@@ -209,9 +207,8 @@ def _interrupted(
                 if rest:
                     after = [*ids, *said]
                     if (there := len(said)) not in known:
-                        full = generate(model, [*ids, *text[:there]], max_new_tokens=rest, stop_at_eos=False).token_ids
-                        known[there] = (*text[:there], *full)
-                    said += generate(model, after, policy, max_new_tokens=rest, stop_at_eos=False).token_ids
+                        known[there] = (*text[:there], *continued([*ids, *text[:there]], FullDepth(), rest))
+                    said += continued(after, policy, rest)
                 wanted = known[len(text) - rest]
                 _count(tally, model, i, ids, wanted, said, session.counters.drafted, session.counters.accepted, noise)
     return tally
@@ -228,8 +225,8 @@ def _sampling(
         return lambda sampling, _: Session(model, list(law.ids), policy, sampling=sampling, **options)
 
     def scripted(sampling: Sampling, i: int) -> Session:
-        rest: dict[str, Any] = {"depths": exits.depths, "drafts": 2, "seed": i, "max_new_tokens": TOKENS}
-        return Scripted(model, law.ids, likely_draft(law), lambda most: most - i % 4 // 3, sampling=sampling, **rest)
+        script = Scripted(likely_draft(law), lambda most: most - i % 4 // 3, exits.depths, 2, i)
+        return Session(model, list(law.ids), script, sampling=sampling, **options)
 
     ways = {
         "full depth": by(FullDepth()),

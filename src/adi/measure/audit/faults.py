@@ -4,90 +4,101 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from adi.decoding.frontier import BlockPass, HeadPass
-from adi.decoding.policies import FullDepth
-from adi.decoding.records import Event, Step
-from adi.decoding.sampling import Sampling
+from adi.decoding.frontier import BlockPass
+from adi.decoding.policies import Policy
+from adi.decoding.records import Step
+from adi.decoding.requests import DraftToken, Forward, Request
+from adi.decoding.scheduler import Observer, Scheduler
 from adi.decoding.session import Session
-from adi.decoding.speculate import DraftToken, Forward, Proposing, Request, speculate
-from adi.decoding.strategy import Strategy
+from adi.decoding.speculate import Proposal, Proposing, Strategy
+from adi.model.backbone import States
 from adi.model.load import Model
 
 Right = Callable[[int], int]
 Truth = Callable[[Sequence[int]], int]
 
 
-class Scripted(Session):
-    """A session whose drafts come from a script: of each round's, ``right(how many)`` are what ``truth`` says after the text,
-    the next is another token, the rest are random; each runs to a random one of ``depths``, or not at all."""
+@dataclass(frozen=True)
+class Scripted(Policy):
+    """Verified decoding with drafts from a script: of each round's, ``right(how many)`` are what ``truth`` gives after the
+    text, the next is another token, the rest are random; each runs to a random one of ``run_to``, or not at all."""
 
-    def __init__(
-        self,
-        model: Model,
-        ids: Sequence[int],
-        truth: Truth,
-        right: Right,
-        *,
-        depths: Sequence[int],
-        drafts: int,
-        seed: int,
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-    ) -> None:
-        super().__init__(model, list(ids), FullDepth(), max_new_tokens=max_new_tokens, stop_at_eos=False, sampling=sampling)
-        script = Script(self.plan, truth, right, depths, random.Random(seed), model.backbone.spec.vocabulary)
-        self._logic = Strategy(speculate(self.plan, drafts, script.propose))
+    truth: Truth
+    right: Right
+    run_to: tuple[int, ...]
+    drafts: int = 5
+    seed: int = 0
+    mode: ClassVar[str] = "scripted"
+
+    def strategy(self, request: Request, model: Model) -> Strategy:
+        """The same script from its beginning."""
+        return Strategy(Script(self, model.backbone.spec.vocabulary), self.drafts)
 
 
+@dataclass
 class Script:
-    """``propose`` for rounds."""
+    """Proposes by the script."""
 
-    def __init__(
-        self, plan: Request, truth: Truth, right: Right, depths: Sequence[int], dice: random.Random, vocabulary: int
-    ) -> None:
-        self.plan, self.truth, self.right, self.depths = plan, truth, right, depths
-        self.dice, self.vocabulary = dice, vocabulary
+    policy: Scripted
+    vocabulary: int
+    dice: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.policy.seed)
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
+        """Drafts right, wrong and random, some of them run part-way."""
         drafts: list[DraftToken] = []
-        right, end = self.right(most), len(text) - 1
-        row: tuple[int, ...] = (text[-1],)
+        right, known = self.policy.right(most), len(text) - 1
+        tokens = list(text)
         for place in range(most):
-            depth = self.dice.choice((0, *self.depths))
+            depth = self.dice.choice((0, *self.policy.run_to))
             if depth:
-                yield Forward(end, row, depth)
-                end, row = end + len(row), ()
-            true = self.truth((*text, *(d.token for d in drafts))) if place <= right else -1
-            token = true if place < right else self._other(true)
-            drafts.append(DraftToken(token, depth, ()))
-            row = (*row, token)
-            yield drafts[-1]
-        readings = yield Forward(end, row, self.plan.layers, most + 1)
-        return drafts, (), readings
+                yield Forward(known, tuple(tokens[known:]), depth)
+                known = len(tokens)
+            true = self.policy.truth(tokens) if place <= right else -1
+            tokens.append(true if place < right else self._other(true))
+            drafts.append(DraftToken(tokens[-1], depth))
+        return Proposal(known, drafts)
+
+    def on_verified(self, accepted: int) -> None:
+        """The script is fixed."""
 
     def _other(self, true: int) -> int:
         token = self.dice.randrange(self.vocabulary - 1) if self.vocabulary > 1 else true
         return token + (token >= true) if true >= 0 else token
 
 
+class _StatesLostError(Exception):
+    """A pass has run, and its states are lost."""
+
+
+@dataclass
+class _Passes(Observer[Any]):
+    """Counts passes; the one of number ``lost`` loses its states."""
+
+    lost: int | None = None
+    ran: int = 0
+
+    def on_pass(self, sequence: Any, done: BlockPass, states: States) -> None:
+        self.ran += 1
+        if self.ran == self.lost:
+            raise _StatesLostError
+
+
 def drive(session: Session, passes: int | None = None, lost: bool = False) -> list[Step]:
-    """The steps of a session up to the pass of that number, which never runs; ``lost``: it runs, and its states are lost."""
-    backbone, steps, work = session.model.backbone, list[Step](), session.work()
-    item: BlockPass | HeadPass | Event | Any
-    for item in work:
-        if isinstance(item, HeadPass):
-            session.answer(item.met(backbone))
-        elif isinstance(item, BlockPass):
-            last = passes is not None and (passes := passes - 1) < 0
-            if last and not lost:
-                break
-            (states,) = backbone.forward([item.rows], item.lo, item.hi)
-            if last:
-                break
-            session.answer((item, states))
-        elif isinstance(item, Step):
-            steps.append(item)
-    work.close()
+    """The steps of a session before it is interrupted, which is after ``passes`` passes (None: never), or with ``lost`` in the
+    next one: that runs, and its states are lost."""
+    seen = _Passes(passes + 1 if lost and passes is not None else None)
+    steps: list[Step] = []
+    with Scheduler(session.model.backbone, observer=seen) as scheduler:
+        scheduler.add(session)
+        try:
+            while scheduler.busy and (lost or passes is None or seen.ran < passes):
+                steps += [event for _, event in scheduler.step() if isinstance(event, Step)]
+        except _StatesLostError:
+            pass
     return steps

@@ -9,8 +9,7 @@ from statistics import median
 from typing import Any
 
 from adi.artifact import Exits
-from adi.decoding.policies import FullDepth, Policy, Verified
-from adi.exits.triggers import Always
+from adi.decoding.policies import FullDepth, Policy, Static
 from adi.measure.bench.timing import Outcome, timed
 from adi.model.load import Model
 
@@ -49,8 +48,8 @@ class Sweep:
 
 def sweep(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> Sweep:
     """Every depth that can draft with every draft length on the same prompts, in turn: a drifting machine wrongs none."""
-    choices = list(product(static_depths(exits), DRAFT_LENGTHS))
-    policies: list[Policy] = [FullDepth(), *(Verified(exits, Always((depth,)), draft) for depth, draft in choices)]
+    choices = list(product(Static.depths_of(exits), DRAFT_LENGTHS))
+    policies: list[Policy] = [FullDepth(), *(Static(exits, *choice) for choice in choices)]
     for policy in policies:
         timed(model, policy, prompts[0], WARM_UP_TOKENS)
     found: list[list[Outcome]] = [[] for _ in policies]
@@ -62,11 +61,6 @@ def sweep(model: Model, exits: Exits, prompts: Sequence[tuple[int, ...]], max_ne
         Tried(depth, draft, speeds[place], accepted_share(found[place])) for place, (depth, draft) in enumerate(choices, 1)
     )
     return Sweep(len(prompts), max_new_tokens, speeds[0], grid)
-
-
-def static_depths(exits: Exits) -> tuple[int, ...]:
-    """Where static mode can draft: at the exits, and at depth 0 where there is a drafter."""
-    return (*((0,) if exits.drafter is not None else ()), *exits.depths)
 
 
 def accepted_share(outcomes: Sequence[Outcome]) -> float | None:

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from adi.artifact import Exits, bare_exits, load_exits
-from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Verified
+from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
 from adi.errors import AdiError
-from adi.exits.triggers import Always
-from adi.measure.bench.sweep import Sweep, static_depths, sweep
+from adi.measure.bench.sweep import Sweep, sweep
 from adi.measure.bench.timing import Outcome, Task, Together, timed, timed_together
 from adi.model.load import BACKENDS, Model, load
 
@@ -113,8 +112,5 @@ def _policy(mode: str, exits: Exits | None, setting: Setting) -> Policy:
         raise AdiError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     if mode == "static":
         assert setting.static is not None
-        depth, draft_tokens = setting.static
-        if depth not in (depths := static_depths(exits)):
-            raise AdiError(f"there is no exit at depth {depth} to draft from; choose among {list(depths)}.")
-        return Verified(exits, Always((depth,)), draft_tokens)
+        return Static(exits, *setting.static)
     return Reflex(exits, thresholds=setting.threshold, risk=setting.risk)

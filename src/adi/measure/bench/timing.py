@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adi.decoding.generate import generate_batch
 from adi.decoding.policies import Policy
 from adi.decoding.records import Step
-from adi.decoding.scheduler import generate_batch
 from adi.decoding.session import Session
 from adi.model.load import Model
 

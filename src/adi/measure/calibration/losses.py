@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from adi.artifact import Exits
+from adi.decoding.generate import generate_batch
 from adi.decoding.policies import Reflex
 from adi.decoding.records import Generation
-from adi.decoding.scheduler import generate_batch
 from adi.decoding.teacher_forcing import ForcedReading, forced_readings
 from adi.errors import AdiError
 from adi.exits.signals import SIGNALS

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from adi.decoding.cost_model import PAST, _between
+from adi.decoding.cost_model import PAST, interpolate
 from adi.errors import AdiError
 from adi.model.backbone import Backbone, Rows
 
@@ -50,11 +50,11 @@ class PassSeconds:
 
     def through(self, blocks: int, rows: int) -> float:
         """A pass of so many rows through so many blocks."""
-        return self.entry + blocks * _between(self._block, rows)
+        return self.entry + blocks * interpolate(self._block, rows)
 
     def head(self, rows: int) -> float:
         """The model's own head on so many rows."""
-        return _between(self._head, rows)
+        return interpolate(self._head, rows)
 
     def full(self, rows: int = 1) -> float:
         """A full pass: all blocks and the head."""
