@@ -138,6 +138,12 @@ def test_every_public_name_is_there() -> None:
         adi.generate_everything  # noqa: B018
 
 
+def test_type_checkers_see_the_same_names() -> None:
+    block = next(node for node in ast.parse(Path(adi.__file__).read_text()).body if isinstance(node, ast.If))
+    seen = {(i.module, alias.asname) for i in block.body if isinstance(i, ast.ImportFrom) for alias in i.names}
+    assert seen == {(home, name) for home, names in adi._HOMES.items() for name in names}
+
+
 def test_files_stay_short() -> None:
     long = {str(p.relative_to(SOURCE)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
     assert not long, f"over 500 lines: {long}"

@@ -15,27 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from adi.artifact import Exits, bare_exits, load_exits
-    from adi.decoding.generate import BatchMemoryError, generate, generate_batch, stream
-    from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
-    from adi.decoding.records import Generation, Step
-    from adi.decoding.sampling import Sampling, prompt_seed
-    from adi.decoding.scheduler import Scheduler
-    from adi.decoding.session import Session
-    from adi.exits.triggers import AllOf, Always, AnyOf, Never, Threshold, Trigger, Weighted
-    from adi.measure.audit.run import audit
-    from adi.measure.calibration.calibrate import Calibration, calibrate
-    from adi.measure.inspect import inspect
-    from adi.measure.trace import Trace, read_trace, trace_of, write_trace
-    from adi.measure.trace_page import write_page as plot
-    from adi.measure.trigger_study.study import study_triggers
-    from adi.model.backbone import Backbone
-    from adi.model.load import Model, load
-    from adi.risk.certificate import Certificate
-    from adi.risk.drift import DriftMonitor
-    from adi.training.tune import TuneOptions, tune
-
+# The public names, by the module that has them, which is imported at their first use.
 _HOMES = {
     "adi.decoding.scheduler": ("Scheduler",),
     "adi.decoding.policies": ("FullDepth", "Lookup", "Policy", "Reflex", "Static", "Verified"),
@@ -55,62 +35,58 @@ _HOMES = {
     "adi.model.backbone": ("Backbone",),
     "adi.model.load": ("Model", "load"),
     "adi.training.tune": ("TuneOptions", "tune"),
+    "adi.measure.trace_page": ("plot",),
 }
-_WHERE = {name: (home, name) for home, names in _HOMES.items() for name in names}
-_WHERE["plot"] = ("adi.measure.trace_page", "write_page")
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_HOME)
 
-__all__ = [  # noqa: RUF022 - the verbs first
-    "load",
-    "load_exits",
-    "bare_exits",
-    "generate",
-    "generate_batch",
-    "stream",
-    "prompt_seed",
-    "inspect",
-    "audit",
-    "tune",
-    "calibrate",
-    "study_triggers",
-    "trace_of",
-    "read_trace",
-    "write_trace",
-    "plot",
-    "AllOf",
-    "Always",
-    "AnyOf",
-    "Backbone",
-    "BatchMemoryError",
-    "Calibration",
-    "Certificate",
-    "DriftMonitor",
-    "Exits",
-    "FullDepth",
-    "Generation",
-    "Lookup",
-    "Model",
-    "Never",
-    "Policy",
-    "Reflex",
-    "Sampling",
-    "Scheduler",
-    "Session",
-    "Static",
-    "Step",
-    "Threshold",
-    "Trace",
-    "Trigger",
-    "TuneOptions",
-    "Verified",
-    "Weighted",
-]
+if TYPE_CHECKING:  # the same once more, for type checkers
+    # isort: off
+    from adi.decoding.scheduler import Scheduler as Scheduler
+    from adi.decoding.policies import (
+        FullDepth as FullDepth,
+        Lookup as Lookup,
+        Policy as Policy,
+        Reflex as Reflex,
+        Static as Static,
+        Verified as Verified,
+    )
+    from adi.decoding.records import Generation as Generation, Step as Step
+    from adi.decoding.sampling import Sampling as Sampling, prompt_seed as prompt_seed
+    from adi.decoding.session import Session as Session
+    from adi.decoding.generate import (
+        BatchMemoryError as BatchMemoryError,
+        generate as generate,
+        generate_batch as generate_batch,
+        stream as stream,
+    )
+    from adi.artifact import Exits as Exits, bare_exits as bare_exits, load_exits as load_exits
+    from adi.risk.certificate import Certificate as Certificate
+    from adi.risk.drift import DriftMonitor as DriftMonitor
+    from adi.exits.triggers import (
+        AllOf as AllOf,
+        Always as Always,
+        AnyOf as AnyOf,
+        Never as Never,
+        Threshold as Threshold,
+        Trigger as Trigger,
+        Weighted as Weighted,
+    )
+    from adi.measure.audit.run import audit as audit
+    from adi.measure.calibration.calibrate import Calibration as Calibration, calibrate as calibrate
+    from adi.measure.inspect import inspect as inspect
+    from adi.measure.trigger_study.study import study_triggers as study_triggers
+    from adi.measure.trace import Trace as Trace, read_trace as read_trace, trace_of as trace_of, write_trace as write_trace
+    from adi.model.backbone import Backbone as Backbone
+    from adi.model.load import Model as Model, load as load
+    from adi.training.tune import TuneOptions as TuneOptions, tune as tune
+    from adi.measure.trace_page import plot as plot
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _HOME:
         raise AttributeError(f"module 'adi' has no attribute {name!r}")
-    home, attribute = _WHERE[name]
-    return getattr(import_module(home), attribute)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

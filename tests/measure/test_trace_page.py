@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from adi.decoding.records import Candidate, Draft, Look, Step, Summary
 from adi.measure.trace import Trace
-from adi.measure.trace_page import level_table, trace_page, write_page
+from adi.measure.trace_page import level_table, plot, trace_page
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 LAYERS, EXIT = 6, 2
@@ -196,5 +196,5 @@ def test_first_shown_is_a_rejection_else_the_most_looked_at() -> None:
 
 def test_write_page(tmp_path: Path) -> None:
     target = tmp_path / "new" / "page.html"
-    write_page(trace(prompt="\ud800"), target)
+    plot(trace(prompt="\ud800"), target)
     assert target.read_text(encoding="utf-8") == trace_page(trace(prompt="\ud800"))

@@ -23,7 +23,7 @@ def plot(
     """
     from adi.measure.bench.report import is_result, read_result, write_bench_page
     from adi.measure.trace import read_trace
-    from adi.measure.trace_page import write_page
+    from adi.measure.trace_page import plot as write_page
 
     target = out or file.with_suffix(".html")
     if target.resolve() == file.resolve():

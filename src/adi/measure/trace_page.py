@@ -27,7 +27,7 @@ def trace_page(trace: Trace) -> str:
     return render("trace.html", title=_title(trace), data=_finite(data))
 
 
-def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
+def plot(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all."""
     write_text(Path(path), trace_page(trace))
 
