@@ -21,10 +21,9 @@ from adi.cli.app import app
 from adi.cli.options import likely_stops, read_trigger
 from adi.decoding.cost_model import cost_model_of
 from adi.drafters.history import History
+from adi.measure.bench.outcomes import Outcome, Sweep, SweepPoint
 from adi.measure.bench.report import bench_page, read_result
 from adi.measure.bench.resume import ResumeFile
-from adi.measure.bench.sweep import Sweep, Tried
-from adi.measure.bench.timing import Outcome
 from adi.measure.bench.worker import System
 from adi.measure.trace_page import trace_page
 from adi.model.openvino.manifest import FORMAT, read_manifest
@@ -101,7 +100,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     counts = {"layers": 1, "width": 32, "vocabulary": 64, "context": None, "has_mlp": True, "attentions": [attention]}
     (place / "model.json").write_text(json.dumps({"format": FORMAT, **stated, **counts}))
     system = System("a", None, peak_bytes=5, outcomes={0: [Outcome((1, 2), 1.0, 0.5)]})  # type: ignore[arg-type]
-    swept = Sweep(1, 2, 3.0, (Tried(4, 5, 6.0, None),))
+    swept = Sweep(1, 2, 3.0, (SweepPoint(4, 5, 6.0, None),))
     ResumeFile(place / "unfinished benchmark", _KEPT["terms"]).save([system], {"a": swept})
     yield
     _KEPT.clear()

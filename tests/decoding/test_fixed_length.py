@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import adi
-from adi.measure.bench.sweep import DRAFT_LENGTHS, sweep
+from adi.measure.bench.systems import DRAFT_LENGTHS, sweep
 from conftest import exits_with_drafter
 
 

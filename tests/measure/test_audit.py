@@ -195,7 +195,8 @@ def test_scripted_drafts_are_right_as_often_as_the_script_says(llama: adi.Model)
     text = adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=13, stop_at_eos=False).token_ids
     known = (1, 2, 3, *text)
     for right in range(4):
-        script = Scripted(lambda said: known[len(said)], lambda most, n=right: min(n, most), (2, 4), 3, right)
+        exits = adi.bare_exits(llama, (2, 4))
+        script = Scripted(lambda text: known[len(text)], lambda most, n=right: min(n, most), exits, 3, right)
         steps = drive(adi.Session(llama, [1, 2, 3], script, max_new_tokens=13, stop_at_eos=False))
         assert tuple(s.token for s in steps) == text
         first = [s for s in steps if s.round == 2]

@@ -14,11 +14,10 @@ import pytest
 
 import adi
 from adi.errors import AdiError
+from adi.measure.bench.outcomes import Outcome, Runner, Setting, Sweep, SweepPoint, Task
 from adi.measure.bench.run import Extent, bench, of_length
 from adi.measure.bench.summary import agreement, leading_share, ratio_entries, ratio_entry, run_entry
-from adi.measure.bench.sweep import DRAFT_LENGTHS, Sweep, Tried, sweep
-from adi.measure.bench.systems import Runner, Setting, adi_runner, backend_for
-from adi.measure.bench.timing import Outcome, Task
+from adi.measure.bench.systems import DRAFT_LENGTHS, adi_runner, backend_for, sweep
 from adi.measure.bench.worker import QUIET, System, failure, serve
 from adi.prompts import PromptItem
 from support import invoke
@@ -113,7 +112,7 @@ def test_the_sweep_tries_every_depth_and_length_and_keeps_the_fastest(llama: adi
     found = sweep(llama, adi.bare_exits(llama, (2, 4)), [(1, 2, 3), (4, 5, 6)], 6)
     assert {(t.depth, t.draft_tokens) for t in found.grid} == {(d, k) for d in (2, 4) for k in DRAFT_LENGTHS}
     assert all(t.tokens_per_second > 0 and t.accepted_share is not None for t in found.grid)
-    grid = (Tried(2, 1, 5.0, 0.1), Tried(4, 2, 9.0, 0.2), Tried(4, 6, 8.0, 0.3))
+    grid = (SweepPoint(2, 1, 5.0, 0.1), SweepPoint(4, 2, 9.0, 0.2), SweepPoint(4, 6, 8.0, 0.3))
     assert Sweep(1, 6, 7.0, grid).to_json()["best"] == [4, 2]
 
 

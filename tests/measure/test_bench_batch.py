@@ -10,10 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from adi.cli.app import app
+from adi.measure.bench.outcomes import BatchPair, Setting
 from adi.measure.bench.run import Extent, bench
 from adi.measure.bench.summary import batch_entries
-from adi.measure.bench.systems import Setting
-from adi.measure.bench.timing import Pair
 from adi.measure.bench.worker import System
 from adi.prompts import PromptItem
 
@@ -29,7 +28,11 @@ def test_groups_are_whole_and_distinct() -> None:
 def test_the_figures_are_medians_over_groups_of_paired_speeds() -> None:
     one = System(NAMES[0], Setting("m", None, None, 1, 0))
     assert batch_entries([one], 2, 1, 0) == []
-    one.pairs = {0: Pair(1.0, 20, 2.0, 20, True), 2: Pair(1.0, 30, 3.0, 30, True), 4: Pair(1.0, 40, 8.0, 20, False)}
+    one.pairs = {
+        0: BatchPair(1.0, 20, 2.0, 20, True),
+        2: BatchPair(1.0, 30, 3.0, 30, True),
+        4: BatchPair(1.0, 40, 8.0, 20, False),
+    }
     (entry,) = batch_entries([one], 2, 1, 0)
     assert (entry["name"], entry["batch"], entry["groups"], entry["same"]) == (NAMES[0], 2, 3, False)
     assert (entry["batch_tokens_per_second"], entry["alone_tokens_per_second"]) == (30, 10)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from adi.measure.bench.outcomes import Setting
 from adi.measure.bench.run import Extent, bench
 from adi.measure.bench.summary import interval, part_of
-from adi.measure.bench.systems import Setting
 from adi.measure.bench.worker import System
 from adi.measure.statistics import clustered_median
 from adi.prompts import PromptItem

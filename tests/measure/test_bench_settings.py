@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 import adi
+from adi.measure.bench.outcomes import Outcome, Setting, Task
 from adi.measure.bench.run import Extent, bench, files_hash
-from adi.measure.bench.systems import Setting
-from adi.measure.bench.timing import Outcome, Task
 from adi.measure.bench.worker import System
 from adi.prompts import PromptItem
 from conftest import random_exits

@@ -13,9 +13,9 @@ import pytest
 
 from adi.errors import AdiError
 from adi.measure.bench import peers
+from adi.measure.bench.outcomes import Setting, Task
 from adi.measure.bench.peers import LLAMA_DRAFT_TOKENS, PEERS, build_peer
-from adi.measure.bench.systems import Setting, adi_runner
-from adi.measure.bench.timing import Task
+from adi.measure.bench.systems import adi_runner
 from adi.measure.bench.worker import failure
 
 PROMPT = (5, 6, 7, 8, 9, 6, 7)

@@ -58,10 +58,11 @@ def bench(
     An interrupted run with --json FILE resumes.
     """
     from adi.artifact import shipped
+    from adi.measure.bench.outcomes import Setting
     from adi.measure.bench.peers import PEERS
     from adi.measure.bench.run import Extent, finished
     from adi.measure.bench.run import bench as measure
-    from adi.measure.bench.systems import MODES, Setting
+    from adi.measure.bench.systems import MODES
 
     items = chosen_prompts(prompts, limit)
     chosen, pair = _known("--modes", modes, MODES), None if static is None else _pair(static)

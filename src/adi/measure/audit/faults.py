@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from adi.artifact import Exits
 from adi.decoding.frontier import BlockPass
 from adi.decoding.policies import Policy
 from adi.decoding.records import Step
@@ -24,18 +25,18 @@ Truth = Callable[[Sequence[int]], int]
 @dataclass(frozen=True)
 class Scripted(Policy):
     """Verified decoding with drafts from a script: of each round's, ``right(how many)`` are what ``truth`` gives after the
-    text, the next is another token, the rest are random; each runs to a random one of ``run_to``, or not at all."""
+    text, the next is another token, the rest are random; each runs to a random one of the exits, or not at all."""
 
     truth: Truth
     right: Right
-    run_to: tuple[int, ...]
+    exits: Exits
     drafts: int = 5
     seed: int = 0
     mode: ClassVar[str] = "scripted"
 
     def strategy(self, request: Request, model: Model) -> Strategy:
         """The same script from its beginning."""
-        return Strategy(Script(self, model.backbone.spec.vocabulary), self.drafts)
+        return Strategy(Script(self, model.backbone.spec.vocabulary), self.drafts, exits=self.exits)
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Script:
         right, known = self.policy.right(most), len(text) - 1
         tokens = list(text)
         for place in range(most):
-            depth = self.dice.choice((0, *self.policy.run_to))
+            depth = self.dice.choice((0, *self.policy.exits.depths))
             if depth:
                 yield Forward(known, tuple(tokens[known:]), depth)
                 known = len(tokens)

@@ -11,8 +11,7 @@ from typing import Any
 
 from adi.errors import AdiError
 from adi.measure.bench.genai_export import genai_export
-from adi.measure.bench.systems import Runner, Setting
-from adi.measure.bench.timing import Outcome, Task
+from adi.measure.bench.outcomes import Outcome, Runner, Setting, Task
 from adi.model.hub import gguf_file, quiet_transformers, source_folder
 
 DRAFT_TOKENS, NGRAM = 10, 3  # of prompt lookup, where a tool leaves the choice to its user

@@ -9,8 +9,7 @@ from typing import Any
 
 from adi.errors import FileError
 from adi.files import read_json, write_json
-from adi.measure.bench.sweep import Sweep
-from adi.measure.bench.timing import Outcome, Pair
+from adi.measure.bench.outcomes import BatchPair, Outcome, Sweep
 from adi.measure.bench.worker import System
 from adi.schema import Natural, Record, from_json
 
@@ -23,7 +22,7 @@ class SystemState(Record, frozen=True):
     peak_bytes: Natural
     error: str | None
     outcomes: dict[int, list[Outcome]]
-    pairs: dict[int, Pair]
+    pairs: dict[int, BatchPair]
 
 
 class Unfinished(Record, frozen=True):

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
+from adi.measure.bench.outcomes import BatchOutcome, BatchPair, Outcome, Setting, Sweep, Task
 from adi.measure.bench.resume import ResumeFile
 from adi.measure.bench.summary import batch_entries, part_of, ratio_entries, run_entry
-from adi.measure.bench.sweep import Sweep
-from adi.measure.bench.systems import Setting
-from adi.measure.bench.timing import Outcome, Pair, Task, Together
 from adi.measure.bench.worker import System, prepare
 from adi.measure.provenance import provenance
 from adi.progress import Progress, no_progress
@@ -281,17 +279,17 @@ def _check_room(encoded: Sequence[Sequence[int]], new: int, context: int | None)
         )
 
 
-def _batched(system: System, tasks: Sequence[Task], *, batch_first: bool) -> Pair | None:
+def _batched(system: System, tasks: Sequence[Task], *, batch_first: bool) -> BatchPair | None:
     """One group in a batch and one by one; None once something went wrong, with the system's ``error``."""
     system.ask("batch", [replace(task, max_new_tokens=min(BATCH_WARM_UP_TOKENS, task.max_new_tokens)) for task in tasks])
-    batch: Together | None = system.ask("batch", tasks) if batch_first else None
+    batch: BatchOutcome | None = system.ask("batch", tasks) if batch_first else None
     outcomes: list[Outcome | None] = [system.ask("run", task) for task in tasks]
     if not batch_first:
         batch = system.ask("batch", tasks)
     alone = [outcome for outcome in outcomes if outcome is not None]
     if batch is None or len(alone) < len(tasks):
         return None
-    return Pair(
+    return BatchPair(
         batch_seconds=batch.seconds,
         batch_tokens=sum(map(len, batch.token_ids)),
         alone_seconds=sum(outcome.seconds for outcome in alone),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from adi.measure.bench.sweep import accepted_share
+from adi.measure.bench.outcomes import accepted_share
 from adi.measure.bench.worker import System
 from adi.measure.statistics import Interval, clustered_median
 from adi.prompts import PromptItem

@@ -1,63 +1,33 @@
-"""Who runs in a benchmark: what all contestants share, and adi's own modes.
-
-Peers stand in ``measure/peers``; a contestant's process in ``measure/process``.
-"""
+"""adi's own modes as systems of a benchmark, and the sweep for the best static choice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from statistics import median
 
 from adi.artifact import Exits, bare_exits, load_exits
+from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
+from adi.decoding.records import Step
+from adi.decoding.session import Session
 from adi.errors import AdiError
-from adi.measure.bench.sweep import Sweep, sweep
-from adi.measure.bench.timing import Outcome, Task, Together, timed, timed_together
+from adi.measure.bench.outcomes import BatchOutcome, Ids, Outcome, Runner, Setting, Sweep, SweepPoint, Task, accepted_share
 from adi.model.load import BACKENDS, Model, load
 
-MODES = ("full", "verified", "reflex", "lookup", "static")
-LOOKING = ("verified", "reflex", "static")  # the modes that ask exits
-BARE_SHARE = 0.75  # where the model's own head is asked when there are no trained exits
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all contestants share.
-
-    ``exits`` names trained exits, None the model's own head; ``risk`` or ``threshold`` is for reflex; ``backend`` is of adi's
-    modes; ``static`` is the depth and draft length of static mode; ``context`` the longest sequence that will come.
-    """
-
-    model: str
-    exits: str | None
-    threshold: float | None
-    threads: int
-    seed: int
-    backend: str = "auto"
-    static: tuple[int, int] | None = None
-    context: int = 2048
-    risk: float | None = None
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A loaded contestant. ``details`` go into its entry of the result; adi's modes also encode, know what ends,
-    sweep, and run batches."""
-
-    run: Callable[[Task], Outcome]
-    details: Mapping[str, Any]
-    encode: Callable[[str], tuple[int, ...]] | None = None
-    ends: frozenset[int] = field(default=frozenset())
-    sweep: Callable[[Sequence[tuple[int, ...]], int], Sweep] | None = None
-    batch: Callable[[Sequence[Task]], Together] | None = None
+BARE_SHARE = 0.75  # where the model's own head drafts when there are no trained exits
+DRAFT_LENGTHS = (1, 2, 4, 6)
+WARM_UP_TOKENS = 4
 
 
 def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
     """adi in one of its modes. Static mode without ``setting.static`` can only sweep for it."""
+    if mode not in MODES:
+        raise AdiError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     model = adi_model(precision, setting)
-    exits = _exits(model, mode, setting) if mode in LOOKING else None
-    policy = None if mode == "static" and setting.static is None else _policy(mode, exits, setting)
+    policy = POLICIES[mode](model, setting)
     if mode not in ("full", "reflex"):
         model.backbone.prepare((), drafts=True, wait=True)
     spec = model.backbone.spec
@@ -74,8 +44,8 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
         | ({"static": list(setting.static)} if mode == "static" and setting.static is not None else {}),
         lambda prompt: model.encode(prompt, raw=raw),
         model.eos_ids,
-        None if exits is None else lambda prompts, most: sweep(bare, exits, prompts, most),
-        None if policy is None else lambda tasks: timed_together(bare, policy, tasks),
+        (lambda prompts, most: sweep(bare, _exits(model, setting), prompts, most)) if mode == "static" else None,
+        None if policy is None else lambda tasks: timed_batch(bare, policy, tasks),
     )
 
 
@@ -90,27 +60,61 @@ def adi_model(precision: str, setting: Setting) -> Model:
     return load(setting.model, backend=backend, precision=precision, threads=setting.threads)
 
 
-def _exits(model: Model, mode: str, setting: Setting) -> Exits | None:
-    """Those that were given, else none in verified mode (memory alone drafts), and a bare one for the others."""
+def _exits(model: Model, setting: Setting) -> Exits:
+    """Those that were given, else a bare one."""
     if setting.exits:
         return load_exits(setting.exits)
-    if mode == "verified":
-        return None
     spec = model.backbone.spec
     wanted = setting.static[0] if setting.static else BARE_SHARE * spec.layers
     return bare_exits(model, (min((d for d in spec.stops if d < spec.layers), key=lambda d: abs(d - wanted)),))
 
 
-def _policy(mode: str, exits: Exits | None, setting: Setting) -> Policy:
-    if mode == "full":
-        return FullDepth()
-    if mode == "lookup":
-        return Lookup()
-    if mode == "verified":
-        return Verified(exits)
-    if exits is None:
-        raise AdiError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
-    if mode == "static":
-        assert setting.static is not None
-        return Static(exits, *setting.static)
-    return Reflex(exits, thresholds=setting.threshold, risk=setting.risk)
+def _verified(model: Model, setting: Setting) -> Policy:
+    """Without trained exits n-grams alone draft."""
+    return Verified(load_exits(setting.exits) if setting.exits else None)
+
+
+def _static(model: Model, setting: Setting) -> Policy | None:
+    return None if setting.static is None else Static(_exits(model, setting), *setting.static)
+
+
+POLICIES: dict[str, Callable[[Model, Setting], Policy | None]] = {
+    "full": lambda model, setting: FullDepth(),
+    "verified": _verified,
+    "reflex": lambda model, setting: Reflex(_exits(model, setting), thresholds=setting.threshold, risk=setting.risk),
+    "lookup": lambda model, setting: Lookup(),
+    "static": _static,
+}
+MODES = tuple(POLICIES)
+
+
+def timed(model: Model, policy: Policy, token_ids: Ids, max_new_tokens: int) -> Outcome:
+    """One generation by adi with its wall-clock times, the session's own making included."""
+    start = time.perf_counter()
+    session = Session(model, token_ids, policy, max_new_tokens=max_new_tokens)
+    steps = [event for event in session if isinstance(event, Step)]
+    seconds, c = time.perf_counter() - start, session.counters
+    return Outcome(tuple(s.token for s in steps), seconds, steps[0].seconds, c.rounds, c.drafted, c.accepted)
+
+
+def timed_batch(model: Model, policy: Policy, tasks: Sequence[Task]) -> BatchOutcome:
+    """All these generations, of the same length at most, in one batch."""
+    (most,) = {task.max_new_tokens for task in tasks}
+    start = time.perf_counter()
+    found = generate_batch(model, [task.token_ids for task in tasks], policy, max_new_tokens=most, most=len(tasks))
+    return BatchOutcome(tuple(text.token_ids for text in found), time.perf_counter() - start)
+
+
+def sweep(model: Model, exits: Exits, prompts: Sequence[Ids], max_new_tokens: int) -> Sweep:
+    """Every depth that can draft with every draft length on the same prompts, in turn: a drifting machine favours none."""
+    choices = list(product(Static.depths_of(exits), DRAFT_LENGTHS))
+    policies: list[Policy] = [FullDepth(), *(Static(exits, *choice) for choice in choices)]
+    for policy in policies:
+        timed(model, policy, prompts[0], WARM_UP_TOKENS)
+    by_prompt = [[timed(model, policy, ids, max_new_tokens) for policy in policies] for ids in prompts]
+    full, *found = zip(*by_prompt, strict=True)
+    points = [
+        SweepPoint(*choice, median(o.tokens_per_second for o in outcomes), accepted_share(outcomes))
+        for choice, outcomes in zip(choices, found, strict=True)
+    ]
+    return Sweep(len(prompts), max_new_tokens, median(o.tokens_per_second for o in full), tuple(points))

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
+from adi.measure.bench.outcomes import BatchPair, Outcome, Runner, Setting, Sweep, Task
 from adi.measure.bench.peers import HOW, build_peer, genai_folder
-from adi.measure.bench.sweep import Sweep
-from adi.measure.bench.systems import Runner, Setting, adi_model, adi_runner, backend_for
-from adi.measure.bench.timing import Outcome, Pair, Task
+from adi.measure.bench.systems import adi_model, adi_runner, backend_for
 from adi.model.hub import source_folder
 
 # Threads that have nothing to do soon sleep instead of spinning where another system runs. Not at once: llama.cpp's threads
@@ -40,7 +39,7 @@ class System:
     ends: frozenset[int] = field(default=frozenset())
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
     sweep: Sweep | None = None
-    pairs: dict[int, Pair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
+    pairs: dict[int, BatchPair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
     batch_error: str | None = None
 
     def start(self) -> None:
