@@ -10,7 +10,7 @@ import transformers as t
 
 from adi.model.backbone import Rows
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make, manifest
+from adi.model.openvino import OpenVinoBackbone, export_and_open, manifest
 from families import KV, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (60,), generator=torch.Generator().manual_seed(5)).tolist())
@@ -30,7 +30,7 @@ def model_of(family: str) -> Any:
 
 def engine(made: Cached, family: str, precision: str = "fp32") -> OpenVinoBackbone:
     if (family, precision) not in made:
-        made[family, precision] = make(model_of(family), name=family, precision=precision)
+        made[family, precision] = export_and_open(model_of(family), name=family, precision=precision)
     return made[family, precision]
 
 

@@ -18,7 +18,7 @@ import adi
 from adi.decoding.frontier import Frontier
 from adi.decoding.session import Session
 from adi.drafters.history import History
-from adi.model.openvino import make
+from adi.model.openvino import export_and_open
 from conftest import exits_with_drafter, random_exits
 from families import tiny
 
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        backbone = make(tiny("llama"), name="llama", precision="int8", source=None)
+        backbone = export_and_open(tiny("llama"), name="llama", precision="int8", source=None)
         yield adi.Model(backbone, None, frozenset())
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 import adi
+from adi.model.openvino import export_and_open
 from adi.model.openvino import kv_pool as pool
-from adi.model.openvino import make
 from families import tiny
 
 PROMPT, TOKENS = (5, 17, 9, 5, 17), 5
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(pool, "FIRST_BLOCKS", 1)  # so that memory grows soon
-        yield adi.Model(make(tiny("llama"), name="llama", precision="int8"), None, frozenset())
+        yield adi.Model(export_and_open(tiny("llama"), name="llama", precision="int8"), None, frozenset())
 
 
 def text(model: adi.Model, name: str, prompt: tuple[int, ...] = PROMPT) -> tuple[int, ...]:

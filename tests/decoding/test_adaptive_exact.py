@@ -87,9 +87,11 @@ def model(request: pytest.FixtureRequest, compiled: dict[str, adi.Model]) -> adi
     if request.param == "hf":
         compiled.setdefault("hf", adi.load(loud()))
     elif request.param not in compiled:
-        from adi.model.openvino import make
+        from adi.model.openvino import export_and_open
 
-        compiled[request.param] = adi.Model(make(tiny("llama"), name="llama", precision=request.param), None, frozenset())
+        compiled[request.param] = adi.Model(
+            export_and_open(tiny("llama"), name="llama", precision=request.param), None, frozenset()
+        )
     return compiled[request.param]
 
 

@@ -95,9 +95,9 @@ def test_bad_prompts_are_named_before_any_work(model: adi.Model, monkeypatch: py
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
-    backbone = make(tiny("llama"), name="llama", precision=precision)
+    backbone = export_and_open(tiny("llama"), name="llama", precision=precision)
     assert backbone.spec.row_invariant
     model = adi.Model(backbone=backbone, tokenizer=None, eos_ids=ENDING)
     prompts = [[(7 * i + j) % VOCABULARY for j in range(1 + 13 * i)] for i in range(7)]
@@ -111,10 +111,10 @@ def test_on_the_compiled_engine_bit_for_bit(precision: str) -> None:
 def small(blocks: int) -> adi.Model:
     """The tiny llama on the compiled engine with KV memory for so many blocks of 32 positions."""
     pytest.importorskip("openvino")
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
-    size = make(tiny("llama"), name="llama", precision="fp32", stops=(1,)).pool.block_bytes
-    backbone = make(tiny("llama"), name="llama", precision="fp32", kv_bytes=blocks * size)
+    size = export_and_open(tiny("llama"), name="llama", precision="fp32", stops=(1,)).pool.block_bytes
+    backbone = export_and_open(tiny("llama"), name="llama", precision="fp32", kv_bytes=blocks * size)
     return adi.Model(backbone=backbone, tokenizer=None, eos_ids=frozenset())
 
 

@@ -160,10 +160,10 @@ def test_what_a_compiled_step_gave_stays_what_it_was() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_both_engines_embed_what_enters_their_first_block(family: str) -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
     ids = (5, 7, 5, VOCABULARY - 1, 0)
-    compiled = [make(tiny(family), name=family, precision=precision) for precision in ("fp32", "int8")]
+    compiled = [export_and_open(tiny(family), name=family, precision=precision) for precision in ("fp32", "int8")]
     engines: list[Any] = [adi.load(tiny(family)).backbone, *compiled]
     for backbone in engines:
         x_TD = backbone.embed(ids).hidden_TD
@@ -217,11 +217,11 @@ def _readout(width: int) -> ReadOut:
 
 def test_both_engines_draft_alike() -> None:
     pytest.importorskip("openvino")
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
     slow = adi.load(tiny("llama"))
     exits = replace(random_exits(slow, (2,), adi.Never()), drafter=random_drafter(slow, VOCABULARY))
-    backbone = make(tiny("llama"), name="llama", precision="fp32")
+    backbone = export_and_open(tiny("llama"), name="llama", precision="fp32")
     mine, theirs = exits.drafting(backbone), exits.drafting(slow.backbone)
     assert mine is not None
     assert theirs is not None

@@ -11,7 +11,7 @@ pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.openvino import make
+from adi.model.openvino import export_and_open
 
 LENGTH, STEPS = 8_200, 4
 
@@ -26,7 +26,7 @@ def test_a_text_of_eight_thousand_tokens(tmp_path: object, monkeypatch: pytest.M
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.08)
-    mine, theirs = make(model, name="long", precision="fp32"), HfBackbone(model)
+    mine, theirs = export_and_open(model, name="long", precision="fp32"), HfBackbone(model)
     assert mine.spec.context == LENGTH + STEPS
     ids = tuple(torch.randint(0, 64, (LENGTH + STEPS,)).tolist())
     caches, free = (mine.new_cache(), theirs.new_cache()), mine.pool.free

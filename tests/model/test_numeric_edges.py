@@ -63,10 +63,10 @@ def test_logits_that_are_none_are_an_error_in_every_mode(scale: float, only: int
 def test_states_that_are_none_are_an_error_on_the_compiled_engine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
-    backbone = make(tiny("llama"), name="llama", precision="fp32")
+    backbone = export_and_open(tiny("llama"), name="llama", precision="fp32")
     good = torch.ones(3, backbone.spec.width)
     assert len(backbone.greedy(good)) == 3
     for row in range(3):

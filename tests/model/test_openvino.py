@@ -21,7 +21,7 @@ import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import OpenVinoBackbone, make, open_exported
+from adi.model.openvino import OpenVinoBackbone, export_and_open, open_exported
 from adi.model.openvino.export import pipeline as export_module
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
@@ -85,7 +85,7 @@ def test_a_model_folder_leads_to_its_export_until_it_changes(made: Cached, tmp_p
     engine(made, "llama")
     (tmp_path / "config.json").write_text("{}")
     assert open_exported(tmp_path, precision="fp32") is None
-    make(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
+    export_and_open(tiny("llama"), name="llama", precision="fp32", source=tmp_path)
     again = open_exported(tmp_path, precision="fp32")
     assert again is not None
     assert again.spec == engine(made, "llama").spec
@@ -110,7 +110,7 @@ def test_an_export_in_few_bits_is_checked_in_float32_kv_memory_and_all(monkeypat
     allows."""
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
     monkeypatch.setattr(export_module, "TOLERANCE", 2e-5)
-    assert make(model_of("gemma3"), name="gemma3", precision="int8").spec.precision == "int8"
+    assert export_and_open(model_of("gemma3"), name="gemma3", precision="int8").spec.precision == "int8"
 
 
 def test_a_damaged_export_is_named(made: Cached, tmp_path: Path) -> None:
@@ -198,18 +198,18 @@ REFUSED = {
 def test_what_cannot_be_exported_is_refused_in_a_sentence(family: str) -> None:
     kind = FAMILIES[family][0]
     with pytest.raises(ValueError, match=rf"^{kind}ForCausalLM cannot be exported to OpenVINO: {REFUSED[family]}[^\n]*\.$"):
-        make(tiny(family), name=family, precision="fp32")
+        export_and_open(tiny(family), name=family, precision="fp32")
 
 
 def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="precision 'int3' is not one of"):
-        make(tiny("llama"), name="llama", precision="int3")
+        export_and_open(tiny("llama"), name="llama", precision="int3")
     half = t.LlamaForCausalLM(tiny("llama").config).eval().bfloat16()
     with pytest.raises(ValueError, match=r"it is in torch\.bfloat16 on cpu, and export starts from float32"):
-        make(half, name="half")
+        export_and_open(half, name="half")
     odd = t.LlamaForCausalLM(t.LlamaConfig(**{**C, **KV, "intermediate_size": 48})).eval()
     with pytest.raises(ValueError, match="a matrix with 48 inputs does not divide into groups of 32 for int4; choose int8"):
-        make(odd, name="odd", precision="int4")
+        export_and_open(odd, name="odd", precision="int4")
 
 
 def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
@@ -222,7 +222,7 @@ def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
         return [hooks, model.config._attn_implementation, model.config.to_dict(), sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())]
 
     before = snapshot()
-    make(model, name="mine", precision="fp32")
+    export_and_open(model, name="mine", precision="fp32")
     assert snapshot() == before
 
 

@@ -78,9 +78,9 @@ def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool,
 
 def test_readings_on_the_compiled_engine_come_from_it() -> None:
     """Verified generation with trained-form heads: same text as full depth, measures from the graph, all of them on demand."""
-    from adi.model.openvino import make
+    from adi.model.openvino import export_and_open
 
-    model = adi.Model(make(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
+    model = adi.Model(export_and_open(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
     exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))
     full = adi.generate(model, [1, 2, 3], adi.FullDepth(), max_new_tokens=12)
     got = adi.generate(model, [1, 2, 3], adi.Verified(exits), max_new_tokens=12, candidates=3)

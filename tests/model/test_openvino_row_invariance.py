@@ -13,7 +13,7 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows, States
-from adi.model.openvino import OpenVinoBackbone, make
+from adi.model.openvino import OpenVinoBackbone, export_and_open
 from adi.model.openvino.engine import evened
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.row_invariance import merged_rows, rows_are_invariant, settle_rows
@@ -117,8 +117,8 @@ def test_however_the_blocks_are_cut_the_bits_are_the_same(made: Cached, precisio
 
 def unopened() -> OpenVinoBackbone:
     """An engine that has opened no bucket: the check of rows, which opens them, was done by one before it."""
-    make(model_of("llama"), name="llama", precision="int8")
-    backbone = make(model_of("llama"), name="llama", precision="int8")
+    export_and_open(model_of("llama"), name="llama", precision="int8")
+    backbone = export_and_open(model_of("llama"), name="llama", precision="int8")
     assert backbone._segments.open == []
     return backbone
 

@@ -20,7 +20,7 @@ import openvino as ov
 
 from adi.model.backbone import Rows
 from adi.model.hf.engine import fingerprint
-from adi.model.openvino import make, manifest
+from adi.model.openvino import export_and_open, manifest
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export import smoothquant as module
 from adi.model.openvino.export.smoothquant import MOST, scales, smooth
@@ -38,7 +38,7 @@ def gained(family: str) -> Any:
 
 
 def exported(model: Any, name: str) -> tuple[manifest.Manifest, Any, Any]:
-    make(model, name=name, precision="fp32")
+    export_and_open(model, name=name, precision="fp32")
     folder = manifest.export_dir(manifest.key_of(model, fingerprint(model)), "fp32")
     return manifest.read_manifest(folder), *manifest.read_graphs(folder, ov.Core())
 
@@ -88,7 +88,7 @@ def test_an_export_in_eight_bits_is_smoothed_and_nearer_to_float32_where_a_chann
     assert len(texts[0]) > model.config.max_position_embeddings
     for samples in ((), texts):
         monkeypatch.setenv("ADI_CACHE", str(tmp_path / str(len(samples))))
-        opened = make(model, name="loud", precision="int8", samples=samples)
+        opened = export_and_open(model, name="loud", precision="int8", samples=samples)
         (states,) = opened.forward([Rows(opened.new_cache(), 0, IDS, None)], 0, opened.spec.layers)
         errors.append(float((opened.logits(states.hidden_TD) - wanted_TV).square().mean()))
     assert errors[1] < 0.7 * errors[0]

@@ -117,7 +117,7 @@ class ExitOutput:
 
     @property
     def token(self) -> int:
-        """The likeliest token that the head can name; ValueError where it says NaN."""
+        """The likeliest token that the head can name; NoDistributionError where that is NaN."""
         if self._token is None:
             log = float(self.prediction.rows.first_T[0])
             if not math.isfinite(log):

@@ -1,7 +1,7 @@
 """Numbers as numpy arrays or as tensors.
 
 Files and the compiled engine give arrays, so that decoding there needs no torch, whose import takes seconds; transformers'
-modules and training speak tensors.
+modules and training use tensors.
 """
 
 from __future__ import annotations

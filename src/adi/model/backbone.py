@@ -1,4 +1,4 @@
-"""A network that may be stopped part-way: the protocol that every engine speaks.
+"""A network that may be stopped part-way: the protocol of every engine.
 
 Legend of shapes, used in the whole package: B sequences, T positions (rows), L layers, D width, F MLP units,
 V vocabulary, S shortlist, K draft length, R rank.

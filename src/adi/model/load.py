@@ -201,7 +201,7 @@ def _load_openvino(
         raise AdiError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
     if device not in ("auto", "cpu"):
         raise AdiError(f"the openvino backend runs on the CPU, not on {device!r}.")
-    from adi.model.openvino import make, open_exported
+    from adi.model.openvino import export_and_open, open_exported
     from adi.model.openvino.export.calibration_data import calibration_texts
 
     folder = local_folder(source, notice)
@@ -218,7 +218,7 @@ def _load_openvino(
         samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
         options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
         weights = loaded.backbone.spec.fingerprint
-        backbone = make(hf.model, name=source, precision=chosen, weights=weights, **options)
+        backbone = export_and_open(hf.model, name=source, precision=chosen, weights=weights, **options)
     backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
     page = folder / "generation_config.json"
     written = read_json(page, "generation configuration") if page.exists() else None

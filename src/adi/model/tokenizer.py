@@ -16,7 +16,7 @@ from adi.errors import AdiError
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 UNFINISHED = "\ufffd"
-ENCODING = threading.Lock()  # a tokenizer is told by an attribute how to read special tokens, whoever else uses it
+ENCODING = threading.Lock()  # an attribute of the tokenizer, shared by all threads, says how to read special tokens
 KEPT_SPELLINGS = 65_536  # of lone tokens: drafts and texts under way ask for the same ones again and again
 
 

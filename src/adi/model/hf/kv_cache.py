@@ -60,7 +60,7 @@ def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
 
 
 class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
-    """A cache that is told where the next rows start instead of deriving it from its first layer.
+    """A cache that is given where the next rows start instead of deriving it from its first layer.
 
     While blocks ``[lo, hi)`` run, every one of them holds exactly ``start`` positions, so lengths and mask sizes have
     one answer for all layers.

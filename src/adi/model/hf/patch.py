@@ -2,7 +2,7 @@
 
 Inside ``patched`` every block's ``forward`` is replaced on the instance, and put back on the way out, error or not:
 blocks below ``lo`` pass their input through, block ``lo`` gets the stored state instead of its input, and ``Reached``
-leaves the model's own forward as soon as block ``hi - 1`` has spoken. Masks, rotary tables, embedding scales and caches
+leaves the model's own forward as soon as block ``hi - 1`` has run. Masks, rotary tables, embedding scales and caches
 stay the business of transformers, so no family needs code of its own.
 """
 

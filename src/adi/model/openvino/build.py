@@ -1,4 +1,4 @@
-"""``make``: the engine for a loaded transformers model, exported on first use; ``open_exported``: without the model."""
+"""The engine for a loaded transformers model, exported on first use; and for one exported before, without the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adi.model.openvino.row_invariance import merged_rows, settle_rows
 EXPORTING = threading.Lock()  # the tracer and NNCF change state of the whole process
 
 
-def make(
+def export_and_open(
     model: Any,
     *,
     name: str,
@@ -72,9 +72,9 @@ def open_exported(
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
 ) -> OpenVinoBackbone | None:
-    """The engine for the model folder ``source`` without reading its weights, or None where ``make`` must come first.
+    """The engine for the model folder ``source`` without reading its weights, or None where it must be exported first.
 
-    An edited folder, another precision or another version of OpenVINO, NNCF or transformers needs a new export.
+    An edited folder, another precision another version of OpenVINO, NNCF or transformers, or an edit of the exporter needs a new export.
     """
     folder = manifest.recall(source, precision)
     return None if folder is None else _opened(folder, stops, kv_bytes, threads)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KV_BYTES = 2 << 30
-KEPT_ROWS = 64  # feeds of passes up to here are kept for the next pass of the same shape
-KEPT_FEEDS = 48
+KEPT_ROWS = 64  # inputs of passes up to here are kept for the next pass of the same shape
+KEPT_INPUTS = 48
 RECURRING = 32
 CONFIG: Config = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -40,7 +40,7 @@ class OpenVinoBackbone:
     """An exported decoder that stops between any two blocks.
 
     Graphs are compiled for the spans that are asked for: ``prepare`` compiles those between the stops of a policy, and a
-    pass takes the longest there are. Made by ``OpenVinoBackbone.open`` or ``make``. Rows of many sequences share a pass,
+    pass takes the longest there are. Made by ``OpenVinoBackbone.open``. Rows of many sequences share a pass,
     whatever their lengths, and what a row gives does not depend on the rows beside it, in any precision
     (``rows_are_invariant`` measures it). Where a processor multiplies a lone row by another kernel, ``least_rows`` is 2: a
     lone row then runs beside one that counts for nothing.
@@ -72,7 +72,7 @@ class OpenVinoBackbone:
             device="cpu",
         )
         self._manifest, self._folder = manifest, folder
-        self._feeds: dict[tuple[int, int, int], PassInputs] = {}
+        self._inputs: dict[tuple[int, int, int], PassInputs] = {}
         self.pool = KVPool(kv_bytes)
         self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[manifest.precision]}
         if threads is not None:
@@ -90,7 +90,7 @@ class OpenVinoBackbone:
         """An exported model from its folder; torch weights are not read.
 
         Args:
-            folder: what ``make`` wrote.
+            folder: what ``export_and_open`` wrote.
             kv_bytes: the most that KV memory may take, all sequences together.
             threads: processor threads to use; by default the plugin's own choice.
 
@@ -154,14 +154,14 @@ class OpenVinoBackbone:
         with self._segments.lock:
             path = self._segments.path(lo, hi, bucket)
             self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])
-            feed = self._feed(layout.key)
-            feed.fill(rows, layout)
+            inputs = self._inputs_for(layout.key)
+            inputs.fill(rows, layout)
             if lo:
-                feed.room(f"state.{lo}", (1, feed.rows, self.spec.width))
-                feed.fill_state(f"state.{lo}", rows, layout)
+                inputs.room(f"state.{lo}", (1, inputs.rows, self.spec.width))
+                inputs.fill_state(f"state.{lo}", rows, layout)
             for segment in path:
-                segment.run(feed, self.pool)
-            return _states(feed, layout, path[-1], mlp and self.has_mlp_tap)
+                segment.run(inputs, self.pool)
+            return _states(inputs, layout, path[-1], mlp and self.has_mlp_tap)
 
     def logits(self, states: States | Tensor) -> Tensor:
         """The model's own norm and head on states, ``[T, V]``."""
@@ -211,16 +211,16 @@ class OpenVinoBackbone:
             raise AdiError("this engine was not opened from a folder, where the readout is kept.")
         return read_readout(self._folder, self._manifest)
 
-    def _feed(self, key: tuple[int, int, int]) -> PassInputs:
-        """The feed for passes of this shape; the oldest goes when there are too many."""
-        feed = self._feeds.get(key)
-        if feed is None:
-            feed = PassInputs(*key, self.spec.width)
-            if feed.rows <= KEPT_ROWS:
-                if len(self._feeds) >= KEPT_FEEDS:
-                    del self._feeds[next(iter(self._feeds))]
-                self._feeds[key] = feed
-        return feed
+    def _inputs_for(self, key: tuple[int, int, int]) -> PassInputs:
+        """Arrays for the inputs of passes of this shape; the oldest go when there are too many."""
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            inputs = PassInputs(*key, self.spec.width)
+            if inputs.rows <= KEPT_ROWS:
+                if len(self._inputs) >= KEPT_INPUTS:
+                    del self._inputs[next(iter(self._inputs))]
+                self._inputs[key] = inputs
+        return inputs
 
 
 def evened(rows: int) -> int:
@@ -235,9 +235,9 @@ def evened(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _states(feed: PassInputs, layout: Layout, last: Segment, mlp: bool) -> list[States]:
-    """Each sequence's rows out of the feed's arrays, as arrays of their own."""
+def _states(inputs: PassInputs, layout: Layout, last: Segment, mlp: bool) -> list[States]:
+    """Each sequence's rows out of the inputs's arrays, as arrays of their own."""
     names = [f"state.{last.hi}", last.before, *([f"mlp.{last.hi}"] if mlp else [])]
-    whole = [feed.arrays[name].reshape(feed.rows, -1).copy() for name in names]
+    whole = [inputs.arrays[name].reshape(inputs.rows, -1).copy() for name in names]
     places = accumulate(layout.counts, initial=0)
     return [States(*(array[at : at + count] for array in whole)) for at, count in zip(places, layout.counts, strict=False)]

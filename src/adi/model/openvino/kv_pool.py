@@ -1,4 +1,4 @@
-"""KV memory in blocks of 32 positions, shared by all sequences and all pieces of one model."""
+"""KV memory in blocks of 32 positions, shared by all sequences and all segments of one model."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def _loudness(
     for ids in samples[:: max(1, len(samples) // WINDOWS)][:WINDOWS]:
         request.infer([np.array([ids], np.int64), np.arange(len(ids), dtype=np.int64)[None]])
         for i in range(len(gains)):
-            heard = np.abs(request.get_output_tensor(i).data)
-            found[i] = np.maximum(found[i], heard.reshape(-1, heard.shape[-1]).max(0))
+            seen = np.abs(request.get_output_tensor(i).data)
+            found[i] = np.maximum(found[i], seen.reshape(-1, seen.shape[-1]).max(0))
     return found
 
 

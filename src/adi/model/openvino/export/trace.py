@@ -158,15 +158,15 @@ def _check_config(model: Any) -> None:
         raise AdiError(f"it has blocks of type {odd.pop()}")
 
 
-def _windows(model: Any, said: Sequence[int]) -> list[int]:
-    """Each block's window by the library's own cache, which must not contradict what its attention was told."""
+def _windows(model: Any, given: Sequence[int]) -> list[int]:
+    """Each block's window by the library's own cache, which must not contradict what its attention was given."""
     from transformers.cache_utils import DynamicCache
 
     layers = DynamicCache(config=model.config).layers
-    kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers] if layers else list(said)
-    for i, (own, told) in enumerate(zip(kept, said, strict=True)):
-        if told and told != own:
-            raise AdiError(f"block {i} has a window of {own} or of {told} positions")
+    kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers] if layers else list(given)
+    for i, (own, other) in enumerate(zip(kept, given, strict=True)):
+        if other and other != own:
+            raise AdiError(f"block {i} has a window of {own} or of {other} positions")
     return kept
 
 
