@@ -74,7 +74,8 @@ def open_exported(
 ) -> OpenVinoBackbone | None:
     """The engine for the model folder ``source`` without reading its weights, or None where it must be exported first.
 
-    An edited folder, another precision another version of OpenVINO, NNCF or transformers, or an edit of the exporter needs a new export.
+    An edited folder, another precision, another version of OpenVINO, NNCF or transformers, or an edit of the exporter needs a
+    new export.
     """
     folder = manifest.recall(source, precision)
     return None if folder is None else _opened(folder, stops, kv_bytes, threads)
