@@ -125,8 +125,8 @@ class Segments:
         self.open: list[int] = []  # buckets, ascending
         self._segments: dict[Span, Segment] = {}
         self._paths: dict[Span, list[Segment]] = {}
-        self._wanted: list[tuple[int, tuple[int, ...]]] = []  # bucket and stops, the oldest request first
-        self._failed: dict[tuple[int, tuple[int, ...]], Exception] = {}  # until they are requested again
+        self._wanted: dict[int, tuple[int, ...]] = {}  # stops by bucket
+        self._failed: dict[int, Exception] = {}  # by bucket, until it is requested again
         self._opening: threading.Thread | None = None
 
     def bucket_for(self, rows: int, least: int, lo: int = 0, hi: int = 0) -> int:
@@ -138,13 +138,12 @@ class Segments:
         return next((bucket for bucket in fitting if self._assembled(lo, hi, bucket) is not None), ANY)
 
     def request(self, stops: Sequence[int], buckets: Sequence[int]) -> None:
-        """Have these buckets opened, with segments between these depths, once ``start`` is called. What others requested
-        stays requested, and what failed is tried again. Holds the lock."""
+        """Have these buckets opened, with segments between these depths and those that others requested, once ``start`` is
+        called. What failed before is tried again. Holds the lock."""
         for bucket in buckets:
-            wanted = bucket, tuple(stops)
-            self._failed.pop(wanted, None)
-            if wanted not in self._wanted and (bucket not in self.open or self._missing(stops, bucket)):
-                self._wanted.append(wanted)
+            self._failed.pop(bucket, None)
+            if bucket not in self.open or self._missing(stops, bucket):
+                self._wanted[bucket] = tuple(sorted({*self._wanted.get(bucket, ()), *stops}))
 
     def start(self) -> None:
         """Begin to open the buckets that are requested, in the background. Holds the lock."""
@@ -166,14 +165,15 @@ class Segments:
                 if not self._wanted or _ending():
                     self._opening = None
                     break
-                wanted = self._wanted[0]
+                bucket, stops = next(iter(self._wanted.items()))
             try:
-                self._open(*wanted)
+                self._open(bucket, stops)
             except Exception as error:  # whatever it is, passes run without this bucket, and others can still open
-                self._failed[wanted] = error
-                warnings.warn(f"no graph for {wanted[0]} rows, so passes are slower: {error}", RuntimeWarning, stacklevel=1)
+                self._failed[bucket] = error
+                warnings.warn(f"no graph for {bucket} rows, so passes are slower: {error}", RuntimeWarning, stacklevel=1)
             with self.lock:
-                self._wanted.remove(wanted)
+                if self._wanted[bucket] == stops:  # or more was requested meanwhile
+                    del self._wanted[bucket]
         if not _ending():
             self._pages.request()  # once, when all is there: it would hold up a first answer by half a second
 
