@@ -98,6 +98,8 @@ def test_a_certificate_that_does_not_hold_is_found_out_and_said(llama: adi.Model
     assert generation.drift.fell_back_at == found.index > 0
     assert generation.drift.lower > found.level == 0.02
     assert generation.drift.checked >= generation.drift.differed > 0
+    assert generation.certified is None, "it was refuted"
+    assert not generation.summary().calibrated
     tail = generation.token_ids[found.index :]
     context = [*generation.prompt_ids, *generation.token_ids[: found.index]]
     assert adi.generate(llama, context, adi.FullDepth(), max_new_tokens=len(tail)).token_ids == tail, (
@@ -115,6 +117,8 @@ def test_what_follows_with_the_same_monitor_is_verified_from_the_start(llama: ad
     assert again.token_ids == adi.generate(llama, [7, 8], adi.FullDepth(), max_new_tokens=12).token_ids
     assert again.drift is not None
     assert again.drift.fell_back_at == 0
+    assert again.certified is None
+    assert again.summary().calibrated, "all of it was verified"
     fresh = adi.Reflex(certified, risk=0.02, spot_check=0.5)
     assert fresh.monitor is not None
     assert not fresh.monitor.alarmed, "a policy of its own starts with a monitor of its own"
@@ -126,6 +130,8 @@ def test_a_certificate_that_holds_is_left_alone(llama: adi.Model, certified: adi
     got = adi.generate(llama, [1, 2, 3], policy, max_new_tokens=40)
     assert got.drift is not None
     assert (got.drift.fell_back_at, got.drift.differed) == (None, 0)
+    assert got.certified is not None
+    assert got.summary().calibrated
     assert got.token_ids == adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=40).token_ids
 
 
@@ -233,3 +239,30 @@ def test_an_engine_that_cannot_propagate_is_refused(
 def test_a_certificate_of_greedy_text_is_not_stretched_to_sampled_text(llama: adi.Model, certified: adi.Exits) -> None:
     with pytest.raises(ValueError, match="speaks of greedy text"):
         adi.generate(llama, [1, 2, 3], adi.Reflex(certified, risk=0.02), max_new_tokens=2, temperature=1.0)
+
+
+def test_a_text_that_begins_again_has_the_same_dice_and_its_checks_count_once(llama: adi.Model, certified: adi.Exits) -> None:
+    policy = adi.Reflex(certified, risk=0.02, spot_check=0.5, monitor=Quiet(0.02, seed=5))
+    assert policy.monitor is not None
+    session = adi.Session(llama, [1, 2, 3], policy, max_new_tokens=30)
+    first = [event for event in session if isinstance(event, adi.Step)]
+    counts, generations = dict(policy.monitor.counts), policy.monitor.generations
+    drift = session.generation(first).drift
+    session.restart()
+    again = [event for event in session if isinstance(event, adi.Step)]
+    assert [(s.token, s.depth, s.round) for s in again] == [(s.token, s.depth, s.round) for s in first]
+    assert session.generation(again).drift == drift
+    assert drift is not None
+    assert drift.checked > 5
+    assert (policy.monitor.counts, policy.monitor.generations) == (counts, generations)
+
+
+def test_a_text_that_begins_again_falls_back_where_it_did(llama: adi.Model, certified: adi.Exits) -> None:
+    session = adi.Session(llama, [1, 2, 3], adi.Reflex(certified, risk=0.02, spot_check=0.5), max_new_tokens=60)
+    first = [event for event in session if isinstance(event, (adi.Step, DriftFound))]
+    session.restart()
+    again = [event for event in session if isinstance(event, (adi.Step, DriftFound))]
+    places = [[event.index for event in events if isinstance(event, DriftFound)] for events in (first, again)]
+    assert places[0] == places[1] != []
+    tokens = [[event.token for event in events if isinstance(event, adi.Step)] for events in (first, again)]
+    assert tokens[0] == tokens[1]
