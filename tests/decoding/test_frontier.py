@@ -127,7 +127,7 @@ def test_the_newest_state_is_that_of_the_run_which_its_position_is_in(actions: l
         if frontier._runs:
             for position in range(frontier._runs[0][0], frontier._runs[-1][1]):
                 wanted = frontier.states(position, position + 1).hidden_TD
-                assert torch.equal(frontier.newest(position).hidden_TD, wanted)
+                assert torch.equal(frontier.last_state(position).hidden_TD, wanted)
 
 
 def test_states_that_no_block_reads_again_are_let_go() -> None:
@@ -138,7 +138,7 @@ def test_states_that_no_block_reads_again_are_let_go() -> None:
         frontier.advance(LAYERS)
         frontier.rollback(frontier.length - 1)
         assert len(frontier._runs) == 1
-        assert frontier.newest(frontier.length - 1).hidden_TD.shape == (1, WIDTH)
+        assert frontier.last_state(frontier.length - 1).hidden_TD.shape == (1, WIDTH)
     with pytest.raises(AssertionError, match="states are held of"):
         frontier.states(0, frontier.length)
     frontier.close()

@@ -7,7 +7,7 @@ ever computed twice and nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +89,17 @@ class Frontier:
         self.block_passes += done.hi - done.lo
         self.last = states
 
-    def advance(self, to: int) -> None:
-        """Bring every position to depth ``to``: for each layer below it, the positions that layer has not seen."""
+    def advance(self, to: int, on_pass: Callable[[BlockPass, States], None] = lambda done, states: None) -> None:
+        """Bring every position to depth ``to``: for each layer below it, the positions that layer has not seen. ``on_pass``
+        sees each pass and its states."""
         while (ahead := self.next_pass(to)) is not None:
             (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self.mlp)
             self.absorb(ahead, states)
+            on_pass(ahead, states)
 
     def propagate(self) -> None:
         """Give the blocks that the newest positions have not run keys and values made from their states so far: they count as
-        filled. An approximation, of engines that can (``checks`` refuses others)."""
+        filled. An approximation, of engines that can (``Reflex.check`` refuses others)."""
         depth = next((layer for layer, filled in enumerate(self.filled) if filled < self.length), None)
         if depth is None:
             return

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.decoding.frontier import Frontier
+from adi.decoding.frontier import BlockPass, Frontier
 from adi.decoding.teacher_forcing import full_logits, run_to_stops
-from adi.model.backbone import Backbone, KVCache, Rows
+from adi.model.backbone import Backbone, KVCache, Rows, States
 
 TIMES, SHARE = 4.0, 1e-5
 ROUNDING = {"fp32": 1e-3}  # of a position's largest value, that ordinary decoding may be off by
@@ -195,14 +195,11 @@ class RandomDrafts:
         jump = self.dice.random() < JUMP
         for depth in self.ends:
             if depth <= to and (depth == to or not jump):
-                while (ahead := self._frontier.next_pass(depth)) is not None:
-                    (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi)
-                    self._frontier.absorb(ahead, states)
-                    self._record(ahead.rows.start, ahead.lo, ahead.hi, states.hidden_TD)
+                self._frontier.advance(depth, self._record)
 
-    def _record(self, start: int, lo: int, hi: int, hidden_TD: Tensor) -> None:
-        end = start + hidden_TD.shape[0]
+    def _record(self, done: BlockPass, states: States) -> None:
+        start, end = done.rows.start, done.rows.start + len(states)
         for depth in self.ends:
-            if lo < depth < hi:
+            if done.lo < depth < done.hi:
                 self._seen[depth][start:end] = False  # these rows went past it
-        self._at[hi][start:end], self._seen[hi][start:end] = hidden_TD, True
+        self._at[done.hi][start:end], self._seen[done.hi][start:end] = states.hidden_TD, True
