@@ -47,3 +47,8 @@ def adi_(*args: Any, text: str | None = None) -> Any:
 
 def invoke(*args: Any) -> Any:
     return CliRunner().invoke(app, ["bench", *(str(a) for a in args)])
+
+
+def embedding(model: adi.Model) -> Any:
+    """What enters the first block for some tokens, as a tensor."""
+    return lambda ids: model.backbone.embed(ids).hidden_TD

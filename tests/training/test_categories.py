@@ -17,6 +17,7 @@ from adi.training.categories import OTHER, Categories, Tally
 from adi.training.drafter_shards import read_drafter_shard, write_drafter_shards
 from adi.training.train_drafter import judge
 from conftest import random_drafter
+from support import embedding
 
 KNOWN = Categories({(5, 6): "code", (7,): "math"})
 ANSWERS = [
@@ -41,7 +42,7 @@ def test_positions_of_a_shard_are_of_their_sequences_category(sharp: adi.Model, 
 
 def test_the_parts_are_those_of_the_whole(sharp: adi.Model, tmp_path: Path) -> None:
     net, readout = random_drafter(sharp), sharp.backbone.readout()
-    among, embed = shortlist(readout, net.ids_S), sharp.backbone.embed
+    among, embed = shortlist(readout, net.ids_S), embedding(sharp)
     shards = write_drafter_shards(sharp.backbone, ANSWERS, tmp_path, lambda done, total: None)
     whole = judge(net, readout, among, embed, shards, KNOWN)
     parts = whole["by_category"]

@@ -33,6 +33,7 @@ from adi.training.train_drafter import (
 )
 from adi.training.tune import judge_drafter, tune
 from conftest import random_drafter, random_exits
+from support import embedding
 
 QUIET: Any = lambda *_: None  # noqa: E731
 PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fox", "cat", "bird") for n in range(24)]
@@ -67,7 +68,7 @@ def short(sharp: adi.Model, tmp_path: Path) -> Text:
     ids = [tuple(range(20, 29)), (7,), (8, 9), (30, 31, 30, 31, 32)]
     answers = [Answer("p", text, min(3, len(text)), True, False) for text in ids]
     (path,) = write_drafter_shards(sharp.backbone, answers, tmp_path / "t", QUIET)
-    return read_text(path, sharp.backbone.readout(), sharp.backbone.embed)
+    return read_text(path, sharp.backbone.readout(), embedding(sharp))
 
 
 def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Model, short: Text) -> None:
@@ -125,7 +126,7 @@ def test_tracks_and_the_teacher_are_the_full_models(sharp: adi.Model, short: Tex
         torch.testing.assert_close(mine, theirs)
     assert torch.equal(short.tracks.token_N.long(), logs_NV.argmax(-1))
     assert torch.equal(short.tracks.answer_N, torch.tensor([0, 0, *[1] * 7, 1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool))
-    torch.testing.assert_close(short.x_ND, sharp.backbone.embed(short.tracks.ids_N.tolist()))
+    torch.testing.assert_close(short.x_ND, embedding(sharp)(short.tracks.ids_N.tolist()))
 
 
 def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short: Text) -> None:
@@ -147,7 +148,7 @@ def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short:
 def fitted(model: adi.Model, shards: list[Path], checkpoint: Path, progress: Any = QUIET, **changes: Any) -> Drafter:
     options = DraftOptions(**{"hidden": 32, "epochs": 4, "positions": 16, "learning_rate": 3e-3, **changes})
     readout = model.backbone.readout()
-    return fit_drafter(readout, among_of(model, 200), model.backbone.embed, shards, checkpoint, options, progress)
+    return fit_drafter(readout, among_of(model, 200), embedding(model), shards, checkpoint, options, progress)
 
 
 def test_training_helps(sharp: adi.Model, shards: list[Path], tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_training_helps(sharp: adi.Model, shards: list[Path], tmp_path: Path) ->
     assert len(losses) == 4 * len(shards)
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     raw = fresh_drafter(readout, among.ids_S, 32, torch.Generator().manual_seed(0))
-    trained, untrained = (judge(as_halves(n), readout, among, sharp.backbone.embed, shards) for n in (net, raw))
+    trained, untrained = (judge(as_halves(n), readout, among, embedding(sharp), shards) for n in (net, raw))
     assert trained["positions"] == untrained["positions"] > 500
     assert trained["agreement_by_step"][0] > untrained["agreement_by_step"][0] + 0.05
     assert trained["accepted_in_a_row"] > untrained["accepted_in_a_row"]
@@ -168,7 +169,7 @@ def test_a_warm_start_goes_on_from_what_was_learned(sharp: adi.Model, shards: li
     before = fitted(sharp, shards, tmp_path / "a.pt")
     first, cold = list[float](), list[float]()
     options = DraftOptions(hidden=32, epochs=1, positions=16, learning_rate=1e-3)
-    embed = sharp.backbone.embed
+    embed = embedding(sharp)
     after = fit_drafter(
         readout, among, embed, shards, tmp_path / "b.pt", options, lambda d, t, loss: first.append(loss), None, before
     )
@@ -181,7 +182,7 @@ def test_a_warm_start_goes_on_from_what_was_learned(sharp: adi.Model, shards: li
 def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shards: list[Path]) -> None:
     readout, among = sharp.backbone.readout(), among_of(sharp, 200)
     net = fresh_drafter(readout, among.ids_S, 32, torch.Generator().manual_seed(0))
-    text = read_text(shards[-1], readout, sharp.backbone.embed)
+    text = read_text(shards[-1], readout, embedding(sharp))
     sequence, answer = text.tracks.sequence_N.tolist(), text.tracks.answer_N.tolist()
     right, asked = [0] * 5, [0] * 5
     for start in range(1, len(sequence)):
@@ -197,7 +198,7 @@ def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shard
             if int(among.ids_S[predict(net, among, state).log_probs_TS.argmax()]) != int(text.tracks.token_N[at]):
                 break
             right[step] += 1
-    got = judge(net, readout, among, sharp.backbone.embed, shards[-1:])
+    got = judge(net, readout, among, embedding(sharp), shards[-1:])
     assert got["positions"] == asked[0]
     assert got["agreement_by_step"] == pytest.approx([r / max(1, a) for r, a in zip(right, asked, strict=True)])
     assert got["accepted_in_a_row"] == pytest.approx(sum(right) / asked[0])
