@@ -13,6 +13,7 @@ import adi
 from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, advance, fresh_drafter, predict
 from adi.exits.heads import Shortlist, shortlist
+from adi.exits.signals import Prediction
 from adi.training import answers as answers_module
 from adi.training import drafter_shards as tracks_module
 from adi.training import tune as tune_module
@@ -135,13 +136,15 @@ def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short:
     logs, tail = (part.log() for part in teacher.at(at))
     net = replace(random_drafter(sharp), ids_S=among.ids_S)
     (first,) = unroll(net, sharp.backbone.readout(), among, short, at, 1)
-    perfect = replace(first, state_RD=short.state_ND[at], said=replace(first.said, log_probs_TS=logs, tail_T=tail))
+    perfect = replace(first, state_RD=short.state_ND[at], said=Prediction(logs, first.said.ids_S, tail, first.said.tail_size))
     entropy = -(logs.exp() * logs).sum(-1) - tail.exp() * tail
     assert float(loss_of(short, teacher, perfect)) == pytest.approx(float(entropy.mean()), abs=1e-4)
     second = replace(perfect, step=2)
     assert float(loss_of(short, teacher, second)) == pytest.approx(0.8 * float(entropy.mean()), abs=1e-4)
     assert loss_of(short, teacher, perfect) < loss_of(short, teacher, first)
-    nobody = Unrolled(1, at[:0], at[:0], first.state_RD[:0], replace(first.said, log_probs_TS=logs[:0], tail_T=tail[:0]))
+    nobody = Unrolled(
+        1, at[:0], at[:0], first.state_RD[:0], Prediction(logs[:0], first.said.ids_S, tail[:0], first.said.tail_size)
+    )
     assert float(loss_of(short, teacher, nobody)) == 0, "a span may hold no position to draft from"
 
 
