@@ -28,10 +28,8 @@ from adi.measure.bench.worker import System
 from adi.measure.trace_page import trace_page
 from adi.model.openvino.manifest import FORMAT, read_manifest
 from adi.prompts import read_prompts
-from adi.training.answers import read_answers
-from adi.training.drafter_shards import read_drafter_shard
 from adi.training.shards import read_shard
-from adi.training.train_heads import resume_state, save_state
+from adi.training.trainer import load_checkpoint, save_checkpoint
 from damage import Bomb, bombs, changed, damaged, endless, nested, only_value_errors, workplace
 from families import tiny
 
@@ -67,10 +65,8 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "prompts": read_prompts,
     "trigger": lambda path: read_trigger(str(path)),
     "history": remembered,
-    "answers": read_answers,
-    "checkpoint": lambda path: resume_state(path, *optimizer()),
-    "tracks": read_drafter_shard,
-    "features": read_shard,
+    "checkpoint": lambda path: load_checkpoint(path, *optimizer()),
+    "shard": read_shard,
     "model.json": lambda path: read_manifest(path.parent),
 }
 JSONS = ("trace", "benchmark", "unfinished benchmark", "trigger", "model.json")
@@ -89,11 +85,8 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     history = History.open(place / "history", fingerprint="tokens", vocabulary=50)
     for ids in ((1, 2, 3, 4), (5, 6, 7), (1, 2, 3, 4)):
         history.learn(ids)
-    rows = [{"prompt": "a", "ids": [1, 2, 3], "start": 1, "greedy": True, "held_out": False}]
-    (place / "answers").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_state(place / "checkpoint", 3, *optimizer())
-    shutil.copy(next(iter(SHIPPED.glob("*.safetensors"))), place / "tracks")
-    shutil.copy(place / "tracks", place / "features")
+    save_checkpoint(place / "checkpoint", 3, *optimizer())
+    shutil.copy(next(iter(SHIPPED.glob("*.safetensors"))), place / "shard")
     _KEPT.update(place=place, terms={"tokens": 3})
     attention = {"heads": 4, "kv_heads": 2, "key_width": 8, "value_width": 8, "scale": 0.5, "window": 0}
     stated = dict.fromkeys(("name", "family", "fingerprint", "precision", "readout"), "fp32")
@@ -113,13 +106,13 @@ def good(kind: str) -> Path:
     return _KEPT["place"] / kind
 
 
-@pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind not in ("tracks", "features")])
+@pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind != "shard"])
 def test_the_whole_files_are_read(kind: str) -> None:
     """Or the rest of this file would prove nothing."""
     assert LOADERS[kind](good(kind)) is not None
 
 
-@pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind not in ("tracks", "features")])
+@pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind != "shard"])
 @settings(max_examples=50)
 @given(data=st.data())
 def test_damaged_files(kind: str, data: st.DataObject) -> None:
@@ -147,11 +140,11 @@ def test_foreign_files(kind: str, text: str, tmp_path: Path) -> None:
     assert not only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
 
 
-@pytest.mark.parametrize("kind", [*JSONS, "prompts", "answers"])
+@pytest.mark.parametrize("kind", [*JSONS, "prompts"])
 def test_json_nested_almost_too_deeply(kind: str, tmp_path: Path) -> None:
     """So that the reader just takes it, and what handles the value meets the end of its stack."""
     text = good(kind).read_text()
-    value = json.loads(text.partition("\n")[0] if kind in ("prompts", "answers") else text)
+    value = json.loads(text.partition("\n")[0] if kind == "prompts" else text)
     for depth in (200, 500, 800, 900, 940, 960, 980, 990, 2000):
         deep = "[" * depth + "]" * depth
         for key in value:

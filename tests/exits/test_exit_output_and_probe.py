@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import adi
 from adi.artifact import _digest
+from adi.decoding.teacher_forcing import KnownText
 from adi.exits.exit_output import ExitOutput
 from adi.exits.probe import HEAD_FEATURES, Net, head_features, joint_features, state_features
 from adi.exits.signals import HeadRows, Prediction
 from adi.model.backbone import States
-from adi.training.answers import Answer
 from adi.training.train_probe import ProbeOptions, fit_probe, gather
 from conftest import probed_exits, random_probe
 
@@ -120,27 +120,28 @@ def test_a_foreign_probe_is_refused(change: dict[str, Any], llama: adi.Model, tm
         adi.load_exits(tmp_path)
 
 
-def texts_of(model: adi.Model, count: int) -> list[Answer]:
+def texts_of(model: adi.Model, count: int) -> list[KnownText]:
     given = adi.generate_batch(model, [[i + 1, 2, 3] for i in range(count)], adi.FullDepth(), max_new_tokens=16)
-    return [Answer(str(i), g.prompt_ids + g.token_ids, 3, True, False) for i, g in enumerate(given)]
+    return [KnownText.of_answer(one.prompt_ids, one.token_ids) for one in given]
 
 
 def test_rows_are_those_of_one_full_pass(llama: adi.Model) -> None:
     """Against states that transformers shows, and heads asked row by row."""
     exits, texts = probed_exits(llama, (2, 4)), texts_of(llama, 6)
-    found = gather(llama.backbone, exits, texts, lambda done, total: None)
+    found = gather(llama.backbone, exits, texts)
     read, at = exits.reader(llama.backbone), 0
     for i, text in enumerate(texts):
         with torch.no_grad():
             hf = llama.backbone.model(torch.tensor([text.ids]), output_hidden_states=True)  # type: ignore[attr-defined]
-        for place in range(text.start - 1, len(text.ids) - 1):
+        tokens = hf.logits[0].argmax(-1).tolist()
+        for place in range(text.first, len(text.ids)):
             for depth, rows in found.items():
                 state_TD = hf.hidden_states[depth][0, place : place + 1]
                 said = read(depth, state_TD)
                 assert said.ids_S is not None
                 token = int(said.ids_S[said.log_probs_TS[0].argmax()])
-                assert bool(rows.right_N[at]) == (token == text.ids[place + 1])
-                assert rows.said_NF[at].tolist() == pytest.approx(head_features(said)[0].tolist(), abs=1e-3)
+                assert bool(rows.right_N[at]) == (token == tokens[place])
+                assert rows.head_NF[at].tolist() == pytest.approx(head_features(said)[0].tolist(), abs=1e-3)
                 assert bool(rows.choosing_N[at]) == (i % 5 == 0)
             at += 1
     assert at == len(found[2].right_N)
@@ -157,7 +158,7 @@ def test_it_learns_what_the_state_tells(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "gather", lambda *_: {2: rows})
     options = ProbeOptions(hidden=(0, 24), learning_rate=1e-2, epochs=6)
     fake: Any = SimpleNamespace()
-    probe, report = fit_probe(fake, fake, [Answer(str(i), (1, 2), 1, True, False) for i in range(10)], options)
+    probe, report = fit_probe(fake, fake, [KnownText((1,))] * 10, options)
     told = {net["kind"]: net for net in report["networks"]}
     assert told["state"]["hidden"] == told["joint"]["hidden"] == 24
     assert told["joint"]["loss"] < told["state"]["loss"] < told["state"]["constant_loss"] - 0.05
@@ -175,7 +176,7 @@ def test_it_says_no_more_than_the_head_where_the_state_tells_nothing(monkeypatch
     rows = module.Examples(x.half(), said, right, torch.arange(800) % 5 == 0)
     monkeypatch.setattr(module, "gather", lambda *_: {2: rows})
     fake: Any = SimpleNamespace()
-    probe, _ = fit_probe(fake, fake, [Answer(str(i), (1, 2), 1, True, False) for i in range(10)])
+    probe, _ = fit_probe(fake, fake, [KnownText((1,))] * 10)
     chance = probe.joint[2].logit(torch.cat([x, said], 1)).sigmoid()
     assert float((chance - (2 * said[:, 0]).sigmoid()).abs().mean()) < 0.1
 

@@ -1,171 +1,156 @@
-"""Texts that a model writes by itself: what is noted of them is what a pass over them gives, and a stopped run goes on."""
+"""Texts that a model generates to train on: their states are those of a pass over them, no test text is trained on, and an
+interrupted run ends where an undisturbed one does."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 import adi
-from adi.model.backbone import Rows
+from adi.decoding.teacher_forcing import KnownText, forced_pass
 from adi.training import generate_data as module
-from adi.training.answers import is_held_out
-from adi.training.dataset import data_from_talk
-from adi.training.drafter_shards import DrafterShard, read_drafter_shard
-from adi.training.generate_data import GenerateOptions, Template, share_of_own, talk, tokens_in
-from adi.training.train_drafter import PROMPT_SHARE, opening, taken
+from adi.training.generate_data import (
+    GenerateOptions,
+    PromptTemplate,
+    generate_dataset,
+    generate_shards,
+    share_of_own,
+    tokens_in,
+)
+from adi.training.shards import read_shard, texts_in
+from adi.training.texts import datastore_of, is_held_out, prompt_of
 
-OPTIONS = GenerateOptions(tokens=60, max_new_tokens=8, side_by_side=5, seed=3)
+OPTIONS = GenerateOptions(tokens=60, max_new_tokens=8, seed=3)
+PROMPTS = [(5, 6, 7 + i) for i in range(40)]
+
+
+class Stop(Exception):  # noqa: N818
+    """Stands for Ctrl-C."""
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARD_SEQUENCES", 4)
+    monkeypatch.setattr(module, "SHARD_TEXTS", 4)
+    monkeypatch.setattr(module, "SIDE_BY_SIDE", 6)
     monkeypatch.setattr(module, "LONGEST_PROMPT", 6)
-    monkeypatch.setattr(module, "HEAD_ROWS", 3)
 
 
-def both(sides: tuple[list[Path], list[Path]]) -> list[Path]:
+def generated(model: adi.Model, prompts: Sequence[tuple[int, ...]], folder: Path, options: GenerateOptions) -> list[Path]:
     """All shards, those to train on first."""
-    return [*sides[0], *sides[1]]
+    train, held = generate_shards(model, prompts, folder, options)
+    return [*train, *held]
 
 
-def texts(tracks: DrafterShard) -> list[DrafterShard]:
-    counts = tracks.sequence_N.unique_consecutive(return_counts=True)[1].tolist()
-    parts = {name: getattr(tracks, name).split(counts) for name in DrafterShard.__dataclass_fields__}
-    return [DrafterShard(**{name: part[i] for name, part in parts.items()}) for i in range(len(counts))]
-
-
-def test_what_is_noted_is_what_a_pass_over_the_text_gives(tiny_model: adi.Model, tmp_path: Path) -> None:
-    prompt = list(tiny_model.encode("the fox"))
-    backbone = tiny_model.backbone
-    paths = both(talk(tiny_model, [prompt], tmp_path, OPTIONS))
-    assert OPTIONS.tokens <= tokens_in(paths) < OPTIONS.tokens + 4 * 8
-    template, own = Template.of(tiny_model), 0
-    for text in [one for path in paths for one in texts(read_drafter_shard(path))]:
-        ids = tuple(text.ids_N.tolist())
-        (states,) = backbone.forward([Rows(backbone.new_cache(), 0, ids, None)], 0, backbone.spec.layers)
-        logits_TV = backbone.logits(states.hidden_TD)
-        torch.testing.assert_close(text.deep_ND.float(), states.hidden_TD, atol=2e-2, rtol=2e-3)
-        torch.testing.assert_close(text.total_N, logits_TV.logsumexp(-1), atol=1e-4, rtol=0)
-        assert torch.equal(text.token_N, logits_TV.argmax(-1).int())
-        start = int(text.answer_N.int().argmax()) + 1
-        if list(ids[: len(prompt)]) != prompt or start != len(prompt):
-            own += 1
-            assert ids[: len(template.opening)] == template.opening
-            assert ids[start - len(template.between) : start] == template.between
-            assert start <= len(template.opening) + 6 + len(template.between)
-        assert len(ids) - start < OPTIONS.max_new_tokens
-        assert text.answer_N.tolist() == [at >= start - 1 for at in range(len(ids))]
+def test_recorded_states_are_those_of_a_pass_over_the_text(tiny_model: adi.Model, tmp_path: Path) -> None:
+    backbone, prompt = tiny_model.backbone, tuple(tiny_model.encode("the fox"))
+    paths = generated(tiny_model, [prompt], tmp_path, OPTIONS)
+    assert OPTIONS.tokens <= tokens_in(paths) < OPTIONS.tokens + 4 * OPTIONS.max_new_tokens
+    template, own = PromptTemplate.of(tiny_model), 0
+    for shard in map(read_shard, paths):
+        assert shard.hidden_NED.shape[1] == 0, "nobody asked for states at exits"
+        seen = list(forced_pass(backbone, [KnownText(text.ids) for text in shard.texts]))
+        deep_ND = torch.cat([one.deep_ND for one in seen])
+        torch.testing.assert_close(shard.deep_ND.float(), deep_ND, atol=2e-2, rtol=2e-3)
+        torch.testing.assert_close(shard.total_N, backbone.logits(deep_ND).logsumexp(-1), atol=5e-3, rtol=0)
+        assert (shard.token_N == backbone.logits(deep_ND).argmax(-1)).float().mean() > 0.98, "but for half precision"
+        for text in shard.texts:
+            if prompt_of(text) != prompt:
+                own += 1
+                assert text.ids[: len(template.opening)] == template.opening
+                assert prompt_of(text)[-len(template.between) :] == template.between
+                assert text.first < len(template.opening) + 6 + len(template.between)
+            assert 1 <= len(text.ids) - text.first <= OPTIONS.max_new_tokens
     assert own > 0, "the model wrote prompts too"
-
-
-def test_a_stopped_talk_goes_on_behind_its_last_shard(tiny_model: adi.Model, tmp_path: Path) -> None:
-    first = both(talk(tiny_model, [], tmp_path, OPTIONS))
-    kept = [path.read_bytes() for path in first]
-    assert both(talk(tiny_model, [], tmp_path, OPTIONS)) == first, "there is nothing left to do"
-    (tmp_path / f"train-{len(list(tmp_path.glob('group-*'))):05d}-9.safetensors").write_text("of a group cut short")
-    longer = both(talk(tiny_model, [], tmp_path, GenerateOptions(**{**OPTIONS.__dict__, "tokens": 100})))
-    assert set(longer) > set(first)
-    assert [path.read_bytes() for path in first] == kept
-    assert all(path.read_bytes() not in kept for path in set(longer) - set(first)), "other dice than at the beginning"
-
-
-def test_half_the_answers_or_more_are_greedy(tiny_model: adi.Model, tmp_path: Path) -> None:
-    options = GenerateOptions(tokens=250, max_new_tokens=8, side_by_side=5, own_prompts=0.0)
-    greedy = total = 0
-    for path in both(talk(tiny_model, [[5, 6, 7], [9, 9]], tmp_path, options)):
-        for text in texts(read_drafter_shard(path)):
-            start = int(text.answer_N.int().argmax()) + 1
-            said = text.ids_N[start:]
-            total += 1
-            greedy += bool((said == text.token_N[start - 1 : -1]).all())
-    assert 0.35 * total < greedy < total
 
 
 @pytest.mark.parametrize("own_prompts", [0.0, 0.5])
 def test_no_prompt_and_no_greedy_text_stands_on_both_sides(tiny_model: adi.Model, tmp_path: Path, own_prompts: float) -> None:
     """Prompts come round several times, most answers are greedy, and yet no text tested on was trained on."""
-    prompts = [[5, 6, 7 + i] for i in range(40)]
-    options = GenerateOptions(tokens=1200, max_new_tokens=8, side_by_side=8, own_prompts=own_prompts)
-    data = data_from_talk([tiny_model], prompts, tmp_path, options, lambda *_: None)
-    train, held = ([a for p in paths for a in texts_in(p)] for paths in (data.shards, data.checks))
-    assert len(train) > 100
+    options = replace(OPTIONS, tokens=800, own_prompts=own_prompts)
+    paths = generate_dataset([tiny_model], PROMPTS, tmp_path, options)
+    train, held = (texts_in(side) for side in paths)
+    assert len(train) > 80
     assert 0.02 * len(train) < len(held) < 0.25 * len(train)
-    assert not {ids[:start] for ids, start in train} & {ids[:start] for ids, start in held}
-    assert not {ids for ids, _ in train} & {ids for ids, _ in held}
-    assert all(is_held_out(ids[:start]) for ids, start in held)
-    stored = [tuple(part) for part in np.split(data.spoken.ids_N, np.cumsum(data.spoken.lengths_M)[:-1])]
-    assert sorted(stored) == sorted(ids[max(0, start - 2) :] for ids, start in train), "the datastore knows no test text"
-    given = [ids[:start] for ids, start in (*train, *held) if list(ids[:start]) in prompts]
+    assert not set(map(prompt_of, train)) & set(map(prompt_of, held))
+    assert not {text.ids for text in train} & {text.ids for text in held}
+    assert all(is_held_out(prompt_of(text)) for text in held)
+    assert datastore_of(train).lengths_M.sum() == sum(len(text.ids) - max(0, text.first - 1) for text in train)
+    given = [prompt_of(text) for text in (*train, *held) if prompt_of(text) in PROMPTS]
     assert len(given) > len(set(given)), "or there was nothing to keep apart"
 
 
-def test_texts_made_with_the_old_split_are_refused(tiny_model: adi.Model, tmp_path: Path) -> None:
-    (tmp_path / "talk-0123456789ab").mkdir()
-    with pytest.raises(ValueError, match=r"made by an older adi.*delete that folder"):
-        data_from_talk([tiny_model], [], tmp_path, OPTIONS, lambda *_: None)
+def test_the_side_of_a_prompt_is_the_same_for_every_engine_seed_and_length(
+    tiny_model: adi.Model, llama: adi.Model, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, tokens=500, own_prompts=0.0)
+    train, held = generate_dataset([tiny_model, llama], PROMPTS, tmp_path, options)
+    assert len({path.parent for path in train}) == 2, "each engine has its share"
+    other = generate_dataset([tiny_model], PROMPTS, tmp_path, replace(options, tokens=250, seed=8, max_new_tokens=5))
+    assert not {prompt_of(t) for t in texts_in([*train, *other[0]])} & {prompt_of(t) for t in texts_in([*held, *other[1]])}
+    for folder in {path.parent for path in train}:
+        assert tokens_in(folder.glob("*.safetensors")) < 500, "half of it and a shard at most"
 
 
-def test_too_few_texts_to_hold_any_out_are_refused(tiny_model: adi.Model, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="too little"):
-        data_from_talk([tiny_model], [], tmp_path, GenerateOptions(tokens=1, max_new_tokens=8, side_by_side=4), lambda *_: None)
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tiny_model: adi.Model, tmp_path: Path) -> None:
+    options = replace(OPTIONS, tokens=200, own_prompts=0.5)
+    whole = generated(tiny_model, PROMPTS, tmp_path / "whole", options)
+
+    def stop(done: int, total: int, what: str) -> None:
+        assert (total, what) == (200, "generating text, fp32")
+        if done > 120:
+            raise Stop
+
+    with pytest.raises(Stop):
+        generate_shards(tiny_model, PROMPTS, tmp_path / "cut", options, stop)
+    groups = len(list((tmp_path / "cut").glob("group-*")))
+    assert groups > 0
+    (tmp_path / "cut" / f"train-{groups:05d}-9.safetensors").write_text("of a group that was cut short")
+    resumed = generated(tiny_model, PROMPTS, tmp_path / "cut", options)
+    assert [path.name for path in resumed] == [path.name for path in whole]
+    assert [path.read_bytes() for path in resumed] == [path.read_bytes() for path in whole]
+    longer = generated(tiny_model, PROMPTS, tmp_path / "cut", replace(options, tokens=300))
+    assert set(longer) > set(resumed)
+    assert generated(tiny_model, PROMPTS, tmp_path / "cut", options) == longer, "there is nothing left to do"
 
 
-def texts_in(path: Path) -> list[tuple[tuple[int, ...], int]]:
-    """Each text of a shard, and where its answer begins."""
-    return [(tuple(t.ids_N.tolist()), int(t.answer_N.int().argmax()) + 1) for t in texts(read_drafter_shard(path))]
+def greedy_share(model: adi.Model, paths: Sequence[Path]) -> tuple[int, int]:
+    """How many answers are the greedy ones, and how many there are."""
+    greedy = []
+    for text in texts_in(paths):
+        answer = adi.generate(model, prompt_of(text), adi.FullDepth(), max_new_tokens=8).token_ids
+        greedy.append(answer[: len(text.ids) - text.first - 1] == text.ids[text.first + 1 :])
+    return sum(greedy), len(greedy)
 
 
-def test_several_voices_share_the_talking(tiny_model: adi.Model, llama: adi.Model, tmp_path: Path) -> None:
-    options = GenerateOptions(tokens=700, max_new_tokens=8, side_by_side=16, own_prompts=0.0)
-    lessons = data_from_talk([tiny_model, llama], [[5, 6 + i] for i in range(30)], tmp_path, options, lambda *_: None)
-    folders = {path.parent for path in lessons.shards}
-    assert len(folders) == 2
-    assert {path.parent for path in lessons.checks} == folders
-    for folder in folders:
-        assert tokens_in(sorted(folder.glob("*.safetensors"))) < 700, "half of it and a shard at most"
+def test_most_answers_are_greedy_but_none_twice(tiny_model: adi.Model, tmp_path: Path) -> None:
+    once = generated(tiny_model, PROMPTS, tmp_path / "a", replace(OPTIONS, tokens=10**6, own_prompts=0.0, repeat=False))
+    greedy, count = greedy_share(tiny_model, once)
+    assert count == len(PROMPTS), "all of them once, and then there is no more"
+    assert 0.35 * count < greedy < 0.9 * count
+    few = PROMPTS[:4]
+    again = generated(tiny_model, few, tmp_path / "b", replace(OPTIONS, tokens=250, own_prompts=0.0))
+    greedy, count = greedy_share(tiny_model, again)
+    assert greedy <= len(few) < count
+
+
+def test_every_prompt_is_given_before_any_is_given_again(tiny_model: adi.Model, tmp_path: Path) -> None:
+    paths = generated(tiny_model, PROMPTS[:8], tmp_path, replace(OPTIONS, tokens=8, max_new_tokens=1, own_prompts=0.0))
+    given = [prompt_of(text) for text in texts_in(paths)]
+    assert sorted(given) == sorted(PROMPTS[:8])
 
 
 def test_without_a_template_the_model_needs_prompts(llama: adi.Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
-        talk(llama, [], tmp_path, OPTIONS)
+        generate_shards(llama, [], tmp_path, OPTIONS)
     with pytest.raises(ValueError, match="own_prompts is 0 and there are no prompts"):
-        talk(llama, [], tmp_path, GenerateOptions(tokens=10, own_prompts=0.0))
-
-
-def test_what_all_texts_begin_with_is_found() -> None:
-    ids = torch.tensor([1, 2, 3, 4, 1, 2, 9, 1, 2, 3])
-    nothing = torch.zeros(10)
-    tracks = DrafterShard(ids, nothing, nothing, nothing, torch.tensor([0] * 4 + [1] * 3 + [2] * 3), nothing)
-    assert opening(tracks).tolist() == [True, True, False, False, True, True, False, True, True, False]
-    alone = DrafterShard(ids[:4], nothing, nothing, nothing, torch.zeros(4), nothing)
-    assert not opening(alone).any()
-
-
-def test_all_of_an_answer_is_learned_from_and_a_share_of_its_prompt() -> None:
-    count, nothing = 4000, torch.zeros(4000)
-    answer_N = torch.arange(count) >= 3000
-    tracks = DrafterShard(torch.arange(count), nothing, nothing, nothing, torch.zeros(count), answer_N)
-    first, second = (taken(tracks, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert first[3000:].all()
-    assert abs(first[:3000].float().mean() - PROMPT_SHARE) < 0.03
-    assert not torch.equal(first, second), "another share every time"
-    assert not (taken(two_alike(), torch.Generator().manual_seed(0)) & opening(two_alike())).any()
-
-
-def two_alike() -> DrafterShard:
-    """Two texts that begin alike, all of them answers."""
-    nothing = torch.zeros(6)
-    return DrafterShard(
-        torch.tensor([1, 2, 3, 1, 2, 4]), nothing, nothing, nothing, torch.tensor([0] * 3 + [1] * 3), nothing == 0
-    )
+        generate_shards(llama, [], tmp_path, replace(OPTIONS, own_prompts=0.0))
 
 
 def test_a_model_without_a_template_goes_on_with_its_own_first_words(
@@ -179,17 +164,13 @@ def test_a_model_without_a_template_goes_on_with_its_own_first_words(
     assert base.tokenizer is not None
     assert base.tokenizer.encode("") == (1,)
     assert share_of_own(base) == module.OWN_WORDS
-    wanted = dataclasses.replace(OPTIONS, own_prompts=share_of_own(base))
-    prompts = [[1, 7, 8], [1, 9]]
-    starts = set()
-    for text in [one for path in both(talk(base, prompts, tmp_path, wanted)) for one in texts(read_drafter_shard(path))]:
-        ids, start = text.ids_N.tolist(), int(text.answer_N.int().argmax()) + 1
-        own = ids[:start] not in prompts
-        starts.add(own)
-        assert ids[0] == 1
-        assert start <= 7 if own else start == len(ids[:start])
-        assert not base.eos_ids & set(ids[:start])
-    assert starts == {True, False}
+    prompts, kinds = [(1, 7, 8), (1, 9)], set()
+    for text in texts_in(generated(base, prompts, tmp_path, replace(OPTIONS, own_prompts=share_of_own(base)))):
+        kinds.add(own := prompt_of(text) not in prompts)
+        assert text.ids[0] == 1
+        assert not own or len(prompt_of(text)) <= 6
+        assert not base.eos_ids & set(prompt_of(text))
+    assert kinds == {True, False}
 
 
 def test_a_model_that_cannot_begin_a_text_is_given_all_prompts(tiny_hf: Any, tiny_tokenizer: Any) -> None:
@@ -197,11 +178,3 @@ def test_a_model_that_cannot_begin_a_text_is_given_all_prompts(tiny_hf: Any, tin
     bare.chat_template = None
     assert share_of_own(adi.load(tiny_hf, tokenizer=bare)) == 0.0
     assert share_of_own(adi.load(tiny_hf, tokenizer=tiny_tokenizer)) == module.OWN_PROMPTS
-
-
-def test_every_prompt_is_given_before_any_is_given_again(tiny_model: adi.Model, tmp_path: Path) -> None:
-    prompts = [[5, 6, 7 + i] for i in range(6)]
-    options = GenerateOptions(tokens=1, max_new_tokens=1, side_by_side=6, own_prompts=0.0)
-    paths = both(talk(tiny_model, prompts, tmp_path, options))
-    given = [tuple(text.ids_N.tolist()[:3]) for path in paths for text in texts(read_drafter_shard(path))]
-    assert len(set(given)) == len(given) >= 4

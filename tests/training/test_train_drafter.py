@@ -10,33 +10,32 @@ import pytest
 import torch
 
 import adi
-from adi.drafters.datastore import Datastore
+from adi.decoding.teacher_forcing import KnownText
 from adi.drafters.network import Drafter, advance, fresh_drafter, predict
-from adi.exits.heads import Shortlist, shortlist
+from adi.exits.heads import shortlist
 from adi.exits.signals import Prediction
-from adi.training import answers as answers_module
-from adi.training import drafter_shards as tracks_module
-from adi.training import tune as tune_module
-from adi.training.answers import Answer
-from adi.training.dataset import said_in
-from adi.training.drafter_shards import MOST_POSITIONS, read_drafter_shard, write_drafter_shards
+from adi.progress import no_progress
+from adi.training.report import judge_drafter
+from adi.training.shards import Shard, Teacher, texts_in, write_forced_shards
+from adi.training.texts import datastore_of
 from adi.training.train_drafter import (
+    PROMPT_SHARE,
     DraftOptions,
-    Teacher,
-    Text,
+    DraftText,
+    SoftLabels,
     Unrolled,
     as_halves,
+    draft_text,
     fit_drafter,
-    judge,
     loss_of,
-    read_text,
+    opening,
+    taken,
     unroll,
 )
-from adi.training.tune import judge_drafter, tune
+from adi.training.trainer import PARTS
+from adi.training.tune import remeasure, tune
 from conftest import random_drafter, random_exits
-from support import embedding
 
-QUIET: Any = lambda *_: None  # noqa: E731
 PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fox", "cat", "bird") for n in range(24)]
 
 
@@ -44,38 +43,37 @@ class Stop(Exception):  # noqa: N818
     """Stands for Ctrl-C."""
 
 
-def own_text(model: adi.Model, prompt: str, length: int) -> Answer:
+def own_text(model: adi.Model, prompt: str, length: int) -> KnownText:
     got = adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=length, stop_at_eos=False)
-    return Answer(prompt, (*got.prompt_ids, *got.token_ids), len(got.prompt_ids), True, False)
+    return KnownText((*got.prompt_ids, *got.token_ids), len(got.prompt_ids) - 1)
 
 
 @pytest.fixture(scope="module")
 def shards(sharp: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three shards of 24 texts, the last one smaller."""
-    texts = [own_text(sharp, prompt, 12) for prompt in PROMPTS[:60]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracks_module, "SHARD_SEQUENCES", 24)
-        return write_drafter_shards(sharp.backbone, texts, tmp_path_factory.mktemp("tracks"), QUIET)
+    """Three shards, the last one of fewer texts."""
+    texts = [own_text(sharp, prompt, 12) for prompt in PROMPTS[:68]]
+    return write_forced_shards(sharp.backbone, texts, tmp_path_factory.mktemp("shards"))
 
 
-def among_of(model: adi.Model, size: int = 64) -> Shortlist:
+def teacher_of(model: adi.Model, size: int = 64) -> Teacher:
     ids = torch.randperm(model.backbone.spec.vocabulary, generator=torch.Generator().manual_seed(4))[:size]
-    return shortlist(model.backbone.readout(), ids.sort().values)
+    readout = model.backbone.readout()
+    return Teacher(readout, shortlist(readout, ids.sort().values))
 
 
 @pytest.fixture
-def short(sharp: adi.Model, tmp_path: Path) -> Text:
+def short(sharp: adi.Model, tmp_path: Path) -> DraftText:
     """Texts of 9, 1, 2 and 5 tokens end to end."""
     ids = [tuple(range(20, 29)), (7,), (8, 9), (30, 31, 30, 31, 32)]
-    answers = [Answer("p", text, min(3, len(text)), True, False) for text in ids]
-    (path,) = write_drafter_shards(sharp.backbone, answers, tmp_path / "t", QUIET)
-    return read_text(path, sharp.backbone.readout(), embedding(sharp))
+    texts = [KnownText(text, min(2, len(text) - 1)) for text in ids]
+    (path,) = write_forced_shards(sharp.backbone, texts, tmp_path / "t")
+    return draft_text(path, teacher_of(sharp), sharp.backbone.embed)
 
 
-def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Model, short: Text) -> None:
-    readout, among = sharp.backbone.readout(), among_of(sharp)
-    net = replace(random_drafter(sharp), ids_S=among.ids_S)
-    sequence, count = short.tracks.sequence_N.tolist(), len(short.x_ND)
+def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Model, short: DraftText) -> None:
+    teacher = teacher_of(sharp)
+    net = replace(random_drafter(sharp), ids_S=teacher.among.ids_S)
+    sequence, count = short.shard.text_N.tolist(), len(short.x_ND)
     wanted: dict[tuple[int, int], torch.Tensor] = {}
     for start in range(count):
         if start == 0 or sequence[start - 1] != sequence[start]:
@@ -85,12 +83,11 @@ def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Mo
             at = start + step - 1
             if at >= count or sequence[at] != sequence[start]:
                 break
-            state = advance(net, readout, short.x_ND[at : at + 1], state)
+            state = advance(net, teacher.readout, short.x_ND[at : at + 1], state)
             wanted[step, start] = state
     got = set()
-    for done in unroll(net, readout, among, short, torch.arange(count), 4):
-        said = predict(net, among, done.state_RD)
-        torch.testing.assert_close(done.said.log_probs_TS, said.log_probs_TS)
+    for done in unroll(net, teacher, short, torch.arange(count), 4):
+        torch.testing.assert_close(done.draft.log_probs_TS, predict(net, teacher.among, done.state_RD).log_probs_TS)
         for row, (start, at) in enumerate(zip(done.start_R.tolist(), done.at_R.tolist(), strict=True)):
             assert at == start + done.step - 1
             got.add((done.step, start))
@@ -99,68 +96,72 @@ def test_unrolled_steps_are_what_a_loop_gives_position_by_position(sharp: adi.Mo
     assert {start for step, start in got if step == 1} == {*range(1, 9), 11, *range(13, 17)}, "never a text's first token"
 
 
-def test_texts_do_not_leak_into_each_other(sharp: adi.Model, short: Text) -> None:
-    readout, among = sharp.backbone.readout(), among_of(sharp)
-    net = replace(random_drafter(sharp), ids_S=among.ids_S)
-    other = short.tracks.sequence_N != 3
+def test_texts_do_not_leak_into_each_other(sharp: adi.Model, short: DraftText) -> None:
+    teacher = teacher_of(sharp)
+    net = replace(random_drafter(sharp), ids_S=teacher.among.ids_S)
+    other = short.shard.text_N != 3
     changed = replace(
         short,
         x_ND=torch.where(other[:, None], 9.0, short.x_ND),
         state_ND=torch.where(other[:, None], -3.0, short.state_ND),
     )
-    for a, b in zip(*(list(unroll(net, readout, among, t, torch.arange(17), 3)) for t in (short, changed)), strict=True):
-        last = short.tracks.sequence_N[a.start_R] == 3
+    for a, b in zip(*(list(unroll(net, teacher, t, torch.arange(17), 3)) for t in (short, changed)), strict=True):
+        last = short.shard.text_N[a.start_R] == 3
         assert last.any()
         assert torch.equal(a.state_RD[last], b.state_RD[last])
 
 
-def test_tracks_and_the_teacher_are_the_full_models(sharp: adi.Model, short: Text) -> None:
-    among, hf = among_of(sharp), sharp.backbone.model  # type: ignore[attr-defined]
+def test_tracks_and_the_teacher_are_the_full_models(sharp: adi.Model, short: DraftText) -> None:
+    teacher, hf = teacher_of(sharp), sharp.backbone.model  # type: ignore[attr-defined]
     with torch.no_grad():
-        parts = [hf(short.tracks.ids_N[short.tracks.sequence_N == n].long()[None]).logits[0] for n in range(4)]
+        parts = [hf(short.shard.ids_N[short.shard.text_N == n].long()[None]).logits[0] for n in range(4)]
     logs_NV = torch.cat(parts).log_softmax(-1)
-    inside_RS, rest_R = Teacher.of(among, short, 0, 17).at(torch.arange(17))
+    inside_RS, rest_R = SoftLabels.of(teacher, short, 0, 17).at(torch.arange(17))
     torch.testing.assert_close(inside_RS.sum(-1) + rest_R, torch.ones(17), atol=1e-4, rtol=0)
-    torch.testing.assert_close(inside_RS.log(), logs_NV[:, among.ids_S], atol=3e-2, rtol=1e-2)
-    later = Teacher.of(among, short, 5, 99).at(torch.tensor([16, 5]))  # as far as the text goes
+    torch.testing.assert_close(inside_RS.log(), logs_NV[:, teacher.among.ids_S], atol=3e-2, rtol=1e-2)
+    later = SoftLabels.of(teacher, short, 5, 99).at(torch.tensor([16, 5]))  # as far as the text goes
     for mine, theirs in zip(later, (inside_RS[[16, 5]], rest_R[[16, 5]]), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert torch.equal(short.tracks.token_N.long(), logs_NV.argmax(-1))
-    assert torch.equal(short.tracks.answer_N, torch.tensor([0, 0, *[1] * 7, 1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool))
-    torch.testing.assert_close(short.x_ND, embedding(sharp)(short.tracks.ids_N.tolist()))
+    assert torch.equal(short.shard.token_N.long(), logs_NV.argmax(-1))
+    assert torch.equal(short.shard.answer_N, torch.tensor([0, 0, *[1] * 7, 1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool))
+    torch.testing.assert_close(short.x_ND, sharp.backbone.embed(short.shard.ids_N.tolist()).hidden_TD)
 
 
-def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short: Text) -> None:
-    among, at = among_of(sharp), torch.arange(1, 9)
-    teacher = Teacher.of(among, short, 0, 17)
-    logs, tail = (part.log() for part in teacher.at(at))
-    net = replace(random_drafter(sharp), ids_S=among.ids_S)
-    (first,) = unroll(net, sharp.backbone.readout(), among, short, at, 1)
-    perfect = replace(first, state_RD=short.state_ND[at], said=Prediction(logs, first.said.ids_S, tail, first.said.tail_size))
+def test_the_loss_is_least_for_the_full_models_own_word(sharp: adi.Model, short: DraftText) -> None:
+    teacher, at = teacher_of(sharp), torch.arange(1, 9)
+    labels = SoftLabels.of(teacher, short, 0, 17)
+    logs, tail = (part.log() for part in labels.at(at))
+    net = replace(random_drafter(sharp), ids_S=teacher.among.ids_S)
+    (first,) = unroll(net, teacher, short, at, 1)
+    perfect = replace(first, state_RD=short.state_ND[at], draft=Prediction(logs, None, tail))
     entropy = -(logs.exp() * logs).sum(-1) - tail.exp() * tail
-    assert float(loss_of(short, teacher, perfect)) == pytest.approx(float(entropy.mean()), abs=1e-4)
+    assert float(loss_of(short, labels, perfect)) == pytest.approx(float(entropy.mean()), abs=1e-4)
     second = replace(perfect, step=2)
-    assert float(loss_of(short, teacher, second)) == pytest.approx(0.8 * float(entropy.mean()), abs=1e-4)
-    assert loss_of(short, teacher, perfect) < loss_of(short, teacher, first)
-    nobody = Unrolled(
-        1, at[:0], at[:0], first.state_RD[:0], Prediction(logs[:0], first.said.ids_S, tail[:0], first.said.tail_size)
-    )
-    assert float(loss_of(short, teacher, nobody)) == 0, "a span may hold no position to draft from"
+    assert float(loss_of(short, labels, second)) == pytest.approx(0.8 * float(entropy.mean()), abs=1e-4)
+    assert loss_of(short, labels, perfect) < loss_of(short, labels, first)
+    nobody = Unrolled(1, at[:0], at[:0], first.state_RD[:0], Prediction(logs[:0], None, tail[:0]))
+    assert float(loss_of(short, labels, nobody)) == 0, "a span may hold no position to draft from"
 
 
-def fitted(model: adi.Model, shards: list[Path], checkpoint: Path, progress: Any = QUIET, **changes: Any) -> Drafter:
+def fitted(model: adi.Model, shards: list[Path], checkpoint: Path, progress: Any = no_progress, **changes: Any) -> Drafter:
+    begin = changes.pop("begin", None)
     options = DraftOptions(**{"hidden": 32, "epochs": 4, "positions": 16, "learning_rate": 3e-3, **changes})
-    readout = model.backbone.readout()
-    return fit_drafter(readout, among_of(model, 200), embedding(model), shards, checkpoint, options, progress)
+    return fit_drafter(teacher_of(model, 200), model.backbone.embed, shards, checkpoint, options, progress, begin=begin)
+
+
+def losses_of(told: list[tuple[int, str]]) -> list[float]:
+    """The mean loss of each shard, as progress gave it."""
+    return [float(what.rpartition(" ")[2]) for done, what in told if done % PARTS == 0 and done]
 
 
 def test_training_helps(sharp: adi.Model, shards: list[Path], tmp_path: Path) -> None:
-    readout, among, losses = sharp.backbone.readout(), among_of(sharp, 200), list[float]()
-    net = fitted(sharp, shards, tmp_path / "c.pt", lambda done, of, loss: losses.append(loss))
-    assert len(losses) == 4 * len(shards)
+    teacher, told = teacher_of(sharp, 200), list[tuple[int, str]]()
+    net = fitted(sharp, shards, tmp_path / "c.pt", lambda done, of, what: told.append((done, what)))
+    losses = losses_of(told)
+    assert len(losses) >= 4 * len(shards)
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    raw = fresh_drafter(readout, among.ids_S, 32, torch.Generator().manual_seed(0))
-    trained, untrained = (judge(as_halves(n), readout, among, embedding(sharp), shards) for n in (net, raw))
+    raw = fresh_drafter(teacher.readout, teacher.among.ids_S, 32, torch.Generator().manual_seed(0))
+    trained, untrained = (judge_drafter(as_halves(n), teacher, sharp.backbone.embed, shards) for n in (net, raw))
     assert trained["positions"] == untrained["positions"] > 500
     assert trained["agreement_by_step"][0] > untrained["agreement_by_step"][0] + 0.05
     assert trained["accepted_in_a_row"] > untrained["accepted_in_a_row"]
@@ -168,25 +169,22 @@ def test_training_helps(sharp: adi.Model, shards: list[Path], tmp_path: Path) ->
 
 
 def test_a_warm_start_goes_on_from_what_was_learned(sharp: adi.Model, shards: list[Path], tmp_path: Path) -> None:
-    readout, among = sharp.backbone.readout(), among_of(sharp, 200)
     before = fitted(sharp, shards, tmp_path / "a.pt")
-    first, cold = list[float](), list[float]()
-    options = DraftOptions(hidden=32, epochs=1, positions=16, learning_rate=1e-3)
-    embed = embedding(sharp)
-    after = fit_drafter(
-        readout, among, embed, shards, tmp_path / "b.pt", options, lambda d, t, loss: first.append(loss), None, before
-    )
-    fit_drafter(readout, among, embed, shards, tmp_path / "c.pt", options, lambda d, t, loss: cold.append(loss))
-    assert first[0] < 0.9 * cold[0]
+    warm, cold = list[tuple[int, str]](), list[tuple[int, str]]()
+    changes: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-3}
+    note = lambda done, of, what: warm.append((done, what))  # noqa: E731
+    after = fitted(sharp, shards, tmp_path / "b.pt", note, begin=before, **changes)
+    fitted(sharp, shards, tmp_path / "c.pt", lambda done, of, what: cold.append((done, what)), **changes)
+    assert losses_of(warm)[0] < 0.9 * losses_of(cold)[0]
     assert not torch.equal(after.mix_DE, before.mix_DE)
     assert not before.mix_DE.requires_grad, "what it began with stays as it was"
 
 
 def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shards: list[Path]) -> None:
-    readout, among = sharp.backbone.readout(), among_of(sharp, 200)
-    net = fresh_drafter(readout, among.ids_S, 32, torch.Generator().manual_seed(0))
-    text = read_text(shards[-1], readout, embedding(sharp))
-    sequence, answer = text.tracks.sequence_N.tolist(), text.tracks.answer_N.tolist()
+    teacher = teacher_of(sharp, 200)
+    net = fresh_drafter(teacher.readout, teacher.among.ids_S, 32, torch.Generator().manual_seed(0))
+    text = draft_text(shards[-1], teacher, sharp.backbone.embed)
+    sequence, answer = text.shard.text_N.tolist(), text.shard.answer_N.tolist()
     right, asked = [0] * 5, [0] * 5
     for start in range(1, len(sequence)):
         if sequence[start - 1] != sequence[start] or not answer[start]:
@@ -196,77 +194,51 @@ def test_the_judges_count_is_that_of_drafting_one_by_one(sharp: adi.Model, shard
             at = start + step
             if at >= len(sequence) or sequence[at] != sequence[start]:
                 break
-            state = advance(net, readout, text.x_ND[at : at + 1], state)
+            state = advance(net, teacher.readout, text.x_ND[at : at + 1], state)
             asked[step] += 1
-            if int(among.ids_S[predict(net, among, state).log_probs_TS.argmax()]) != int(text.tracks.token_N[at]):
+            if int(teacher.among.ids_S[predict(net, teacher.among, state).log_probs_TS.argmax()]) != int(
+                text.shard.token_N[at]
+            ):
                 break
             right[step] += 1
-    got = judge(net, readout, among, embedding(sharp), shards[-1:])
+    got = judge_drafter(net, teacher, sharp.backbone.embed, shards[-1:])
     assert got["positions"] == asked[0]
     assert got["agreement_by_step"] == pytest.approx([r / max(1, a) for r, a in zip(right, asked, strict=True)])
     assert got["accepted_in_a_row"] == pytest.approx(sum(right) / asked[0])
 
 
-@pytest.mark.parametrize("after", [1, 4, 5])
+@pytest.mark.parametrize("after", [1, 3.4, 4, 5])
 def test_an_interrupted_fit_ends_where_an_undisturbed_one_does(
-    sharp: adi.Model, shards: list[Path], tmp_path: Path, after: int
+    sharp: adi.Model, shards: list[Path], tmp_path: Path, after: float
 ) -> None:
-    def interrupt(done: int, of: int, loss: float) -> None:
-        if done == after:
+    def interrupt(done: int, of: int, what: str) -> None:
+        assert of == 2 * len(shards) * PARTS
+        if done >= after * PARTS:
             raise Stop
 
     with pytest.raises(Stop):
         fitted(sharp, shards, tmp_path / "cut.pt", interrupt, epochs=2)
     told: list[int] = []
-    resumed = fitted(sharp, shards, tmp_path / "cut.pt", lambda done, of, loss: told.append(done), epochs=2)
+    resumed = fitted(sharp, shards, tmp_path / "cut.pt", lambda done, of, what: told.append(done), epochs=2)
     whole = fitted(sharp, shards, tmp_path / "whole.pt", epochs=2)
-    assert told == list(range(after + 1, 2 * len(shards) + 1))
+    assert told[0] == int(after) * PARTS, "shards that were finished are not done again"
+    assert len(told) > 10, "and within a shard it says where it is"
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name])
         assert not tensor.requires_grad
     assert not whole.shift_D.any(), "an RMS norm has no shift"
 
 
-def test_finished_shards_are_kept(sharp: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [Answer("p", (20 + i % 50, 21, 22 + i % 7, 23), 2, True, False) for i in range(150)]
-    forward, passes = sharp.backbone.forward, list[int]()
-
-    def counted(rows: Any, lo: int, hi: int, **options: Any) -> Any:
-        passes.append(1)
-        return forward(rows, lo, hi, **options)
-
-    def stop(done: int, of: int) -> None:
-        assert of == 150
-        if done == 128:
-            raise Stop
-
-    monkeypatch.setattr(sharp.backbone, "forward", counted)
-    with pytest.raises(Stop):
-        write_drafter_shards(sharp.backbone, texts, tmp_path, stop)
-    assert len(passes) == 128
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    told: list[int] = []
-    paths = write_drafter_shards(sharp.backbone, texts, tmp_path, lambda done, of: told.append(done))
-    assert (len(passes), told, len(paths)) == (150, [64, 128, 150], 3)
-    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert sorted(tmp_path.iterdir()) == sorted(paths), "nothing half-written stays"
-    assert read_drafter_shard(paths[2]).ids_N.tolist() == [i for a in texts[128:] for i in a.ids]
-    other = write_drafter_shards(sharp.backbone, [replace(texts[0], start=1), *texts[1:64]], tmp_path, QUIET)
-    assert other[0] not in paths, "other texts, another shard"
-
-
-def test_long_texts_are_cut(tiny_hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracks_module, "MOST_POSITIONS", 50)
-    (path,) = write_drafter_shards(adi.load(tiny_hf).backbone, [Answer("p", (5,) * 90, 4, True, False)], tmp_path, QUIET)
-    assert len(read_drafter_shard(path).ids_N) == 50 < MOST_POSITIONS
-
-
-def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "_matmul_seconds", lambda device, dtype: 1.0)
+def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name / "work").mkdir(parents=True)
+        (tmp_path / name / "work" / "drafter.dtype").write_text("float32")
     options = adi.TuneOptions(tokens=900, max_new_tokens=12, shortlist=64, drafter_epochs=2, depths=(2, 4))
     mine = random_exits(sharp, (2, 4), adi.Threshold("entropy", 3.0))
-    monkeypatch.setattr(tune_module, "_heads", lambda *_: pytest.fail("heads are kept"))
-    got = tune(sharp, tmp_path / "a", [PROMPTS], options, keep=mine, made_by={"command": "a test"})
+    stages: set[str] = set()
+    note = lambda done, total, what: stages.add(what.partition(",")[0])  # noqa: E731
+    got = tune(sharp, tmp_path / "a", [PROMPTS], options, keep=mine, made_by={"command": "a test"}, progress=note)
+    assert stages == {"generating text", "training the drafter", "judging the drafter"}, "heads are kept"
     assert got.heads == mine.heads
     assert (got.depths, got.trigger) == (mine.depths, mine.trigger)
     assert got.report["note"] == "random"
@@ -281,8 +253,8 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
         full.token_ids
     )
 
-    def interrupt(stage: str, done: int, total: int, note: str) -> None:
-        if stage == "drafter":
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done and what.startswith("training the drafter"):
             raise Stop
 
     with pytest.raises(Stop):
@@ -306,26 +278,50 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     assert again.made_by["drafter"]["began_with"] == saved.made_by["drafter"]
 
 
-def test_a_drafter_is_judged_again_on_fresh_text_and_nothing_else_changes(sharp: adi.Model, tmp_path: Path) -> None:
+def test_a_drafter_is_measured_again_on_fresh_text_and_nothing_else_changes(sharp: adi.Model, tmp_path: Path) -> None:
     mine = replace(random_exits(sharp, (2, 4), adi.Threshold("entropy", 3.0)), drafter=random_drafter(sharp))
     mine = replace(mine, report={"note": "kept", "drafter": {"positions": 7, "answer_tokens": 900, "acceptance": {"3": 0.5}}})
-    options = adi.TuneOptions(talk_tokens=300, max_new_tokens=8, seed=5)
+    options = adi.TuneOptions(generate_tokens=300, max_new_tokens=8, own_prompts=0.0, seed=5)
     stages: set[str] = set()
-    note = lambda stage, done, total, text: stages.add(stage)  # noqa: E731
-    got = judge_drafter(sharp, tmp_path / "a", [], options, keep=mine, made_by={"command": "judge"}, progress=note)
+    note = lambda done, total, what: stages.add(what.partition(",")[0])  # noqa: E731
+    got = remeasure(sharp, tmp_path / "a", [PROMPTS], options, keep=mine, made_by={"command": "again"}, progress=note)
     report = got.report["drafter"]
     assert got.report["note"] == "kept"
     assert report["answer_tokens"] == 900, "what it was trained on"
     assert report["positions"] > 100
     assert report["by_precision"]["fp32"]["positions"] == report["positions"]
-    assert got.made_by["judged"]["command"] == "judge"
-    assert stages == {"talk", "judge"}
+    assert got.made_by["measured"]["command"] == "again"
+    assert stages == {"generating text", "judging the drafter"}
     assert adi.load_exits(tmp_path / "a").report == got.report
     (folder,) = (tmp_path / "a" / "work").iterdir()
     assert not list(folder.glob("train-*")), "all of it is test text"
-    known = Datastore.of([a.ids[max(0, a.start - 2) :] for a in said_in(sorted(folder.glob("held-*")), True)])
-    again = judge_drafter(sharp, tmp_path / "a", [], options, keep=replace(mine, answers=known))
+    known = datastore_of(texts_in(sorted(folder.glob("held-*"))))
+    again = remeasure(sharp, tmp_path / "a", [PROMPTS], options, keep=replace(mine, answers=known))
     assert again.report["drafter"]["positions"] == 0, "training saw all of them"
     for kept, tokens in ((random_exits(sharp, (2, 4), adi.Never()), 300), (mine, 0)):
-        with pytest.raises(ValueError, match="judging needs exits with a drafter"):
-            judge_drafter(sharp, tmp_path / "b", [], replace(options, talk_tokens=tokens), keep=kept)
+        with pytest.raises(ValueError, match="measuring again needs exits with a drafter"):
+            remeasure(sharp, tmp_path / "b", [], replace(options, generate_tokens=tokens), keep=kept)
+
+
+def shard_of(ids_N: torch.Tensor, text_N: torch.Tensor, answer_N: torch.Tensor) -> Shard:
+    nothing = torch.zeros(len(ids_N))
+    return Shard(ids_N, text_N, answer_N, nothing, nothing, nothing, nothing)
+
+
+def test_what_all_texts_begin_with_is_found() -> None:
+    ids = torch.tensor([1, 2, 3, 4, 1, 2, 9, 1, 2, 3])
+    shard = shard_of(ids, torch.tensor([0] * 4 + [1] * 3 + [2] * 3), ids > 0)
+    assert opening(shard).tolist() == [True, True, False, False, True, True, False, True, True, False]
+    assert not opening(shard_of(ids[:4], torch.zeros(4), ids[:4] > 0)).any()
+
+
+def test_all_of_an_answer_is_learned_from_and_a_share_of_its_prompt() -> None:
+    answer_N = torch.arange(4000) >= 3000
+    shard = shard_of(torch.arange(4000), torch.zeros(4000), answer_N)
+    first, second = (taken(shard, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert first[3000:].all()
+    assert abs(first[:3000].float().mean() - PROMPT_SHARE) < 0.03
+    assert not torch.equal(first, second), "another share every time"
+    ids = torch.tensor([1, 2, 3, 1, 2, 4])
+    alike = shard_of(ids, torch.tensor([0] * 3 + [1] * 3), ids > 0)
+    assert not (taken(alike, torch.Generator().manual_seed(0)) & opening(alike)).any()

@@ -94,18 +94,14 @@ def triggers(
 
 def _fit(model: Model, exits: Exits, items: list[PromptItem], folder: Path, max_new_tokens: int) -> dict[str, Any]:
     """Fit a probe on the model's answers and save it with the exits; its report."""
-    from adi.decoding.teacher_forcing import own_answers
+    from adi.decoding.teacher_forcing import KnownText, own_answers
     from adi.measure.provenance import provenance
-    from adi.training.answers import Answer
     from adi.training.train_probe import fit_probe
 
     with Reporter(err(), "answers") as bar:
-        texts = own_answers(model, [item.prompt for item in items], max_new_tokens)
-        given = [
-            Answer(item.prompt, text.prompt_ids + text.token_ids, len(text.prompt_ids), True, False)
-            for item, text in zip(items, texts, strict=True)
-        ]
-        probe, report = fit_probe(model.backbone, exits, given, progress=lambda d, t: bar(d, t, "texts"))
+        answers = own_answers(model, [item.prompt for item in items], max_new_tokens)
+        texts = [KnownText.of_answer(answer.prompt_ids, answer.token_ids) for answer in answers]
+        probe, report = fit_probe(model.backbone, exits, texts, progress=bar)
     about = provenance(command_line(), items)
     report |= {name: about[name] for name in ("command", "prompts_hash")}
     replace(exits, probe=probe, report={**exits.report, "probe": report}).save(folder)

@@ -40,7 +40,7 @@ def tune(
     rank: Annotated[int, _rare("--rank", "Rank of each head's adapter.")] = 128,
     learning_rate: Annotated[float, _rare("--learning-rate", "Peak learning rate.")] = 3e-3,
     talk_precision: Annotated[
-        str, _rare("--talk-precision", "Precisions that generate conversations, with commas; each its share of --talk.")
+        str, _rare("--talk-precision", "Precisions in which text is generated, with commas; each its share.")
     ] = "auto",
     own_prompts: Annotated[
         float | None, _rare("--own-prompts", "With --talk: share of conversations whose prompt is generated too, 0 to 1.")
@@ -56,7 +56,7 @@ def tune(
     Without --prompts and --text the 480 'train' prompts are used. A run that was stopped resumes with the same command.
     """
     from adi.artifact import load_exits
-    from adi.training.tune import TuneOptions, judge_drafter
+    from adi.training.tune import TuneOptions, remeasure
     from adi.training.tune import tune as train
 
     if judge_only and keep is None:
@@ -73,22 +73,20 @@ def tune(
         epochs=epochs,
         learning_rate=learning_rate,
         drafter_epochs=drafter_epochs,
-        talk_tokens=talk,
+        generate_tokens=talk,
         own_prompts=own_prompts,
         warm_start=warm_start,
         seed=seed,
     )
-    talks = listed(talk_precision) if talk and drafter_epochs else []
-    generators = [EngineOptions(precision=precision).load(model) for precision in talks]
+    generators = [EngineOptions(precision=precision).load(model) for precision in listed(talk_precision)]
     made_by = {"command": command_line(), "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}}
     groups, kept = [[item.prompt for item in items] for items in sets], None if keep is None else load_exits(keep)
     (out / "work").mkdir(parents=True, exist_ok=True)
     with Reporter(err(), log=out / "work" / "log.txt") as report:
-        more: dict[str, Any] = {"voices": generators, "made_by": made_by}
+        more: dict[str, Any] = {"generators": generators, "made_by": made_by, "progress": report}
         more["categories"] = {i.prompt: i.category for s in sets for i in s}
-        more["progress"] = lambda stage, done, total, note: report(done, total, f"{stage} {note}".strip())
         if judge_only and kept is not None:
-            exits = judge_drafter(loaded, out, groups, options, keep=kept, **more)
+            exits = remeasure(loaded, out, groups, options, keep=kept, **more)
         else:
             exits = train(loaded, out, groups, options, keep=kept, texts=text or (), **more)
     show_report(err(), exits.report)

@@ -1,16 +1,21 @@
-"""Training text that costs one pass: the model writes its own prompts and answers, and what drafters learn from is kept.
+"""Training data that costs one pass: the model answers prompts, given or its own, and the states of those passes are kept.
 
-Many texts run side by side. Each begins with a prompt of the caller's, or with nothing but the chat template up to where a
-user speaks: an instruction-tuned model then writes the user's turn too, from the distribution it was tuned on (Magpie, Xu
-et al. 2024). A model without a template begins with what its tokenizer puts before any text, writes some words and goes on
-with them. Its last states, the logarithm of the logits' total and its greedy token are noted as the text grows, so no
-pass over the finished text is needed. Finished texts are written in shards; a stopped run goes on behind the last of them.
+Exits and drafters learn to predict early what *this* model generates, so the best text for them is the model's own
+(sequence-level distillation: Kim & Rush 2016; Medusa-2 and EAGLE train their drafters the same way). Where it writes the
+prompt too, it begins with nothing but the chat template up to where a user speaks: an instruction-tuned model then writes
+the user's turn from the distribution it was tuned on (Magpie, Xu et al. 2024). A model without a template begins with what
+its tokenizer puts before any text, and goes on with some words of its own. Many texts run in shared passes; their last
+states are recorded on the way. Every text follows from the seed and its number alone, so a stopped run goes on with the
+first group of texts that is missing and ends where an undisturbed one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +23,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adi.decoding.scheduler import sharing
+from adi.decoding.teacher_forcing import KnownText
 from adi.errors import AdiError
 from adi.files import write_text
-from adi.model.backbone import Backbone, Rows, TopK
+from adi.model.backbone import KVCache, Rows
 from adi.model.load import Model
-from adi.training.answers import HELD_OUT_SHARE, is_held_out
-from adi.training.drafter_shards import HEAD_ROWS, SHARD_SEQUENCES, DrafterShard, write_shard
-from adi.training.shards import in_halves
+from adi.progress import Progress, no_progress
+from adi.training.shards import FORMAT, SHARD_TEXTS, in_halves, write_shard
+from adi.training.texts import HELD_OUT_SHARE, is_held_out
 
 SIDE_BY_SIDE = 64
-LIKELIEST = 48  # a token is drawn from so many
 OWN_PROMPTS = 0.75  # share of texts whose prompt the model writes too
 OWN_WORDS = 0.5  # the same for a model without a chat template, which writes anything but prompts
-GREEDY = 0.6  # share of answers that are greedy, as what they are for mostly is
-WARMTH = 0.8  # of the other answers
+GREEDY = 0.6  # share of answers that are greedy, as most use is
+TEMPERATURE = 0.8  # of the other answers; prompts are written at 1
+LIKELIEST = 48  # a token is drawn from so many
 LONGEST_PROMPT = 160
 FIRST_WORDS = 24  # tokens of its own that a model without a chat template goes on with
 MARK = "\u2063user\u2063"
 
 
 @dataclass(frozen=True)
-class Template:
+class PromptTemplate:
     """Token ids of a conversation's fixed parts: before the user's words, and between them and the answer (nothing, where
-    there is no chat template); ``longest`` words of the user's are written."""
+    there is no chat template); at most ``longest`` tokens of the user's are written."""
 
     opening: tuple[int, ...]
     between: tuple[int, ...]
     longest: int
 
     @classmethod
-    def of(cls, model: Model) -> Template:
-        """From the model's chat template, or without one from how its texts begin; ValueError where nothing does, and where a
-        template bends what a user says."""
+    def of(cls, model: Model) -> PromptTemplate:
+        """From the model's chat template, or without one from how its texts begin; AdiError where nothing does, and where a
+        template changes the user's words."""
         if model.tokenizer is None or not (model.tokenizer.has_chat_template or model.tokenizer.encode("")):
             raise AdiError(
                 "this model has no chat template and no token that begins a text, so it cannot write prompts; give some with "
@@ -61,129 +68,9 @@ class Template:
         text = model.tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, mark, after = text.partition(MARK)
         if not mark:
-            raise AdiError("this model's chat template changes what a user says, so it cannot write prompts.")
+            raise AdiError("this model's chat template changes the user's words, so it cannot write prompts.")
         opening, between = (tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
         return cls(opening, between, LONGEST_PROMPT)
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """``tokens`` of answers in all, at most ``max_new_tokens`` each, ``side_by_side`` texts at once; ``held_share`` of
-    the prompts are only tested on (1: all)."""
-
-    tokens: int
-    max_new_tokens: int = 200
-    side_by_side: int = SIDE_BY_SIDE
-    own_prompts: float = OWN_PROMPTS
-    seed: int = 0
-    held_share: float = HELD_OUT_SHARE
-
-
-@dataclass
-class _Text:
-    """One text under way. ``start`` is where its answer begins, None while the model writes the prompt."""
-
-    cache: Any
-    ids: list[int]
-    start: int | None
-    greedy: bool
-    longest_prompt: int = 0
-    known: int = 0
-    deep: list[Tensor] = field(default_factory=list)
-    total: list[Tensor] = field(default_factory=list)
-    token: list[Tensor] = field(default_factory=list)
-
-    def note(self, deep_TD: Tensor, total_T: Tensor, token_T: Tensor) -> None:
-        self.known += deep_TD.shape[0]
-        self.deep.append(in_halves(deep_TD))
-        self.total.append(total_T)
-        self.token.append(token_T)
-
-    def tracks(self, number: int) -> DrafterShard:
-        count = self.known
-        return DrafterShard(
-            ids_N=torch.tensor(self.ids[:count], dtype=torch.int32),
-            deep_ND=torch.cat(self.deep),
-            total_N=torch.cat(self.total).float(),
-            token_N=torch.cat(self.token).int(),
-            sequence_N=torch.full((count,), number, dtype=torch.int32),
-            answer_N=torch.arange(count) >= (self.start or count) - 1,
-        )
-
-
-class _Talk:
-    """All texts under way, and the dice."""
-
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], options: GenerateOptions, begun: int) -> None:
-        self.backbone: Backbone = model.backbone
-        if not prompts and options.own_prompts <= 0:
-            raise AdiError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
-        self.ends, self.options, self.prompts = model.eos_ids, options, prompts
-        self.template = Template.of(model) if options.own_prompts > 0 else None
-        self.dice = np.random.default_rng([options.seed, begun])
-        self.running: list[_Text] = []
-        self.unasked: list[int] = []
-
-    def begin(self) -> _Text:
-        own = self.template is not None and (not self.prompts or self.dice.random() < self.options.own_prompts)
-        greedy = bool(self.dice.random() < GREEDY)
-        if own:
-            assert self.template is not None
-            ids = list(self.template.opening)
-            return _Text(self.backbone.new_cache(), ids, None, greedy, len(ids) + self.template.longest)
-        if not self.unasked:  # all of them once before any again: greedy answers would only be the same
-            self.unasked = self.dice.permutation(len(self.prompts)).tolist()
-        ids = list(self.prompts[self.unasked.pop()])
-        return _Text(self.backbone.new_cache(), ids, len(ids), greedy)
-
-    def step(self) -> list[_Text]:
-        """One pass for all of them; the texts that it finished."""
-        while len(self.running) < self.options.side_by_side:
-            self.running.append(self.begin())
-        rows = [Rows(t.cache, t.known, tuple(t.ids[t.known :]), None) for t in self.running]
-        states = self.backbone.forward(rows, 0, self.backbone.spec.layers)
-        top_k_tokens = _outlook(self.backbone, torch.cat([s.hidden_TD for s in states]))
-        done, at = [], 0
-        for text, state in zip(list(self.running), states, strict=True):
-            upto = at + state.hidden_TD.shape[0]
-            text.note(state.hidden_TD, top_k_tokens.total_T[at:upto], top_k_tokens.ids_TK[at:upto, 0])
-            self._say(text, top_k_tokens.logits_TK[upto - 1].numpy(), top_k_tokens.ids_TK[upto - 1].numpy())
-            at = upto
-            if self._over(text):
-                done.append(text)
-                self.running.remove(text)
-                text.cache.close()
-        return done
-
-    def _say(self, text: _Text, logits_K: Any, ids_K: Any) -> None:
-        token = int(ids_K[0])
-        if text.start is None or not text.greedy:
-            warmth = 1.0 if text.start is None else WARMTH
-            weights = np.exp((logits_K - logits_K[0]) / warmth)
-            token = int(ids_K[self.dice.choice(len(weights), p=weights / weights.sum())])
-        if text.start is not None:
-            text.ids.append(token)
-            return
-        assert self.template is not None
-        ended = token in self.ends or len(text.ids) >= text.longest_prompt
-        if not self.template.between:  # the answer goes on with the first words, which end nothing
-            text.ids.append(next(i for i in (token, *ids_K.tolist()) if i not in self.ends))
-        else:
-            text.ids.extend(self.template.between if ended else (token,))
-        if ended:
-            text.start = len(text.ids)
-
-    def _over(self, text: _Text) -> bool:
-        if text.start is None or text.known < text.start:
-            return False
-        said = len(text.ids) - text.start
-        return said >= self.options.max_new_tokens or text.ids[-1] in self.ends
-
-
-def _outlook(backbone: Backbone, hidden_TD: Tensor) -> TopK:
-    """A few rows at a time: of a large vocabulary the logits of all prompts at once would fill the memory."""
-    parts = [backbone.top_k_tokens(rows_TD, LIKELIEST) for rows_TD in hidden_TD.split(HEAD_ROWS)]
-    return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__dataclass_fields__))
 
 
 def share_of_own(model: Model) -> float:
@@ -193,63 +80,227 @@ def share_of_own(model: Model) -> float:
     return OWN_WORDS if model.tokenizer.encode("") else 0.0
 
 
-def talk(
+@dataclass(frozen=True)
+class GenerateOptions:
+    """``tokens`` of answers in all, at most ``max_new_tokens`` each. ``own_prompts`` is the share of prompts that the model
+    writes; given ones are answered once, or with ``repeat`` again and again, sampled anew. ``held_share`` of the prompts are
+    only tested on (1: all)."""
+
+    tokens: int
+    max_new_tokens: int = 200
+    own_prompts: float = OWN_PROMPTS
+    repeat: bool = True
+    seed: int = 0
+    held_share: float = HELD_OUT_SHARE
+
+
+@dataclass(eq=False)
+class _Conversation:
+    """One text under way. ``prompt`` is None while the model writes it; the last of ``ids`` has no row yet."""
+
+    number: int
+    prompt: tuple[int, ...] | None
+    greedy: bool
+    ids: list[int] = field(default_factory=list)
+    cache: KVCache | None = None
+    deep: list[Tensor] = field(default_factory=list)
+    rows: int = 0
+    dice: np.random.Generator = field(default_factory=np.random.default_rng)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer so far."""
+        return 0 if self.prompt is None else len(self.ids) - len(self.prompt)
+
+    def text(self) -> KnownText:
+        """The finished text: all tokens that have a row."""
+        assert self.prompt is not None
+        return KnownText(tuple(self.ids[:-1]), len(self.prompt) - 1)
+
+    def close(self) -> None:
+        """Free the KV memory."""
+        if self.cache is not None:
+            self.cache.close()
+
+    def next_token(self, logits_K: Any, ids_K: Any) -> int:
+        """The likeliest token, or one drawn among those."""
+        if self.prompt is not None and self.greedy:
+            return int(ids_K[0])
+        weights = np.exp((logits_K - logits_K[0]) / (1.0 if self.prompt is None else TEMPERATURE))
+        return int(ids_K[self.dice.choice(len(weights), p=weights / weights.sum())])
+
+
+def _conversations(prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> Iterator[_Conversation]:
+    """What each text begins with, in their order."""
+    if not prompts and options.own_prompts <= 0:
+        raise AdiError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
+    in_order, greedily = iter(_order(len(prompts), options)), set[int]()
+    for number in count():
+        own, greedy = (np.random.default_rng([options.seed, number]).random(2) < (options.own_prompts, GREEDY)).tolist()
+        if own or not prompts:
+            yield _Conversation(number, None, greedy)
+        elif (place := next(in_order, None)) is None:
+            return
+        else:
+            yield _Conversation(number, prompts[place], greedy and place not in greedily)  # another would be the same
+            greedily |= {place} if greedy else set()
+
+
+def _order(prompts: int, options: GenerateOptions) -> Iterator[int]:
+    """The places of given prompts: as they come, or shuffled, all of them once before any again."""
+    if not options.repeat:
+        yield from range(prompts)
+        return
+    for turn in count():
+        yield from np.random.default_rng([options.seed, 0, turn]).permutation(prompts).tolist()
+
+
+def generate_shards(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[int, ...]],
     folder: Path,
     options: GenerateOptions,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[list[Path], list[Path]]:
     """Write shards into ``folder`` until their answers hold ``options.tokens`` tokens; those to train on and those held out,
-    oldest first.
+    oldest first. A longer run goes on where a shorter one ended.
 
     ``prompts`` are token ids up to where an answer begins; which side a text is on follows from its prompt alone. The engine
-    should be the one that drafts are for: its states are what a drafter reads. A shard's dice depend on the seed and on its
-    number.
+    should be the one that drafts are for: its states are what a drafter reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = _finished(folder)
-    tokens = tokens_in([path for paths in done for path in paths])
-    talking = _Talk(model, prompts, options, len(done))
-    ready: list[_Text] = []
-    progress(tokens, options.tokens)
-    while tokens < options.tokens:
-        ready += talking.step()
-        progress(tokens + sum(map(_said, ready)), options.tokens)
-        if len(ready) < SHARD_SEQUENCES:
-            continue
-        done.append(_write(folder, len(done), ready, options.held_share))
-        tokens, ready = tokens + tokens_in(done[-1]), []
-    for text in talking.running:
-        text.cache.close()
-    paths = [path for group in done for path in group]
+    groups = _Groups(model, prompts, folder, options)
+    try:
+        while groups.tokens < options.tokens:
+            groups.begin()
+            if not groups.running:
+                break  # all prompts are answered
+            groups.step()
+            groups.write()
+            progress(min(groups.generated, options.tokens), options.tokens, f"generating text, {model.backbone.spec.precision}")
+    finally:
+        for one in groups.running:
+            one.close()
+    paths = [path for group in groups.written for path in group]
     return [p for p in paths if p.name.startswith("train")], [p for p in paths if p.name.startswith("held")]
 
 
-def _said(text: _Text) -> int:
-    """Tokens of its answer."""
-    return text.known + 1 - (text.start or text.known)
+class _Groups:
+    """Texts under way and finished, in groups of ``SHARD_TEXTS`` by their numbers; a group is written when it is whole and all
+    before it are."""
+
+    def __init__(self, model: Model, prompts: Sequence[tuple[int, ...]], folder: Path, options: GenerateOptions) -> None:
+        self.model, self.folder, self.options = model, folder, options
+        self.template = PromptTemplate.of(model) if options.own_prompts > 0 else None
+        self.running: list[_Conversation] = []  # those that waited longest first
+        self.written = [[folder / name for name in mark.read_text().split()] for mark in sorted(folder.glob("group-*"))]
+        self.tokens = tokens_in(path for group in self.written for path in group)
+        self.ready: dict[int, _Conversation] = {}
+        self.begun = SHARD_TEXTS * len(self.written)
+        self.ended = False  # there is no further prompt
+        self.waiting = islice(_conversations(prompts, options), self.begun, None)
+
+    @property
+    def generated(self) -> int:
+        """Answer tokens so far, of unfinished texts too."""
+        return self.tokens + sum(one.answered for one in (*self.ready.values(), *self.running))
+
+    def begin(self) -> None:
+        """Let new texts join while there is room, and while those of earlier groups will not hold tokens enough."""
+        longest = self.options.max_new_tokens
+        mean = sum(one.answered for one in self.ready.values()) / len(self.ready) if self.ready else longest
+        while len(self.running) < SIDE_BY_SIDE and not self.ended:
+            earlier = self.begun // SHARD_TEXTS - len(self.written)
+            if self.tokens + earlier * SHARD_TEXTS * mean >= self.options.tokens:
+                return
+            if (one := next(self.waiting, None)) is None:
+                self.ended = True
+                return
+            self.begun += 1
+            one.ids = list(self.template.opening if one.prompt is None and self.template else one.prompt or ())
+            one.cache, one.dice = self.model.backbone.new_cache(), np.random.default_rng([self.options.seed, 1, one.number])
+            self.running.append(one)
+
+    def step(self) -> None:
+        """One pass for those that waited longest, as many as share it."""
+        backbone = self.model.backbone
+        places = sharing([len(one.ids) - one.rows for one in self.running], backbone.spec.merged_rows)
+        chosen = [self.running[place] for place in places]
+        rows = [Rows(one.cache, one.rows, tuple(one.ids[one.rows :]), None) for one in chosen]
+        states = backbone.forward(rows, 0, backbone.spec.layers)
+        best = backbone.top_k_tokens(torch.cat([left.hidden_TD[-1:] for left in states]), LIKELIEST)
+        likeliest = zip(best.logits_TK.cpu().numpy(), best.ids_TK.cpu().numpy(), strict=True)
+        self.running = [one for place, one in enumerate(self.running) if place not in set(places)]
+        for one, left, (logits_K, ids_K) in zip(chosen, states, likeliest, strict=True):
+            one.deep.append(in_halves(left.hidden_TD).cpu())
+            one.rows = len(one.ids)
+            if self._advance(one, one.next_token(logits_K, ids_K)):
+                self.running.append(one)
+            else:
+                one.close()
+                self.ready[one.number] = one
+
+    def _advance(self, one: _Conversation, token: int) -> bool:
+        """Take in one more token; False when the text is finished."""
+        ended = token in self.model.eos_ids
+        if one.prompt is not None:
+            one.ids.append(token)
+            context = self.model.backbone.spec.context or sys.maxsize
+            return not ended and one.answered < self.options.max_new_tokens and len(one.ids) < context
+        assert self.template is not None
+        template = self.template
+        one.ids += [] if ended else [token]
+        if ended or len(one.ids) >= len(template.opening) + template.longest:
+            one.prompt = (*one.ids, *template.between)
+            one.ids = list(one.prompt)
+            if one.rows == len(one.ids):  # nothing stands between: what is predicted here would end the text
+                one.rows -= 1
+                one.deep[-1] = one.deep[-1][:-1]
+        return True
+
+    def write(self) -> None:
+        """Write the groups that are whole: their shards, to train on and held out, and last the mark that all is there."""
+        while True:
+            number = len(self.written)
+            first, stop = number * SHARD_TEXTS, (number + 1) * SHARD_TEXTS
+            wanted = range(first, min(stop, self.begun) if self.ended else stop)
+            if not wanted or any(n not in self.ready for n in wanted):
+                return
+            sides: dict[str, list[_Conversation]] = {"train": [], "held": []}
+            for one in map(self.ready.pop, wanted):
+                assert one.prompt is not None
+                sides["held" if is_held_out(one.prompt, self.options.held_share) else "train"].append(one)
+            self.written.append([self._shard(side, number, mine) for side, mine in sides.items() if mine])
+            write_text(self.folder / f"group-{number:05d}", "\n".join(path.name for path in self.written[-1]))
+            self.tokens += tokens_in(self.written[-1])
+
+    def _shard(self, side: str, number: int, mine: Sequence[_Conversation]) -> Path:
+        path = self.folder / f"{side}-{number:05d}-{sum(one.answered for one in mine)}.safetensors"
+        write_shard(path, self.model.backbone, [one.text() for one in mine], [torch.cat(one.deep) for one in mine])
+        return path
 
 
-def _write(folder: Path, number: int, texts: Sequence[_Text], held_share: float) -> list[Path]:
-    """The shards of one group of texts, training and held out; the mark that it is whole comes last."""
-    sides: dict[str, list[_Text]] = {"train": [], "held": []}
-    for text in texts:
-        sides["held" if is_held_out(text.ids[: text.start], held_share) else "train"].append(text)
-    paths = []
-    for side, mine in sides.items():
-        if mine:
-            paths.append(folder / f"{side}-{number:05d}-{sum(map(_said, mine))}.safetensors")
-            write_shard(paths[-1], [text.tracks(i) for i, text in enumerate(mine)])
-    write_text(folder / f"group-{number:05d}", "\n".join(path.name for path in paths))
-    return paths
-
-
-def _finished(folder: Path) -> list[list[Path]]:
-    """The shards of every group of texts that is whole."""
-    return [[folder / name for name in mark.read_text().split()] for mark in sorted(folder.glob("group-*"))]
-
-
-def tokens_in(paths: Sequence[Path]) -> int:
+def tokens_in(paths: Iterable[Path]) -> int:
     """Answer tokens in these shards, as their names say."""
     return sum(int(path.stem.rsplit("-", 1)[1]) for path in paths)
+
+
+def generate_dataset(
+    models: Sequence[Model],
+    prompts: Sequence[tuple[int, ...]],
+    work: Path,
+    options: GenerateOptions,
+    progress: Progress = no_progress,
+) -> tuple[list[Path], list[Path]]:
+    """Shards from several engines (or precisions), each its share of ``options.tokens``: to train on, and held out. The name
+    of each one's folder says what its texts follow from."""
+    train, held = list[Path](), list[Path]()
+    share = replace(options, tokens=-(-options.tokens // len(models)))
+    for model in models:
+        spec = model.backbone.spec
+        stated = repr([FORMAT, spec.fingerprint, spec.precision, spec.backend, replace(options, tokens=0), list(prompts)])
+        folder = work / f"texts-{hashlib.blake2b(stated.encode(), digest_size=6).hexdigest()}-{spec.precision}"
+        parts = generate_shards(model, prompts, folder, share, progress)
+        train += parts[0]
+        held += parts[1]
+    return train, held
