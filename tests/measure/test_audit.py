@@ -22,7 +22,7 @@ from adi.decoding.sampler import Sampler
 from adi.measure.audit.faults import Scripted, drive
 from adi.measure.audit.match import divergence
 from adi.measure.audit.replay import StateDrift, replay
-from adi.measure.audit.report import audit_page
+from adi.measure.audit.run import audit_page
 from adi.measure.audit.sampling import Law
 from adi.model.backbone import States
 from adi.model.hf import HfBackbone

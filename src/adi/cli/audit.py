@@ -12,7 +12,7 @@ from rich.console import Console
 
 from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, exits_for, listed, option
 from adi.cli.output import command_line, err, out, say, table
-from adi.files import require_writable, write_json
+from adi.files import require_writable, write_json, write_text
 from adi.progress import Reporter
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def audit(
     device: DeviceOption = "auto",
 ) -> None:
     """Prove on your model and machine that verified decoding changes nothing: exit code 1 where it does."""
-    from adi.measure.audit.report import write_audit
     from adi.measure.audit.run import audit as measure
+    from adi.measure.audit.run import audit_page
 
     printed = str(json_out) == "-"
     for path in (None if printed else json_out, html):
@@ -59,7 +59,7 @@ def audit(
             notice=lambda line: progress(0, 0, line),
         )
     if html is not None:
-        write_audit(report, html)
+        write_text(html, audit_page(report))
     if json_out is not None and not printed:
         write_json(json_out, report)
     if printed:

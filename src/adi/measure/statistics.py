@@ -48,6 +48,11 @@ def clustered_median(groups: Sequence[Sequence[float]], *, seed: int = 0, resamp
     return Interval(middle, medians[round(0.025 * last)], medians[round(0.975 * last)])
 
 
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many members two sequences have in common before their first difference."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def total_variation(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:
     """Half the sum of differences between the shares of ``counts`` and the chances of ``law``; in [0, 1]."""
     draws = sum(counts.values())

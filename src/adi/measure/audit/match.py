@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adi.decoding.teacher_forcing import KnownText, forced_pass
+from adi.measure.statistics import common_prefix
 from adi.model.load import Model
 
 
@@ -28,7 +29,7 @@ class Divergence:
 
 
 @dataclass
-class Tally:
+class TextMatch:
     """Runs that must give full depth's text."""
 
     name: str
@@ -67,11 +68,10 @@ def divergence(
 ) -> Divergence | None:
     """None for equal texts. A tie explains it where rows were not found to be invariant and both tokens are nearer to the
     likeliest than twice the noise; a text that ends too early or too late is never explained."""
-    at = next((i for i, (a, b) in enumerate(zip(full, got, strict=False)) if a != b), None)
-    if at is None:
-        if len(full) == len(got):
-            return None
-        at = min(len(full), len(got))
+    at = common_prefix(full, got)
+    if at == max(len(full), len(got)):
+        return None
+    if at == min(len(full), len(got)):
         a, b = (x[at] if at < len(x) else -1 for x in (full, got))
         return Divergence(prompt, at, a, b, 0.0, 0.0, noise, False)
     logits_V = logits_after(model, (*ids, *full[:at]))

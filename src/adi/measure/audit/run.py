@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from adi.artifact import Exits, bare_exits, load_exits, shipped
 from adi.errors import AdiError
 from adi.measure.audit.check import Size, check
 from adi.measure.bench.systems import backend_for
+from adi.measure.pages import render
 from adi.measure.provenance import provenance
+from adi.model.hub import Notice
 from adi.model.load import Model, load
-from adi.prompts import PromptItem, read_prompts, spread
+from adi.prompts import read_prompts, spread
 
 FORMAT, VERSION = "adi-audit", 2
 BARE = (0.5, 0.75)  # shares of the depth at which exits are put where a model has none
@@ -33,7 +36,7 @@ def audit(
     draws: int = 400,
     seed: int = 0,
     command: str = "",
-    notice: Callable[[str], None] = lambda _: None,
+    notice: Notice = lambda _: None,
 ) -> dict[str, Any]:
     """Check on this machine that verified decoding changes nothing; the report, whose ``passed`` says whether it held.
 
@@ -60,36 +63,36 @@ def audit(
     chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
         raise AdiError("there are no prompts; give at least one.")
-    engines = []
+    size, engines = Size(max_new_tokens, draws, seed), []
     for precision in precisions if not isinstance(source, Model) else ("auto",):
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
         found = _exits(model, exits)
         found.check(model.backbone)
-        engines.append(check(model, found, _encoded(model, chosen, max_new_tokens), Size(max_new_tokens, draws, seed), notice))
-        name, texts = model.backbone.spec.name, found.base_name
+        engines.append(check(model, found, _encoded(model, chosen, max_new_tokens), size, notice))
+        name, base = model.backbone.spec.name, found.base_name
         del model, found
         gc.collect()
-    return _report(command, items, name, texts, engines, {"max_new_tokens": max_new_tokens, "draws": draws, "seed": seed})
-
-
-def _report(
-    command: str, items: Sequence[PromptItem], name: str, exits: str, engines: list[dict[str, Any]], size: dict[str, int]
-) -> dict[str, Any]:
     violations = [violation for engine in engines for violation in engine["violations"]]
     return {
         "format": FORMAT,
         "version": VERSION,
         **provenance(command, items),
         "model": name,
-        "exits": exits,
-        **size,
+        "exits": base,
+        **asdict(size),
         "passed": not violations,
         "violations": violations,
         "engines": engines,
     }
 
 
-def _loaded(source: Any, backend: str, precision: str, device: str, notice: Callable[[str], None]) -> Model:
+def audit_page(report: Mapping[str, Any]) -> str:
+    """The page of an audit's report as HTML text."""
+    verdict = "passed" if report["passed"] else f"{len(report['violations'])} violations"
+    return render("audit.html", title=f"Audit of {report['model']}: {verdict}", report=report)
+
+
+def _loaded(source: Any, backend: str, precision: str, device: str, notice: Notice) -> Model:
     return load(source, backend=backend_for(backend, precision), precision=precision, device=device, notice=notice)
 
 

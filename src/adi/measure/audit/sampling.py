@@ -15,7 +15,7 @@ from adi.decoding.sampler import Sampler, distribution, draw
 from adi.decoding.sampling import Sampling
 from adi.decoding.session import Session
 from adi.measure.audit.match import logits_after
-from adi.measure.statistics import leading, total_variation, variation_band
+from adi.measure.statistics import common_prefix, leading, total_variation, variation_band
 from adi.model.load import Model
 
 TOKENS = 3
@@ -129,7 +129,7 @@ def draws_of(
         if text == wanted:
             foreseen += 1
         else:
-            at = next((t for t, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), len(text))
+            at = common_prefix(text, wanted)
             near += at < min(len(text), TOKENS) and law.rounded(seed, at, noise)
     exact = law.joint(TOKENS)
     parts = [(leading(found, n), leading(exact, n)) for n in range(1, TOKENS + 1)]
