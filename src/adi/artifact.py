@@ -19,13 +19,13 @@ from msgspec import Meta
 
 from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, Drafting, shapes
-from adi.errors import AdiError, FileError
+from adi.errors import AdiError, FileError, ModelError, UsageError
 from adi.exits.heads import Adapter, ExitHead, Heads
-from adi.exits.probe import Probe, probe_of
+from adi.exits.probe import KINDS, Net, Probe, network_shapes
 from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
 from adi.files import expanded, package_data, read_json, require_file, write_json
-from adi.model.arrays import as_array
+from adi.model.arrays import as_array, as_tensor
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.risk.certificate import Certificate, find
@@ -111,18 +111,18 @@ class Exits:
         return find(self.certificates, kind, level, skipped)
 
     def check(self, backbone: Backbone) -> None:
-        """AdiError unless these exits were made for this very model."""
+        """ModelError unless these exits were made for this very model."""
         spec = backbone.spec
         if self.base != spec.fingerprint:
-            raise AdiError(
+            raise ModelError(
                 f"these exits belong to {self.base_name} (fingerprint {self.base}), not to {spec.name} "
                 f"(fingerprint {spec.fingerprint}). Make its own with: adi tune {spec.name} --out DIR"
             )
         for name in ("layers", "width", "vocabulary"):  # as the fingerprint says, unless somebody edited the file
             if (mine := getattr(self, name)) != (its := getattr(spec, name)):
-                raise AdiError(f"these exits are damaged: their {name} is {mine}, the model's {its}.")
+                raise FileError(f"these exits are damaged: their {name} is {mine}, the model's {its}.")
         if bad := [d for d in self.depths if d not in spec.stops]:
-            raise AdiError(f"the {spec.backend} engine cannot stop at depths {bad}; it can at {list(spec.stops)}.")
+            raise ModelError(f"the {spec.backend} engine cannot stop at depths {bad}; it can at {list(spec.stops)}.")
 
     def reader(self, backbone: Backbone) -> Reader:
         """``read(depth, states)``: what the exit at that depth predicts at T rows. Refuses another model."""
@@ -154,7 +154,7 @@ class Exits:
         return from_json(self.report, _Report, "the report of these exits").drafter.acceptance
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the exits to ``folder``; other files there are left alone. Bare exits have nothing to save: AdiError.
+        """Write the exits to ``folder``; other files there are left alone. UsageError for bare exits, which cannot be saved.
 
         Each of the two files is replaced whole, and a folder caught between the two is refused on loading.
         """
@@ -173,7 +173,7 @@ class Exits:
     def _stored(self) -> Iterator[tuple[str, Any]]:
         """Every array by its name in the file: weights in half precision, those of the probe as they are."""
         if self.heads is None:
-            raise AdiError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
+            raise UsageError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
         yield "ids_S", np.ascontiguousarray(as_array(self.heads.ids_S), np.int32)
         parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
         parts |= {"drafter.": self.drafter.arrays()} if self.drafter is not None else {}
@@ -201,7 +201,7 @@ def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIG
     chosen = tuple(sorted(set(depths)))
     if not chosen or any(d not in spec.stops or d >= spec.layers for d in chosen):
         allowed = ", ".join(str(d) for d in spec.stops if d < spec.layers)
-        raise AdiError(f"depths {tuple(depths)} are not possible; choose among {allowed}.")
+        raise UsageError(f"depths {tuple(depths)} are not possible; choose among {allowed}.")
     return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, chosen, trigger)
 
 
@@ -221,12 +221,12 @@ def shipped_for(fingerprint: str) -> Exits | None:
 def load_exits(source: str | os.PathLike[str]) -> Exits:
     """Exits from a folder, or those shipped with the package for a model ("smollm2-135m").
 
-    Raises AdiError for an unknown name, and for a folder that is damaged or written by something else. Whether they
-    fit a model is checked when they meet one.
+    Raises FileError for an unknown name, and for a folder that is damaged or written by something else. Whether they
+    fit a model is checked when they are first used with one.
     """
     folder = SHIPPED / str(source) if str(source) in shipped() else expanded(source)
-    if not _is_folder(folder):
-        raise AdiError(
+    if not os.path.isdir(folder):  # noqa: PTH112, False also for a name that no folder can have
+        raise FileError(
             f"there are no exits {str(source)!r}: neither a folder nor shipped ({', '.join(shipped()) or 'none are'}). "
             "Make some with: adi tune MODEL --out DIR"
         )
@@ -238,13 +238,6 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
         return _exits_of(document, _read_arrays(folder / TENSORS, document.tensors))
     except AdiError as error:
         raise FileError(f"the exits in {folder} are damaged: {error}") from None
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, AdiError):  # a name that no folder can have
-        return False
 
 
 def _digest(path: Path) -> str:
@@ -268,17 +261,14 @@ def _read_arrays(path: Path, digest: str) -> Arrays:
 def _exits_of(document: _Document, arrays: Arrays) -> Exits:
     """The exits of both files; AdiError for arrays that are missing, too many, or of another shape or type."""
     width, vocabulary = document.width, document.vocabulary
-    probe = probe_of(list(document.depths), width, arrays)
-    for name in [name for name in arrays if name.startswith("probe.")]:
-        del arrays[name]
     exits = Exits(
         **{f.name: getattr(document, f.name) for f in fields(Exits) if f.name in _Document.__struct_fields__},
         drafter=_drafter(_taken(arrays, "drafter."), width, vocabulary),
         answers=_datastore(_taken(arrays, "answers."), vocabulary),
-        probe=probe,
+        probe=_probe(_taken(arrays, "probe."), document.depths, width),
         heads=_heads(document, arrays),
     )
-    _ = exits.acceptance
+    _ = exits.acceptance  # refused here where it is damaged
     return exits
 
 
@@ -288,7 +278,7 @@ def _heads(document: _Document, arrays: Arrays) -> Heads:
     _check_ids(ids_S, document.vocabulary)
     for depth in document.depths:
         own = _taken(arrays, f"{depth}.")
-        low_rank = (width, own["up_DR"].shape[-1] if "up_DR" in own and own["up_DR"].ndim == 2 else 0)
+        low_rank = (width, _size(own, "up_DR", -1))
         wanted = {f.name: (width,) for f in fields(Adapter)} | {"up_DR": low_rank, "down_DR": low_rank, "tail_bias": (1,)}
         adapters[depth] = Adapter(**_weights(f"the head at depth {depth}", own, wanted))
     if arrays:
@@ -301,8 +291,24 @@ def _drafter(own: Arrays, width: int, vocabulary: int) -> Drafter | None:
         return None
     ids_S = own.pop("ids_S", None)
     _check_ids(ids_S, vocabulary, "drafter's ")
-    hidden = own["gate_FD"].shape[0] if "gate_FD" in own and own["gate_FD"].ndim == 2 else 0
-    return Drafter(ids_S=ids_S.astype(np.int64), **_weights("the drafter", own, shapes(width, hidden)))
+    wanted = shapes(width, _size(own, "gate_FD", 0))
+    return Drafter(ids_S=ids_S.astype(np.int64), **_weights("the drafter", own, wanted))
+
+
+def _probe(own: Arrays, depths: Sequence[int], width: int) -> Probe | None:
+    if not own:
+        return None
+
+    def network(kind: str, depth: int) -> Net:
+        mine = _taken(own, f"{kind}.{depth}.")
+        wanted = network_shapes(kind, width, _size(mine, "out_H", 0))
+        weights = _weights(f"the probe's {kind} network at depth {depth}", mine, wanted)
+        return Net(**{name: as_tensor(array) for name, array in weights.items()})
+
+    probe = Probe(**{kind: {depth: network(kind, depth) for depth in depths} for kind in KINDS.values()})
+    if own:
+        raise FileError(f"the probe has unknown tensors {sorted(own)[:3]}")
+    return probe
 
 
 def _datastore(own: Arrays, vocabulary: int) -> Datastore | None:
@@ -318,6 +324,11 @@ def _datastore(own: Arrays, vocabulary: int) -> Datastore | None:
 def _taken(arrays: Arrays, prefix: str) -> Arrays:
     """The arrays whose names begin with ``prefix``, without it; they are taken out of ``arrays``."""
     return {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+
+
+def _size(own: Arrays, name: str, axis: int) -> int:
+    """The size of an array along one axis, as the other shapes must have it; 0 where it is missing."""
+    return own[name].shape[axis] if name in own and own[name].ndim else 0
 
 
 def _weights(what: str, own: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> Arrays:

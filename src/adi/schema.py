@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, Self, TypeVar, overload
 
 import msgspec
 from msgspec import Meta, Struct
@@ -34,6 +34,11 @@ class Record(Struct, frozen=True, forbid_unknown_fields=True):
         """The fields as JSON values; keys of mappings become texts."""
         value: dict[str, Any] = to_json(self)
         return value
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The record that ``to_json`` wrote; FileError names the field that is missing, unknown or of another type."""
+        return from_json(value, cls, f"the {cls.__name__.lower()}")
 
 
 def to_json(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from adi.schema import Int, Natural, Record, from_json
+from adi.schema import Int, Natural, Record
 
 Level = Annotated[str, Meta(pattern="^(memory|drafter|exit|full)$")]
 """What proposed a token: n-gram memory and drafter (both at depth 0), an early exit, or full depth itself."""
@@ -24,7 +24,7 @@ class Candidate(Record, frozen=True):
 
 
 class Look(Record, frozen=True):
-    """One depth that was looked at for one position: what it would have said, how sure it was, whether it was believed."""
+    """One depth evaluated for one position: the token it predicts, its signals, and whether the trigger fired."""
 
     depth: Natural
     token: Int | None
@@ -64,11 +64,6 @@ class Step(Record, frozen=True):
     looks: tuple[Look, ...]
     rejected: tuple[Draft, ...]
     seconds: float
-
-    @staticmethod
-    def from_json(value: Any) -> Step:
-        """The step that ``to_json`` wrote; AdiError names the field that is missing, unknown or of another type."""
-        return from_json(value, Step, "the step")
 
 
 @dataclass(frozen=True)

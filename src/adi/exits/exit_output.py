@@ -1,4 +1,4 @@
-"""What one depth shows of one row, worked out only as far as somebody asks.
+"""What one depth shows of one row, computed only as far as a trigger reads it.
 
 A trigger that reads stability before entropy pays for the head only where stability says yes.
 """
@@ -10,29 +10,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from adi.errors import AdiError, NoDistributionError
-from adi.exits.signals import SIGNALS, Asked, Prediction, require_signal
+from adi.errors import ModelError, NoDistributionError, UsageError
+from adi.exits.signals import SIGNALS, Prediction, require_signal
 from adi.model.backbone import States
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adi.exits.probe import Probe
+
 
 class Signals(Mapping[str, float]):
     """Names to values of one row, each measured on first use and kept in ``seen``."""
 
-    def __init__(
-        self,
-        depth: int,
-        predict: Callable[[], Prediction],
-        states: States,
-        probe: Asked | None = None,
-    ) -> None:
+    def __init__(self, depth: int, predict: Callable[[], Prediction], states: States, probe: Probe | None) -> None:
         self.seen: dict[str, float] = {}
-        self._depth = depth
-        self._predict = predict
-        self._probe = probe
-        self._states = states
+        self._depth, self._predict, self._states, self._probe = depth, predict, states, probe
 
     def __getitem__(self, name: str) -> float:
         if name not in self.seen:
@@ -47,19 +40,18 @@ class Signals(Mapping[str, float]):
         return sum(1 for _ in self)
 
     def _measure(self, name: str) -> float:
-        signal = require_signal(name)
+        signal, states = require_signal(name), self._states
         if signal.reads == "head":
             return float(signal.measure(self._predict()))
         if signal.reads == "states":
-            return float(signal.measure(self._states.before_TD, self._states.hidden_TD))
+            return float(signal.measure(states.before_TD, states.hidden_TD))
         if signal.reads == "probe":
             if self._probe is None:
-                raise AdiError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
-            return float(signal.measure(self._probe, self._depth, self._states.hidden_TD, self._predict))
-        mlp_TF = self._states.mlp_TF
-        if mlp_TF is None:
-            raise AdiError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
-        return float(signal.measure(mlp_TF))
+                raise UsageError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
+            return float(signal.measure(self._probe, self._depth, states.hidden_TD, self._predict))
+        if states.mlp_TF is None:
+            raise ModelError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")
+        return float(signal.measure(states.mlp_TF))
 
 
 def _of_logits(logits_V: Tensor) -> Prediction:
@@ -67,7 +59,7 @@ def _of_logits(logits_V: Tensor) -> Prediction:
 
 
 class _Once:
-    """What ``make`` gives, made when it is first asked for; ``functools.cache`` itself takes ten times as long to make."""
+    """What ``make`` gives, made on first use; ``functools.cache`` itself takes ten times as long to make."""
 
     __slots__ = ("_made", "_make")
 
@@ -94,12 +86,12 @@ class ExitOutput:
         states: States,
         token: int | None = None,
         logits_V: Tensor | None = None,
-        probe: Asked | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.depth = depth
         self._logits_V = logits_V
         self._token = token
-        # It must not know of this reading: logits in a cycle would wait for the garbage collector, which counts no bytes.
+        # Without a reference to self: logits in a cycle would wait for the garbage collector, which counts no bytes.
         self._prediction = _Once(predict if logits_V is None else functools.partial(_of_logits, logits_V))
         self.signals: Mapping[str, float] = Signals(depth, self._prediction, states, probe)
 

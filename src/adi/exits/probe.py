@@ -1,7 +1,7 @@
 """``Probe``: a small network per exit that has learned when going deeper would not change the token.
 
-Its target is the oracle's: the exit's token against full depth's. ``state`` networks read the state alone, so they may be
-asked before any head has run; ``joint`` ones read what the head predicts as well. Learned halting: ACT (Graves 2016), PonderNet
+Its target is the oracle's: the exit's token against full depth's. ``state`` networks read the state alone, so they may
+run before any head; ``joint`` ones read what the head predicts as well. Learned halting: ACT (Graves 2016), PonderNet
 (Banino et al. 2021); a classifier on the state that stops a decoder early: CALM (Schuster et al. 2022).
 """
 
@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from adi.errors import AdiError
 from adi.exits.signals import Prediction, lumped_entropy
-from adi.model.arrays import Array, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they ask
+KINDS = {"state_probe": "state", "joint_probe": "joint"}  # signals, and which of a probe's networks they read
 HEAD_FEATURES = 6
 LEAST_LOG = -30.0
 
@@ -53,7 +51,7 @@ class Probe:
     joint: Mapping[int, Net]
 
     def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Callable[[], Prediction]) -> Tensor:
-        """The chance that the exit's token at T rows is full depth's, ``[T]``; ``predict`` is asked where the head is read."""
+        """The chance that the exit's token at T rows is full depth's, ``[T]``; ``predict`` is called where the head is read."""
         x = state_features(hidden_TD) if name == "state_probe" else joint_features(hidden_TD, predict())
         nets: Mapping[int, Net] = getattr(self, KINDS[name])
         return nets[depth].logit(x).sigmoid()
@@ -89,30 +87,7 @@ def head_features(head: Prediction) -> Tensor:
     return torch.stack([*logs, logs[0].exp(), logs[2].exp(), lumped_entropy(head)], -1).float()
 
 
-def probe_of(depths: list[int], width: int, tensors: Mapping[str, Array]) -> Probe | None:
-    """The probe out of a file's tensors (those that begin with ``probe.``), None where there are none.
-
-    ValueError for what cannot be a probe for these depths and this width.
-    """
-    own = {name.removeprefix("probe."): as_tensor(t) for name, t in tensors.items() if name.startswith("probe.")}
-    if not own:
-        return None
-    import torch
-
-    names = [f.name for f in fields(Net)]
-    wanted = {f"{kind}.{depth}.{name}" for kind in KINDS.values() for depth in depths for name in names}
-    if set(own) != wanted:
-        raise AdiError(f"the probe's tensors are not those of depths {depths}: {sorted(set(own) ^ wanted)[:3]} differ")
-
-    def net(kind: str, depth: int) -> Net:
-        parts = {name: own[f"{kind}.{depth}.{name}"] for name in names}
-        features = width + (HEAD_FEATURES if kind == "joint" else 0)
-        hidden = parts["out_H"].shape[0] if parts["out_H"].dim() == 1 else -1
-        shapes = {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}
-        for name, tensor in parts.items():
-            fits = tuple(tensor.shape) == shapes[name] and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
-            if not fits or not bool(tensor.isfinite().all()):
-                raise AdiError(f"the probe at depth {depth}, {name}: shape or values are not what they must be")
-        return Net(**{name: tensor.float() for name, tensor in parts.items()})
-
-    return Probe({d: net("state", d) for d in depths}, {d: net("joint", d) for d in depths})
+def network_shapes(kind: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a ``Net`` of this kind ("state" or "joint") for a model of ``width``, with ``hidden`` units."""
+    features = width + (HEAD_FEATURES if kind == "joint" else 0)
+    return {"skip_F": (features,), "in_HF": (hidden, features), "inner_H": (hidden,), "out_H": (hidden,), "bias": (1,)}

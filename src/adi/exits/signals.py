@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,23 +151,9 @@ def top_energy(mlp_TF: Tensor) -> Tensor:
     return torch.where(total > 0, top / total.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(total))
 
 
-Predict = Callable[[], Prediction]
-
-
-class Asked(Protocol):
-    """A learned probe; ``exits.probe.Probe`` is the real one."""
-
-    def chance(self, name: str, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor: ...
-
-
-def state_probe(probe: Asked, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor:
-    """What a learned probe thinks of the state alone, ``[T]``."""
-    return probe.chance("state_probe", depth, hidden_TD, predict)
-
-
-def joint_probe(probe: Asked, depth: int, hidden_TD: Tensor, predict: Predict) -> Tensor:
-    """What a learned probe thinks of state and head, ``[T]``."""
-    return probe.chance("joint_probe", depth, hidden_TD, predict)
+def _probed(name: str) -> Callable[..., Tensor]:
+    """What a learned probe (``exits.probe.Probe``) estimates, ``[T]``; its further arguments are those of ``Probe.chance``."""
+    return lambda probe, *given: probe.chance(name, *given)
 
 
 @dataclass(frozen=True)
@@ -191,13 +177,13 @@ SIGNALS: dict[str, Signal] = {
     "stability": Signal(stability, "states", True, "cosine between the last block's input and output"),
     "hoyer": Signal(hoyer, "mlp", True, "Hoyer sparsity of the last block's MLP activations"),
     "top_energy": Signal(top_energy, "mlp", True, "share of MLP energy in the top 2% of units"),
-    "state_probe": Signal(state_probe, "probe", True, "chance of being right, learned from the state"),
-    "joint_probe": Signal(joint_probe, "probe", True, "chance of being right, learned from the state and the head"),
+    "state_probe": Signal(_probed("state_probe"), "probe", True, "chance of being right, learned from the state"),
+    "joint_probe": Signal(_probed("joint_probe"), "probe", True, "chance of being right, learned from the state and the head"),
 }
 
 
 def require_signal(name: Any) -> Signal:
-    """The signal of that name; ValueError lists the names there are."""
+    """The signal of that name; UsageError lists the names there are."""
     if not isinstance(name, str) or name not in SIGNALS:
-        raise AdiError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
+        raise UsageError(f"signal {name!r} is not known; choose one of {', '.join(SIGNALS)}.")
     return SIGNALS[name]

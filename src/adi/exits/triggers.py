@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol
 from msgspec import Meta
 from msgspec.structs import force_setattr, replace
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.exits.signals import require_signal
 from adi.schema import Natural, Record, from_json
 
@@ -42,7 +42,7 @@ class Trigger(Protocol):
 
 
 class _Rule(Record, frozen=True, tag_field="kind"):
-    """A rule that reads no signal and has no thresholds by depth."""
+    """A rule that reads no signal, has no thresholds by depth and never fires."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -51,6 +51,12 @@ class _Rule(Record, frozen=True, tag_field="kind"):
     @property
     def depths(self) -> frozenset[int]:
         return frozenset()
+
+    def may_fire(self, depth: int) -> bool:
+        return False
+
+    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
+        return self.may_fire(depth)
 
 
 class Threshold(_Rule, frozen=True, tag="threshold"):
@@ -93,7 +99,7 @@ class Weighted(_Rule, frozen=True, tag="weighted"):
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise AdiError("a weighted trigger needs at least one signal.")
+            raise UsageError("a weighted trigger needs at least one signal.")
         for name, weight in self.weights.items():
             require_signal(name)
             _number(weight, f"the weight of {name}")
@@ -127,9 +133,9 @@ class _Combination(_Rule, frozen=True):
     def __post_init__(self) -> None:
         force_setattr(self, "parts", tuple(self.parts))
         if not self.parts:
-            raise AdiError("a combination needs at least one trigger.")
+            raise UsageError("a combination needs at least one trigger.")
         if _nesting(self) > MOST_NESTED:
-            raise AdiError(f"a trigger is nested more than {MOST_NESTED} times.")
+            raise UsageError(f"a trigger is nested more than {MOST_NESTED} times.")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ class _Combination(_Rule, frozen=True):
 
 
 class AllOf(_Combination, frozen=True, tag="all"):
-    """Fires where every part does. Parts are asked in order up to the first refusal: put cheap signals first."""
+    """Fires where every part does. Parts are evaluated in order up to the first that does not: put cheap signals first."""
 
     def may_fire(self, depth: int) -> bool:
         return all(part.may_fire(depth) for part in self.parts)
@@ -151,7 +157,7 @@ class AllOf(_Combination, frozen=True, tag="all"):
 
 
 class AnyOf(_Combination, frozen=True, tag="any"):
-    """Fires where at least one part does. Parts are asked in order up to the first that fires: put cheap signals first."""
+    """Fires where at least one part does. Parts are evaluated in order up to the first that fires: put cheap signals first."""
 
     def may_fire(self, depth: int) -> bool:
         return any(part.may_fire(depth) for part in self.parts)
@@ -163,12 +169,6 @@ class AnyOf(_Combination, frozen=True, tag="any"):
 class Never(_Rule, frozen=True, tag="never"):
     """Never fires: full depth for every token, and no exit head runs."""
 
-    def may_fire(self, depth: int) -> bool:
-        return False
-
-    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
-        return False
-
 
 class Always(_Rule, frozen=True, tag="always"):
     """Fires at these depths whatever the signals are, and reads none of them; it never fires elsewhere."""
@@ -177,7 +177,7 @@ class Always(_Rule, frozen=True, tag="always"):
 
     def __post_init__(self) -> None:
         if not self.at or not all(type(depth) is int for depth in self.at):
-            raise AdiError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
+            raise UsageError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
 
     @property
     def depths(self) -> frozenset[int]:
@@ -186,18 +186,15 @@ class Always(_Rule, frozen=True, tag="always"):
     def may_fire(self, depth: int) -> bool:
         return depth in self.at
 
-    def fires(self, signals: Mapping[str, float], depth: int) -> bool:
-        return depth in self.at
-
 
 Rule = Threshold | Weighted | AllOf | AnyOf | Never | Always  # what JSON may hold
 
 
 def with_thresholds(trigger: Trigger, thresholds: PerDepth) -> Trigger:
-    """The same rule at other thresholds; AdiError for a combination, whose parts have thresholds of their own."""
+    """The same rule at other thresholds; UsageError for a combination, whose parts have thresholds of their own."""
     if isinstance(trigger, (Threshold, Weighted)):
         return replace(trigger, at=thresholds)
-    raise AdiError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
+    raise UsageError(f"thresholds=... fits a rule with one threshold, not {type(trigger).__name__}; give trigger=... instead.")
 
 
 def trigger_from_json(value: Any) -> Trigger:
@@ -211,13 +208,13 @@ def _check_thresholds(rule: Threshold | Weighted, what: str) -> None:
     at: Any = rule.at
     if isinstance(at, Mapping):
         if bad := [depth for depth in at if isinstance(depth, bool) or not isinstance(depth, numbers.Integral)]:
-            raise AdiError(f"{what} maps depths, whole numbers, to thresholds; it has {bad[0]!r:.60}.")
+            raise UsageError(f"{what} maps depths, whole numbers, to thresholds; it has {bad[0]!r:.60}.")
         at = {int(depth): _number(value, f"{what} at depth {depth}") for depth, value in at.items()}
     else:
         at = _number(at, what)
     force_setattr(rule, "at", at)
     if type(rule.min_depth) is not int or rule.min_depth < 0:
-        raise AdiError(f"min_depth is {rule.min_depth!r}; it must be a whole number of at least 0.")
+        raise UsageError(f"min_depth is {rule.min_depth!r}; it must be a whole number of at least 0.")
 
 
 def _number(value: Any, what: str) -> float:
@@ -226,7 +223,7 @@ def _number(value: Any, what: str) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise AdiError(f"{what} is {value!r:.60}; it must be a number that fits a float.")
+    raise UsageError(f"{what} is {value!r:.60}; it must be a number that fits a float.")
 
 
 def _threshold(rule: Threshold | Weighted, depth: int) -> float | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from adi.errors import AdiError
+from adi.errors import ModelError, UsageError
 from adi.exits.triggers import Rule
 from adi.model.backbone import Spec
-from adi.schema import NonNegative, Positive, Record, from_json
+from adi.schema import NonNegative, Positive, Record
 
 Kind = Literal["disagreement", "log_loss"]
 Method = Literal["ltt", "crc"]
@@ -49,7 +49,7 @@ class Certificate(Record, frozen=True):
 
     def __post_init__(self) -> None:
         if (self.delta is None) != (self.method == "crc") or (self.nats is None) != (self.kind == "disagreement"):
-            raise AdiError("a certificate has a delta where its method is ltt, and nats where its kind is log_loss.")
+            raise UsageError("a certificate has a delta where its method is ltt, and nats where its kind is log_loss.")
 
     @property
     def unit_level(self) -> float:
@@ -57,13 +57,13 @@ class Certificate(Record, frozen=True):
         return self.level if self.nats is None else self.level / self.nats
 
     def check(self, spec: Spec) -> None:
-        """ValueError for another model, or another precision."""
+        """ModelError for another model, or another precision."""
         for what, mine, other in (
             ("the weights", self.fingerprint, spec.fingerprint),
             ("the precision", self.precision, spec.precision),
         ):
             if mine != other:
-                raise AdiError(
+                raise ModelError(
                     f"the certificate for {self.kind} {self.level:g} holds for {what} {mine}, and this model has {other}. "
                     f"Certify it: {_command(spec.name, self.kind, self.level, f' --precision {spec.precision}')}"
                 )
@@ -80,28 +80,23 @@ class Certificate(Record, frozen=True):
             f"first {self.max_new_tokens} tokens of an answer to a prompt like those"
         )
 
-    @staticmethod
-    def from_json(value: Any) -> Certificate:
-        """The certificate that ``to_json`` wrote; AdiError for anything else."""
-        return from_json(value, Certificate, "the certificate")
-
 
 def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: str = "exact") -> Certificate:
-    """The certificate for exactly this level; ValueError names those that there are."""
+    """The certificate for exactly this level; UsageError names those that there are."""
     if kind not in KINDS:
-        raise AdiError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+        raise UsageError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= sys.float_info.max:
-        raise AdiError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
+        raise UsageError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):
             return certificate
     if skipped != "exact":
-        raise AdiError(
+        raise UsageError(
             f"risk is certified for exact keys and values, not for skipped={skipped!r}: take skipped='exact' "
             "(--skipped exact), or thresholds=..., which are uncertified, instead of risk=..."
         )
     there = [f"{c.kind} {c.level:g}" for c in certificates if c.skipped == "exact"]
-    raise AdiError(
+    raise UsageError(
         f"{kind} {level:g} was never certified for these exits; certified are: {', '.join(there) or 'none'}. "
         f"Certify it: {_command('MODEL', kind, level)}"
     )
@@ -113,12 +108,12 @@ def _command(model: str, kind: str, level: float, more: str = "") -> str:
 
 
 def merged(old: Sequence[Certificate], new: Sequence[Certificate]) -> tuple[Certificate, ...]:
-    """Old certificates with new ones in their place, by kind and level; all for one model in one precision, ValueError where
+    """Old certificates with new ones in their place, by kind and level; all for one model in one precision, UsageError where
     old ones are for another."""
     holds = {(c.fingerprint, c.precision) for c in (*old, *new)}
     if len(holds) > 1:
         precisions = ", ".join(sorted(precision for _, precision in holds))
-        raise AdiError(
+        raise UsageError(
             f"exits hold certificates for one precision of a model; these would be for {precisions}. "
             "Save the new ones to a folder of their own: --out DIR"
         )

@@ -1,4 +1,4 @@
-"""``DriftMonitor``: whether a certificate still holds, told from a few tokens checked at full depth, at any time.
+"""``DriftMonitor``: whether a certificate still holds, judged by a few tokens checked at full depth, at any time.
 
 A gambler bets that the risk is above the level. Against any running risk at most the level he cannot be expected to win, so
 whenever he has won 1 / delta times his stake, drift is found, and the chance of that ever happening without one is at most
@@ -12,7 +12,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.risk.certificate import Certificate
 
 STAKES = tuple(2.0**-k for k in range(12))  # shares of the largest stake that cannot ruin
@@ -43,12 +43,12 @@ class DriftMonitor:
 
     def __post_init__(self) -> None:
         if any(not isinstance(share, (int, float)) or not 0 < share < 1 for share in (self.level, self.delta)):
-            raise AdiError(f"a monitor's level and delta lie between 0 and 1, not {self.level!r} and {self.delta!r}.")
+            raise UsageError(f"a monitor's level and delta lie between 0 and 1, not {self.level!r} and {self.delta!r}.")
 
     def check(self, certificate: Certificate) -> None:
-        """ValueError for a monitor that watches over another certificate."""
+        """UsageError for a monitor that watches over another certificate."""
         if (self.kind, self.level) != (certificate.kind, certificate.unit_level):
-            raise AdiError(
+            raise UsageError(
                 f"this monitor watches over {self.kind} at a level of {self.level:g}, the certificate is of {certificate.kind} "
                 f"at {certificate.unit_level:g}; make one of its own: adi.DriftMonitor.of(policy.certificate)."
             )
@@ -82,28 +82,25 @@ class DriftMonitor:
         """What the gambler has made of 1 by betting that the running risk is above ``level``."""
         return _wealth(self.counts, level, 1 / level)
 
-    def evidence_below(self, level: float) -> float:
-        """And by betting that it is below."""
-        mirrored = {BINS - place: count for place, count in self.counts.items()}
-        return _wealth(mirrored, 1 - level, 1 / (1 - level))
-
     @property
     def lower(self) -> float:
         """The running risk is above this, with confidence 1 - delta at all times together."""
-        low, high = 0.0, self.mean
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if middle > 0 and self.evidence(middle) >= 1 / self.delta else (low, middle)
-        return low
+        return _refuted_up_to(self.counts, self.mean, self.delta)
 
     @property
     def upper(self) -> float:
         """And below this, with the same confidence (each bound by itself)."""
-        low, high = self.mean, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if middle < 1 and self.evidence_below(middle) >= 1 / self.delta else (middle, high)
-        return high
+        mirrored = {BINS - place: count for place, count in self.counts.items()}
+        return 1 - _refuted_up_to(mirrored, 1 - self.mean, self.delta)
+
+
+def _refuted_up_to(counts: dict[int, int], mean: float, delta: float) -> float:
+    """The highest level below ``mean`` that a bet on a running risk above it refutes at ``delta``, by bisection."""
+    low, high = 0.0, mean
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle > 0 and _wealth(counts, middle, 1 / middle) >= 1 / delta else (low, middle)
+    return low
 
 
 def _wealth(counts: dict[int, int], level: float, most: float) -> float:

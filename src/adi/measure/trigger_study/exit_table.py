@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens, head_tokens
-from adi.exits.signals import SIGNALS, Asked, Prediction, lumped_entropy
+from adi.exits.probe import Probe
+from adi.exits.signals import SIGNALS, Prediction, lumped_entropy
 from adi.measure.trigger_study.pass_seconds import median_seconds
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
@@ -63,14 +64,14 @@ def exit_tables(
     return {depth: ExitTable.joined(rows) for depth, rows in parts.items()}
 
 
-def signals_of(head: Prediction, seen: ForcedPass, depth: int, probe: Asked | None = None) -> dict[str, Tensor]:
+def signals_of(head: Prediction, seen: ForcedPass, depth: int, probe: Probe | None = None) -> dict[str, Tensor]:
     """Every signal at every row, ``[N]`` each; those of an MLP or a probe only where there is one."""
     given = _inputs(head, seen, depth, probe)
     return {name: signal.measure(*given[signal.reads]) for name, signal in SIGNALS.items() if signal.reads in given}
 
 
 def _inputs(
-    head: Prediction, seen: ForcedPass, depth: int, probe: Asked | None, rows: slice = slice(None)
+    head: Prediction, seen: ForcedPass, depth: int, probe: Probe | None, rows: slice = slice(None)
 ) -> dict[str, tuple[Any, ...]]:
     """What signals of each kind are measured on."""
     hidden_ND = seen.hidden[depth][rows]
