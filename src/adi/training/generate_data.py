@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -23,11 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adi.decoding.scheduler import sharing
+from adi.decoding.frontier import BlockPass
+from adi.decoding.policies import FullDepth
+from adi.decoding.records import Step
+from adi.decoding.sampling import Sampling, prompt_seed
+from adi.decoding.scheduler import Observer, Scheduler
+from adi.decoding.session import Session
 from adi.decoding.teacher_forcing import KnownText
 from adi.errors import AdiError
 from adi.files import write_text
-from adi.model.backbone import KVCache, Rows
+from adi.model.backbone import States
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.training.shards import FORMAT, SHARD_TEXTS, in_halves, write_shard
@@ -37,8 +42,8 @@ SIDE_BY_SIDE = 64
 OWN_PROMPTS = 0.75  # share of texts whose prompt the model writes too
 OWN_WORDS = 0.5  # the same for a model without a chat template, which writes anything but prompts
 GREEDY = 0.6  # share of answers that are greedy, as most use is
-TEMPERATURE = 0.8  # of the other answers; prompts are written at 1
-LIKELIEST = 48  # a token is drawn from so many
+ANSWERS: Mapping[str, Any] = {"temperature": 0.8, "top_k": 48}  # how the others are sampled
+OWN_TURNS: Mapping[str, Any] = {"temperature": 1.0, "top_k": 48}  # how the model writes a prompt
 LONGEST_PROMPT = 160
 FIRST_WORDS = 24  # tokens of its own that a model without a chat template goes on with
 MARK = "\u2063user\u2063"
@@ -96,38 +101,18 @@ class GenerateOptions:
 
 @dataclass(eq=False)
 class _Conversation:
-    """One text under way. ``prompt`` is None while the model writes it; the last of ``ids`` has no row yet."""
+    """One text under way. ``prompt`` is None while the model writes it."""
 
     number: int
     prompt: tuple[int, ...] | None
     greedy: bool
-    ids: list[int] = field(default_factory=list)
-    cache: KVCache | None = None
+    tokens: list[int] = field(default_factory=list)
     deep: list[Tensor] = field(default_factory=list)
-    rows: int = 0
-    dice: np.random.Generator = field(default_factory=np.random.default_rng)
-
-    @property
-    def answered(self) -> int:
-        """Tokens of the answer so far."""
-        return 0 if self.prompt is None else len(self.ids) - len(self.prompt)
 
     def text(self) -> KnownText:
         """The finished text: all tokens that have a row."""
         assert self.prompt is not None
-        return KnownText(tuple(self.ids[:-1]), len(self.prompt) - 1)
-
-    def close(self) -> None:
-        """Free the KV memory."""
-        if self.cache is not None:
-            self.cache.close()
-
-    def next_token(self, logits_K: Any, ids_K: Any) -> int:
-        """The likeliest token, or one drawn among those."""
-        if self.prompt is not None and self.greedy:
-            return int(ids_K[0])
-        weights = np.exp((logits_K - logits_K[0]) / (1.0 if self.prompt is None else TEMPERATURE))
-        return int(ids_K[self.dice.choice(len(weights), p=weights / weights.sum())])
+        return KnownText((*self.prompt, *self.tokens[:-1]), len(self.prompt) - 1)
 
 
 def _conversations(prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> Iterator[_Conversation]:
@@ -155,6 +140,19 @@ def _order(prompts: int, options: GenerateOptions) -> Iterator[int]:
         yield from np.random.default_rng([options.seed, 0, turn]).permutation(prompts).tolist()
 
 
+class _Recorder(Observer[Session]):
+    """Keeps the last states of every row of each conversation."""
+
+    def __init__(self) -> None:
+        self.running: dict[Session, _Conversation] = {}
+
+    def on_pass(self, sequence: Session, done: BlockPass, states: States) -> None:
+        self.running[sequence].deep.append(in_halves(states.hidden_TD).cpu())
+
+    def on_restart(self, sequence: Session) -> None:
+        self.running[sequence].deep.clear()
+
+
 def generate_shards(
     model: Model,
     prompts: Sequence[tuple[int, ...]],
@@ -170,17 +168,18 @@ def generate_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = _Groups(model, prompts, folder, options)
-    try:
+    with Scheduler(model.backbone, most=SIDE_BY_SIDE, observer=groups.recorder) as scheduler:
         while groups.tokens < options.tokens:
-            groups.begin()
-            if not groups.running:
+            groups.begin(scheduler)
+            if not scheduler.busy:
                 break  # all prompts are answered
-            groups.step()
+            for session, event in scheduler.step():
+                if isinstance(event, Step):
+                    groups.advance(scheduler, session, event.token)
+            for error in scheduler.unfit.values():
+                raise error
             groups.write()
             progress(min(groups.generated, options.tokens), options.tokens, f"generating text, {model.backbone.spec.precision}")
-    finally:
-        for one in groups.running:
-            one.close()
     paths = [path for group in groups.written for path in group]
     return [p for p in paths if p.name.startswith("train")], [p for p in paths if p.name.startswith("held")]
 
@@ -192,7 +191,7 @@ class _Groups:
     def __init__(self, model: Model, prompts: Sequence[tuple[int, ...]], folder: Path, options: GenerateOptions) -> None:
         self.model, self.folder, self.options = model, folder, options
         self.template = PromptTemplate.of(model) if options.own_prompts > 0 else None
-        self.running: list[_Conversation] = []  # those that waited longest first
+        self.recorder = _Recorder()
         self.written = [[folder / name for name in mark.read_text().split()] for mark in sorted(folder.glob("group-*"))]
         self.tokens = tokens_in(path for group in self.written for path in group)
         self.ready: dict[int, _Conversation] = {}
@@ -203,13 +202,14 @@ class _Groups:
     @property
     def generated(self) -> int:
         """Answer tokens so far, of unfinished texts too."""
-        return self.tokens + sum(one.answered for one in (*self.ready.values(), *self.running))
+        under_way = [one for one in self.recorder.running.values() if one.prompt is not None]
+        return self.tokens + sum(len(one.tokens) for one in (*self.ready.values(), *under_way))
 
-    def begin(self) -> None:
+    def begin(self, scheduler: Scheduler[Session]) -> None:
         """Let new texts join while there is room, and while those of earlier groups will not hold tokens enough."""
         longest = self.options.max_new_tokens
-        mean = sum(one.answered for one in self.ready.values()) / len(self.ready) if self.ready else longest
-        while len(self.running) < SIDE_BY_SIDE and not self.ended:
+        mean = sum(len(one.tokens) for one in self.ready.values()) / len(self.ready) if self.ready else longest
+        while len(self.recorder.running) < SIDE_BY_SIDE and not self.ended:
             earlier = self.begun // SHARD_TEXTS - len(self.written)
             if self.tokens + earlier * SHARD_TEXTS * mean >= self.options.tokens:
                 return
@@ -217,46 +217,35 @@ class _Groups:
                 self.ended = True
                 return
             self.begun += 1
-            one.ids = list(self.template.opening if one.prompt is None and self.template else one.prompt or ())
-            one.cache, one.dice = self.model.backbone.new_cache(), np.random.default_rng([self.options.seed, 1, one.number])
-            self.running.append(one)
+            self._run(scheduler, one)
 
-    def step(self) -> None:
-        """One pass for those that waited longest, as many as share it."""
-        backbone = self.model.backbone
-        places = sharing([len(one.ids) - one.rows for one in self.running], backbone.spec.merged_rows)
-        chosen = [self.running[place] for place in places]
-        rows = [Rows(one.cache, one.rows, tuple(one.ids[one.rows :]), None) for one in chosen]
-        states = backbone.forward(rows, 0, backbone.spec.layers)
-        best = backbone.top_k_tokens(torch.cat([left.hidden_TD[-1:] for left in states]), LIKELIEST)
-        likeliest = zip(best.logits_TK.cpu().numpy(), best.ids_TK.cpu().numpy(), strict=True)
-        self.running = [one for place, one in enumerate(self.running) if place not in set(places)]
-        for one, left, (logits_K, ids_K) in zip(chosen, states, likeliest, strict=True):
-            one.deep.append(in_halves(left.hidden_TD).cpu())
-            one.rows = len(one.ids)
-            if self._advance(one, one.next_token(logits_K, ids_K)):
-                self.running.append(one)
-            else:
-                one.close()
-                self.ready[one.number] = one
-
-    def _advance(self, one: _Conversation, token: int) -> bool:
-        """Take in one more token; False when the text is finished."""
-        ended = token in self.model.eos_ids
-        if one.prompt is not None:
-            one.ids.append(token)
+    def _run(self, scheduler: Scheduler[Session], one: _Conversation) -> None:
+        """Write the prompt, or answer it."""
+        seed = prompt_seed(self.options.seed, one.number)
+        if one.prompt is None:
+            assert self.template is not None
+            ids, most, sampling = self.template.opening, self.template.longest, Sampling(**OWN_TURNS, seed=seed)
+        else:
             context = self.model.backbone.spec.context or sys.maxsize
-            return not ended and one.answered < self.options.max_new_tokens and len(one.ids) < context
+            ids, most = one.prompt, min(self.options.max_new_tokens, context - len(one.prompt))
+            sampling = Sampling() if one.greedy else Sampling(**ANSWERS, seed=seed)
+        session = Session(self.model, ids, FullDepth(), max_new_tokens=most, sampling=sampling)
+        self.recorder.running[session] = one
+        scheduler.add(session)
+
+    def advance(self, scheduler: Scheduler[Session], session: Session, token: int) -> None:
+        """Take in one more token of a text; after its last one, the text is ready or, as a prompt, to be answered."""
+        one, ends = self.recorder.running[session], self.model.eos_ids
+        one.tokens.append(token)
+        if token not in ends and len(one.tokens) < session.budget:
+            return
+        del self.recorder.running[session]
+        if one.prompt is not None:
+            self.ready[one.number] = one
+            return
         assert self.template is not None
-        template = self.template
-        one.ids += [] if ended else [token]
-        if ended or len(one.ids) >= len(template.opening) + template.longest:
-            one.prompt = (*one.ids, *template.between)
-            one.ids = list(one.prompt)
-            if one.rows == len(one.ids):  # nothing stands between: what is predicted here would end the text
-                one.rows -= 1
-                one.deep[-1] = one.deep[-1][:-1]
-        return True
+        words = (token for token in one.tokens if token not in ends)
+        self._run(scheduler, _Conversation(one.number, (*self.template.opening, *words, *self.template.between), one.greedy))
 
     def write(self) -> None:
         """Write the groups that are whole: their shards, to train on and held out, and last the mark that all is there."""
@@ -275,7 +264,7 @@ class _Groups:
             self.tokens += tokens_in(self.written[-1])
 
     def _shard(self, side: str, number: int, mine: Sequence[_Conversation]) -> Path:
-        path = self.folder / f"{side}-{number:05d}-{sum(one.answered for one in mine)}.safetensors"
+        path = self.folder / f"{side}-{number:05d}-{sum(len(one.tokens) for one in mine)}.safetensors"
         write_shard(path, self.model.backbone, [one.text() for one in mine], [torch.cat(one.deep) for one in mine])
         return path
 
