@@ -55,13 +55,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def today(command: str) -> str:
+    """The command by today's names: the prompts of the benchmark were called builtin before."""
+    return command.replace("--prompts builtin", "--prompts bench")
+
+
 def source(file: str) -> str:
     """Which machine, day, commit, and command a table comes from."""
     found, made = load(file), json.loads(MADE.read_text())[file]
     where = (found["processor"], found["machine"])
     if where not in MACHINES:
         raise SystemExit(f"docs/results/{file} was made on {', '.join(where)}: name this machine in tools/benchmarks.py")
-    return f"[Machine {MACHINES[where][0]}](#machines), {made['date']}, commit {made['commit']}:\n`{found['command']}`"
+    return f"[Machine {MACHINES[where][0]}](#machines), {made['date']}, commit {made['commit']}:\n`{today(found['command'])}`"
 
 
 def machines() -> str:
