@@ -269,12 +269,12 @@ def test_a_bug_in_a_worker_shows_its_traceback_and_a_users_mistake_does_not(
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--modes", "fast"], "mode 'fast' is not known"),
+        (["--modes", "fast"], "--modes 'fast' is not known"),
         (["--modes", ""], "--modes is empty"),
-        (["--limit", "0"], "--limit is 0"),
-        (["--threads", "0"], "--threads is 0"),
-        (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
-        (["--peers", "abacus"], "peer 'abacus' is not known; choose among llama.cpp"),
+        (["--limit", "0"], "Invalid value for '--limit'"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
+        (["--prompt-tokens", "0"], "Invalid value for '--prompt-tokens'"),
+        (["--peers", "abacus"], "--peers 'abacus' is not known; choose among llama.cpp"),
         (["--precision", "int5"], "precision 'int5' is not known"),
         (["--precision", ","], "--precision is empty"),
         (["--modes", "full,reflex"], "reflex mode needs --risk R"),

@@ -60,7 +60,7 @@ def test_what_fills_a_pass_up_changes_no_bits_and_takes_no_memory(made: Cached, 
     spare = backbone.pool.used
     (states,) = backbone.forward([Rows(whole, 0, IDS[:51], None)], 0, layers)
     assert states.hidden_TD.shape[0] == 51
-    assert {rows for rows, _, _ in backbone._feeds} >= {56}
+    assert {rows for rows, _, _ in backbone._inputs} >= {56}
     assert backbone.pool.used == spare + 2
     split = [backbone.forward([Rows(parts, lo, IDS[lo:hi], None)], 0, layers)[0].hidden_TD for lo, hi in ((0, 16), (16, 51))]
     assert torch.equal(states.hidden_TD, torch.cat(split))
