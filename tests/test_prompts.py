@@ -33,9 +33,8 @@ def test_prompt_files_may_hold_odd_line_separators(tmp_path: Path) -> None:
     assert [i.turns for i in read_prompts(path)] == [("a\u2028b",), ("c", "d")]
 
 
-def test_builtin_names_no_set_of_prompts() -> None:
-    """It meant other prompts in ``adi bench`` than in ``adi tune``."""
-    with pytest.raises(ValueError, match=r"'builtin'.*'train' \(480 prompts to train on\), 'bench' \(80 to measure with\)"):
+def test_an_unknown_set_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(ValueError, match=r"builtin: .*'train' \(480 prompts to train on\), 'bench' \(80 to measure with\)"):
         read_prompts("builtin")
 
 

@@ -192,12 +192,15 @@ def _alive(model: weakref.ref[Backbone]) -> Backbone:
     return found
 
 
-def bare_exits(model: Model, depths: Sequence[int], trigger: Trigger = BARE_TRIGGER) -> Exits:
+def bare_exits(model: Model, depths: Sequence[int] | None = None, trigger: Trigger = BARE_TRIGGER) -> Exits:
     """Exits that read the model's own final norm and head at ``depths`` (the logit lens, nostalgebraist 2020): no training.
 
-    On ordinary checkpoints their drafts are seldom accepted. The default trigger fires from a probability of 0.5 on.
+    ``depths`` None takes those after half, three quarters and nine tenths of the blocks. On ordinary checkpoints their drafts
+    are seldom accepted. The default trigger fires from a probability of 0.5 on.
     """
     spec = model.backbone.spec
+    if depths is None:
+        depths = [min(max(1, round(spec.layers * share)), spec.layers - 1) for share in (0.5, 0.75, 0.9)]
     chosen = tuple(sorted(set(depths)))
     if not chosen or any(d not in spec.stops or d >= spec.layers for d in chosen):
         allowed = ", ".join(str(d) for d in spec.stops if d < spec.layers)

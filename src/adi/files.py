@@ -29,29 +29,38 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step; FileError, naming the path, when that cannot be done."""
     data = text.encode("utf-8", errors="replace")  # half a surrogate pair is no reason to lose a result
     made: Path | None = None
+    with _writing(path):
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+                made = Path(file.name)
+                file.write(data)
+            made.chmod(0o644)
+            made.replace(path)
+        except OSError:
+            if made is not None:
+                made.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The folder of ``path`` made; what the system refuses becomes a FileError that names the path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-            made = Path(file.name)
-            file.write(data)
-        made.chmod(0o644)
-        made.replace(path)
+        yield
     except OSError as error:
-        if made is not None:
-            made.unlink(missing_ok=True)
         raise FileError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
 
 
-def require_writable(path: Path) -> None:
-    """FileError if ``path`` could not be written: better before an hour's work than after it."""
-    if path.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder. Name a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to.") from None
+def require_writable(*paths: Path | None) -> None:
+    """FileError if one of these files (None: none is wanted) could not be written: better before an hour's work than after."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise FileError(f"cannot write {path}: it is a folder. Name a file.")
+        with _writing(path):
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
 
 
 def write_json(path: Path, value: Any) -> None:

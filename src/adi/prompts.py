@@ -10,7 +10,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from adi.errors import FileError, UsageError
+from adi.errors import FileError
 from adi.files import expanded, package_data, parse_json, read_text
 from adi.schema import Record, from_json
 
@@ -42,8 +42,6 @@ def read_prompts(source: str | Path) -> list[PromptItem]:
     Raises AdiError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
     """
     sets = ", ".join(f"{name!r} ({what})" for name, what in SETS.items())
-    if str(source) == "builtin":
-        raise UsageError(f"'builtin' is no set of prompts any more; name one of {sets}.")
     path = package_data("prompts") / f"{source}.jsonl" if str(source) in SETS else expanded(source)
     try:
         lines = read_text(path, "prompts file").split("\n")

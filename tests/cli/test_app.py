@@ -120,7 +120,7 @@ def test_help_is_short_and_all_of_it_is_there_on_request(name: str) -> None:
         assert "--min-p" not in short
 
 
-def test_builtin_is_refused_with_both_names() -> None:
+def test_an_unknown_set_of_prompts_is_refused_with_both_names() -> None:
     for command in (["bench"], ["triggers"], ["inspect"], ["tune", "smollm2-135m", "--out", "x"]):
         done = adi_(*command, "--prompts", "builtin")
         assert done.exit_code == 2, done.output

@@ -162,12 +162,8 @@ def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     program.callback()(options)
     for name in names:
-        program.command(name)(guarded_command(name))
+        program.command(name)(with_groups(guarded(getattr(import_module(f"adi.cli.{name}"), name))))
     return program
-
-
-def guarded_command(name: str) -> Callable[..., None]:
-    return with_groups(guarded(getattr(import_module(f"adi.cli.{name}"), name)))
 
 
 def asked_for(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,9 +14,6 @@ from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgum
 from adi.cli.output import command_line, err, out, say, table
 from adi.files import require_writable, write_json, write_text
 from adi.progress import Reporter
-
-if TYPE_CHECKING:
-    from adi.model.load import Model
 
 
 def audit(
@@ -36,18 +33,12 @@ def audit(
     from adi.measure.audit.run import audit as measure
     from adi.measure.audit.run import audit_page
 
-    printed = str(json_out) == "-"
-    for path in (None if printed else json_out, html):
-        if path is not None:
-            require_writable(path)
-
-    def chosen(loaded: Model) -> Any:
-        return exits_for(loaded, exits)
-
+    file = None if str(json_out) == "-" else json_out
+    require_writable(file, html)
     with Reporter(err()) as progress:
         report = measure(
             model,
-            None if exits is None else chosen,
+            None if exits is None else lambda loaded: exits_for(loaded, exits),
             precisions=listed(precision),
             backend=backend,
             device=device,
@@ -60,9 +51,9 @@ def audit(
         )
     if html is not None:
         write_text(html, audit_page(report))
-    if json_out is not None and not printed:
-        write_json(json_out, report)
-    if printed:
+    if file is not None:
+        write_json(file, report)
+    if file is not json_out:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _show(out(), report)

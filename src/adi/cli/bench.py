@@ -8,13 +8,14 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from adi.cli.options import (
+    AnswerTokensOption,
     BackendOption,
     ExitsOption,
     JsonFileOption,
     ModelArgument,
     PromptsOption,
+    chosen_among,
     chosen_prompts,
-    listed,
     option,
 )
 from adi.cli.output import command_line, err, out, percent, say, table
@@ -34,7 +35,7 @@ def bench(
     precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
     backend: BackendOption = "auto",
     exits: ExitsOption = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")] = 128,
+    max_new_tokens: AnswerTokensOption = 128,
     prompt_tokens: Annotated[int | None, option("--prompt-tokens", min=1, help="Make every prompt exactly so long.")] = None,
     repeats: Annotated[int, option("--repeats", min=1, help="Runs of every prompt.")] = 1,
     batch: Annotated[
@@ -65,17 +66,16 @@ def bench(
     from adi.measure.bench.systems import MODES
 
     items = chosen_prompts(prompts, limit)
-    chosen, pair = _known("--modes", modes, MODES), None if static is None else _pair(static)
-    precisions = _known("--precision", precision, PRECISIONS)
+    chosen, pair = chosen_among(MODES, "--modes", modes), None if static is None else _pair(static)
+    precisions = chosen_among(PRECISIONS, "--precision", precision)
     _check_modes(chosen, pair, sweep, batch)
     _check_reflex(chosen, risk, threshold)
     names = [f"adi:{mode}:{p}" for p in precisions for mode in chosen]
-    names += [] if not peers else PEERS if peers == "all" else _known("--peers", peers, tuple(PEERS))
+    names += [] if not peers else PEERS if peers == "all" else chosen_among(tuple(PEERS), "--peers", peers)
     trained = exits if exits is not None else (model if model in shipped() else None)
     setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
     extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch)
-    if json_out is not None:
-        require_writable(json_out)
+    require_writable(json_out)
     with Reporter(err(), "preparing") as report:
         found = measure(names, items, setting, extent, command=command_line(), result=json_out, progress=report)
     if json_out is not None:
@@ -96,15 +96,6 @@ def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | 
         raise UsageError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
     if "reflex" not in chosen and (risk, threshold) != (None, None):
         raise UsageError("--risk and --threshold are of reflex mode; put reflex into --modes, or leave them out.")
-
-
-def _known(name: str, text: str, known: Sequence[str]) -> list[str]:
-    """The parts of a list with commas; UsageError for none or an unknown one."""
-    if not (given := listed(text)):
-        raise UsageError(f"{name} is empty; choose among {', '.join(known)}.")
-    if unknown := [part for part in given if part not in known]:
-        raise UsageError(f"{name} {unknown[0]!r} is not known; choose among {', '.join(known)}.")
-    return given
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from adi.cli.options import (
     chosen_prompts,
     exits_for,
     option,
-    require_folder,
 )
 from adi.cli.output import command_line, err, out, say, table
 from adi.errors import FileError, UsageError
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: ModelArgument,
-    out_dir: Annotated[Path, option("--out", "-o", metavar="DIR", help="Folder for the exits with their certificates.")],
+    out_dir: Annotated[
+        Path, option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for the exits with their certificates.")
+    ],
     exits: ExitsOption = None,
     risk: Annotated[list[float] | None, option("--risk", help="Level to certify (0.02); may be repeated.")] = None,
     delta: Annotated[float, option("--delta", help="Chance that a level does not hold, over the draw of text.")] = 0.05,
@@ -61,7 +62,6 @@ def calibrate(
     from adi.prompts import spread
     from adi.risk.certificate import merged
 
-    require_folder(out_dir)
     items = [item for source in prompts or ["bench"] for item in chosen_prompts(source, None)]
     chosen = [item.prompt for item in spread(items, limit)]
     loaded = engine.load(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -42,30 +43,32 @@ def chat(
     if console.is_terminal:
         say(console, HELP, "dim")
         console.print(legend(policy.depths, loaded.backbone.spec.layers))
-    _Conversation(console, loaded, policy, drawn, max_new_tokens, system).hold()
+    start = [{"role": "system", "content": system}] if system else []
+    _Conversation(console, loaded, policy, drawn, max_new_tokens, start).hold()
 
 
+@dataclass
 class _Conversation:
-    """The messages so far, and what they are answered with."""
+    """The messages to begin with, the turns so far, and how they are answered."""
 
-    def __init__(
-        self, console: Console, model: Model, policy: Policy, sampling: Sampling, max_new_tokens: int, system: str | None
-    ) -> None:
-        self._out, self._model, self._policy = console, model, policy
-        self._sampling, self._max_new_tokens = sampling, max_new_tokens
-        self._start = [{"role": "system", "content": system}] if system else []
-        self._messages = list(self._start)
-        self._last = "no answer yet"
+    console: Console
+    model: Model
+    policy: Policy
+    sampling: Sampling
+    max_new_tokens: int
+    start: list[dict[str, str]]
+    turns: list[dict[str, str]] = field(default_factory=list)
+    last: str = "no answer yet"
 
     def hold(self) -> None:
         """Until the user ends it."""
-        while (line := _ask(self._out)) is not None:
+        while (line := _ask(self.console)) is not None:
             if line == "/reset":
-                self._messages = list(self._start)
+                self.turns = []
             elif line == "/depth":
-                say(self._out, self._last)
+                say(self.console, self.last)
             elif line.startswith("/"):
-                say(self._out, f"unknown command {line}. {HELP}")
+                say(self.console, f"unknown command {line}. {HELP}")
             elif line:
                 self._answer(line)
 
@@ -74,18 +77,18 @@ class _Conversation:
         from adi.cli.run import drift_line
         from adi.decoding.session import Session
 
-        messages = [*self._messages, {"role": "user", "content": line}]
-        sampling = self._sampling.of_prompt(len(messages))
+        messages = [*self.start, *self.turns, {"role": "user", "content": line}]
+        sampling = self.sampling.of_prompt(len(messages))
         try:
-            session = Session(self._model, messages, self._policy, max_new_tokens=self._max_new_tokens, sampling=sampling)
+            session = Session(self.model, messages, self.policy, max_new_tokens=self.max_new_tokens, sampling=sampling)
         except AdiError as error:
-            say(self._out, f"{error} Type /reset to start over.", "red")
+            say(self.console, f"{error} Type /reset to start over.", "red")
             return
-        self._messages = messages  # kept, even where the answer is interrupted or fails
-        generation = _answered(self._out, session, self._policy.depths)
-        self._messages.append({"role": "assistant", "content": generation.text})
+        self.turns.append(messages[-1])  # kept, even where the answer is interrupted or fails
+        generation = _answered(self.console, session, self.policy.depths)
+        self.turns.append({"role": "assistant", "content": generation.text})
         drift = "" if generation.drift is None else "\n" + drift_line(generation.drift)
-        self._last = f"{generation.summary()}{drift}"
+        self.last = f"{generation.summary()}{drift}"
 
 
 def _answered(console: Console, session: Session, depths: Sequence[int]) -> Generation:

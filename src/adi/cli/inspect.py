@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from adi.cli.options import EngineOptions, JsonOption, ModelArgument, PromptsOption, chosen_prompts, option
+from adi.cli.options import (
+    AnswerTokensOption,
+    EngineOptions,
+    JsonOption,
+    LimitOption,
+    ModelArgument,
+    PromptsOption,
+    chosen_prompts,
+)
 from adi.cli.output import command_line, err, out, percent, say, table
 from adi.progress import Reporter
 
@@ -19,8 +27,8 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelArgument = "smollm2-135m",
     prompts: PromptsOption = "bench",
-    limit: Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the file.")] = 6,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")] = 48,
+    limit: LimitOption = 6,
+    max_new_tokens: AnswerTokensOption = 48,
     json_out: JsonOption = False,
     *,
     engine: EngineOptions,
@@ -30,10 +38,9 @@ def inspect(
     from adi.measure.provenance import provenance
 
     items = chosen_prompts(prompts, limit)
-    chosen = [item.prompt for item in items]
     loaded = engine.load(model)
     with Reporter(err(), "answers") as report:
-        found = measure(loaded, chosen, max_new_tokens=max_new_tokens, progress=report)
+        found = measure(loaded, [item.prompt for item in items], max_new_tokens=max_new_tokens, progress=report)
     if json_out:
         print(json.dumps({**provenance(command_line(), items), **asdict(found)}))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 
 from adi.cli.output import err
 from adi.decoding.sampling import Sampling
-from adi.errors import AdiError, FileError, ModelError, UsageError
+from adi.errors import AdiError, ModelError, UsageError
 from adi.progress import Reporter
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ RiskKindOption = Annotated[
     option("--kind", help="Which risk: a share of tokens, or nats.", panel="Reflex mode", rare=True),
 ]
 TokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
+AnswerTokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")]
+LimitOption = Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the file.")]
 PromptsOption = Annotated[str, option("--prompts", help="A JSONL prompt file, or a set by name: 'bench', 'train'.")]
 JsonOption = Annotated[bool, option("--json", help="Print one JSON document instead.")]
 JsonFileOption = Annotated[Path | None, option("--json", metavar="FILE", help="Write the result here.")]
@@ -93,8 +96,7 @@ class TextOptions:
         return {**ends, "raw": self.raw, "special_tokens": self.special_tokens}
 
 
-def _sampling(*names: str, help: str, rare: bool = False) -> Any:
-    return option(*names, help=help, panel="Sampling", rare=rare)
+_sampling = partial(option, panel="Sampling")
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,8 @@ class SamplingOptions:
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
 
 
-def _decoding(*names: str, help: str, **more: Any) -> Any:
-    return option(*names, help=help, panel="Decoding", **more)
-
-
-def _reflex(*names: str, help: str, rare: bool = False) -> Any:
-    return option(*names, help=help, panel="Reflex mode", rare=rare)
+_decoding = partial(option, panel="Decoding")
+_reflex = partial(option, panel="Reflex mode")
 
 
 @dataclass(frozen=True)
@@ -243,11 +241,9 @@ def exits_for(model: Model, given: str | None) -> Exits:
     """The exits named on the command line, else those shipped for the model; ModelError says how to get some."""
     from adi.artifact import bare_exits, load_exits, shipped_for
 
-    if given == "bare" or (given or "").startswith("bare:"):
-        layers = model.backbone.spec.layers
-        spread = {min(max(1, round(layers * share)), layers - 1) for share in (0.5, 0.75, 0.9)}
-        depths = parse_depths(given[5:]) if given is not None and given != "bare" else tuple(sorted(spread))
-        exits = bare_exits(model, depths)
+    name, _, depths = (given or "").partition(":")
+    if name == "bare":
+        exits = bare_exits(model, parse_depths(depths) if depths else None)
     elif given is not None:
         exits = load_exits(given)
     elif (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
@@ -277,18 +273,12 @@ def opened_history(model: Model, path: Path | None) -> History | None:
 def read_trigger(text: str) -> Trigger:
     """A trigger from JSON text or from a file that holds it."""
     from adi.exits.triggers import trigger_from_json
-    from adi.files import expanded, parse_json, read_text
+    from adi.files import expanded, parse_json, read_json
 
-    source = text
-    if not text.lstrip().startswith("{"):
-        try:
-            source = read_text(expanded(text), "trigger")
-        except FileError as error:
-            raise UsageError(f"{error} Give JSON text or a file.") from None
     try:
-        value: Any = parse_json(source)
+        value = parse_json(text) if text.lstrip().startswith("{") else read_json(expanded(text), "trigger")
     except ValueError as error:
-        raise UsageError(f"the trigger is not JSON: {error}.") from None
+        raise UsageError(f"--trigger is neither JSON text nor a file of it: {str(error).rstrip('.')}.") from None
     return trigger_from_json(value)
 
 
@@ -305,15 +295,18 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def chosen_among(known: Sequence[str], name: str, text: str) -> list[str]:
+    """The parts of a list with commas that option ``name`` takes; UsageError for none or an unknown one."""
+    if not (given := listed(text)):
+        raise UsageError(f"{name} is empty; choose among {', '.join(known)}.")
+    if unknown := [part for part in given if part not in known]:
+        raise UsageError(f"{name} {unknown[0]!r} is not known; choose among {', '.join(known)}.")
+    return given
+
+
 def chosen_prompts(source: str, limit: int | None) -> list[PromptItem]:
     """``limit`` prompts (all for None), evenly over the file, so that every category is there."""
     from adi.prompts import read_prompts, spread
 
     items = read_prompts(source)
     return items if limit is None else spread(items, limit)
-
-
-def require_folder(out: Path) -> None:
-    """FileError where --out is a file."""
-    if out.exists() and not out.is_dir():
-        raise FileError(f"--out {out} is a file; give a folder.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from adi.cli.options import JsonFileOption, ModelArgument, listed, option
+from adi.cli.options import JsonFileOption, ModelArgument, chosen_among, option
 from adi.cli.output import command_line, err, out, percent, say, table
-from adi.errors import UsageError
 from adi.files import read_text, require_writable, write_json
 
 
@@ -21,12 +21,9 @@ def quality(
     """What fewer bits cost a model: perplexity and predictions on held-out text, against float32."""
     from adi.measure.quality import quality as measure
 
-    if not (precisions := listed(precision)):
-        raise UsageError("--precision is empty; choose among fp32, int8, int4.")
-    if json_out is not None:
-        require_writable(json_out)
-    read, errors = None if text is None else read_text(text, "text"), err()
-    notice = lambda line: say(errors, line)  # noqa: E731
+    precisions = chosen_among(("fp32", "int8", "int4"), "--precision", precision)
+    require_writable(json_out)
+    read, notice = None if text is None else read_text(text, "text"), partial(say, err())
     found = measure(model, precisions, text=read, tokens=tokens, command=command_line(), notice=notice)
     if json_out is not None:
         write_json(json_out, found)

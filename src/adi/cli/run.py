@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,8 +55,7 @@ def run(
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled(), **text.settings()}
     asked = sys.stdin.read() if prompt == "-" else prompt
-    if trace is not None:
-        require_writable(trace)
+    require_writable(trace)
     loaded = engine.load(model, decoding.stops(model))
     policy = decoding.policy(loaded)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
@@ -102,7 +102,7 @@ def drift_line(drift: Drift) -> str:
     seen = f"spot checks: {drift.differed} of {drift.checked} tokens differed from full depth"
     running = f"running risk above {drift.lower:.2%} and below {drift.upper:.2%} (level {drift.level:.2%})"
     if drift.fell_back_at is None:
-        return f"{seen}; {running}; nothing speaks against the certificate"
+        return f"{seen}; {running}; no evidence against the certificate"
     return f"{seen}; {running}: the certificate does not hold on this text, verified from token {drift.fell_back_at} on"
 
 
@@ -114,9 +114,7 @@ def speedup(generation: Generation, full: Generation) -> float:
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """The first place where two sequences differ, the end of the shorter one included; None if they are the same."""
-    if list(a) == list(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
 def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:

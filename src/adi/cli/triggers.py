@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from adi.cli.options import (
+    AnswerTokensOption,
     EngineOptions,
     ExitsOption,
     JsonOption,
+    LimitOption,
     ModelArgument,
     PromptsOption,
     chosen_prompts,
@@ -35,7 +37,7 @@ def triggers(
     model: ModelArgument = "smollm2-135m",
     exits: ExitsOption = None,
     prompts: PromptsOption = "bench",
-    limit: Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the file.")] = 24,
+    limit: LimitOption = 24,
     calibrate: Annotated[
         str, option("--calibrate", help="Prompts on which calibrations and thresholds are chosen; '' for half of --prompts.")
     ] = "train",
@@ -48,7 +50,7 @@ def triggers(
         Path | None,
         option("--save", metavar="DIR", help="Save the exits here, with the probe or with the fastest rule as their trigger."),
     ] = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")] = 96,
+    max_new_tokens: AnswerTokensOption = 96,
     json_out: JsonOption = False,
     *,
     engine: EngineOptions,
@@ -77,8 +79,9 @@ def triggers(
     found = exits_for(loaded, exits)
     test, calibrating = ([item.prompt for item in some] for some in (items, others))
     with Reporter(err(), "answers") as report_progress:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": report_progress}
-        study = study_triggers(loaded, found, test, calibrate=calibrating, **options)
+        study = study_triggers(
+            loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=report_progress
+        )
     if save is not None:
         _save(found, study, save)
     if json_out:

@@ -3,81 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from adi.cli.options import DeviceOption, EngineOptions, ModelArgument, listed, option, parse_depths, require_folder
+from adi.cli.options import DeviceOption, EngineOptions, ModelArgument, listed, option, parse_depths
 from adi.cli.output import command_line, err, percent, say, table
 from adi.errors import UsageError
 from adi.progress import Reporter
 from adi.prompts import read_prompts
 
+if TYPE_CHECKING:
+    from adi.training.tune import TuneOptions
 
-def _rare(name: str, help: str, **more: Any) -> Any:
-    return option(name, help=help, panel="Training", rare=True, **more)
+
+_rare = partial(option, panel="Training", rare=True)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How exits and drafter are trained; the fields are those of ``TuneOptions``, with depths as text."""
+
+    tokens: Annotated[int, option("--tokens", help="Tokens of its own answers that the model trains on.")] = 100_000
+    generate_tokens: Annotated[
+        int, option("--talk", help="Tokens of self-generated conversations to learn from instead of answers.")
+    ] = 0
+    depths: Annotated[str | None, option("--depths", help="Where to put exits, such as 8,16,24.")] = None
+    epochs: Annotated[int, option("--epochs", help="Passes over the data.")] = 3
+    drafter_epochs: Annotated[int, option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4
+    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", help="Longest answer.")] = 160
+    shortlist: Annotated[int, _rare("--shortlist", help="Tokens that a head can name.")] = 4096
+    rank: Annotated[int, _rare("--rank", help="Rank of each head's adapter.")] = 128
+    learning_rate: Annotated[float, _rare("--learning-rate", help="Peak learning rate.")] = 3e-3
+    own_prompts: Annotated[
+        float | None, _rare("--own-prompts", help="With --talk: share of conversations whose prompt is generated too, 0 to 1.")
+    ] = None
+    warm_start: Annotated[bool, _rare("--warm-start", help="Begin with the drafter of --keep.")] = False
+    seed: Annotated[int, _rare("--seed", help="Of initial weights, order and generated text.")] = 0
+
+    def options(self) -> TuneOptions:
+        from adi.training.tune import TuneOptions
+
+        return TuneOptions(**vars(self) | {"depths": None if self.depths is None else parse_depths(self.depths)})
 
 
 def tune(
     model: ModelArgument,
-    out: Annotated[Path, option("--out", "-o", metavar="DIR", help="Folder for the exits; a stopped run resumes there.")],
+    out: Annotated[
+        Path, option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for the exits; a stopped run resumes there.")
+    ],
     prompts: Annotated[
         list[str] | None, option("--prompts", help="JSONL prompt file, or 'train' (built in, 480); may be repeated.")
     ] = None,
     text: Annotated[list[Path] | None, option("--text", help="Plain text to learn from; may be repeated.")] = None,
-    tokens: Annotated[int, option("--tokens", help="Tokens of its own answers that the model trains on.")] = 100_000,
-    talk: Annotated[int, option("--talk", help="Tokens of self-generated conversations to learn from instead of answers.")] = 0,
-    depths: Annotated[str | None, option("--depths", help="Where to put exits, such as 8,16,24.")] = None,
-    epochs: Annotated[int, option("--epochs", help="Passes over the data.")] = 3,
-    drafter_epochs: Annotated[int, option("--drafter-epochs", help="Passes for the drafter; 0 trains none.")] = 4,
     keep: Annotated[str | None, option("--keep", help="Exits whose heads stay: only a drafter is trained.")] = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", help="Longest answer.")] = 160,
     device: DeviceOption = "auto",
-    shortlist: Annotated[int, _rare("--shortlist", "Tokens that a head can name.")] = 4096,
-    rank: Annotated[int, _rare("--rank", "Rank of each head's adapter.")] = 128,
-    learning_rate: Annotated[float, _rare("--learning-rate", "Peak learning rate.")] = 3e-3,
     talk_precision: Annotated[
-        str, _rare("--talk-precision", "Precisions in which text is generated, with commas; each its share.")
+        str, _rare("--talk-precision", help="Precisions in which text is generated, with commas; each its share.")
     ] = "auto",
-    own_prompts: Annotated[
-        float | None, _rare("--own-prompts", "With --talk: share of conversations whose prompt is generated too, 0 to 1.")
-    ] = None,
-    warm_start: Annotated[bool, _rare("--warm-start", "Begin with the drafter of --keep.")] = False,
     judge_only: Annotated[
-        bool, _rare("--judge-only", "Train nothing: measure the drafter of --keep again, on --talk tokens of fresh text.")
+        bool, _rare("--judge-only", help="Train nothing: measure the drafter of --keep again, on --talk tokens of fresh text.")
     ] = False,
-    seed: Annotated[int, _rare("--seed", "Of initial weights, order and generated text.")] = 0,
+    *,
+    training: TrainingOptions,
 ) -> None:
     """Train exits and a drafter: the model answers prompts, and they learn full depth's predictions on those answers.
 
     Without --prompts and --text the 480 'train' prompts are used. A run that was stopped resumes with the same command.
     """
     from adi.artifact import load_exits
-    from adi.training.tune import TuneOptions, remeasure
+    from adi.training.tune import remeasure
     from adi.training.tune import tune as train
 
     if judge_only and keep is None:
         raise UsageError("--judge-only measures the drafter of exits: give them with --keep.")
-    require_folder(out)
     sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["train"])]
     loaded = EngineOptions(backend="hf", device=device).load(model)
-    options = TuneOptions(
-        depths=None if depths is None else parse_depths(depths),
-        tokens=tokens,
-        max_new_tokens=max_new_tokens,
-        shortlist=shortlist,
-        rank=rank,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        drafter_epochs=drafter_epochs,
-        generate_tokens=talk,
-        own_prompts=own_prompts,
-        warm_start=warm_start,
-        seed=seed,
-    )
+    options = training.options()
     generators = [EngineOptions(precision=precision).load(model) for precision in listed(talk_precision)]
     made_by = {"command": command_line(), "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}}
     groups, kept = [[item.prompt for item in items] for items in sets], None if keep is None else load_exits(keep)
