@@ -258,7 +258,7 @@ def test_a_bug_in_a_worker_shows_its_traceback_and_a_users_mistake_does_not(
     monkeypatch.setattr("adi.measure.bench.worker.build", lambda *_: Runner(slip, {"about": "x"}))
     pipe = _Pipe(("run", None))
     serve(pipe, "adi:full", SETTING)  # type: ignore[arg-type]
-    assert pipe.sent == [("ready", ({"about": "x"}, frozenset())), ("error", "ValueError: zip() argument 2 is shorter")]
+    assert pipe.sent == [(({"about": "x"}, frozenset()), None), (None, "ValueError: zip() argument 2 is shorter")]
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert "in slip" in shown
@@ -275,7 +275,7 @@ def test_a_bug_in_a_worker_shows_its_traceback_and_a_users_mistake_does_not(
         (["--threads", "0"], "Invalid value for '--threads'"),
         (["--prompt-tokens", "0"], "Invalid value for '--prompt-tokens'"),
         (["--peers", "abacus"], "--peers 'abacus' is not known; choose among llama.cpp"),
-        (["--precision", "int5"], "precision 'int5' is not known"),
+        (["--precision", "int5"], "--precision 'int5' is not known"),
         (["--precision", ","], "--precision is empty"),
         (["--modes", "full,reflex"], "reflex mode needs --risk R"),
         (["--modes", "full,reflex", "--risk", "0.1", "--threshold", "1"], "reflex mode needs --risk R"),

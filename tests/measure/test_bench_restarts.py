@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ ITEMS = [PromptItem((f"the dog {i}",), "x") for i in range(5)]
 
 def test_one_restart_is_the_plain_interval() -> None:
     values = {p: float(p * p % 7) for p in range(20)}
-    assert interval(values, 1, 3) == clustered_median([list(values.values())], seed=3)
+    assert interval(values, 1, 3) == asdict(clustered_median([list(values.values())], seed=3))
     assert clustered_median([[], [1.0, 2.0]]) == clustered_median([[1.0, 2.0]])
     assert sorted(part_of(p, 3) for p in range(7)) == [0, 0, 0, 1, 1, 2, 2]
     with pytest.raises(ValueError, match="at least one"):

@@ -10,8 +10,9 @@ import pytest
 
 import adi
 from adi.measure.bench.outcomes import Outcome, Setting, Task
-from adi.measure.bench.run import Extent, bench, files_hash
+from adi.measure.bench.run import Extent, bench
 from adi.measure.bench.worker import System
+from adi.measure.provenance import files_hash
 from adi.prompts import PromptItem
 from conftest import random_exits
 from support import certificate, invoke
@@ -34,12 +35,11 @@ def test_reflex_runs_at_a_certified_level(llama: adi.Model, tiny_model: adi.Mode
 
 
 def test_other_exits_under_the_same_name_are_another_benchmark(tmp_path: Path) -> None:
-    setting = Setting("tiny", str(tmp_path), None, 1, 0)
     (tmp_path / "exits.json").write_text("{}")
-    before = files_hash(setting)
-    assert files_hash(setting) == before
+    before = files_hash(tmp_path, Path("tiny"))
+    assert files_hash(tmp_path, Path("tiny")) == before
     (tmp_path / "exits.json").write_text("{ }")
-    assert files_hash(setting) != before
+    assert files_hash(tmp_path, Path("tiny")) != before
 
 
 def test_an_answer_without_a_token_is_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

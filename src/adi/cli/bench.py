@@ -61,7 +61,8 @@ def bench(
     from adi.artifact import shipped
     from adi.measure.bench.outcomes import Setting
     from adi.measure.bench.peers import PEERS
-    from adi.measure.bench.run import Extent, finished
+    from adi.measure.bench.resume import ResumeFile
+    from adi.measure.bench.run import Extent
     from adi.measure.bench.run import bench as measure
     from adi.measure.bench.systems import MODES
 
@@ -80,7 +81,7 @@ def bench(
         found = measure(names, items, setting, extent, command=command_line(), result=json_out, progress=report)
     if json_out is not None:
         write_json(json_out, found)
-        finished(json_out)
+        ResumeFile(json_out, {}).discard()
     _print(out(), found)
 
 

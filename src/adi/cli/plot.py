@@ -10,6 +10,7 @@ import typer
 from adi.cli.options import option
 from adi.cli.output import err, say
 from adi.errors import UsageError
+from adi.files import write_text
 
 
 def plot(
@@ -21,7 +22,7 @@ def plot(
 
     A trace shows the text as a depth heat map, with every exit that was checked; a benchmark speeds, ratios and categories.
     """
-    from adi.measure.bench.report import is_result, read_result, write_bench_page
+    from adi.measure.bench.report import bench_page, is_result, read_result
     from adi.measure.trace import read_trace
     from adi.measure.trace_page import plot as write_page
 
@@ -29,7 +30,7 @@ def plot(
     if target.resolve() == file.resolve():
         raise UsageError(f"--out {target} is the file itself; choose another name.")
     if is_result(file):
-        write_bench_page(read_result(file), target, base)
+        write_text(target, bench_page(read_result(file), base))
     elif base is not None:
         raise UsageError("--base is an option for benchmarks only; leave it out.")
     else:

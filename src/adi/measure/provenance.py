@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from adi.machine import processor, vectors
@@ -29,6 +31,13 @@ def provenance(command: str, items: Sequence[PromptItem]) -> dict[str, Any]:
         "prompts": len(items),
         "prompts_hash": prompts_hash(items),
     }
+
+
+def files_hash(*places: Path) -> str:
+    """What tells files and folders of the same names apart: when their files were written, and how long they are."""
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
 
 def _version(package: str) -> str | None:

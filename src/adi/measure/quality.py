@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
 
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_logits
 from adi.errors import AdiError
@@ -112,15 +113,11 @@ def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]
 def _compared(one: Backbone, reference: Backbone, mine: ForcedPass, theirs: ForcedPass, rows: int) -> Tensor:
     """Each row's log-probability of the token that follows by both, their divergence, and whether both find the same one
     likeliest, ``[4, T]``."""
-    next_T1, parts = torch.tensor([*mine.text.ids[1:], 0])[:, None], []
+    next_T, parts = torch.tensor([*mine.text.ids[1:], 0]), []
     logits = (full_logits(one, mine.deep_ND, rows), full_logits(reference, theirs.deep_ND, rows))
-    for a_RV, b_RV, next_R1 in zip(*logits, next_T1.split(rows), strict=True):
+    for a_RV, b_RV, next_R in zip(*logits, next_T.split(rows), strict=True):
         a, b = a_RV.log_softmax(-1), b_RV.log_softmax(-1)
-        columns = (
-            a.gather(1, next_R1)[:, 0],
-            b.gather(1, next_R1)[:, 0],
-            (b.exp() * (b - a)).sum(-1),
-            a.argmax(-1) == b.argmax(-1),
-        )
-        parts.append(torch.stack([column.double() for column in columns]))
+        given = (-nll_loss(logs, next_R, reduction="none") for logs in (a, b))
+        moved_R = kl_div(a, b, reduction="none", log_target=True).sum(-1)
+        parts.append(torch.stack([column.double() for column in (*given, moved_R, a.argmax(-1) == b.argmax(-1))]))
     return torch.cat(parts, 1)

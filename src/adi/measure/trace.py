@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,17 +59,18 @@ def trace_of(generation: Generation, policy: Policy, prompt: str) -> Trace:
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace file, whole or not at all."""
     value = {"format": FORMAT, "version": VERSION, **trace.to_json()}
-    write_text(Path(path), json.dumps(_rounded(value), ensure_ascii=False) + "\n")
+    write_text(Path(path), json.dumps(rounded(value, drop=True), ensure_ascii=False) + "\n")
 
 
-def _rounded(value: Any) -> Any:
-    """Numbers to six significant digits: a third of the bytes, and nothing that anyone could see."""
+def rounded(value: Any, *, drop: bool = False) -> Any:
+    """Numbers to six significant digits: a third of the bytes, and nothing that anyone could see. Those that JSON has no name
+    for become None, or with ``drop`` are left out of their mapping."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        finite = {k: v for k, v in value.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON has no NaN
-        return {k: _rounded(v) for k, v in finite.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        found = {str(key): rounded(member, drop=drop) for key, member in value.items()}
+        return {key: member for key, member in found.items() if not drop or member is not None or value[key] is None}
+    return [rounded(member, drop=drop) for member in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:

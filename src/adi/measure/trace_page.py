@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from adi.decoding.records import Look, Step
 from adi.files import write_text
 from adi.measure.pages import render
-from adi.measure.trace import Trace
+from adi.measure.trace import Trace, rounded
 
 _TITLE_LENGTH = 70
 _ORDER = ("memory", "drafter", "exit", "full")
@@ -24,7 +24,7 @@ Level = tuple[str, int]
 def trace_page(trace: Trace) -> str:
     """The whole page as HTML text."""
     data = {**trace.to_json(), "levels": level_table(trace), "first": _first_shown(trace.steps)}
-    return render("trace.html", title=_title(trace), data=_finite(data))
+    return render("trace.html", title=_title(trace), data=rounded(data))
 
 
 def plot(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -90,12 +90,3 @@ def _title(trace: Trace) -> str:
 
 def _line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _finite(value: Any) -> Any:
-    """The value with floats at six significant digits, and null for those that JSON has no name for."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

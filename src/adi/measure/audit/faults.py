@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adi.artifact import Exits
@@ -36,7 +36,7 @@ class Scripted(Policy):
 
     def strategy(self, request: Request, model: Model) -> Strategy:
         """The same script from its beginning."""
-        return Strategy(Script(self, model.backbone.spec.vocabulary), self.drafts, exits=self.exits)
+        return Strategy(Script(self, model.backbone.spec.vocabulary, random.Random(self.seed)), self.drafts, exits=self.exits)
 
 
 @dataclass
@@ -45,10 +45,7 @@ class Script:
 
     policy: Scripted
     vocabulary: int
-    dice: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.dice = random.Random(self.policy.seed)
+    dice: random.Random
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
         """Drafts right, wrong and random, some of them run part-way."""

@@ -126,11 +126,9 @@ def draws_of(
         drafted += session.counters.drafted
         accepted += session.counters.accepted
         wanted = law.foresee(seed, TOKENS)
-        if text == wanted:
-            foreseen += 1
-        else:
-            at = common_prefix(text, wanted)
-            near += at < min(len(text), TOKENS) and law.rounded(seed, at, noise)
+        at = common_prefix(text, wanted)
+        foreseen += text == wanted
+        near += at < min(len(text), TOKENS) and law.rounded(seed, at, noise)
     exact = law.joint(TOKENS)
     parts = [(leading(found, n), leading(exact, n)) for n in range(1, TOKENS + 1)]
     bands = [(total_variation(f, p), variation_band(p, len(seeds), RISK / TOKENS)) for f, p in parts]

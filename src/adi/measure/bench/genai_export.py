@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adi.errors import AdiError
 from adi.files import cache_folder, whole_folder
+from adi.measure.provenance import files_hash
 from adi.model.hub import quiet_transformers
 from adi.model.openvino.export.quantize import quiet_nncf
 
@@ -28,8 +29,7 @@ TOLERANCE = 1e-3
 
 def _folder(source: Path, weights: str) -> Path:
     """Where the graph of the model folder ``source`` belongs, for its files as they are and the versions installed now."""
-    stats = [(p.name, (stat := p.stat()).st_size, stat.st_mtime_ns) for p in sorted(source.iterdir()) if p.is_file()]
-    facts = [FORMAT, str(source.resolve()), stats, [(name, version(name)) for name in MADE_WITH]]
+    facts = [FORMAT, files_hash(source.resolve()), [(name, version(name)) for name in MADE_WITH]]
     key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     return cache_folder() / "openvino-genai" / f"{source.name}-{weights}-{key}"
 
@@ -47,15 +47,14 @@ def genai_export(source: Path, weights: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
-        plain: dict[str, Any] = {"trust_remote_code": False}
-        asked = {"dtype": torch.float32, "attn_implementation": "sdpa", **plain}
-        model = AutoModelForCausalLM.from_pretrained(source, **asked).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source, **plain)
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     graph = stateful_graph(model)
     _check(model, graph)
-    group = _group(model) if weights == "int4" else None
+    graph = _compressed(graph, weights, model)
     with whole_folder(target) as fresh:
-        ov.save_model(_compressed(graph, weights, group), fresh / "openvino_model.xml", compress_to_fp16=False)
+        ov.save_model(graph, fresh / "openvino_model.xml", compress_to_fp16=False)
         for name, part in zip(("tokenizer", "detokenizer"), convert_tokenizer(tokenizer, with_detokenizer=True), strict=True):
             ov.save_model(part, fresh / f"openvino_{name}.xml")
         model.config.save_pretrained(fresh)
@@ -148,21 +147,21 @@ def _check(model: Any, graph: Any) -> None:
             raise AdiError(f"the exported graph's logits are off by {error:.3g}, so it is not this model.")
 
 
+def _compressed(graph: Any, weights: str, model: Any) -> Any:
+    if weights == "fp32":
+        return graph
+    with quiet_nncf():
+        import nncf
+
+        mode = nncf.CompressWeightsMode
+        if weights == "int8":
+            return nncf.compress_weights(graph, mode=mode.INT8_ASYM)
+        return nncf.compress_weights(graph, mode=mode.INT4_ASYM, group_size=_group(model), ratio=1.0)
+
+
 def _group(model: Any) -> int:
     inputs = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}
     for group in GROUPS:
         if not any(n % group for n in inputs):
             return group
     raise AdiError(f"matrices with {sorted(inputs)} inputs do not divide into groups of {GROUPS[-1]} for int4.")
-
-
-def _compressed(graph: Any, weights: str, group: int | None) -> Any:
-    if weights == "fp32":
-        return graph
-    import nncf
-
-    mode = nncf.CompressWeightsMode
-    with quiet_nncf():
-        if weights == "int4":
-            return nncf.compress_weights(graph, mode=mode.INT4_ASYM, group_size=group, ratio=1.0)
-        return nncf.compress_weights(graph, mode=mode.INT8_ASYM)

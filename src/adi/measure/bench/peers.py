@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from adi.errors import AdiError
@@ -45,7 +46,6 @@ def timed_peer(generate: Callable[[Times], Sequence[int]]) -> Outcome:
 def transformers_peer(precision: str, kind: str, setting: Setting) -> Runner:
     """transformers ``generate``: plain, with prompt lookup, or drafting at an early exit of the model itself."""
     import torch
-    from transformers.generation.streamers import BaseStreamer
 
     model = _transformers(precision, setting)
     extra: dict[str, Any] = {
@@ -54,19 +54,8 @@ def transformers_peer(precision: str, kind: str, setting: Setting) -> Runner:
         "hf-early-exit": {"assistant_early_exit": _early_exit(model)[0]},
     }[kind]
 
-    class Clock(BaseStreamer):  # type: ignore[misc]
-        def __init__(self, times: Times) -> None:
-            self.times, self.prompt = times, True
-
-        def put(self, value: Any) -> None:
-            if not self.prompt:  # which is put first
-                self.times.append(time.perf_counter())
-            self.prompt = False
-
-        def end(self) -> None:
-            pass
-
     def generate(task: Task, times: Times) -> Sequence[int]:
+        clock = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
         with torch.inference_mode():
             out = model.generate(
                 torch.tensor([task.token_ids]),
@@ -75,9 +64,10 @@ def transformers_peer(precision: str, kind: str, setting: Setting) -> Runner:
                 do_sample=False,
                 eos_token_id=sorted(task.ends) or None,
                 pad_token_id=min(task.ends, default=0),
-                streamer=Clock(times),
+                streamer=clock,
                 **extra,
             )
+        del times[0]  # the prompt is put first
         return out[0, len(task.token_ids) :].tolist()  # type: ignore[no-any-return]
 
     options = "".join(f", {name} {value}" for name, value in extra.items())
@@ -172,7 +162,12 @@ def genai_peer(weights: str, lookup: bool, setting: Setting) -> Runner:
 
 def genai_folder(weights: str, setting: Setting) -> Path:
     """The exported graph for GenAI, made once."""
-    return genai_export(Path(source_folder(setting.model, lambda _: None)), weights)
+    return genai_export(model_folder(setting), weights)
+
+
+def model_folder(setting: Setting) -> Path:
+    """The model's transformers folder, fetched or converted once."""
+    return Path(source_folder(setting.model, lambda _: None))
 
 
 def _runner(generate: Callable[[Task, Times], Sequence[int]], about: str) -> Runner:
@@ -185,9 +180,9 @@ def _transformers(precision: str, setting: Setting) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    dtype, folder = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], source_folder(setting.model, lambda _: None)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(setting), dtype=dtype, trust_remote_code=False).eval()
 
 
 def _early_exit(model: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from adi.errors import FileError, UsageError
-from adi.files import read_json, write_text
+from adi.files import read_json
 from adi.measure.bench.run import FORMAT, VERSION
 from adi.measure.pages import render
 from adi.schema import Natural, Share, from_json
@@ -97,11 +97,6 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileError(f"{path} is not a benchmark of version {VERSION} (adi bench --json FILE makes one).")
     _parsed(value, f"the benchmark {path} is damaged")
     return value
-
-
-def write_bench_page(result: Mapping[str, Any], path: str | os.PathLike[str], base: str | None = None) -> None:
-    """Write the page, whole or not at all."""
-    write_text(Path(path), bench_page(result, base))
 
 
 def bench_page(result: Mapping[str, Any], base: str | None = None) -> str:

@@ -44,15 +44,14 @@ class Unfinished(Record, frozen=True):
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """The file beside a result; without a path nothing is kept."""
+    """The file beside a ``result`` that is not yet written; without one nothing is kept."""
 
-    path: Path | None
+    result: Path | None
     terms: Mapping[str, Any]
 
-    @staticmethod
-    def beside(result: Path | None, terms: Mapping[str, Any]) -> ResumeFile:
-        """That of a result which is not yet written."""
-        return ResumeFile(result and result.with_name(result.name + ".partial"), terms)
+    @property
+    def path(self) -> Path | None:
+        return self.result and self.result.with_name(self.result.name + ".partial")
 
     def read(self) -> Unfinished:
         """What was finished; FileError where the file is damaged, or of another benchmark."""

@@ -6,7 +6,6 @@ whose speed drifts favours nobody.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from adi.measure.bench.outcomes import BatchOutcome, BatchPair, Outcome, Setting
 from adi.measure.bench.resume import ResumeFile
 from adi.measure.bench.summary import batch_entries, part_of, ratio_entries, run_entry
 from adi.measure.bench.worker import System, prepare
-from adi.measure.provenance import provenance
+from adi.measure.provenance import files_hash, provenance
+from adi.measure.statistics import common_prefix
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem, read_prompts, spread
 
@@ -76,13 +76,13 @@ def bench(
     """Run all systems on all prompts (first turns) and return the result document.
 
     At least one must be one of adi's modes: it encodes the prompts for everybody. A system that cannot run is listed with its
-    error. With ``result``, where the document will be written, prompts that are finished are kept beside it until ``finished``
-    is called, and the same benchmark resumes with the rest.
+    error. With ``result``, where the document will be written, prompts that are finished are kept beside it until the
+    ``ResumeFile`` is discarded, and the same benchmark resumes with the rest.
     """
     names = list(dict.fromkeys(names))
     extent.check(len(items))
     facts = provenance(command, items)
-    resume = ResumeFile.beside(result, _terms(names, facts, setting, extent))
+    resume = ResumeFile(result, _terms(names, facts, setting, extent))
     kept = resume.read()
     progress(0, 0, "preparing")
     prepare(names, setting)
@@ -92,7 +92,10 @@ def bench(
             progress(0, 0, f"sweeping for {name}")
             sweeps[name] = _swept(name, setting)
             resume.save([], sweeps)
-    systems = [_system(name, setting, sweeps.get(name)) for name in names]
+    systems = [
+        System(name, replace(setting, static=swept.best), sweep=swept) if (swept := sweeps.get(name)) else System(name, setting)
+        for name in names
+    ]
     kept.restore(systems)
     _Bench(systems, items, extent, progress, lambda: resume.save(systems, sweeps)).run()
     return {
@@ -109,18 +112,13 @@ def bench(
     }
 
 
-def finished(result: Path) -> None:
-    """The document is written: what was kept for resuming goes."""
-    ResumeFile.beside(result, {}).discard()
-
-
 def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
     """The prompt as exactly ``tokens`` tokens: its own text repeated, cut before what the chat template ends with.
 
     AdiError where the template alone is longer.
     """
     short, other = encode(prompt), encode("x")
-    tail = next((i for i, (a, b) in enumerate(zip(short[::-1], other[::-1], strict=False)) if a != b), len(other))
+    tail = common_prefix(short[::-1], other[::-1])
     if tokens <= len(other):
         raise AdiError(f"--prompt-tokens {tokens} is too short: the chat template alone takes {len(other)} tokens.")
     text = prompt
@@ -131,24 +129,10 @@ def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]
 
 def _terms(names: Sequence[str], facts: dict[str, Any], setting: Setting, extent: Extent) -> dict[str, Any]:
     """All that outcomes depend on."""
+    files = files_hash(*(Path(name) for name in (setting.exits, setting.model) if name))
     where = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
-    own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": files_hash(setting)}
+    own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": files}
     return {"systems": list(names), **where, **own, **asdict(extent)}
-
-
-def files_hash(setting: Setting) -> str:
-    """What tells exits and a model of the same names apart: when their files were written, and how long they are."""
-    found = []
-    for name in (setting.exits, setting.model):
-        place = Path(name) if name else None
-        if place is not None and place.exists():
-            states = [(f.name, f.stat()) for f in sorted(place.iterdir() if place.is_dir() else [place]) if f.is_file()]
-            found += [(file, state.st_size, state.st_mtime_ns) for file, state in states]
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
-
-
-def _system(name: str, setting: Setting, swept: Sweep | None) -> System:
-    return System(name, replace(setting, static=swept.best) if swept else setting, sweep=swept)
 
 
 def _swept(name: str, setting: Setting) -> Sweep:

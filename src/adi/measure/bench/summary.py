@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
 from adi.measure.bench.outcomes import accepted_share
 from adi.measure.bench.worker import System
-from adi.measure.statistics import Interval, clustered_median
+from adi.measure.statistics import clustered_median, common_prefix
 from adi.prompts import PromptItem
 
 NUMBER_FORMAT = {"llama.cpp": "int4", "llama.cpp-lookup": "int4", "gguf": "int4", "economize": "fp32"}
@@ -19,10 +20,10 @@ def part_of(prompt: int, restarts: int) -> int:
     return prompt % restarts
 
 
-def interval(values: Mapping[int, float], restarts: int, seed: int) -> Interval:
-    """The median of figures by prompt, resampled by restart and then by prompt."""
+def interval(values: Mapping[int, float], restarts: int, seed: int) -> dict[str, float]:
+    """The median of figures by prompt and its bounds, resampled by restart and then by prompt."""
     groups = [[value for p, value in values.items() if part_of(p, restarts) == part] for part in range(restarts)]
-    return clustered_median(groups, seed=seed)
+    return asdict(clustered_median(groups, seed=seed))
 
 
 def run_entry(system: System, systems: Sequence[System], items: Sequence[PromptItem], restarts: int = 1) -> dict[str, Any]:
@@ -43,8 +44,8 @@ def run_entry(system: System, systems: Sequence[System], items: Sequence[PromptI
         "tokens_per_round": median(rounds) if rounds else None,
         "accepted_share": accepted_share(every),
         **_figures(system, reference, prompts),
-        "tokens_per_second_low": found.low,
-        "tokens_per_second_high": found.high,
+        "tokens_per_second_low": found["low"],
+        "tokens_per_second_high": found["high"],
         "match_with": reference.name if reference else None,
         "per_category": {name: _figures(system, reference, mine) for name, mine in _categories(items, prompts).items()},
         **({"sweep": system.sweep.to_json()} if system.sweep else {}),
@@ -69,16 +70,11 @@ def ratio_entry(a: System, b: System, items: Sequence[PromptItem], seed: int, re
     both = sorted(set(a.outcomes) & set(b.outcomes))
     ratios = {p: speed(a, p) / speed(b, p) for p in both}
     sooner = interval({p: ttft(b, p) / ttft(a, p) for p in both}, restarts, seed)
-    found = interval(ratios, restarts, seed)
     return {
         "a": a.name,
         "b": b.name,
-        "median": found.median,
-        "low": found.low,
-        "high": found.high,
-        "ttft_median": sooner.median,
-        "ttft_low": sooner.low,
-        "ttft_high": sooner.high,
+        **interval(ratios, restarts, seed),
+        **{f"ttft_{bound}": value for bound, value in sooner.items()},
         "per_category": {name: median(ratios[p] for p in mine) for name, mine in _categories(items, both).items()},
     }
 
@@ -96,14 +92,11 @@ def _batch_entry(system: System, size: int | None, restarts: int, seed: int) -> 
     known = {"name": system.name, "batch": size, "groups": len(pairs), "error": system.batch_error}
     if not pairs:
         return known
-    found = interval({first: pair.ratio for first, pair in pairs.items()}, restarts, seed)
     return {
         **known,
+        **interval({first: pair.ratio for first, pair in pairs.items()}, restarts, seed),
         "batch_tokens_per_second": median(pair.batch_tokens / pair.batch_seconds for pair in pairs.values()),
         "alone_tokens_per_second": median(pair.alone_tokens / pair.alone_seconds for pair in pairs.values()),
-        "median": found.median,
-        "low": found.low,
-        "high": found.high,
         "same": all(pair.same for pair in pairs.values()),
     }
 
@@ -140,8 +133,7 @@ def agreement(
 def leading_share(a: Sequence[int], b: Sequence[int]) -> float:
     """The share of the longer text that both have in common before their first difference."""
     longer = max(len(a), len(b))
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return same / longer if longer else 1.0
+    return common_prefix(a, b) / longer if longer else 1.0
 
 
 def _reference(system: System, systems: Sequence[System]) -> System | None:

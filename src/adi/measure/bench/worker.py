@@ -18,9 +18,8 @@ from typing import Any
 
 from adi.errors import AdiError
 from adi.measure.bench.outcomes import BatchPair, Outcome, Runner, Setting, Sweep, Task
-from adi.measure.bench.peers import HOW, build_peer, genai_folder
+from adi.measure.bench.peers import HOW, build_peer, genai_folder, model_folder
 from adi.measure.bench.systems import adi_model, adi_runner, backend_for
-from adi.model.hub import source_folder
 
 # Threads that have nothing to do soon sleep instead of spinning where another system runs. Not at once: llama.cpp's threads
 # meet hundreds of times in a token, and without any spinning it runs at a third of its speed.
@@ -49,21 +48,17 @@ class System:
 
     def ready(self) -> bool:
         """Wait until it is loaded; where it cannot run, ``error`` is why."""
-        loaded = self._receive() if self.error is None else None
-        if loaded is not None:
+        if self.error is None and (loaded := self._receive()) is not None:
             self.details, self.ends = loaded
-        return loaded is not None
+        return self.error is None
 
     def ask(self, *order: Any) -> Any:
         """Send an order and wait for its answer; None once something went wrong, which ``error`` then holds."""
-        if self.error is not None:
-            return None
-        try:
-            self._pipe.send(order)
-        except OSError:
-            self.error = "its process died"
-            return None
-        return self._receive()
+        if self.error is None:
+            with suppress(OSError):  # it died, which shows when its answer is awaited
+                self._pipe.send(order)
+            return self._receive()
+        return None
 
     def run(self, task: Task) -> Outcome | None:
         """One generation, and what memory it has needed so far."""
@@ -84,19 +79,15 @@ class System:
 
     def _receive(self) -> Any:
         try:
-            kind, value = self._pipe.recv()
+            value, self.error = self._pipe.recv()
         except (EOFError, OSError):
-            kind, value = "error", "its process died"
-        if kind == "error":
-            self.error = value
-            return None
+            value, self.error = None, "its process died"
         return value
 
 
 def prepare(names: Sequence[str], setting: Setting) -> None:
     """Make, in a process of its own, what is made once and then kept, so that it counts in nobody's memory."""
-    jobs = list(dict.fromkeys(job for name in names if (job := _first_use(name, setting)) is not None))
-    if not jobs:
+    if not (jobs := list(dict.fromkeys(job for name in names for job in _first_use(name, setting)))):
         return
     process, pipe = _spawned(_prepare, jobs, setting)
     with suppress(EOFError):  # the systems will report what is wrong
@@ -105,22 +96,25 @@ def prepare(names: Sequence[str], setting: Setting) -> None:
 
 
 def serve(connection: Connection, name: str, setting: Setting) -> None:
-    """Load, then answer ("encode", text), ("run", task), ("batch", tasks), ("sweep", prompts, n) and ("peak",)
-    until the pipe is closed."""
+    """Load, then answer ("peak",) and orders to call the ``Runner``, such as ("run", task), until the pipe is closed.
+
+    An answer is a value and None, or None and an error.
+    """
     _settle(setting)
     with suppress(EOFError, OSError):  # nobody is there any more
         try:
             runner = build(name, setting)
         except Exception as error:  # whatever keeps a system from running is its result
-            connection.send(("error", failure(error)))
+            connection.send((None, failure(error)))
             return
-        connection.send(("ready", (dict(runner.details), runner.ends)))
+        connection.send(((dict(runner.details), runner.ends), None))
         while True:
-            order = connection.recv()
+            what, *given = connection.recv()
+            answer: tuple[Any, str | None]
             try:
-                answer = ("ok", _answer(runner, *order))
+                answer = peak_bytes() if what == "peak" else getattr(runner, what)(*given), None
             except Exception as error:
-                answer = ("error", failure(error))
+                answer = None, failure(error)
             connection.send(answer)
 
 
@@ -150,42 +144,24 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _answer(runner: Runner, what: str, *given: Any) -> Any:
-    if what == "peak":
-        return peak_bytes()
-    actions: dict[str, Callable[..., Any] | None] = {
-        "run": runner.run,
-        "encode": runner.encode,
-        "batch": runner.batch,
-        "sweep": runner.sweep,
-    }
-    action = actions[what]
-    assert action is not None, f"{runner.details['about']} cannot {what}"
-    return action(*given)
-
-
-def _first_use(name: str, setting: Setting) -> tuple[str, str] | None:
-    """What a system would have to make if it came first, None if there is nothing."""
+def _first_use(name: str, setting: Setting) -> Iterator[tuple[Any, ...]]:
+    """What a system would have to make if it came first: functions, each with its arguments."""
     kind, _, rest = name.partition(":")
     if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) == "openvino":
-        return "adi", precision
-    if kind.startswith("openvino-genai") and rest in HOW:
-        return "genai", rest
-    return None if Path(setting.model).is_dir() else ("source", "")
+        yield adi_model, precision, setting
+    elif kind.startswith("openvino-genai") and rest in HOW:
+        yield genai_folder, rest, setting
+    elif not Path(setting.model).is_dir():
+        yield model_folder, setting
 
 
-def _prepare(connection: Connection, jobs: Sequence[tuple[str, str]], setting: Setting) -> None:
+def _prepare(connection: Connection, jobs: Sequence[tuple[Any, ...]], setting: Setting) -> None:
     _settle(setting)
-    for kind, precision in jobs:
+    for make, *given in jobs:
         with suppress(Exception):  # the system that needs it will meet the same and report it
-            if kind == "adi":
-                adi_model(precision, setting)
-            elif kind == "genai":
-                genai_folder(precision, setting)
-            else:
-                source_folder(setting.model, lambda _: None)
+            make(*given)
     with suppress(OSError):
-        connection.send(("ready", None))
+        connection.send(None)
 
 
 def _settle(setting: Setting) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import ForcedReading, encoded, forced_readings, own_answers
 from adi.errors import AdiError
-from adi.exits.triggers import Never, Trigger
+from adi.exits.triggers import Never, Threshold
 from adi.measure.calibration.losses import NATS, AnswerLoss, own_text_losses, replayed_loss
-from adi.measure.calibration.risk_path import RiskRule, risk_path
+from adi.measure.calibration.risk_path import risk_path
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.risk.bounds import Losses, conformal, learn_then_test, sequences_needed
-from adi.risk.certificate import KINDS, METHODS, Certificate
+from adi.risk.certificate import KINDS, METHODS, Certificate, Kind, Method
 
 LEARNING_SHARE = 0.2
 LEAST_PROMPTS = 10
@@ -31,7 +31,7 @@ ANSWERED = 64  # prompts between two reports of progress
 class TestedRule:
     """One rule on the calibration prompts: the losses on its own text and, beside them, replayed on full depth's."""
 
-    trigger: Trigger
+    trigger: Threshold
     own_text: tuple[AnswerLoss, ...]
     replayed: tuple[AnswerLoss, ...]
 
@@ -63,8 +63,8 @@ class RiskTest:
     AdiError for what cannot be meant.
     """
 
-    kind: str
-    method: str
+    kind: Kind
+    method: Method
     delta: float
 
     def __post_init__(self) -> None:
@@ -104,8 +104,8 @@ def calibrate(
     levels: Sequence[float],
     *,
     delta: float = 0.05,
-    kind: str = "disagreement",
-    method: str = "ltt",
+    kind: Kind = "disagreement",
+    method: Method = "ltt",
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -140,13 +140,15 @@ def calibrate(
     tested: list[TestedRule] = []
     for place, rule in enumerate(rules):
         progress(place, len(rules), "rules")
-        tested.append(try_rule(model, exits, readings[learning:], rule, max_new_tokens))
+        own = own_text_losses(model, exits, readings[learning:], rule.trigger, max_new_tokens)
+        replayed = (replayed_loss(reading, exits.depths, layers, rule.trigger) for reading in readings[learning:])
+        tested.append(TestedRule(rule.trigger, tuple(own), tuple(replayed)))
         if not any(test.boldest(tested, level) == place for level in levels):
             break  # a bolder one would not pass either
     about = {
         "max_new_tokens": max_new_tokens,
         "sequences": len(order) - learning,
-        "text_hash": text_hash(order[learning:]),
+        "text_hash": hashlib.blake2b(repr(order[learning:]).encode(), digest_size=8).hexdigest(),
         "fingerprint": model.backbone.spec.fingerprint,
         "precision": model.backbone.spec.precision,
     }
@@ -157,32 +159,21 @@ def calibrate(
     return Calibration(tuple(found), tuple(tested), tuple(notes))
 
 
-def try_rule(model: Model, exits: Exits, readings: Sequence[ForcedReading], rule: RiskRule, max_new_tokens: int) -> TestedRule:
-    """One rule on these prompts, on its own text and replayed."""
-    own = own_text_losses(model, exits, readings, rule.trigger, max_new_tokens)
-    layers = model.backbone.spec.layers
-    return TestedRule(rule.trigger, tuple(own), tuple(replayed_loss(r, exits.depths, layers, rule.trigger) for r in readings))
-
-
 def certify(tested: Sequence[TestedRule], test: RiskTest, level: float, layers: int, about: dict[str, Any]) -> Certificate:
     """The certificate for a level; where no rule passed, of a trigger that never fires."""
     place = test.boldest(tested, level)
     losses = () if place is None else tested[place].own_text
-    known: dict[str, Any] = {
-        "method": test.method,
-        "kind": test.kind,
-        "delta": test.delta if test.method == "ltt" else None,
-        "trigger": Never() if place is None else tested[place].trigger,
-        "observed": test.scale * mean(getattr(loss, test.kind) for loss in losses) if losses else 0.0,
-        "mean_depth": mean(loss.depth for loss in losses) if losses else float(layers),
-        "nats": None if test.kind == "disagreement" else NATS,
-    }
-    return Certificate(level=level, **known, **about)
-
-
-def text_hash(prompts: Sequence[Sequence[int]]) -> str:
-    """A short name for exactly these prompts, as token ids, in this order."""
-    return hashlib.blake2b(repr([tuple(p) for p in prompts]).encode(), digest_size=8).hexdigest()
+    return Certificate(
+        method=test.method,
+        kind=test.kind,
+        level=level,
+        delta=test.delta if test.method == "ltt" else None,
+        trigger=Never() if place is None else tested[place].trigger,
+        observed=test.scale * mean(getattr(loss, test.kind) for loss in losses) if losses else 0.0,
+        mean_depth=mean(loss.depth for loss in losses) if losses else float(layers),
+        nats=None if test.kind == "disagreement" else NATS,
+        **about,
+    )
 
 
 def _readings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -70,14 +70,12 @@ def signals_of(head: Prediction, seen: ForcedPass, depth: int, probe: Probe | No
     return {name: signal.measure(*given[signal.reads]) for name, signal in SIGNALS.items() if signal.reads in given}
 
 
-def _inputs(
-    head: Prediction, seen: ForcedPass, depth: int, probe: Probe | None, rows: slice = slice(None)
-) -> dict[str, tuple[Any, ...]]:
+def _inputs(head: Prediction, seen: ForcedPass, depth: int, probe: Probe | None) -> dict[str, tuple[Any, ...]]:
     """What signals of each kind are measured on."""
-    hidden_ND = seen.hidden[depth][rows]
-    given: dict[str, tuple[Any, ...]] = {"head": (head,), "states": (seen.before[depth][rows], hidden_ND)}
+    hidden_ND = seen.hidden[depth]
+    given: dict[str, tuple[Any, ...]] = {"head": (head,), "states": (seen.before[depth], hidden_ND)}
     if depth in seen.mlp:
-        given["mlp"] = (seen.mlp[depth][rows],)
+        given["mlp"] = (seen.mlp[depth],)
     if probe is not None:
         given["probe"] = (probe, depth, hidden_ND, lambda: head)
     return given
@@ -90,13 +88,14 @@ def reads_head(name: str) -> bool:
 
 def signal_seconds(model: Model, exits: Exits, text: KnownText) -> dict[int, dict[str, float]]:
     """Seconds to measure each signal of one row, by depth, the head included where it is read; "head" is the head alone."""
-    (seen,) = forced_pass(model.backbone, [text], exits.depths, details=True)
+    row = replace(text, ids=text.ids[: text.first + 1])
+    (seen,) = forced_pass(model.backbone, [row], exits.depths, details=True)
     return {depth: _signal_seconds(model, exits, seen, depth) for depth in exits.depths}
 
 
 def _signal_seconds(model: Model, exits: Exits, seen: ForcedPass, depth: int) -> dict[str, float]:
-    row, read = slice(0, 1), functools.partial(exits.reader(model.backbone), depth, seen.hidden[depth][:1])
-    given = _inputs(read(), seen, depth, exits.probe, row)
+    read = functools.partial(exits.reader(model.backbone), depth, seen.hidden[depth])
+    given = _inputs(read(), seen, depth, exits.probe)
     names = [name for name, signal in SIGNALS.items() if signal.reads in given]
     work = [functools.partial(SIGNALS[name].measure, *given[SIGNALS[name].reads]) for name in names]
     head, *alone = median_seconds([read, *work], REPEATS)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,11 +130,12 @@ def study_triggers(
     tables = exit_tables(model, exits, texts, marks, progress)
     seconds = signal_seconds(model, exits, texts[0])
     passes = measure_passes(model.backbone, COSTED_ROWS, COST_REPEATS)
+    tail = 0 if exits.heads is None else exits.vocabulary - len(exits.heads.ids_S)
     testing = ~next(iter(tables.values())).calibrates_N
     return TriggerStudy(
         scores=[score for depth in tables for score in _scores(depth, tables[depth], seconds[depth], passes)],
         calibrations=[_calibration(depth, rows) for depth, rows in tables.items()],
-        tails=[tail for depth, rows in tables.items() for tail in _tails(depth, rows, _tail_size(exits))],
+        tails=[spread for depth, rows in tables.items() for spread in _tails(depth, rows, tail)],
         oracle=oracle({depth: rows.right_N[testing] for depth, rows in tables.items()}, passes.layers),
         estimates=best_rules(SearchData(tables, [len(given.token_ids) for given in answers], marks, seconds, passes)),
         full_tokens_per_second=1 / passes.full(),
@@ -184,23 +186,21 @@ def _scores(depth: int, rows: ExitTable, seconds: Mapping[str, float], passes: P
 
 def combined(signals: Mapping[str, Tensor], rows: ExitTable) -> Tensor:
     """The chance of being right from these signals together: logistic regression on the calibrating rows."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     fit_N = rows.calibrates_N
     x = torch.stack([v.double() for v in signals.values()], 1)
     x = (x - x[fit_N].mean(0)) / x[fit_N].std(0).clamp_min(1e-9)
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    y = rows.right_N.double()
-    weights = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+    x_NF = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1).numpy()
+    fit_MF, right_M = x_NF[fit_N], rows.right_N[fit_N].double().numpy()
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(x[fit_N] @ weights, y[fit_N])
-        value = value + 1e-3 * weights.square().sum()
-        value.backward()
-        return value
+    def loss(weight_F: np.ndarray) -> tuple[float, np.ndarray]:
+        logit_M = fit_MF @ weight_F
+        slope_F = (expit(logit_M) - right_M) @ fit_MF / len(fit_MF) + 2e-3 * weight_F
+        return (np.logaddexp(0, logit_M) - right_M * logit_M).mean() + 1e-3 * weight_F @ weight_F, slope_F
 
-    optimizer.step(loss)
-    return (x @ weights.detach()).sigmoid().float()
+    return torch.from_numpy(expit(x_NF @ minimize(loss, np.zeros(x_NF.shape[1]), jac=True).x)).float()
 
 
 def isotonic_error(score_N: Tensor, rows: ExitTable) -> float:
@@ -228,7 +228,3 @@ def _tails(depth: int, rows: ExitTable, size: int) -> list[TailSpread]:
         value_N = rows.lumped_N + share * (rows.signals["entropy"] - rows.lumped_N)
         found.append(TailSpread(depth, size**share, auroc(-value_N[test_N], rows.right_N[test_N])))
     return found
-
-
-def _tail_size(exits: Exits) -> int:
-    return 0 if exits.heads is None else exits.vocabulary - len(exits.heads.ids_S)
