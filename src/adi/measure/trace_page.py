@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,18 @@ def level_table(trace: Trace) -> list[dict[str, Any]]:
     early exit, ``agreed`` and ``fired_agreed`` the looks of each kind whose token became the final one; ``entropy`` is the
     looks' mean, None without one.
     """
-    tokens: dict[Level, int] = {("exit", depth): 0 for depth in trace.depths if depth}
-    tokens["full", trace.layers] = 0
-    rejected: dict[Level, int] = {}
-    looks: dict[Level, list[tuple[Look, Step]]] = {}
+    tokens = Counter[Level]({("exit", depth): 0 for depth in trace.depths if depth} | {("full", trace.layers): 0})
+    tokens.update((step.level, step.depth) for step in trace.steps)
+    rejected = Counter((draft.level, draft.depth) for step in trace.steps for draft in step.rejected)
+    looks = defaultdict[Level, list[tuple[Look, Step]]](list)
     for step in trace.steps:
-        own = (step.level, step.depth)
-        tokens[own] = tokens.get(own, 0) + 1
-        for draft in step.rejected:
-            rejected[draft.level, draft.depth] = rejected.get((draft.level, draft.depth), 0) + 1
         for look in step.looks:
             level = "full" if look.depth >= trace.layers else "exit" if look.depth else "drafter"
-            looks.setdefault((level, look.depth), []).append((look, step))
+            looks[level, look.depth].append((look, step))
     found = sorted({*tokens, *rejected, *looks}, key=lambda level: (_ORDER.index(level[0]), level[1]))
     return [
-        {"level": level, "depth": depth, "tokens": tokens.get((level, depth), 0), "rejected": rejected.get((level, depth), 0)}
-        | _looks_row(looks.get((level, depth), []))
+        {"level": level, "depth": depth, "tokens": tokens[level, depth], "rejected": rejected[level, depth]}
+        | _looks_row(looks[level, depth])
         for level, depth in found
     ]
 

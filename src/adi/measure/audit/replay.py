@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -157,7 +158,7 @@ class RandomDrafts:
 
     def __init__(self, backbone: Backbone, ends: Sequence[int], dice: random.Random) -> None:
         self.backbone, self.ends, self.dice = backbone, ends, dice
-        self.rollbacks: dict[int, int] = {}
+        self.rollbacks = Counter[int]()
 
     def run(self, ids: Sequence[int], start: int) -> RecordedRun:
         """Until all of ``ids`` are verified."""
@@ -186,8 +187,7 @@ class RandomDrafts:
         if self.dice.random() < 0.8:  # else it is interrupted before it has verified
             self._advance(self.ends[-1])
         verified = min(verified + right, len(ids))
-        back = self._frontier.length - verified
-        self.rollbacks[back] = self.rollbacks.get(back, 0) + 1
+        self.rollbacks[self._frontier.length - verified] += 1
         self._frontier.rollback(verified)
         return verified
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adi.artifact import Exits, bare_exits, load_exits, shipped
+from adi.decoding.teacher_forcing import encoded
 from adi.errors import AdiError
 from adi.measure.audit.check import Size, check
 from adi.measure.bench.systems import backend_for
@@ -113,7 +114,6 @@ def _exits(model: Model, given: Given) -> Exits:
 
 def _encoded(model: Model, prompts: Sequence[Any], new: int) -> list[tuple[int, ...]]:
     """Token ids, cut to what the context leaves beside ``new`` tokens."""
-    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
     context = model.backbone.spec.context
     room = None if context is None else max(1, context - new)
-    return [model.encode(prompt, raw=raw and isinstance(prompt, str))[:room] for prompt in prompts]
+    return [ids[:room] for ids in encoded(model, prompts)]

@@ -34,15 +34,6 @@ def build_peer(name: str, setting: Setting) -> Runner:
     return PEERS[name](setting)
 
 
-def timed_peer(generate: Callable[[Times], Sequence[int]]) -> Outcome:
-    """One generation, which appends the time of each token as it comes."""
-    times: Times = []
-    start = time.perf_counter()
-    tokens = generate(times)
-    seconds = time.perf_counter() - start
-    return Outcome(tuple(int(token) for token in tokens), seconds, times[0] - start if times else seconds)
-
-
 def transformers_peer(precision: str, kind: str, setting: Setting) -> Runner:
     """transformers ``generate``: plain, with prompt lookup, or drafting at an early exit of the model itself."""
     import torch
@@ -171,7 +162,16 @@ def model_folder(setting: Setting) -> Path:
 
 
 def _runner(generate: Callable[[Task, Times], Sequence[int]], about: str) -> Runner:
-    return Runner(lambda task: timed_peer(functools.partial(generate, task)), {"about": about})
+    """Runs and times ``generate``, which appends the time of each token as it comes."""
+
+    def run(task: Task) -> Outcome:
+        times: Times = []
+        start = time.perf_counter()
+        tokens = generate(task, times)
+        seconds = time.perf_counter() - start
+        return Outcome(tuple(map(int, tokens)), seconds, times[0] - start if times else seconds)
+
+    return Runner(run, {"about": about})
 
 
 def _transformers(precision: str, setting: Setting) -> Any:

@@ -13,6 +13,7 @@ from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
 from adi.decoding.records import Step
 from adi.decoding.session import Session
+from adi.decoding.teacher_forcing import encoded
 from adi.errors import AdiError
 from adi.measure.bench.outcomes import BatchOutcome, Ids, Outcome, Runner, Setting, Sweep, SweepPoint, Task, accepted_share
 from adi.model.load import BACKENDS, Model, load
@@ -31,7 +32,6 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
     if mode not in ("full", "reflex"):
         model.backbone.prepare((), drafts=True, wait=True)
     spec = model.backbone.spec
-    raw = model.tokenizer is not None and not model.tokenizer.has_chat_template
     bare = replace(model, tokenizer=None)  # tokens in, tokens out, as for everybody
 
     def run(task: Task) -> Outcome:
@@ -42,7 +42,7 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
         run,
         {"about": f"adi, {spec.backend} engine, {spec.precision}", "backend": spec.backend, "spec": asdict(spec)}
         | ({"static": list(setting.static)} if mode == "static" and setting.static is not None else {}),
-        lambda prompt: model.encode(prompt, raw=raw),
+        lambda prompt: encoded(model, [prompt])[0],
         model.eos_ids,
         (lambda prompts, most: sweep(bare, _exits(model, setting), prompts, most)) if mode == "static" else None,
         None if policy is None else lambda tasks: timed_batch(bare, policy, tasks),
@@ -69,21 +69,12 @@ def _exits(model: Model, setting: Setting) -> Exits:
     return bare_exits(model, (min((d for d in spec.stops if d < spec.layers), key=lambda d: abs(d - wanted)),))
 
 
-def _verified(model: Model, setting: Setting) -> Policy:
-    """Without trained exits n-grams alone draft."""
-    return Verified(load_exits(setting.exits) if setting.exits else None)
-
-
-def _static(model: Model, setting: Setting) -> Policy | None:
-    return None if setting.static is None else Static(_exits(model, setting), *setting.static)
-
-
 POLICIES: dict[str, Callable[[Model, Setting], Policy | None]] = {
     "full": lambda model, setting: FullDepth(),
-    "verified": _verified,
+    "verified": lambda model, setting: Verified(load_exits(setting.exits) if setting.exits else None),  # None: n-grams alone
     "reflex": lambda model, setting: Reflex(_exits(model, setting), thresholds=setting.threshold, risk=setting.risk),
     "lookup": lambda model, setting: Lookup(),
-    "static": _static,
+    "static": lambda model, setting: None if setting.static is None else Static(_exits(model, setting), *setting.static),
 }
 MODES = tuple(POLICIES)
 
