@@ -90,5 +90,5 @@ def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     for d in engine["sampling"]:
         tried = f"{d['draws']} draws of {d['tokens']} tokens, {d['accepted']} of {d['drafted']} drafts accepted"
         near = f", {d['near']} on an edge" if d["near"] else ""
-        found = f"variation {d['variation']:.3f}, band {d['band']:.3f}; {d['foreseen']} as their seeds say{near}"
+        found = f"variation {d['variation']:.3f}, band {d['band']:.3f}; {d['foreseen']} as their seeds give{near}"
         yield f"sampling: {d['drafts']}", tried, found, d["within"]

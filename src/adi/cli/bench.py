@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -100,13 +101,10 @@ def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | 
 
 
 def _pair(text: str) -> tuple[int, int]:
-    try:
-        depth, draft_tokens = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--static is DEPTH,K, such as 24,4, not {text!r}.") from None
-    if depth < 0 or draft_tokens < 1:
-        raise UsageError(f"--static is {text}; the depth must be at least 0 (the drafter), the number of drafts at least 1.")
-    return depth, draft_tokens
+    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if found is None or int(found[2]) < 1:
+        raise UsageError(f"--static is DEPTH,K, such as 24,4 (depth 0: the drafter; at least one draft), not {text!r}.")
+    return int(found[1]), int(found[2])
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:

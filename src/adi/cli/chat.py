@@ -36,8 +36,7 @@ def chat(
     from adi.cli.paint import legend
 
     console, drawn = out(), sampling.sampling()
-    loaded = engine.load(model, decoding.stops(model))
-    policy = decoding.policy(loaded)
+    loaded, policy = decoding.load(engine, model)
     if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
         raise ModelError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     if console.is_terminal:

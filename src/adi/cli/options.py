@@ -117,7 +117,7 @@ class SamplingOptions:
     seed: Annotated[int | None, _sampling("--seed", help="The same seed samples the same text.")] = None
 
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        return Sampling(**vars(self))
 
 
 _decoding = partial(option, panel="Decoding")
@@ -167,9 +167,10 @@ class DecodingOptions:
         """Whether a rule was given in the place of the controller."""
         return (self.threshold, self.trigger, self.draft_tokens) != (None, None, None)
 
-    def stops(self, model: str) -> tuple[int, ...]:
-        """Where decoding is likely to stop early, read without torch."""
-        return likely_stops(model, self.mode, self.exits, not self.by_rule)
+    def load(self, engine: EngineOptions, model: str) -> tuple[Model, Policy]:
+        """The model, ready to stop where the policy is likely to, and the policy."""
+        loaded = engine.load(model, likely_stops(model, self.mode, self.exits, not self.by_rule))
+        return loaded, self.policy(loaded)
 
     def policy(self, model: Model) -> Policy:
         """The policy; AdiError for a combination without meaning."""
@@ -222,12 +223,11 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
     """
     from adi.files import expanded, package_data, read_json
 
-    shipped = package_data("exits")
     if mode not in ("verified", "reflex"):
         return ()
     try:
-        folder = expanded(exits) if exits is not None else shipped / model
-        folder = shipped / exits if exits is not None and not folder.is_dir() else folder
+        folder = package_data("exits") / (model if exits is None else exits)
+        folder = expanded(exits) if exits is not None and not folder.is_dir() else folder
         written = read_json(folder / "exits.json", "exits file")
         if mode == "verified" and by_controller and "drafter" in written["report"]:
             return ()

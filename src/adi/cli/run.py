@@ -38,7 +38,7 @@ VERIFYING = ("verified", "lookup")  # the modes that promise the text of full de
 
 
 def run(
-    prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads standard input.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads standard input.")] = DEMO_PROMPT,
     model: ModelOption = "smollm2-135m",
     max_new_tokens: TokensOption = 128,
     compare: Annotated[bool, option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
@@ -54,21 +54,20 @@ def run(
     from adi.decoding.policies import FullDepth
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled(), **text.settings()}
-    asked = sys.stdin.read() if prompt == "-" else prompt
+    content = sys.stdin.read() if prompt == "-" else prompt
     require_writable(trace)
-    loaded = engine.load(model, decoding.stops(model))
-    policy = decoding.policy(loaded)
+    loaded, policy = decoding.load(engine, model)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
         say(err(), TIES.format(mode=decoding.mode), "dim")
     if compare:
-        _warm_up(loaded, asked, policy, options)
+        _warm_up(loaded, content, policy, options)
     options["candidates"] = TRACED_CANDIDATES if trace is not None else 0
-    generation = (generated if json_out else _shown)(loaded, asked, policy, **options)
-    full = generated(loaded, asked, FullDepth(), **options) if compare else None
+    generation = (generated if json_out else _shown)(loaded, content, policy, **options)
+    full = generated(loaded, content, FullDepth(), **options) if compare else None
     if trace is not None:
         from adi.measure.trace import trace_of, write_trace
 
-        write_trace(trace_of(generation, policy, asked), trace)
+        write_trace(trace_of(generation, policy, content), trace)
     if json_out:
         print(json.dumps(document(generation, full, loaded.backbone.spec.row_invariant), ensure_ascii=False))
     else:

@@ -23,7 +23,7 @@ from adi.files import require_writable
 
 
 def trace(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")] = DEMO_PROMPT,
     out: Annotated[Path, option("--out", "-o", help="The trace file to write.")] = Path("trace.json"),
     model: ModelOption = "smollm2-135m",
     max_new_tokens: TokensOption = 128,
@@ -38,8 +38,7 @@ def trace(
     from adi.measure.trace import trace_of, write_trace
 
     require_writable(out)
-    loaded = engine.load(model, decoding.stops(model))
-    policy = decoding.policy(loaded)
+    loaded, policy = decoding.load(engine, model)
     options = {"max_new_tokens": max_new_tokens, "candidates": candidates, **text.settings()}
     generation = generated(loaded, prompt, policy, **options, sampling=sampling.sampling())
     write_trace(trace_of(generation, policy, prompt), out)

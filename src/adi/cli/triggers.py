@@ -1,4 +1,4 @@
-"""``adi triggers``: which signal tells best whether an exit is right."""
+"""``adi triggers``: which signal predicts best whether an exit is right."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _drafted(found: Mapping[str, Any]) -> list[str]:
 def _by_depth(report: Mapping[str, Any]) -> Table:
     held, rows = report["held_out"], []
     for row in report["depths"]:
-        rule = ("not asked", "", "")
+        rule = ("never used", "", "")
         if row["threshold"] is not None:
             rule = (f"{row['threshold']:.2f}", percent(row["fires"], 1), percent(row["precision"], 1))
         agreement = percent(row["agreement"], 1), percent(row["bare_agreement"], 1)

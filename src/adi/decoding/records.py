@@ -82,10 +82,13 @@ class TakenBack:
 
 @dataclass(frozen=True)
 class Drift:
-    """What spot checks of a reflex know: this generation's ``checked`` tokens, of which ``differed`` from full depth's; the
-    bound watched over, as a share of tokens or of a clipped loss; and what all checks of the monitor say of the running risk:
-    above ``lower`` and below ``upper``, each at all times with the certificate's confidence. ``fell_back_at`` is the index of
-    the first verified token, 0 where drift had been found before, None where the certificate holds."""
+    """What spot checks of a reflex found: of this generation's ``checked`` tokens, ``differed`` differ from full depth's.
+
+    ``level`` is the bound watched over, as a share of tokens or of a clipped loss. ``checked_ever`` counts all checks of the
+    monitor; by them the running risk is above ``lower`` and below ``upper``, each at all times with the certificate's
+    confidence. ``fell_back_at`` is the index of the first verified token, 0 where drift had been found before, None where the
+    certificate holds.
+    """
 
     level: float
     checked: int

@@ -1,4 +1,4 @@
-"""``Sampling``: how tokens are drawn, as a frozen value; ``decoding/drawing`` draws by it. Needs no torch."""
+"""``Sampling``: how tokens are drawn, as a frozen value; ``decoding.sampler`` draws by it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 
 SEEDS = 2**63
 
@@ -21,9 +21,9 @@ class Sampling:
     ``temperature`` divides the logits. ``top_k`` keeps that many likeliest tokens (and what ties with the last of them),
     ``top_p`` the fewest likeliest tokens that together have at least that probability (Holtzman et al. 2020), ``min_p`` those
     with at least that share of the likeliest one's (Nguyen et al. 2024). ``repetition_penalty`` divides positive logits of
-    tokens that stand in the text so far, prompt included, and multiplies negative ones (Keskar et al. 2019); it acts on
-    greedy decoding too. ``seed`` starts the sequence's own dice; None takes one that nobody knew before. What cannot be meant
-    raises ValueError.
+    tokens of the text so far, prompt included, and multiplies negative ones (Keskar et al. 2019); it acts on
+    greedy decoding too. ``seed`` starts the sequence's own generator; None takes a fresh one from the system. UsageError
+    for values out of range.
     """
 
     temperature: float = 0.0
@@ -39,12 +39,14 @@ class Sampling:
         _number(self.min_p, "min_p", "from 0 (keeps every token) to 1", lambda p: 0 <= p <= 1)
         _number(self.repetition_penalty, "repetition_penalty", "above 0 (1 changes nothing)", lambda p: p > 0)
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise AdiError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
+            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
-            raise AdiError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
+            raise UsageError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
         cut = {"top_k": (self.top_k, None), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
         if self.temperature == 0 and (idle := [f"{name}={v}" for name, (v, rest) in cut.items() if v != rest]):
-            raise AdiError(f"{', '.join(idle)} means nothing at temperature 0, which is greedy; give a temperature, such as 1.")
+            raise UsageError(
+                f"{', '.join(idle)} means nothing at temperature 0, which is greedy; give a temperature, such as 1."
+            )
 
     @property
     def plain(self) -> bool:
@@ -64,11 +66,11 @@ class Sampling:
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """The seed of prompt ``index`` of a batch: ``generate(..., seed=prompt_seed(seed, i))`` says alone what the batch says."""
+    """The seed of prompt ``index`` of a batch: ``generate(..., seed=prompt_seed(seed, i))`` gives the same text alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "big") % SEEDS
 
 
 def _number(value: Any, name: str, allowed: str, fits: Callable[[float], bool]) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not fits(value):
-        raise AdiError(f"{name} is {value!r}; it must be a number {allowed}.")
+        raise UsageError(f"{name} is {value!r}; it must be a number {allowed}.")

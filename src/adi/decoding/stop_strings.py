@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec import structs
 
 from adi.decoding.records import Event, Step
-from adi.errors import AdiError
+from adi.errors import UsageError
 
 
 class StopStrings:
@@ -18,7 +18,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not isinstance(stop, str) or not stop for stop in stops):
-            raise AdiError(f"stop strings are texts of at least one character, got {list(stops)!r}.")
+            raise UsageError(f"stop strings are texts of at least one character, got {list(stops)!r}.")
         self.stops = tuple(stops)
         self.hit: str | None = None
         self._held: list[Step] = []

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adi.drafters.ngram import LONGEST, NgramMatch, RunArray
-from adi.errors import AdiError
+from adi.errors import FileError
 from adi.machine import give_back_memory
 
 SHORTEST = 2
@@ -37,12 +37,12 @@ class Datastore:
         return {"ids_N": self.ids_N, "lengths_M": self.lengths_M}
 
     def check(self, vocabulary: int) -> None:
-        """AdiError for what cannot be such sequences."""
+        """FileError for what cannot be such sequences."""
         for name, array in self.arrays().items():
             if array.ndim != 1 or array.dtype != np.int32 or not len(array) or int(array.min()) < 0:
-                raise AdiError(f"the datastore's {name} are no list of whole numbers of at least 0")
+                raise FileError(f"the datastore's {name} are no list of whole numbers of at least 0")
         if int(self.ids_N.max()) >= vocabulary or int(self.lengths_M.sum(dtype=np.int64)) != len(self.ids_N):
-            raise AdiError(f"the datastore holds ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
+            raise FileError(f"the datastore holds ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
 
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
         """Up to ``most`` tokens that most often followed the longest run of the last tokens of ``text``, of at least two."""

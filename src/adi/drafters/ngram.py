@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,13 +47,13 @@ class RunTrie:
 
     A trie of the runs read backwards, so that the deepest node on the way back from the end is the longest match, and
     a lookup or an insertion hashes one number per token. A node with one occurrence has no children yet: the text at that
-    place stands for them. So a token of new text costs two or three nodes and a repeated one at most ``longest``.
+    place is read instead. So a token of new text costs two or three nodes and a repeated one at most ``longest``.
     Ids lie in [0, 2**32).
     """
 
     def __init__(self, longest: int) -> None:
         if longest < 1:
-            raise AdiError(f"longest is {longest}; it must be at least 1.")
+            raise UsageError(f"longest is {longest}; it must be at least 1.")
         self._longest = longest
         self._child: dict[int, int] = {}
         self._last = [0]  # of every node: the position after its most recent occurrence

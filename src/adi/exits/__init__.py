@@ -1,1 +1,1 @@
-"""What an early depth says, and when to believe it."""
+"""Early exits: heads, signals, probes, and the triggers that decide when to stop."""

@@ -1,6 +1,6 @@
 """What one depth shows of one row, computed only as far as a trigger reads it.
 
-A trigger that reads stability before entropy pays for the head only where stability says yes.
+A trigger that reads stability before entropy pays for the head only where stability is high enough.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-from msgspec import Meta
 from msgspec.structs import force_setattr, replace
 
 from adi.errors import UsageError
@@ -128,7 +127,7 @@ class Weighted(_Rule, frozen=True, tag="weighted"):
 
 
 class _Combination(_Rule, frozen=True):
-    parts: Annotated[tuple[Rule, ...], Meta(min_length=1)]
+    parts: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         force_setattr(self, "parts", tuple(self.parts))

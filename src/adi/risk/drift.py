@@ -21,7 +21,7 @@ BINS = 100  # losses are rounded down to hundredths, which never finds drift too
 
 @dataclass
 class DriftMonitor:
-    """What spot checks have seen, over as many generations as it is handed to. State, explicitly: pass it on, or start anew.
+    """What spot checks found, over as many generations as it is handed to. State, explicitly: pass it on, or start anew.
 
     ``level`` is the bound watched over, in [0, 1], of the risk ``kind``; ``delta`` the chance of a false alarm, ever.
     ``counts`` are checked tokens by hundredths of loss. ``alarmed`` stays once set. ``seed`` seeds the dice that choose what
