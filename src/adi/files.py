@@ -28,18 +28,15 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step; FileError, naming the path, when that cannot be done."""
     data = text.encode("utf-8", errors="replace")  # half a surrogate pair is no reason to lose a result
-    made: Path | None = None
     with _writing(path):
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+            made = Path(file.name)
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-                made = Path(file.name)
-                file.write(data)
+            made.write_bytes(data)
             made.chmod(0o644)
             made.replace(path)
-        except OSError:
-            if made is not None:
-                made.unlink(missing_ok=True)
-            raise
+        finally:
+            made.unlink(missing_ok=True)
 
 
 @contextmanager
