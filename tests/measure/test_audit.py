@@ -142,7 +142,7 @@ def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytes
     report = small(llama)
     assert not report["passed"]
     for each in words:
-        assert any(re.search(each, said) for said in report["violations"]), (each, report["violations"])
+        assert any(re.search(each, text) for text in report["violations"]), (each, report["violations"])
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert audit_page(report)
 
@@ -163,9 +163,9 @@ def test_greedy_drafts_that_always_stand_are_a_violation(llama: adi.Model, monke
     monkeypatch.setattr(
         "adi.decoding.session.likeliest", lambda text, reading, draft=None: draft.token if draft else reading.token
     )
-    said = small(llama)["violations"]
+    violations = small(llama)["violations"]
     for check in ("always at depth 4", "random rejections", "rollbacks to every length"):
-        assert any(f"{check}: prompt 0 diverges from full depth" in text for text in said)
+        assert any(f"{check}: prompt 0 diverges from full depth" in text for text in violations)
 
 
 def test_a_biased_stop_rule_is_a_violation(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_biased_stop_rule_is_a_violation(llama: adi.Model, monkeypatch: pytest
         return call(self, text, reading) if draft is not None and token == draft.token else token
 
     monkeypatch.setattr(Sampler, "__call__", peeking)
-    assert any("not those of their seeds" in said for said in small(llama)["violations"])
+    assert any("not those of their seeds" in text for text in small(llama)["violations"])
 
 
 def test_the_law_is_that_of_transformers(llama: adi.Model) -> None:
@@ -186,7 +186,7 @@ def test_the_law_is_that_of_transformers(llama: adi.Model) -> None:
     assert sum(joint.values()) == pytest.approx(1)
     for (a, b), chance in list(joint.items())[:5]:
         with torch.no_grad():
-            one, two = (network(torch.tensor([[1, 2, 3, *said]])).logits[0, -1] for said in ((), (a,)))
+            one, two = (network(torch.tensor([[1, 2, 3, *given]])).logits[0, -1] for given in ((), (a,)))
         p, q = (torch.where(x >= x.topk(4).values[-1], x, -torch.inf).div(1.3).softmax(-1) for x in (one, two))
         assert chance == pytest.approx(float(p[a] * q[b]), rel=1e-4)
 

@@ -189,7 +189,7 @@ def test_an_interrupted_run_loses_nothing_it_had_finished(tiny_folder: Path, tmp
     assert {name: set(c["outcomes"]) for name, c in kept["systems"].items()} == {n: {"0", "1"} for n in names}
     kept["systems"]["adi:lookup:fp32"]["outcomes"]["0"][0]["ttft_seconds"] = 4321.0
     partial.write_text(json.dumps(kept))
-    found = bench(names, items, setting, Extent(4), result=out, progress=lambda *told: asked.append(told))
+    found = bench(names, items, setting, Extent(4), result=out, progress=lambda *step: asked.append(step))
     assert [done for done, total, _ in asked if total] == [5, 6], "only the third prompt was left"
     ratio = next(r for r in found["ratios"] if r["a"] == names[1])
     assert ratio["ttft_low"] < 0.01, "the first prompt's figures are those that were kept"

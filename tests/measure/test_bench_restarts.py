@@ -33,17 +33,17 @@ def test_every_part_has_processes_of_its_own(tiny_folder: Path, tmp_path: Path, 
     started: list[str] = []
     start = System.start
     monkeypatch.setattr(System, "start", lambda one: (started.append(one.name), start(one)))
-    out, setting, told = tmp_path / "r.json", Setting(str(tiny_folder), None, None, 1, 0), []
+    out, setting, seen = tmp_path / "r.json", Setting(str(tiny_folder), None, None, 1, 0), []
 
     def interrupt(done: int, total: int, what: str) -> None:
-        told.append((done, what))
+        seen.append((done, what))
         if done == 8:  # three prompts of the first part are finished, and one of the second
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         bench(NAMES, ITEMS, setting, Extent(4, restarts=2), result=out, progress=interrupt)
     assert started == NAMES * 2
-    order = [what for done, what in told if done]
+    order = [what for done, what in seen if done]
     assert order[:6] == [*NAMES, *NAMES[::-1], *NAMES], "the order turns within a part"
     kept = json.loads(out.with_name("r.json.partial").read_text())
     assert set(kept["systems"][NAMES[0]]["outcomes"]) == {"0", "2", "4"}, "the first part, whole"

@@ -1,4 +1,4 @@
-"""What is said of a text without running it again is what running it gives; risks are what their definitions say."""
+"""Losses of a text that is not run again are those of running it; risks are as they are defined."""
 
 from __future__ import annotations
 

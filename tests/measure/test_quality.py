@@ -90,7 +90,7 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "int8" in done.output
     assert json.loads(out.read_text())["precisions"][0]["precision"] == "int8"
-    for wrong, said in ((["--tokens", "1"], "greater than or equal to 2"), (["--precision", "int3"], "int3")):
+    for wrong, complaint in ((["--tokens", "1"], "greater than or equal to 2"), (["--precision", "int3"], "int3")):
         done = CliRunner().invoke(app, ["quality", str(tiny_folder), *wrong])
         assert done.exit_code == 2
-        assert said in " ".join(done.output.split())
+        assert complaint in " ".join(done.output.split())

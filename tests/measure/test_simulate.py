@@ -24,7 +24,7 @@ TEXTS = st.lists(ROW, min_size=1, max_size=30)
 
 
 @dataclass(frozen=True)
-class Said:
+class ExitRow:
     depth: int
     token: int
     signals: Any = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Twin:
     def __init__(self, text: list[Any]) -> None:
         self.text, self.filled, self.length, self.seconds = text, [1] * LAYERS, 1, 0.0
 
-    def serve(self, asked: Forward) -> list[Said]:
+    def serve(self, asked: Forward) -> list[ExitRow]:
         self.filled = [min(f, asked.keep) for f in self.filled]
         self.length = asked.keep + len(asked.ids)
         before_it = 0
@@ -51,17 +51,17 @@ class Twin:
         row = self.length - 1
         if asked.to == LAYERS:
             self.seconds += PASSES.head(asked.read)
-            return [Said(LAYERS, at + 1) for at in range(self.length - asked.read, self.length)]
+            return [ExitRow(LAYERS, at + 1) for at in range(self.length - asked.read, self.length)]
         assert before[asked.to - 1] < self.length
         right, fires, asking = self.text[row][STOPS.index(asked.to)]
         self.seconds += asking
-        return [Said(asked.to, row + 1 if right else WRONG, {"margin": 1.0 if fires else 0.0})]
+        return [ExitRow(asked.to, row + 1 if right else WRONG, {"margin": 1.0 if fires else 0.0})]
 
 
 def run(text: list[Any], draft_tokens: int) -> tuple[int, float, int, int, int]:
     """Tokens after the first, seconds without the prompt, rounds, drafts, kept."""
     wanted = Request((9,), len(text), LAYERS, lambda token: False)
-    twin, reply, said, drafted, begun = Twin(text), None, [], 0, False
+    twin, reply, emitted, drafted, begun = Twin(text), None, [], 0, False
     sequence = verified(wanted, draft_tokens, STOPS, Threshold("margin", 0.5))
     while True:
         try:
@@ -70,13 +70,13 @@ def run(text: list[Any], draft_tokens: int) -> tuple[int, float, int, int, int]:
             break
         reply = None
         if isinstance(item, Forward):
-            reply = twin.serve(item) if begun else [Said(LAYERS, 1)]
+            reply = twin.serve(item) if begun else [ExitRow(LAYERS, 1)]
             begun = True
         drafted += isinstance(item, DraftToken)
-        said += [item] if isinstance(item, Emitted) else []
-    assert [one.token for one in said] == list(range(1, len(text) + 1))
-    rounds = said[-1].round - 1
-    return len(said) - 1, twin.seconds, rounds, drafted, sum(one.draft is not None for one in said)
+        emitted += [item] if isinstance(item, Emitted) else []
+    assert [one.token for one in emitted] == list(range(1, len(text) + 1))
+    rounds = emitted[-1].round - 1
+    return len(emitted) - 1, twin.seconds, rounds, drafted, sum(one.draft is not None for one in emitted)
 
 
 @given(TEXTS, st.integers(1, 6))

@@ -65,9 +65,9 @@ def test_temperature_against_a_softmax_by_hand(tail: bool) -> None:
     ids = torch.tensor([3, 5, 9]) if tail else None
     logs = torch.tensor([[0.5, 0.2, 0.1], [0.1, 0.1, 0.1], [0.3, 0.3, 0.2]] if tail else [[0.5, 0.3, 0.2]] * 3)
     logs = torch.log(logs / logs.sum(1, keepdim=True) * (0.8 if tail else 1.0))
-    said = Prediction(logs, ids, torch.full((3,), math.log(0.2)) if tail else None, 90)
+    head = Prediction(logs, ids, torch.full((3,), math.log(0.2)) if tail else None, 90)
     tokens, places = (torch.tensor([5, 4, 9]), (1, 3, 2)) if tail else (torch.tensor([1, 0, 2]), (1, 0, 2))
-    surprise_NG, top_NG = at_temperatures(said, tokens)
+    surprise_NG, top_NG = at_temperatures(head, tokens)
     for g, heat in enumerate(TEMPERATURES):
         for n, place in enumerate(places):
             logits = [*logs[n].tolist(), *([math.log(0.2)] if tail else [])]
@@ -108,7 +108,7 @@ def test_the_rule_that_tells_wins_and_comes_with_its_thresholds() -> None:
 
 
 def test_rules_are_chosen_on_calibrating_texts_only() -> None:
-    """A signal that lies on the texts that test is still chosen by what it said on the others, and found out."""
+    """A signal that lies on the texts that test is still chosen by what it shows on the others, and found out."""
     honest, lying = ({one.rule: one for one in best_rules(search_data(turned))}["margin"] for turned in (False, True))
     same = ("stops", "chance", "draft_tokens", "calibrating_ratio", "trigger")
     assert all(getattr(honest, name) == getattr(lying, name) for name in same)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def provenance(command: str, items: Sequence[PromptItem]) -> dict[str, Any]:
     where = [platform.machine(), f"{multiprocessing.cpu_count()} cores"]
     return {
         "command": command,
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": dict(_versions()),
         "python": platform.python_version(),
         "processor": processor(),
         "machine": ", ".join(filter(None, [*where, vectors(), platform.system()])),
@@ -40,8 +41,7 @@ def files_hash(*places: Path) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield package, version(package)

@@ -31,9 +31,9 @@ class Interval:
 def clustered_median(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 2000) -> Interval:
     """The median of all values and its percentile bootstrap interval (Efron 1979), resampled with a fixed seed.
 
-    Values come in groups: groups are resampled, then values within. What is common to a group (the luck of one process) counts
-    as often as there are groups, not as there are values: the two-stage bootstrap (Davison and Hinkley 1997, 3.8). With few
-    groups it is still too narrow. Raises AdiError for no values.
+    Values come in groups: groups are resampled, then values within. What is common to a group (such as one process) counts as
+    often as there are groups, not as there are values: the two-stage bootstrap (Davison and Hinkley 1997, 3.8). With few groups
+    it is still too narrow. Raises AdiError for no values.
     """
     filled, dice = [group for group in groups if group], random.Random(seed)
     if not filled:

@@ -18,7 +18,7 @@ from adi.measure.pages import render
 from adi.schema import Natural, Share, from_json
 
 LEFT, WIDE, TICKS = 210, 560, 6  # pixels of names and of the plot; marks on a scale of speeds
-PEEK = 256  # bytes in which a result says what it is
+PEEK = 256  # bytes in which a result names its format
 Speed = Annotated[float, Meta(gt=1e-12, lt=1e12)]
 Tick = tuple[float, str, str]  # where, label, class
 Scale = tuple[Callable[[float], float], list[Tick]]
@@ -82,12 +82,12 @@ class BenchResult(Struct):
 
 
 def is_result(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says of itself, where such files say it, that it is a benchmark."""
+    """Whether the beginning of a file names a benchmark's format."""
     try:
         with Path(path).open("rb") as file:
             return re.search(rb'"format":\s*"adi-bench"', file.read(PEEK)) is not None
     except OSError:
-        return False  # whoever reads it says why
+        return False  # reading it raises what is wrong
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot
 class Extent:
     """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting.
 
-    With ``restarts`` the prompts are dealt out to so many processes of each system, one after the other: what luck a process
-    has (where its memory lies may be worth a tenth of its speed) then shows in the intervals. With ``batch``, after the paired
-    runs, each of adi's full depths also runs groups of so many prompts in one batch and one by one.
+    With ``restarts`` the prompts are dealt out to so many processes of each system, one after the other: where a process lies
+    in memory may be worth a tenth of its speed, and that then shows in the intervals. With ``batch``, after the paired runs,
+    each of adi's full depths also runs groups of so many prompts in one batch and one by one.
     """
 
     max_new_tokens: int = 128

@@ -80,7 +80,7 @@ def replay_exits(reading: ForcedReading, depths: Sequence[int], layers: int, tri
 
 
 def replayed_loss(reading: ForcedReading, depths: Sequence[int], layers: int, trigger: Trigger) -> AnswerLoss:
-    """The loss on the text as it stands."""
+    """The loss on full depth's own answer."""
     found = replay_exits(reading, depths, layers, trigger)
     early_T = found.exit_T >= 0
     regret_T = torch.where(early_T, reading.regret_ET.gather(0, found.exit_T.clamp_min(0)[None])[0], 0.0)
