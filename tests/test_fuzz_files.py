@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.cli.options import likely_stops, read_trigger
+from adi.cli.shared.options import likely_stops, read_trigger
 from adi.decoding.cost_model import cost_model_of
 from adi.drafters.history import History
 from adi.measure.bench.outcomes import Outcome, Sweep, SweepPoint

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.cli.options import read_trigger
+from adi.cli.shared.options import read_trigger
 from adi.decoding.sampling import Sampling
 from adi.model.tokenizer import Tokenizer
 from adi.prompts import read_prompts

@@ -102,7 +102,7 @@ def test_rows_that_vary_are_reported(
 ) -> None:
     varying: Any = adi.load(tiny_hf, tokenizer=tiny_tokenizer)
     varying.backbone.spec = replace(varying.backbone.spec, row_invariant=found)
-    monkeypatch.setattr("adi.cli.options.EngineOptions.load", lambda *_: varying)
+    monkeypatch.setattr("adi.cli.shared.options.EngineOptions.load", lambda *_: varying)
     drafting = ALWAYS if mode == "verified" else []
     for more in ([], ["--compare"], ["--json"]):
         done = adi_("run", "hello dog", "--mode", mode, *drafting, "-n", 4, *more)

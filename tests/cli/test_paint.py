@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from adi.cli.paint import ERASE_BELOW, RESTORE, Painter, legend, style_of
+from adi.cli.shared.paint import ERASE_BELOW, RESTORE, Painter, legend, style_of
 from adi.decoding.records import Draft, Drafted, Step, TakenBack
 
 

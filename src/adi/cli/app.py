@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import adi
-from adi.cli.options import option
-from adi.cli.output import err, say
+from adi.cli.shared.options import option
+from adi.cli.shared.output import err, say
 from adi.errors import AdiError, UsageError
 
 # Each is a function in the module of its name.

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from adi.cli.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, exits_for, listed, option
-from adi.cli.output import command_line, err, out, say, table
+from adi.cli.shared.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, exits_for, listed, option
+from adi.cli.shared.output import command_line, err, out, say, table
 from adi.files import require_writable, write_json, write_text
 from adi.progress import Reporter
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from adi.cli.options import (
+from adi.cli.shared.options import (
     AnswerTokensOption,
     BackendOption,
     ExitsOption,
@@ -19,7 +19,7 @@ from adi.cli.options import (
     chosen_prompts,
     option,
 )
-from adi.cli.output import command_line, err, out, percent, say, table
+from adi.cli.shared.output import command_line, err, out, percent, say, table
 from adi.errors import UsageError
 from adi.files import require_writable, write_json
 from adi.progress import Reporter

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
-from adi.cli.options import (
+from adi.cli.shared.options import (
     EngineOptions,
     ExitsOption,
     JsonFileOption,
@@ -18,7 +18,7 @@ from adi.cli.options import (
     exits_for,
     option,
 )
-from adi.cli.output import command_line, err, out, say, table
+from adi.cli.shared.output import command_line, err, out, say, table
 from adi.errors import FileError, UsageError
 from adi.files import require_writable, write_json
 from adi.progress import Reporter

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from adi.cli.options import DecodingOptions, EngineOptions, ModelOption, SamplingOptions, TokensOption, option
-from adi.cli.output import out, say
+from adi.cli.shared.options import DecodingOptions, EngineOptions, ModelOption, SamplingOptions, TokensOption, option
+from adi.cli.shared.output import out, say
 from adi.errors import AdiError, ModelError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def chat(
     engine: EngineOptions,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
-    from adi.cli.paint import legend
+    from adi.cli.shared.paint import legend
 
     console, drawn = out(), sampling.sampling()
     loaded, policy = decoding.load(engine, model)
@@ -92,7 +92,7 @@ class _Conversation:
 
 def _answered(console: Console, session: Session, depths: Sequence[int]) -> Generation:
     """The answer, painted as it comes; an interruption keeps what has come."""
-    from adi.cli.paint import Painter
+    from adi.cli.shared.paint import Painter
 
     steps: list[Step] = []
     with contextlib.suppress(KeyboardInterrupt):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adi.cli.options import ModelOption, option
-from adi.cli.output import err, out, say, table
+from adi.cli.shared.options import ModelOption, option
+from adi.cli.shared.output import err, out, say, table
 from adi.errors import FileError, UsageError
 
 if TYPE_CHECKING:

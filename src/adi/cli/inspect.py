@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from adi.cli.options import (
+from adi.cli.shared.options import (
     AnswerTokensOption,
     EngineOptions,
     JsonOption,
@@ -15,7 +15,7 @@ from adi.cli.options import (
     PromptsOption,
     chosen_prompts,
 )
-from adi.cli.output import command_line, err, out, percent, say, table
+from adi.cli.shared.output import command_line, err, out, percent, say, table
 from adi.progress import Reporter
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from adi.cli.options import option
-from adi.cli.output import err, say
+from adi.cli.shared.options import option
+from adi.cli.shared.output import err, say
 from adi.errors import UsageError
 from adi.files import write_text
 

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from adi.cli.options import JsonFileOption, ModelArgument, chosen_among, option
-from adi.cli.output import command_line, err, out, percent, say, table
+from adi.cli.shared.options import JsonFileOption, ModelArgument, chosen_among, option
+from adi.cli.shared.output import command_line, err, out, percent, say, table
 from adi.files import read_text, require_writable, write_json
 
 

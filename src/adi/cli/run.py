@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from adi.cli.options import (
+from adi.cli.shared.options import (
     DEMO_PROMPT,
     DecodingOptions,
     EngineOptions,
@@ -24,7 +24,7 @@ from adi.cli.options import (
     TokensOption,
     option,
 )
-from adi.cli.output import err, out, say
+from adi.cli.shared.output import err, out, say
 from adi.files import require_writable
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def generated(model: Model, text: str, policy: Policy, **options: Any) -> Genera
 
 def _shown(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
     """Generate with the text painted as it comes."""
-    from adi.cli.paint import Painter, legend
+    from adi.cli.shared.paint import Painter, legend
     from adi.decoding.session import Session
 
     console = out()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from adi.cli.options import (
+from adi.cli.run import generated
+from adi.cli.shared.options import (
     DEMO_PROMPT,
     DecodingOptions,
     EngineOptions,
@@ -17,8 +18,7 @@ from adi.cli.options import (
     TokensOption,
     option,
 )
-from adi.cli.output import err, say
-from adi.cli.run import generated
+from adi.cli.shared.output import err, say
 from adi.files import require_writable
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from adi.cli.options import (
+from adi.cli.shared.options import (
     AnswerTokensOption,
     EngineOptions,
     ExitsOption,
@@ -22,7 +22,7 @@ from adi.cli.options import (
     exits_for,
     option,
 )
-from adi.cli.output import command_line, err, out, percent, say, table
+from adi.cli.shared.output import command_line, err, out, percent, say, table
 from adi.errors import UsageError
 from adi.progress import Reporter
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from adi.cli.options import DeviceOption, EngineOptions, ModelArgument, listed, option, parse_depths
-from adi.cli.output import command_line, err, percent, say, table
+from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, listed, option, parse_depths
+from adi.cli.shared.output import command_line, err, percent, say, table
 from adi.errors import UsageError
 from adi.progress import Reporter
 from adi.prompts import read_prompts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from adi.cli.output import err
+from adi.cli.shared.output import err
 from adi.decoding.sampling import Sampling
 from adi.errors import AdiError, ModelError, UsageError
 from adi.progress import Reporter
