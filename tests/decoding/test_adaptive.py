@@ -102,3 +102,32 @@ def test_the_controller_takes_the_memory_that_was_right_before() -> None:
         controller.update(DraftChoice("memory", 8, bad), [], 8, 0)
         controller.update(DraftChoice("memory", 8, good), [], 8, 8)
     assert controller.choose([good, bad], False, 8).match is good
+
+
+def test_an_exploratory_look_of_the_drafter_is_one_draft() -> None:
+    """However sure the drafter is: it has not paid so far, and one more draft costs more than it gives."""
+    costs = CostModel({1: 1.0, 2: 1.05, 16: 1.75}, draft_seconds=0.01)
+    wanted, looks = Request((1,), 9, LAYERS, lambda token: False), []
+    for look in (DraftChoice("drafter", 1), DraftChoice("drafter", 3)):
+        control = Controller(costs)
+        control.choose = lambda *_, look=look: look  # type: ignore[method-assign]
+        control.should_continue = lambda _: True  # type: ignore[method-assign]
+        proposing, drafts = ControlledProposer(wanted, control, NgramSources(), True).propose([1], 15), 0
+        next(proposing)
+        while True:
+            drafts += 1
+            try:
+                proposing.send([Said(2, 0, {"top_probability": 0.99})])
+            except StopIteration:
+                break
+        looks.append(drafts)
+    assert looks == [1, 3]
+
+
+def test_a_planned_chain_goes_as_far_as_the_round_allows() -> None:
+    """How far is decided after each draft, by its confidence."""
+    controller = Controller(CostModel({1: 1.0, 16: 1.01}, draft_seconds=0.01))
+    assert controller.choose([], True, 9) == DraftChoice("drafter", 9)
+    slow = Controller(CostModel({1: 1.0, 16: 30.0}, draft_seconds=1.0))
+    choices = [slow.choose([], True, 9) for _ in range(200)]
+    assert {choice.drafts for choice in choices if choice.level == "drafter"} == {1}

@@ -294,9 +294,9 @@ def test_what_the_controller_does_not_decide_is_refused(model: adi.Model, tmp_pa
     assert adi.Verified().adaptive
     assert adi.Verified(exits).adaptive
     assert not adi.Verified(exits, draft_tokens=3).adaptive
-    assert not adi.Verified(replace(exits, drafter=None)).adaptive
+    assert adi.Verified(replace(exits, drafter=None)).adaptive
     for bad in ({"draft_tokens": 3}, {"trigger": adi.Never()}):
         with pytest.raises(ValueError, match="needs exits"):
             adi.Verified(**bad)
     with pytest.raises(ValueError, match="a history is read by the controller"):
-        adi.Verified(adi.bare_exits(model, (2,)), history=history(tmp_path))
+        adi.Verified(adi.bare_exits(model, (2,)), draft_tokens=2, history=history(tmp_path))

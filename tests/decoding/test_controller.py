@@ -66,7 +66,7 @@ def simulate(
                 confidences.append(confidence(position + drafts, truths[drafts]))
                 drafts += 1
                 now += costs.draft_seconds
-                if drafts >= 15 or not controller.should_continue(confidences):
+                if drafts >= choice.drafts or not controller.should_continue(confidences):
                     break
         accepted = next((i for i in range(drafts) if not truths[i]), drafts)
         now += costs.rows(drafts + 1)

@@ -28,8 +28,9 @@ def policies(model: adi.Model) -> list[Any]:
         adi.Verified(bare, ALWAYS),
         adi.Verified(bare, SOMETIMES, draft_tokens=3),
         adi.Verified(bare, adi.Threshold("hoyer", 0.3)),
-        adi.Verified(light),
+        adi.Verified(light, draft_tokens=6),
         adi.Verified(light, adi.Threshold("entropy", 3.5), draft_tokens=2),
+        adi.Verified(bare, draft_tokens=6),
         adi.Verified(bare),
     ]
 

@@ -46,7 +46,8 @@ GUESSED = 0.4
 
 class DraftChoice(NamedTuple):
     """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``match`` if it is
-    a memory's."""
+    a memory's. A drafter's chain ends earlier where ``Controller.should_continue`` says so, after each draft, so a planned one
+    may have as many as the round allows; an exploratory look has one."""
 
     level: str
     drafts: int = 0
@@ -131,7 +132,7 @@ class Controller:
             if not drafts:
                 continue
             if reachable > rate:
-                best, rate = DraftChoice(offer.level, drafts, offer.match), reachable
+                best, rate = DraftChoice(offer.level, most if offer.match is None else drafts, offer.match), reachable
             elif reachable <= plain and best.level == "full" and self._may_explore(offer.source):
                 best = DraftChoice(offer.level, 1, offer.match)
         if best.level == "full":

@@ -165,9 +165,11 @@ def generate_batch(
         for session, event in scheduler:
             if isinstance(event, Step):
                 steps[session].append(event)
-    texts = {i: session.generation(steps[session]) for session, i in sessions.items() if session not in scheduler.unfit}
-    if scheduler.unfit:
-        first = min(scheduler.unfit, key=sessions.__getitem__)
-        unfit = sorted(sessions[session] for session in scheduler.unfit)
-        raise BatchMemoryError(f"prompt {sessions[first]}: {scheduler.unfit[first]}", unfit, texts)
+    for failure in scheduler.failed.values():
+        if not isinstance(failure, MemoryFullError):
+            raise failure
+    texts = {i: session.generation(steps[session]) for session, i in sessions.items() if session not in scheduler.failed}
+    if unfit := sorted((sessions[session], str(failure)) for session, failure in scheduler.failed.items()):
+        first, message = unfit[0]
+        raise BatchMemoryError(f"prompt {first}: {message}", [i for i, _ in unfit], texts)
     return list(texts.values())

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from adi.artifact import Exits, shipped_for
 from adi.decoding.controller import MOST_DRAFTS, Controller
@@ -93,8 +94,9 @@ class Verified(Policy):
     of ``exits`` (where it has one) and no draft, and drafts as far as measured costs and acceptance say. ``Verified()`` needs
     no training; ``memory=False`` leaves the text's own n-grams out.
 
-    With a ``trigger`` or ``draft_tokens``, or with exits that have no drafter, drafts come from the exits by that rule alone:
-    at most ``draft_tokens`` (6) a round, fewer where the trigger fires at no exit.
+    With a ``trigger`` or ``draft_tokens`` drafts come from the exits by that rule alone: at most ``draft_tokens`` (6) a round,
+    fewer where the trigger (by default the exits' own) fires at no exit. Without a drafter this is slower than full depth on
+    most models (docs/triggers.md), so exits alone never switch it on.
     """
 
     exits: Exits | None = None
@@ -112,16 +114,13 @@ class Verified(Policy):
         if self.exits is None:
             raise AdiError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from n-grams.")
         if self.history is not None:
-            raise AdiError(
-                "a history is read by the controller: leave trigger and draft_tokens out, and give exits with a drafter."
-            )
+            raise AdiError("a history is read by the controller: leave trigger and draft_tokens out.")
         _fitting(self.exits, self.trigger or self.exits.trigger)
 
     @property
     def adaptive(self) -> bool:
         """Whether the controller decides, not a rule."""
-        by_rule = self.trigger is not None or self.draft_tokens is not None
-        return not by_rule and (self.exits is None or self.exits.drafter is not None)
+        return self.trigger is None and self.draft_tokens is None
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -134,9 +133,10 @@ class Verified(Policy):
         return None if self.adaptive or self.exits is None else self.trigger or self.exits.trigger
 
     def prepare(self, model: Model) -> None:
-        """Measure what passes cost, where a controller needs to know."""
+        """Measure what passes cost, where a controller needs to know, and compile the drafter."""
         if self.adaptive:
             self._costs(model)
+            _warm_up(self.exits, model)
 
     def strategy(self, request: Request, model: Model) -> Strategy:
         """By the controller, or by the exits' rule."""
@@ -189,6 +189,11 @@ class Static(Policy):
     def depths(self) -> tuple[int, ...]:
         """The one."""
         return (self.depth,)
+
+    def prepare(self, model: Model) -> None:
+        """Compile the drafter, where it drafts."""
+        if not self.depth:
+            _warm_up(self.exits, model)
 
     def strategy(self, request: Request, model: Model) -> Strategy:
         """The same number of drafts in every round."""
@@ -367,6 +372,14 @@ def required(policy: Policy | None, model: Model) -> Policy:
             f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()."
         )
     return policy
+
+
+def _warm_up(exits: Exits | None, model: Model) -> None:
+    """One step of the drafter, where there is one, once for a model: engines compile it, and the embedding, when first run."""
+    drafting = None if exits is None else exits.drafting(model.backbone)
+    if drafting is not None and drafting not in (warm := model.notes.setdefault("warm drafters", WeakSet())):
+        drafting.try_once()
+        warm.add(drafting)
 
 
 def _by_exits(request: Request, exits: Exits, trigger: Trigger, draft_tokens: int) -> Strategy:

@@ -135,7 +135,7 @@ class ControlledProposer:
         if choice.match is not None:
             drafts += [DraftToken(token, 0, level="memory") for token in self._to_the_end(choice.match.tokens[: choice.drafts])]
         elif choice.level == "drafter":
-            yield from self._draft(text, most)
+            yield from self._draft(text, choice.drafts)
         return Proposal(len(text) - 1, drafts)
 
     def on_verified(self, accepted: int) -> None:

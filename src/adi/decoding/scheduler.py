@@ -5,31 +5,50 @@ serves it together, passes that begin at the lowest block first, so that sequenc
 Reading weights is most of the cost of a pass over few rows, so eight sequences in one pass cost little more than one. Beyond
 some rows (64) a pass gains nothing more, and its kernels have other bits than a sequence alone gets: those that waited longest
 go first.
+
+A verified round of sequence A beside a sequence B, one call of ``step`` a line::
+
+    A: Drafted, Drafted, needs blocks 0-30 of 3 rows    B: needs blocks 0-30 of 1 row     step: one pass over 4 rows
+    A: needs the head for 3 rows                        B: needs the head for 1 row       step: one call of the head
+    A: Step (accepted), Rejected(1), Step               B: Step                           before the next pass
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
-from adi.decoding.records import Drafted, Event, Step, TakenBack
+from adi.decoding.records import Drafted, DriftFound, Event, Step, TakenBack
 from adi.decoding.stop_strings import StopStrings
-from adi.errors import MemoryFullError
+from adi.errors import AdiError, MemoryFullError, NoDistributionError
 from adi.model.backbone import Backbone, States
 
 NEXT_TOKENS = 32  # of each sequence, for which KV memory should be free when another joins
 MOST = 32
-Work = Generator[BlockPass | HeadPass | Event, Any, None]
+Need = BlockPass | HeadPass
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The reply to a need. ``result`` is, for a ``BlockPass``, itself or a lower part of it with the states that it gave; for a
+    ``HeadPass``, what it gives for each of its rows. ``seconds`` are the engine's alone; ``shared``: with other sequences."""
+
+    result: Any
+    seconds: float
+    shared: bool
+
+
+Work = Generator[Need | Event, Served | None, None]
 
 
 class Schedulable(Protocol):
     """What the driver can run; ``decoding.session.Session`` is one."""
-
-    alone: bool  # set by the driver: no other sequence runs, so that passes may be timed
 
     @property
     def frontier(self) -> Frontier: ...
@@ -48,8 +67,7 @@ class Schedulable(Protocol):
         ...
 
     def run(self) -> Work:
-        """A ``BlockPass`` is sent itself, or a lower part of it, with the states that it gave; a ``HeadPass`` what it gives for
-        each of its rows. Closing the generator frees the KV memory."""
+        """Its needs, each answered with ``Served``, and its events."""
         ...
 
     def restart(self) -> None:
@@ -57,7 +75,11 @@ class Schedulable(Protocol):
         ...
 
     def complete(self, stopped: bool) -> None:
-        """It came to its end, ``stopped`` by a stop string."""
+        """It came to its end, ``stopped`` by a stop string. Not called for one that is cancelled or fails."""
+        ...
+
+    def close(self) -> None:
+        """Free KV memory; it ended, failed or was cancelled, perhaps before ``run``. Closing twice is allowed."""
         ...
 
 
@@ -84,12 +106,13 @@ class _Entry(Generic[S]):
     sequence: S
     work: Work = field(init=False)
     stops: StopStrings = field(init=False)
-    need: BlockPass | HeadPass | None = None
-    reply: Any = None  # to its last need
+    need: Need | None = None
+    reply: Served | None = None  # to its last need
     served: int = 0  # when a need of it was last served
-    delivered: int = 0  # steps that the consumer has
+    delivered: int = 0  # steps (and drift) that the consumer has
     repeated: int = 0  # of these, since it began again
     drafts: int = 0  # that the consumer has, and nobody verified yet
+    ended: bool = False  # or failed, or cancelled
 
     def __post_init__(self) -> None:
         self.begin()
@@ -98,27 +121,41 @@ class _Entry(Generic[S]):
         self.work, self.stops = self.sequence.run(), StopStrings(self.sequence.stop)
         self.need = self.reply = None
 
+    def end(self) -> None:
+        """Nothing comes of it from now on, and its KV memory is free."""
+        self.ended = True
+        self.work.close()
+        self.sequence.close()
+
     def advance(self) -> Iterator[Event]:
-        """Send the reply and run to the next need; the events on the way. Without a need afterwards it is at its end."""
+        """Send the reply and run to the next need, or to its end; the events on the way. It may be cancelled at any of them."""
         while self.stops.hit is None:
             reply, self.reply = self.reply, None
             try:
                 item = self.work.send(reply)
             except StopIteration:
                 break
+            except BaseException:
+                self.end()
+                raise
             if isinstance(item, (BlockPass, HeadPass)):
                 self.need = item
                 return
             yield from self._undelivered(self.stops.push(item))
-        self.work.close()
+            if self.ended:
+                return
         yield from self._undelivered(self.stops.rest())
-        self.sequence.complete(self.stops.hit is not None)
+        if not self.ended:
+            self.end()
+            self.sequence.complete(self.stops.hit is not None)
 
     def _undelivered(self, events: Sequence[Event]) -> Iterator[Event]:
-        """Those that the consumer did not have before the sequence began again."""
+        """Those that the consumer did not have before a restart, after which steps are the same; drafts may differ."""
         for event in events:
+            if self.ended:
+                return
             old = self.repeated < self.delivered
-            self.repeated += isinstance(event, Step)
+            self.repeated += isinstance(event, (Step, DriftFound))
             if not old:
                 self.delivered = self.repeated
                 self.drafts += _more_drafts(event)
@@ -127,6 +164,7 @@ class _Entry(Generic[S]):
     def restart(self) -> list[Event]:
         """Free all KV memory and be as new; drafts that the consumer has are taken back."""
         self.work.close()
+        self.sequence.close()
         self.sequence.restart()
         taken_back: list[Event] = [TakenBack(self.drafts)] if self.drafts else []
         self.drafts = self.repeated = 0
@@ -152,13 +190,15 @@ class Scheduler(Generic[S]):
 
     Where KV memory is full, the sequence that joined last makes room, those that have no token yet before others, and begins
     again later; what its consumer has had is not given twice. From then on a sequence joins only where all that run may become
-    as long as their budget allows: so none begins again twice, and the oldest always goes on. One that does not fit even alone
-    is put into ``unfit``.
+    as long as their budget allows: so none begins again twice, and the oldest always goes on.
+
+    One that does not fit even alone, or raises an AdiError, is put into ``failed``, never completed; the others go on. A bug in
+    one is raised, once.
     """
 
     def __init__(self, backbone: Backbone, *, most: int = MOST, observer: Observer[S] | None = None) -> None:
         self.backbone, self.most, self.observer = backbone, most, observer or Observer()
-        self.unfit: dict[S, MemoryFullError] = {}
+        self.failed: dict[S, AdiError] = {}
         self._waiting: deque[_Entry[S]] = deque()
         self._running: list[_Entry[S]] = []  # in the order in which they joined
         self._crowded = False
@@ -173,18 +213,22 @@ class Scheduler(Generic[S]):
         self._waiting.append(_Entry(sequence))
 
     def cancel(self, sequence: S) -> None:
-        """Give it up: its KV memory is free at once. Nothing happens where it is at its end."""
+        """Give it up, also while its events or another's are read: its KV memory is free at once, and it is never complete.
+        Nothing happens where it is at its end."""
         for entry in (*self._running, *self._waiting):
             if entry.sequence is sequence:
-                (self._running if entry in self._running else self._waiting).remove(entry)
-                entry.work.close()
+                self._drop(entry)
 
     def close(self) -> None:
         """Cancel all."""
         for entry in (*self._running, *self._waiting):
-            entry.work.close()
-        self._running.clear()
-        self._waiting.clear()
+            self._drop(entry)
+
+    def _drop(self, entry: _Entry[S]) -> None:
+        for entries in (self._running, self._waiting):
+            if entry in entries:
+                entries.remove(entry)
+        entry.end()
 
     def __enter__(self) -> Scheduler[S]:
         return self
@@ -204,8 +248,6 @@ class Scheduler(Generic[S]):
         """Each event as soon as it is there, so that none is lost where a later one fails."""
         yield from self._join()
         yield from self._advance()
-        for entry in self._running:
-            entry.sequence.alone = len(self._running) == 1
         while True:
             try:
                 self._serve()
@@ -217,10 +259,14 @@ class Scheduler(Generic[S]):
     def _advance(self) -> Iterator[tuple[S, Event]]:
         """Run all that need nothing by now."""
         for entry in [one for one in self._running if one.need is None]:
-            for event in entry.advance():
-                yield entry.sequence, event
-            if entry.need is None:
-                self._running.remove(entry)
+            try:
+                for event in () if entry.ended else entry.advance():
+                    yield entry.sequence, event
+            except AdiError as error:
+                self.failed[entry.sequence] = error
+            finally:
+                if entry.ended:
+                    self._drop(entry)
 
     def _join(self) -> Iterator[tuple[S, Event]]:
         while self._waiting and len(self._running) < self.most and self._has_room_for(self._waiting[0]):
@@ -242,14 +288,17 @@ class Scheduler(Generic[S]):
         entry = next((one for one in reversed(self._running) if not one.delivered), self._running[-1])
         self._running.remove(entry)
         if not self._running:
-            entry.work.close()
-            self.unfit[entry.sequence] = error
+            self._fail(entry, error)
             return
         self._waiting.appendleft(entry)
         self._crowded = True
         self.observer.on_restart(entry.sequence)
         for event in entry.restart():
             yield entry.sequence, event
+
+    def _fail(self, entry: _Entry[S], error: AdiError) -> None:
+        self.failed[entry.sequence] = error
+        self._drop(entry)
 
     def _serve(self) -> None:
         """Serve the needs of some sequences, those first that have waited longest."""
@@ -261,32 +310,62 @@ class Scheduler(Generic[S]):
         for entry, reply in replies:
             entry.need, entry.reply, entry.served = None, reply, now
 
-    def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Any]]:
-        """One call of the head for all of them, where rows do not depend on each other; else one for each."""
+    def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:
+        """One call of the head for all of them, where rows do not depend on each other; else, and where the logits of one hold
+        no distribution, one for each."""
         alike = [(entry, head) for entry, head in waiting if head.whole == waiting[0][1].whole]
         chosen = [alike[i] for i in sharing([len(head.states) for _, head in alike], self.backbone.spec.merged_rows)]
-        if self.backbone.spec.row_invariant:
-            together = replace(chosen[0][1], states=States.joined([head.states for _, head in chosen])).run(self.backbone)
-            ends = list(accumulate(len(head.states) for _, head in chosen))
-            scores = [together[end - len(head.states) : end] for end, (_, head) in zip(ends, chosen, strict=True)]
-        else:
-            scores = [head.run(self.backbone) for _, head in chosen]
-        for (entry, head), score in zip(chosen, scores, strict=True):
+        together: NoDistributionError | None = None
+        if self.backbone.spec.row_invariant and len(chosen) > 1:
+            try:
+                return self._score_together(chosen)
+            except NoDistributionError as error:
+                together = error  # of some of them: the others have the same bits alone
+        replies = []
+        for entry, head in chosen:
+            try:
+                score, seconds = _timed(partial(head.run, self.backbone))
+            except NoDistributionError as error:
+                self._fail(entry, error)
+                continue
             self.observer.on_scores(entry.sequence, head, score)
-        return [(entry, score) for (entry, _), score in zip(chosen, scores, strict=True)]
+            replies.append((entry, Served(score, seconds, False)))
+        if together is not None and len(replies) == len(chosen):
+            raise together  # alone each has a distribution: a fault of the engine, whose rows depend on each other
+        return replies
 
-    def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Any]]:
+    def _score_together(self, chosen: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:
+        merged = replace(chosen[0][1], states=States.joined([head.states for _, head in chosen]))
+        scores, seconds = _timed(partial(merged.run, self.backbone))
+        replies = []
+        for (entry, head), end in zip(chosen, accumulate(len(head.states) for _, head in chosen), strict=True):
+            score = scores[end - len(head.states) : end]
+            self.observer.on_scores(entry.sequence, head, score)
+            replies.append((entry, Served(score, seconds, True)))
+        return replies
+
+    def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
         """One pass for those that begin lowest, as far as all of them go."""
         lo = min(need.lo for _, need in waiting)
         lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
         chosen = [lowest[i] for i in sharing([len(need.rows.ids) for _, need in lowest], self.backbone.spec.merged_rows)]
         hi = min(need.hi for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
-        found = self.backbone.forward([need.rows for _, need in chosen], lo, hi, mlp=mlp)
-        replies = [(entry, (replace(need, hi=hi), states)) for (entry, need), states in zip(chosen, found, strict=True)]
-        for entry, (done, states) in replies:
+        found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))
+        replies = []
+        for (entry, need), states in zip(chosen, found, strict=True):
+            done = replace(need, hi=hi)
             self.observer.on_pass(entry.sequence, done, states)
+            replies.append((entry, Served((done, states), seconds, len(chosen) > 1)))
         return replies
+
+
+T = TypeVar("T")
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    start = perf_counter()
+    return work(), perf_counter() - start
 
 
 def sharing(counts: Sequence[int], most: int) -> list[int]:

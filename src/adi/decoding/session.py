@@ -25,7 +25,7 @@ from adi.decoding.records import (
 )
 from adi.decoding.requests import DraftStep, DraftToken, Emitted, ExitCheck, Fallback, Forward, Request, Rule, likeliest
 from adi.decoding.sampling import Sampling
-from adi.decoding.scheduler import Scheduler, Work
+from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
@@ -73,7 +73,6 @@ class Session:
         self._end_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
         _check_length(model, len(self.prompt_ids), max_new_tokens)
         before = time.perf_counter()
-        self.alone = False
         self.policy.prepare(model)
         self._begin()
         self._started = started + time.perf_counter() - before  # measuring and compiling are not this generation's time
@@ -104,7 +103,7 @@ class Session:
             scheduler.add(self)
             for _, event in scheduler:
                 yield event
-        for error in scheduler.unfit.values():
+        for error in scheduler.failed.values():
             raise error
 
     def run(self) -> Work:
@@ -115,7 +114,11 @@ class Session:
         try:
             yield from self._work()
         finally:
-            self.frontier.close()
+            self.close()
+
+    def close(self) -> None:
+        """Free its KV memory; it cannot go on."""
+        self.frontier.close()
 
     def restart(self) -> None:
         """Be as new; ``run`` will give the same again, sampled and spot-checked by the same dice."""
@@ -206,12 +209,12 @@ class Session:
     def _forward(self, request: Forward) -> Generator[Any, Any, list[ExitOutput]]:
         """Do one request on the frontier and read its last rows there."""
         frontier, costs = self.frontier, self.strategy.costs
-        started = time.perf_counter()
+        replies: list[Served] = []
         frontier.rollback(request.keep)
         frontier.append(request.ids)
         while (ahead := frontier.next_pass(request.to)) is not None:
-            done, states = yield ahead
-            frontier.absorb(done, states)
+            replies.append((yield ahead))
+            frontier.absorb(*replies[-1].result)
         assert frontier.last is not None
         states = frontier.last[-request.read :]
         if request.to < self.request.layers:
@@ -219,10 +222,10 @@ class Session:
             assert self.strategy.exits is not None
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
-        scores = yield HeadPass(states, whole=self.sampling is not None)
-        if self.alone and costs is not None and len(request.ids) <= COSTED_ROWS:
-            costs.passed(len(request.ids), time.perf_counter() - started)
-        return [self._full_output(states[i : i + 1], score) for i, score in enumerate(scores)]
+        replies.append((yield HeadPass(states, whole=self.sampling is not None)))
+        if costs is not None and len(request.ids) <= COSTED_ROWS and not any(reply.shared for reply in replies):
+            costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
+        return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
         """Of one row at full depth, whose score is its likeliest token, or its logits when sampling."""

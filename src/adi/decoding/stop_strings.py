@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from msgspec import structs
 
@@ -11,7 +11,7 @@ from adi.errors import UsageError
 
 
 class StopStrings:
-    """Holds steps back while their text might be the beginning of a stop string; cuts the text where one is found.
+    """Holds events back, in their order, while a stop string may have begun in the text; cuts the text where one is found.
 
     ``push`` events one by one; after the last one, ``rest``. ``hit`` is the stop string that was found.
     """
@@ -21,29 +21,29 @@ class StopStrings:
             raise UsageError(f"stop strings are texts of at least one character, got {list(stops)!r}.")
         self.stops = tuple(stops)
         self.hit: str | None = None
-        self._held: list[Step] = []
+        self._held: list[Event] = []
 
     def push(self, event: Event) -> list[Event]:
         """The events that may be shown by now."""
-        if not isinstance(event, Step) or not self.stops:
-            return [event]
         held = self._held
+        if not self.stops or not (held or isinstance(event, Step)):
+            return [event]
         held.append(event)
-        text = "".join(step.text for step in held)
+        text = "".join(map(_text, held))
         if found := [(text.find(stop), stop) for stop in self.stops if stop in text]:
             at, self.hit = min(found)
             self._held = []
             return list(_cut(held, at))
         safe, shown = len(text) - self._overlap(text), list[Event]()
-        while held and len(held[0].text) <= safe:
-            safe -= len(held[0].text)
+        while held and len(_text(held[0])) <= safe:
+            safe -= len(_text(held[0]))
             shown.append(held.pop(0))
         return shown
 
     def rest(self) -> list[Event]:
         """What is still held back at the end of the text."""
         held, self._held = self._held, []
-        return list(held)
+        return held
 
     def _overlap(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins some stop string."""
@@ -52,12 +52,14 @@ class StopStrings:
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
 
 
-def _cut(steps: Sequence[Step], at: int) -> list[Step]:
-    """The steps whose text begins before ``at``, the last one cut there."""
-    kept = []
-    for step in steps:
+def _text(event: Event) -> str:
+    return event.text if isinstance(event, Step) else ""
+
+
+def _cut(events: Sequence[Event], at: int) -> Iterator[Event]:
+    """Up to the last step whose text begins before ``at``, which is cut there."""
+    for event in events:
         if at <= 0:
-            break
-        kept.append(structs.replace(step, text=step.text[:at]))
-        at -= len(step.text)
-    return kept
+            return
+        yield structs.replace(event, text=event.text[:at]) if isinstance(event, Step) else event
+        at -= len(_text(event))

@@ -176,7 +176,7 @@ def generate_shards(
             for session, event in scheduler.step():
                 if isinstance(event, Step):
                     groups.advance(scheduler, session, event.token)
-            for error in scheduler.unfit.values():
+            for error in scheduler.failed.values():
                 raise error
             groups.write()
             progress(min(groups.generated, options.tokens), options.tokens, f"generating text, {model.backbone.spec.precision}")

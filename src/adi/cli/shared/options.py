@@ -219,18 +219,16 @@ class DecodingOptions:
 def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool = True) -> tuple[int, ...]:
     """Where the trigger saved with the exits stops, read without torch: a hint, so anything unclear is no stop.
 
-    Nowhere, where the controller decides (``by_controller``: no rule was given) and the exits have a drafter.
+    Nowhere, where the controller decides (``by_controller``: no rule was given).
     """
     from adi.files import expanded, package_data, read_json
 
-    if mode not in ("verified", "reflex"):
+    if mode not in ("verified", "reflex") or (mode == "verified" and by_controller):
         return ()
     try:
         folder = package_data("exits") / (model if exits is None else exits)
         folder = expanded(exits) if exits is not None and not folder.is_dir() else folder
         written = read_json(folder / "exits.json", "exits file")
-        if mode == "verified" and by_controller and "drafter" in written["report"]:
-            return ()
         at = written["trigger"]["at"]
         return tuple(sorted(int(depth) for depth in at))
     except (AdiError, OSError, ValueError, KeyError, TypeError, OverflowError):  # what a foreign file may hold

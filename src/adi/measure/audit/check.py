@@ -43,7 +43,7 @@ def policies_of(exits: Exits) -> dict[str, Policy]:
     """Ways of drafting: as a user of these exits would, from one exit whatever it shows, and from the text's own n-grams."""
     middle = exits.depths[len(exits.depths) // 2]
     return {
-        "as the exits are": Verified(exits),
+        "as the exits are": Verified(exits, None if exits.drafter is not None else exits.trigger),
         f"always at depth {middle}": Static(exits, middle, DRAFTS),
         "memory of the text": Verified(),
     }

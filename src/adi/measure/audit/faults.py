@@ -99,4 +99,6 @@ def drive(session: Session, passes: int | None = None, lost: bool = False) -> li
                 steps += [event for _, event in scheduler.step() if isinstance(event, Step)]
         except _StatesLostError:
             pass
+    for error in scheduler.failed.values():
+        raise error
     return steps
