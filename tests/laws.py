@@ -74,7 +74,7 @@ class Remembering(Sampler):
     def number(self) -> float:
         """From the same dice, many at once, which is quicker."""
         if (found := next(self.numbers, None)) is None:
-            self.numbers = iter(torch.rand(10_000, dtype=torch.float64, generator=self._dice).tolist())
+            self.numbers = iter(torch.rand(10_000, dtype=torch.float64, generator=self._rng).tolist())
             found = next(self.numbers)
         return found
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from adi.cli.shared.paint import ERASE_BELOW, RESTORE, Painter, legend, style_of
-from adi.decoding.records import Draft, Drafted, Step, TakenBack
+from adi.decoding.records import Draft, Drafted, Rejected, Step
 
 
 def _painter() -> tuple[Painter, io.StringIO]:
@@ -25,7 +25,7 @@ def test_drafts_are_painted_and_wiped() -> None:
     assert " red" in out.getvalue()
     painter.show(Drafted(Draft(2, " blue\n", 4)))
     assert "⏎" in out.getvalue()
-    painter.show(TakenBack(1))
+    painter.show(Rejected(1))
     assert out.getvalue().count(RESTORE + ERASE_BELOW) == 2
     painter.show(_step(" red", 2, drafted=True))
     painter.close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adi
-from adi.decoding.records import Counters, Drafted, Step, TakenBack
+from adi.decoding.records import Counters, Drafted, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from conftest import random_exits
 
@@ -101,7 +101,7 @@ def test_events_show_drafts_come_and_go(tiny_model: adi.Model) -> None:
     for event in session:
         if isinstance(event, Drafted):
             open_drafts += 1
-        elif isinstance(event, TakenBack):
+        elif isinstance(event, Rejected):
             open_drafts -= event.count
         elif event.drafted:
             open_drafts -= 1

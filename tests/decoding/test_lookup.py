@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.decoding.records import Drafted, Step, TakenBack
+from adi.decoding.records import Drafted, Rejected, Step
 from adi.decoding.session import Session
 from scripted import END, LAYERS, World, full_depth, lookup, request
 
@@ -63,7 +63,7 @@ def test_the_events_add_up(tiny_model: adi.Model) -> None:
             case Drafted():
                 assert event.draft.depth == 0
                 pending += 1
-            case TakenBack():
+            case Rejected():
                 pending -= event.count
             case Step():
                 pending -= event.drafted

@@ -245,11 +245,11 @@ def test_a_text_that_begins_again_has_the_same_dice_and_its_checks_count_once(ll
     policy = adi.Reflex(certified, risk=0.02, spot_check=0.5, monitor=Quiet(0.02, seed=5))
     assert policy.monitor is not None
     session = adi.Session(llama, [1, 2, 3], policy, max_new_tokens=30)
-    first = [event for event in session if isinstance(event, adi.Step)]
+    first = list(session.steps())
     counts, generations = dict(policy.monitor.counts), policy.monitor.generations
     drift = session.generation(first).drift
     session.restart()
-    again = [event for event in session if isinstance(event, adi.Step)]
+    again = list(session.steps())
     assert [(s.token, s.depth, s.round) for s in again] == [(s.token, s.depth, s.round) for s in first]
     assert session.generation(again).drift == drift
     assert drift is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import adi
 from adi.decoding.frontier import BlockPass, HeadPass
-from adi.decoding.records import Drafted, TakenBack
+from adi.decoding.records import Drafted, Rejected
 from adi.decoding.scheduler import Observer, Scheduler, sharing
 from adi.model.backbone import Rows, States
 from adi.model.hf import HfBackbone
@@ -306,7 +306,7 @@ def test_what_a_stream_has_shown_is_not_shown_again_where_a_text_begins_again() 
                     shown[session].append(event)
                     drafts[session] -= event.accepted
                 else:
-                    drafts[session] += 1 if isinstance(event, Drafted) else -event.count if isinstance(event, TakenBack) else 0
+                    drafts[session] += 1 if isinstance(event, Drafted) else -event.count if isinstance(event, Rejected) else 0
                 assert drafts[session] >= 0
         assert any(restarts.had_begun)
         for session, prompt in zip(sessions, prompts, strict=True):

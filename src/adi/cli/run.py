@@ -127,11 +127,10 @@ def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -
 
 def generated(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
     """The whole text; options as a ``Session`` takes them."""
-    from adi.decoding.records import Step
     from adi.decoding.session import Session
 
     session = Session(model, text, policy, **options)
-    return session.generation([event for event in session if isinstance(event, Step)])
+    return session.generation(list(session.steps()))
 
 
 def _shown(model: Model, text: str, policy: Policy, **options: Any) -> Generation:

@@ -1,9 +1,14 @@
 """The controller: who drafts next, how far, and when to verify, from what passes cost here and what was accepted so far.
 
-With acceptances ``p_1, p_2, ...`` of the drafts in a row, a round gives ``1 + p_1 + p_1 p_2 + ...`` tokens and takes the time
-of one pass over a row more than there are drafts, plus that of making them (Leviathan et al. 2023, with costs measured by
-number of rows instead of assumed). The controller takes what gives most tokens per second, no draft at all included, and
-looks again now and then at a level that has not paid.
+With acceptances ``p_1, p_2, ...`` of the drafts in a row, k drafts are worth their time where ::
+
+    1 + p_1 + p_1 p_2 + ... + p_1 ... p_k  [tokens]       1  [token]
+    ------------------------------------------------  >  -----------
+         pass(k + 1) + drafting(k)  [seconds]            pass(1) [s]
+
+``pass(n)`` being a pass over n rows with its head, ``drafting(k)`` k steps of the drafter, 0 for n-grams (Leviathan et al.
+2023, with costs measured by number of rows instead of assumed). The controller takes the k and the drafter with the largest
+left side, and looks again now and then at a level that has not paid.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ FORGIVEN = 0.01  # ... of which so many are forgiven with every token: over 200 
 HOPELESS = 0.03  # a chance below which no more drafts are thought of
 WEIGHT = 12.0  # of a prior, in drafts
 MEMORY = 0.985  # what counts of an observation after the next one
-TRUST_WEIGHT, TRUST_MEMORY = 6.0, 0.95
+RATIO_WEIGHT, RATIO_MEMORY = 6.0, 0.95
 
 # How often the next token was what a memory says after a run of so many matched tokens, and, that one right, the next: of the
 # text at hand on 300 answers of SmolLM2-135M to training prompts; of habits on four kinds of task that came again eight times
@@ -85,24 +90,24 @@ class DecayedRate:
 
 
 @dataclass(slots=True)
-class Trust:
+class AcceptanceRatio:
     """Accepted over expected drafts of a level, lately: it falls and rises within a few drafts, whatever the bins say."""
 
     accepted: float = 0.0
     expected: float = 0.0
 
     def add(self, accepted: float, expected: float) -> None:
-        self.accepted = TRUST_MEMORY * self.accepted + accepted
-        self.expected = TRUST_MEMORY * self.expected + expected
+        self.accepted = RATIO_MEMORY * self.accepted + accepted
+        self.expected = RATIO_MEMORY * self.expected + expected
 
     @property
     def value(self) -> float:
-        return (TRUST_WEIGHT + self.accepted) / (TRUST_WEIGHT + self.expected)
+        return (RATIO_WEIGHT + self.accepted) / (RATIO_WEIGHT + self.expected)
 
 
 @dataclass
 class Controller:
-    """One sequence's decisions; it never touches the network. ``calibration`` maps confidence bins to acceptance."""
+    """One sequence's decisions; it never touches the network. ``bins`` maps tenths of confidence (0 to 9) to acceptance."""
 
     costs: CostModel
     drafts: int = MOST_DRAFTS
@@ -110,7 +115,7 @@ class Controller:
     _shares: dict[tuple[str, int, bool], DecayedRate] = field(default_factory=dict)
     _steps: list[DecayedRate] = field(default_factory=lambda: [DecayedRate(GUESSED) for _ in range(MOST_DRAFTS)])
     _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
-    _trust: dict[str, Trust] = field(default_factory=lambda: defaultdict(Trust))
+    _ratio: dict[str, AcceptanceRatio] = field(default_factory=lambda: defaultdict(AcceptanceRatio))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _rate: float = 0.0
     _lost: float = 0.0  # seconds
@@ -186,11 +191,11 @@ class Controller:
         if match is None:
             self._expected_chain()
             return self._chain[:drafts]
-        trust = self._trust[match.source].value
+        ratio = self._ratio[match.source].value
         if match.shares:
             runs = (self._run(match, draft).value for draft in range(1, min(drafts, len(match.shares)) + 1))
-            return (min(0.98, share * trust) for share in runs)
-        first, later = (min(0.98, self._run(match, draft).value * trust) for draft in (1, 2))
+            return (min(0.98, share * ratio) for share in runs)
+        first, later = (min(0.98, self._run(match, draft).value * ratio) for draft in (1, 2))
         return [first, *[later] * (drafts - 1)][:drafts]
 
     def _run(self, match: NgramMatch, draft: int) -> DecayedRate:
@@ -211,15 +216,11 @@ class Controller:
 
         A place that was hardly reached is taken for as good as the one before it. It holds for the round.
         """
-        share, trust, chain = GUESSED, self._trust["drafter"].value, self._chain
+        share, ratio, chain = GUESSED, self._ratio["drafter"].value, self._chain
         chain.clear()
         for known in self._steps:
             share = known.given(share)
-            chain.append(min(0.98, share * trust))
-
-    def believed(self, confidence: float) -> float:
-        """How often a draft of this confidence is accepted, those before it given."""
-        return min(0.98, self._bin(confidence).value * self._trust["drafter"].value)
+            chain.append(min(0.98, share * ratio))
 
     def _bin(self, confidence: float) -> DecayedRate:
         key = ("drafter", bin_of(confidence), False)
@@ -233,9 +234,9 @@ class Controller:
         Or several more: where passes cost the same up to some number of rows, the first beyond it pays for all that follow.
         """
         drafts, reach, gain = len(confidences), 1.0, 0.0
-        trust = self._trust["drafter"].value
+        ratio = self._ratio["drafter"].value
         for confidence in confidences:
-            reach *= min(0.98, self._bin(confidence).value * trust)
+            reach *= min(0.98, self._bin(confidence).value * ratio)
         passes, drafting = self.costs.passes(MOST_DRAFTS + 1), self.costs.drafting
         done = passes[drafts + 1] + drafting(drafts)
         for place in range(drafts + 1, min(max(LONGEST_CHAIN, drafts + 1), MOST_DRAFTS) + 1):
@@ -258,7 +259,7 @@ class Controller:
             else:
                 share = self._bin(confidences[draft - 1])
                 self._steps[draft - 1].add(right)
-            self._trust[source].add(right, share.value)
+            self._ratio[source].add(right, share.value)
             share.add(right)
 
 

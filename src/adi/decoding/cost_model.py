@@ -25,7 +25,7 @@ from adi.schema import NonNegative, Record, read_json_as
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
-ENGINES = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+COST_TABLE_VERSION = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LEARNING = 0.1  # weight of one more measurement during use
 FADING = 0.995  # of what was learned of each number of rows, with every measurement
@@ -207,7 +207,7 @@ class CostTable(Record, frozen=True):
 def _file(backbone: Backbone, key: str) -> Path:
     spec = backbone.spec
     machine = processor_hash(f"{spec.device} {spec.threads}")
-    name = f"{ENGINES}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
+    name = f"{COST_TABLE_VERSION}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
     return cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
 
 

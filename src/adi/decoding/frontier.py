@@ -25,14 +25,14 @@ class BlockPass:
 
 @dataclass(frozen=True)
 class HeadPass:
-    """A request for the likeliest token of each of these states by the model's own head, or for the ``whole`` logits."""
+    """A request for the likeliest token of each of these states by the model's own head, or for all its ``logits``."""
 
     states: States
-    whole: bool = False
+    logits: bool = False
 
     def run(self, backbone: Backbone) -> Any:
         """A token per row, or ``logits_TV``."""
-        return backbone.logits(self.states) if self.whole else backbone.greedy(self.states)
+        return backbone.logits(self.states) if self.logits else backbone.greedy(self.states)
 
 
 class Frontier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
 from adi.decoding.policies import Policy
 from adi.decoding.records import Generation, Step
@@ -13,6 +13,28 @@ from adi.decoding.session import Session, check_count
 from adi.errors import AdiError, MemoryFullError
 from adi.model.load import Model
 from adi.model.tokenizer import Prompt
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are drawn, by the fields of ``Sampling``; what is left out has its default."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+class Options(SamplingOptions, total=False):
+    """Options of ``stream``, ``generate`` and ``generate_batch``, described and with their defaults at ``stream``."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_at_eos: bool
+    raw: bool
+    special_tokens: bool
+    candidates: int
 
 
 class BatchMemoryError(MemoryFullError):
@@ -30,19 +52,7 @@ def stream(
     model: Model,
     prompt: Prompt,
     policy: Policy | None = None,
-    *,
-    max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    stop_at_eos: bool = True,
-    raw: bool = False,
-    special_tokens: bool = False,
-    candidates: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    **options: Unpack[Options],
 ) -> Iterator[Step]:
     """Generate token by token; one ``Step`` for each as soon as it is final.
 
@@ -51,7 +61,7 @@ def stream(
         prompt: a string (one user message, in the model's chat template), a list of chat messages, or token ids.
         policy: by default ``Verified``, with the exits shipped for the model where there are some; or ``FullDepth()``,
             ``Verified(exits)``, ``Reflex(exits, ...)``, ``Lookup()``, ``Static(exits, depth, draft_tokens)``.
-        max_new_tokens: at most so many tokens.
+        max_new_tokens: at most so many tokens, by default 256.
         stop: texts that end the output; they are not part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.
         raw: leave the chat template out.
@@ -65,51 +75,25 @@ def stream(
     Raises:
         AdiError: before any work, for a prompt or option without meaning.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
-    return _steps(Session(model, prompt, policy, sampling=sampling, **options))
+    return Session(model, prompt, policy, **_split(options)).steps()
 
 
-def _options(
-    max_new_tokens: int, stop: str | Sequence[str], stop_at_eos: bool, raw: bool, special_tokens: bool, candidates: int
-) -> dict[str, Any]:
-    return {
-        "max_new_tokens": max_new_tokens,
-        "stop": stop,
-        "stop_at_eos": stop_at_eos,
-        "raw": raw,
-        "special_tokens": special_tokens,
-        "candidates": candidates,
-    }
-
-
-def _steps(session: Session) -> Iterator[Step]:
-    return (event for event in session if isinstance(event, Step))
+def _split(options: Options) -> dict[str, Any]:
+    """As ``Session`` takes them, with a ``Sampling``."""
+    drawn = {name: value for name, value in options.items() if name in SamplingOptions.__annotations__}
+    rest = {name: value for name, value in options.items() if name not in drawn}
+    return {**rest, "sampling": Sampling(**cast("SamplingOptions", drawn))}
 
 
 def generate(
     model: Model,
     prompt: Prompt,
     policy: Policy | None = None,
-    *,
-    max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    stop_at_eos: bool = True,
-    raw: bool = False,
-    special_tokens: bool = False,
-    candidates: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    **options: Unpack[Options],
 ) -> Generation:
     """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``."""
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
-    session = Session(model, prompt, policy, sampling=sampling, **options)
-    return session.generation(list(_steps(session)))
+    session = Session(model, prompt, policy, **_split(options))
+    return session.generation(list(session.steps()))
 
 
 def generate_batch(
@@ -117,20 +101,9 @@ def generate_batch(
     prompts: Sequence[Prompt],
     policy: Policy | None = None,
     *,
-    max_new_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    stop_at_eos: bool = True,
-    raw: bool = False,
-    special_tokens: bool = False,
-    candidates: int = 0,
     most: int = MOST,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     observer: Observer[Session] | None = None,
+    **options: Unpack[Options],
 ) -> list[Generation]:
     """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
 
@@ -150,12 +123,12 @@ def generate_batch(
             ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
     """
     check_count("most", most, 1)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed).settled()
-    options = _options(max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates)
+    given = _split(options)
+    sampling: Sampling = given.pop("sampling").settled()
     sessions: dict[Session, int] = {}
     for i, prompt in enumerate(prompts):
         try:
-            sessions[Session(model, prompt, policy, sampling=sampling.of_prompt(i), **options)] = i
+            sessions[Session(model, prompt, policy, sampling=sampling.of_prompt(i), **given)] = i
         except AdiError as error:
             raise type(error)(f"prompt {i}: {error}") from None
     steps: dict[Session, list[Step]] = {session: [] for session in sessions}

@@ -1,4 +1,14 @@
-"""How to decode: each policy is one class, which says what it refuses and builds the strategy of a sequence."""
+"""How to decode: each policy is one class, which says what it refuses and builds the strategy of a sequence.
+
+The objects of one sequence, by default::
+
+    Policy                  Verified(exits)         what the user chose; shared by sequences
+      Strategy              draft_tokens=15         one sequence: proposer, Verification, costs, drafting
+        Proposer            ControlledProposer      drafts of a round
+          DraftControl      Controller(CostModel)   which drafter, how many drafts
+          NgramSources      NgramIndex (the text), History, Datastore (of the exits)
+          DraftStep         Drafting (of the exits' drafter), answered by the session
+"""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from adi.decoding.controller import FULL, DraftChoice
 from adi.decoding.requests import DraftStep, DraftToken, ExitCheck, Forward, Replies, Request, Yields
-from adi.decoding.speculate import Proposal, Proposing
+from adi.decoding.speculate import Proposal, Proposer, Proposing
 from adi.drafters.ngram import NgramIndex, NgramMatch
 from adi.exits.triggers import Trigger
 
 
 @dataclass(frozen=True)
-class NoDrafts:
+class NoDrafts(Proposer):
     """Ordinary decoding: one token a pass."""
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
@@ -22,12 +22,9 @@ class NoDrafts:
         return Proposal(len(text) - 1)
         yield  # a generator all the same
 
-    def on_verified(self, accepted: int) -> None:
-        """There was nothing to accept."""
-
 
 @dataclass(frozen=True)
-class ExitProposer:
+class ExitProposer(Proposer):
     """Drafts from exits: each token is run from stop to stop until ``trigger`` fires; where it fires nowhere, drafting ends."""
 
     request: Request
@@ -46,9 +43,6 @@ class ExitProposer:
             token = checks[-1].output.token
             drafts.append(DraftToken(token, checks[-1].output.depth, checks))
         return Proposal(known, drafts)
-
-    def on_verified(self, accepted: int) -> None:
-        """The trigger is fixed."""
 
     def _climb(self, keep: int, token: int) -> Generator[Yields, Replies, tuple[ExitCheck, ...]]:
         """Append ``token`` and go up until the trigger fires."""
@@ -86,34 +80,32 @@ class NgramSources:
 class DraftControl(Protocol):
     """Chooses the drafter of a round and how far it drafts; ``decoding.controller.Controller`` adapts."""
 
-    def at_position(self, length: int) -> None: ...
+    def at_position(self, length: int) -> None:
+        """The next round begins after so many positions."""
+        return
 
-    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice: ...
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
+        """For these n-gram matches and perhaps a drafter, in a round of at most so many drafts."""
+        ...
 
-    def should_continue(self, confidences: Sequence[float]) -> bool: ...
+    def should_continue(self, confidences: Sequence[float]) -> bool:
+        """Whether the drafter drafts once more, after drafts of these confidences."""
+        return True
 
-    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None: ...
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
+        """Full depth accepted so many of these drafts."""
+        return
 
 
 @dataclass(frozen=True)
-class FixedLength:
+class FixedLength(DraftControl):
     """No control: in every round as many drafts as allowed, of the drafter where there is one, else of the first match."""
-
-    def at_position(self, length: int) -> None:
-        """The position does not matter."""
 
     def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
         """Whoever can draft, as far as possible."""
         if drafter and most:
             return DraftChoice("drafter", most)
         return DraftChoice("memory", min(len(matches[0].tokens), most), matches[0]) if matches else FULL
-
-    def should_continue(self, confidences: Sequence[float]) -> bool:
-        """Always."""
-        return True
-
-    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
-        """Nothing is learned."""
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Drafted:
 
 
 @dataclass(frozen=True)
-class TakenBack:
+class Rejected:
     """An event: the last ``count`` drafts were rejected."""
 
     count: int
@@ -108,7 +108,7 @@ class DriftFound:
     lower: float
 
 
-Event = Step | Drafted | TakenBack | DriftFound
+Event = Step | Drafted | Rejected | DriftFound
 
 
 @dataclass(frozen=True)

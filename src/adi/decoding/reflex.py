@@ -19,7 +19,7 @@ class Unverified(Verification):
 
     always = False
 
-    def due(self) -> bool:
+    def should_verify(self) -> bool:
         """Never."""
         return False
 
@@ -30,8 +30,8 @@ class SpotCheck(Verification):
     or in another one.
 
     ``loss`` is what a token costs given full depth's output there. ``checked`` and ``differed`` count this generation's
-    checks; the monitor outlives it. Restarted, a sequence has the same dice, falls back where it did before, and the monitor
-    sees none of its checks twice.
+    checks; the monitor outlives it. Restarted, a sequence draws the same numbers and falls back where it did, and the
+    monitor sees no check twice.
     """
 
     monitor: DriftMonitor
@@ -44,15 +44,15 @@ class SpotCheck(Verification):
     _rounds: int = 0
     _known: int = 0  # rounds that ran before a restart
     _fell: int | None = None  # the round in which verification began
-    _dice: random.Random | None = None
+    _rng: random.Random | None = None
     _start: object = None
 
     def restarted(self) -> SpotCheck:
         """From its beginning."""
         self._known, self._rounds = max(self._known, self._rounds), 0
         self.always, self.checked, self.differed = False, 0, 0
-        if self._dice is not None:
-            self._dice.setstate(self._start)  # type: ignore[arg-type]
+        if self._rng is not None:
+            self._rng.setstate(self._start)  # type: ignore[arg-type]
         return self
 
     def drift(self) -> Fallback | None:
@@ -64,12 +64,12 @@ class SpotCheck(Verification):
         self.always, self._fell = True, self._rounds
         return Fallback(self.monitor.level, self.monitor.lower)
 
-    def due(self) -> bool:
-        """By the dice, whatever the text is."""
-        if self._dice is None:
-            self._dice = self.monitor.dice()
-            self._start = self._dice.getstate()
-        return self.always or self._dice.random() < self.share
+    def should_verify(self) -> bool:
+        """By a random number, whatever the text is."""
+        if self._rng is None:
+            self._rng = self.monitor.dice()
+            self._start = self._rng.getstate()
+        return self.always or self._rng.random() < self.share
 
     def on_verified(self, proposal: Proposal, outputs: Replies) -> None:
         """Full depth's output for a checked token. Where no exit fired, full depth decided, which counts as right."""

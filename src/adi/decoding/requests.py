@@ -95,7 +95,7 @@ Replies = Sequence[DepthOutput]
 SequenceLogic = Generator[Yields, Replies, None]
 
 
-class Rule(Protocol):
+class TokenRule(Protocol):
     """The token that follows ``text``, whose last row gave ``output``; a ``draft`` is accepted if it is that token.
 
     ``likeliest`` is greedy, ``sampler.Sampler`` draws. It is called once for every final token, in order.
@@ -118,4 +118,4 @@ class Request:
     budget: int
     layers: int
     ends: Callable[[int], bool]
-    rule: Rule = likeliest
+    rule: TokenRule = likeliest

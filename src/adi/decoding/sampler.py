@@ -118,7 +118,7 @@ def verify_draft(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
 
 
 class Sampler:
-    """The rule by which one sequence's tokens become final (``requests.Rule``) when it samples; it holds the dice.
+    """The rule by which one sequence's tokens become final (``requests.TokenRule``) when it samples, from a seed.
 
     Full depth's row is read as logits over the vocabulary. Where an exit decides (reflex mode), its own distribution is drawn
     from: of a shortlist head the tail cannot be named, so the shortlist, renormalised, stands for all; the repetition
@@ -128,10 +128,10 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling.settled()
         assert self.sampling.seed is not None
-        self._dice = torch.Generator().manual_seed(self.sampling.seed)  # its own: the caller's are not touched
+        self._rng = torch.Generator().manual_seed(self.sampling.seed)  # its own: the caller's are not touched
 
     def __call__(self, text: Sequence[int], reading: Any, draft: DraftToken | None = None) -> int:
-        """The token that follows ``text``; one number of the dice, however it goes."""
+        """The token that follows ``text``; it takes one random number, however it goes."""
         scores_S, ids_S = reading.scores
         p_S = self.distribution(scores_S, text, ids_S)
         if draft is None or draft.density_V is None:
@@ -144,5 +144,5 @@ class Sampler:
         return distribution(scores_S, text, self.sampling, ids_S)
 
     def number(self) -> float:
-        """The next number of the dice, in [0, 1)."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._dice))
+        """The next random number, in [0, 1)."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._rng))

@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
-from adi.decoding.records import Drafted, DriftFound, Event, Step, TakenBack
+from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
 from adi.model.backbone import Backbone, States
@@ -93,7 +93,7 @@ class Observer(Generic[S]):
         """Blocks ``[done.lo, done.hi)`` ran over ``done.rows``; ``states`` are theirs."""
 
     def on_scores(self, sequence: S, head: HeadPass, scores: Any) -> None:
-        """The head scored ``head.states``: a token per row, or ``logits_TV`` where ``head.whole``."""
+        """The head scored ``head.states``: a token per row, or ``logits_TV`` where ``head.logits``."""
 
     def on_restart(self, sequence: S) -> None:
         """KV memory was full: the sequence begins again, and will give the same."""
@@ -166,10 +166,10 @@ class _Entry(Generic[S]):
         self.work.close()
         self.sequence.close()
         self.sequence.restart()
-        taken_back: list[Event] = [TakenBack(self.drafts)] if self.drafts else []
+        rejected: list[Event] = [Rejected(self.drafts)] if self.drafts else []
         self.drafts = self.repeated = 0
         self.begin()
-        return taken_back
+        return rejected
 
 
 def _more_drafts(event: Event) -> int:
@@ -177,7 +177,7 @@ def _more_drafts(event: Event) -> int:
     match event:
         case Drafted():
             return 1
-        case TakenBack():
+        case Rejected():
             return -event.count
         case Step(drafted=True, accepted=True):
             return -1
@@ -313,7 +313,7 @@ class Scheduler(Generic[S]):
     def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:
         """One call of the head for all of them, where rows do not depend on each other; else, and where the logits of one hold
         no distribution, one for each."""
-        alike = [(entry, head) for entry, head in waiting if head.whole == waiting[0][1].whole]
+        alike = [(entry, head) for entry, head in waiting if head.logits == waiting[0][1].logits]
         chosen = [alike[i] for i in sharing([len(head.states) for _, head in alike], self.backbone.spec.merged_rows)]
         together: NoDistributionError | None = None
         if self.backbone.spec.row_invariant and len(chosen) > 1:

@@ -20,10 +20,10 @@ from adi.decoding.records import (
     Event,
     Generation,
     Look,
+    Rejected,
     Step,
-    TakenBack,
 )
-from adi.decoding.requests import DraftStep, DraftToken, Emitted, ExitCheck, Fallback, Forward, Request, Rule, likeliest
+from adi.decoding.requests import DraftStep, DraftToken, Emitted, ExitCheck, Fallback, Forward, Request, TokenRule, likeliest
 from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
@@ -40,7 +40,7 @@ COSTED_ROWS = MOST_DRAFTS + 1
 
 
 class Session:
-    """One generation. Iterating gives events: ``Drafted``, ``TakenBack`` and, for every final token, ``Step``.
+    """One generation. Iterating gives events: ``Drafted``, ``Rejected`` and, for every final token, ``Step``.
 
     Raises AdiError before any work for a prompt or an option without meaning, among them a prompt that with
     ``max_new_tokens`` would pass the model's context. ``Scheduler`` runs several at once.
@@ -106,6 +106,10 @@ class Session:
         for error in scheduler.failed.values():
             raise error
 
+    def steps(self) -> Iterator[Step]:
+        """Its final tokens alone, as soon as each is final."""
+        return (event for event in self if isinstance(event, Step))
+
     def run(self) -> Work:
         """For a driver: events, and between them what is needed of the network (see ``Schedulable``)."""
         if self._begun:
@@ -159,7 +163,7 @@ class Session:
             **self._asked.result(self.strategy.verification, self._fell_at),
         )
 
-    def _rule(self) -> Rule:
+    def _rule(self) -> TokenRule:
         """How final tokens come of full depth's outputs."""
         if self.sampling is None:
             return likeliest
@@ -187,7 +191,7 @@ class Session:
                     yield Drafted(self._draft(item))
                 case Emitted():
                     if item.rejected:
-                        yield TakenBack(len(item.rejected))
+                        yield Rejected(len(item.rejected))
                     if self.strategy.propagate and item.depth < self.request.layers:
                         self.frontier.propagate()
                     yield self._step(item)
@@ -222,7 +226,7 @@ class Session:
             assert self.strategy.exits is not None
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
-        replies.append((yield HeadPass(states, whole=self.sampling is not None)))
+        replies.append((yield HeadPass(states, logits=self.sampling is not None)))
         if costs is not None and len(request.ids) <= COSTED_ROWS and not any(reply.shared for reply in replies):
             costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
         return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]

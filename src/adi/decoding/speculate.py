@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 class Proposal:
     """Drafts that may follow the text. Of text and drafts in a row, the first ``known`` tokens have entered the network.
 
-    ``checks`` are the exits read for one more token, none of which fired.
+    ``checks`` are the exits read for one more token, none of which fired. Example: a text of 5 tokens and 2 drafts, the second
+    of which ends the text. Drafts from n-grams ran nothing: ``known`` is 4, as the last token has not entered. Verifying
+    appends token 5 and draft 1 (nothing follows draft 2, so it stays out) and reads both rows. Drafts from an exit: token 5
+    and draft 1 have run up to the exit, ``known`` is 6, and verifying appends nothing and runs the blocks above.
     """
 
     known: int
@@ -47,7 +50,7 @@ class Proposer(Protocol):
 
     def on_verified(self, accepted: int) -> None:
         """Full depth accepted so many drafts of the last proposal."""
-        ...
+        return
 
 
 class Verification:
@@ -60,8 +63,8 @@ class Verification:
         """Where verification begins in mid-text, once: why."""
         return None
 
-    def due(self) -> bool:
-        """Whether the next drafts are verified; decided before they are made."""
+    def should_verify(self) -> bool:
+        """Of the next drafts; decided before they are made."""
         return True
 
     def on_verified(self, proposal: Proposal, outputs: Replies) -> None:
@@ -102,7 +105,7 @@ def speculate(request: Request, strategy: Strategy) -> SequenceLogic:
     while (left := request.budget + len(request.prompt) - len(text)) > 0 and not request.ends(text[-1]):
         if (drift := verification.drift()) is not None:
             yield drift
-        always, due = verification.always, verification.due()
+        always, due = verification.always, verification.should_verify()
         most = min(strategy.draft_tokens, left - 1) if always else 1
         proposal = yield from strategy.proposer.propose(text, most)
         if due or not proposal.drafts:

@@ -9,7 +9,7 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text
 
-from adi.decoding.records import Draft, Drafted, Event, Step, TakenBack
+from adi.decoding.records import Draft, Drafted, Event, Rejected, Step
 
 # Warm where the model stopped early, cool where it went deep; even steps in lightness, readable on black and on white.
 SCALE = ("#e8590c", "#e67700", "#b08900", "#5c940d", "#0b8a6a", "#0c7fb0", "#5568c9")
@@ -55,7 +55,7 @@ class Painter:
         match event:
             case Drafted():
                 self._drafts.append(event.draft)
-            case TakenBack():
+            case Rejected():
                 del self._drafts[-event.count :]
             case Step():
                 if event.drafted and self._drafts:

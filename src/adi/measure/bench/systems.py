@@ -11,7 +11,6 @@ from statistics import median
 from adi.artifact import Exits, bare_exits, load_exits
 from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
-from adi.decoding.records import Step
 from adi.decoding.session import Session
 from adi.decoding.teacher_forcing import encoded
 from adi.errors import AdiError
@@ -83,7 +82,7 @@ def timed(model: Model, policy: Policy, token_ids: Ids, max_new_tokens: int) -> 
     """One generation by adi with its wall-clock times, the session's own making included."""
     start = time.perf_counter()
     session = Session(model, token_ids, policy, max_new_tokens=max_new_tokens)
-    steps = [event for event in session if isinstance(event, Step)]
+    steps = list(session.steps())
     seconds, c = time.perf_counter() - start, session.counters
     return Outcome(tuple(s.token for s in steps), seconds, steps[0].seconds, c.rounds, c.drafted, c.accepted)
 
