@@ -34,8 +34,8 @@ RATIO_WEIGHT, RATIO_MEMORY = 6.0, 0.95
 
 # How often the next token was what a memory says after a run of so many matched tokens, and, that one right, the next: of the
 # text at hand on 300 answers of SmolLM2-135M to training prompts; of habits on four kinds of task that came again eight times
-# with other details, and on questions between them that had nothing to do with them (email, code, extraction, travel of
-# tools/habit.py). Where the memory voted, by tenth of the winner's share, on held-out talk.
+# with other details (email, code, extraction, travel), and on questions between them that had nothing to do with them.
+# Where the memory voted, by tenth of the winner's share, on held-out talk.
 MATCHED_FIRST: Mapping[str, Sequence[float]] = {
     "context": (0.0, 0.23, 0.55, 0.65, 0.71, 0.71, 0.74, 0.77, 0.91),
     "history": (0.0, 0.1, 0.27, 0.33, 0.48, 0.62, 0.64, 0.72, 0.77),
