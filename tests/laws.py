@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from adi.decoding.controller import Controller
-from adi.decoding.cost_model import CostModel
-from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.drafting.controller import Controller
+from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
 from adi.decoding.requests import DraftStep, DraftToken, Emitted, Forward, Request, SequenceLogic
 from adi.decoding.sampler import Sampler, distribution
 from adi.decoding.sampling import Sampling

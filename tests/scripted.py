@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
 from adi.decoding.reflex import Unverified
 from adi.decoding.requests import DraftToken, Emitted, Fallback, Forward, Request, SequenceLogic
 from adi.decoding.speculate import Strategy, Verification, speculate

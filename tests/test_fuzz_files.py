@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import adi
 from adi.cli.app import app
 from adi.cli.shared.options import likely_stops, read_trigger
-from adi.decoding.cost_model import cost_model_of
+from adi.decoding.drafting.cost_model import cost_model_of
 from adi.drafters.history import History
 from adi.measure.bench.outcomes import Outcome, Sweep, SweepPoint
 from adi.measure.bench.report import bench_page, read_result
@@ -205,7 +205,7 @@ def test_a_damaged_cost_table_is_measured_anew(content: bytes) -> None:
     _KEPT["model"] = model
     with workplace() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADI_CACHE", str(folder))
-        patch.setattr("adi.decoding.cost_model.REPEATS", 1)
+        patch.setattr("adi.decoding.drafting.cost_model.REPEATS", 1)
         cost_model_of(replace(model, notes={}))
         (note,) = folder.rglob("*.json")
         note.write_bytes(content)

@@ -216,7 +216,7 @@ def test_events_keep_their_order_while_a_stop_string_may_come() -> None:
 
 
 def test_what_a_driver_does_between_passes_is_no_cost_of_a_pass(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adi.decoding.cost_model import CostModel
+    from adi.decoding.drafting.cost_model import CostModel
 
     noted: list[float] = []
     monkeypatch.setattr(CostModel, "passed", lambda self, rows, seconds: noted.append(seconds))

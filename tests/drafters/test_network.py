@@ -38,11 +38,11 @@ def parts(norm: str, width: int, bias: bool, size: int, hidden: int = 20) -> tup
 def compiled_step(net: Drafter, readout: ReadOut, eight_bits: bool) -> Any:
     """A step as the compiled engine runs it."""
     ov = pytest.importorskip("openvino")
-    from adi.model.openvino.modules import CompiledModule, converted
+    from adi.model.openvino.modules import OpenVinoModule, converted
 
     core, width = ov.Core(), len(net.out_D)
     graph = partial(converted, core, None, "step", lambda: step_function(net, readout), [width] * 2, eight_bits)
-    return CompiledModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
+    return OpenVinoModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def normed(row: list[float], kind: str, eps: float, gain: list[float], shift: list[float]) -> list[float]:

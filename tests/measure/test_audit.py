@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli.app import app
-from adi.decoding.cost_model import CostModel
+from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.frontier import Frontier
 from adi.decoding.sampler import Sampler
 from adi.measure.audit.faults import Scripted, drive

@@ -43,7 +43,7 @@ def parts(norm: str, width: int, bias: bool, size: int) -> tuple[Adapter, ReadOu
 def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool, size: int, eight_bits: bool) -> None:
     import openvino as ov
 
-    from adi.model.openvino.modules import CompiledModule, converted
+    from adi.model.openvino.modules import OpenVinoModule, converted
 
     adapter, readout, ids_S = parts(norm, width, bias, size)
     among = shortlist(readout, ids_S)
@@ -51,7 +51,7 @@ def test_a_compiled_head_says_what_torch_says(norm: str, width: int, bias: bool,
     graph = functools.partial(
         converted, core, None, "head", lambda: head_function(adapter, readout, ids_S), [width], eight_bits
     )
-    run = CompiledModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
+    run = OpenVinoModule(core, graph, {"INFERENCE_PRECISION_HINT": "f32"})
 
     def head(hidden_TD: torch.Tensor) -> Prediction:
         *rows, log_probs_TS = map(torch.from_numpy, run(hidden_TD))
@@ -97,7 +97,7 @@ def test_readings_on_the_compiled_engine_come_from_it() -> None:
 def test_a_function_is_converted_once_and_again_only_where_it_is_damaged(tmp_path: Path) -> None:
     import openvino as ov
 
-    from adi.model.openvino.modules import CompiledModule, converted
+    from adi.model.openvino.modules import OpenVinoModule, converted
 
     core, built = ov.Core(), []
 
@@ -107,7 +107,7 @@ def test_a_function_is_converted_once_and_again_only_where_it_is_damaged(tmp_pat
 
     def run(name: str) -> list[float]:
         graph = functools.partial(converted, core, tmp_path, name, function, [3], False)
-        return CompiledModule(core, graph, {})(torch.ones(1, 3))[0].ravel().tolist()  # type: ignore[no-any-return]
+        return OpenVinoModule(core, graph, {})(torch.ones(1, 3))[0].ravel().tolist()  # type: ignore[no-any-return]
 
     assert run("double") == [2, 2, 2]
     assert run("double") == [2, 2, 2]

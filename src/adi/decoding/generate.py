@@ -15,7 +15,7 @@ from adi.model.load import Model
 from adi.model.tokenizer import Prompt
 
 
-class SamplingOptions(TypedDict, total=False):
+class SamplingKeywords(TypedDict, total=False):
     """How tokens are drawn, by the fields of ``Sampling``; what is left out has its default."""
 
     temperature: float
@@ -26,7 +26,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
 
 
-class Options(SamplingOptions, total=False):
+class GenerateKeywords(SamplingKeywords, total=False):
     """Options of ``stream``, ``generate`` and ``generate_batch``, described and with their defaults at ``stream``."""
 
     max_new_tokens: int
@@ -52,7 +52,7 @@ def stream(
     model: Model,
     prompt: Prompt,
     policy: Policy | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[GenerateKeywords],
 ) -> Iterator[Step]:
     """Generate token by token; one ``Step`` for each as soon as it is final.
 
@@ -78,18 +78,18 @@ def stream(
     return Session(model, prompt, policy, **_split(options)).steps()
 
 
-def _split(options: Options) -> dict[str, Any]:
+def _split(options: GenerateKeywords) -> dict[str, Any]:
     """As ``Session`` takes them, with a ``Sampling``."""
-    drawn = {name: value for name, value in options.items() if name in SamplingOptions.__annotations__}
+    drawn = {name: value for name, value in options.items() if name in SamplingKeywords.__annotations__}
     rest = {name: value for name, value in options.items() if name not in drawn}
-    return {**rest, "sampling": Sampling(**cast("SamplingOptions", drawn))}
+    return {**rest, "sampling": Sampling(**cast("SamplingKeywords", drawn))}
 
 
 def generate(
     model: Model,
     prompt: Prompt,
     policy: Policy | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[GenerateKeywords],
 ) -> Generation:
     """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``."""
     session = Session(model, prompt, policy, **_split(options))
@@ -103,7 +103,7 @@ def generate_batch(
     *,
     most: int = MOST,
     observer: Observer[Session] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[GenerateKeywords],
 ) -> list[Generation]:
     """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
 

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 from adi.artifact import Exits, shipped_for
-from adi.decoding.controller import MOST_DRAFTS, Controller
-from adi.decoding.cost_model import CostModel, cost_model_of
-from adi.decoding.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.drafting.controller import MOST_DRAFTS, Controller
+from adi.decoding.drafting.cost_model import CostModel, cost_model_of
+from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
 from adi.decoding.records import Drift
 from adi.decoding.reflex import Loss, SpotCheck, Unverified, disagrees
 from adi.decoding.requests import DepthOutput, Request

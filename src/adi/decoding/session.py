@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from adi.artifact import Reader
-from adi.decoding.controller import MOST_DRAFTS
+from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
 from adi.decoding.policies import Policy, required
 from adi.decoding.records import (

@@ -18,7 +18,7 @@ from adi.decoding.requests import DraftToken, Emitted, ExitCheck, Fallback, Forw
 
 if TYPE_CHECKING:
     from adi.artifact import Exits
-    from adi.decoding.cost_model import CostModel
+    from adi.decoding.drafting.cost_model import CostModel
     from adi.drafters.network import Drafting
 
 
@@ -41,7 +41,7 @@ Proposing = Generator[Yields, Replies, Proposal]
 
 
 class Proposer(Protocol):
-    """Makes drafts; ``decoding.proposers`` has one for exits and one for n-gram matches and the drafter."""
+    """Makes drafts; ``decoding.drafting.proposers`` has one for exits and one for n-gram matches and the drafter."""
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
         """At most ``most`` drafts after ``text``, whose last token has not entered the network. No draft follows one that ends

@@ -55,9 +55,7 @@ def audit(
     Raises:
         AdiError: for options that are out of range, and whatever ``load`` and ``load_exits`` raise.
     """
-    for name, value in (("limit", limit), ("max_new_tokens", max_new_tokens), ("draws", draws)):
-        if value < 1:
-            raise AdiError(f"{name} is {value}; it must be at least 1.")
+    _check_counts(limit=limit, max_new_tokens=max_new_tokens, draws=draws)
     if not precisions:
         raise AdiError("precisions is empty; give at least one, such as fp32.")
     items = spread(read_prompts("bench"), limit) if prompts is None else []
@@ -85,6 +83,12 @@ def audit(
         "violations": violations,
         "engines": engines,
     }
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise AdiError(f"{name} is {value}; it must be at least 1.")
 
 
 def audit_page(report: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from adi.decoding.cost_model import PAST, interpolate
+from adi.decoding.drafting.cost_model import PAST, interpolate
 from adi.errors import AdiError
 from adi.model.backbone import Backbone, Rows
 

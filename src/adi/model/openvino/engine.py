@@ -18,7 +18,7 @@ from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
-from adi.model.openvino.modules import CompiledModule, Embedding, converted
+from adi.model.openvino.modules import Embedding, OpenVinoModule, converted
 from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
 
 if TYPE_CHECKING:
@@ -189,10 +189,10 @@ class OpenVinoBackbone:
     def embed(self, ids: Sequence[int]) -> States:
         return States(self._embedding.run(ids))
 
-    def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
+    def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> OpenVinoModule:
         """The function as a graph, kept beside the export; its matrices take 8 bits a weight where the model's do."""
         graph = partial(converted, self._core, self._folder, name, function, widths, self.spec.precision != "fp32")
-        return CompiledModule(self._core, graph, self._config)
+        return OpenVinoModule(self._core, graph, self._config)
 
     @property
     def can_propagate(self) -> bool:

@@ -25,7 +25,7 @@ LEAST_OUTPUTS = 16  # matrices with fewer stay in 32 bits
 CONVERTER = (Path(__file__), Path(arrays.__file__))  # what is kept was made by this code
 
 
-class CompiledModule:
+class OpenVinoModule:
     """A graph over rows ``[T, width]``; compiled on first use, for a lone row with fixed shapes, which is what drafting asks
     for. One call at a time."""
 

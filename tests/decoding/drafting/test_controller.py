@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.decoding.controller import HOPELESS, LOSS, Controller, DraftChoice, bin_of
-from adi.decoding.cost_model import CostModel
+from adi.decoding.drafting.controller import HOPELESS, LOSS, Controller, DraftChoice, bin_of
+from adi.decoding.drafting.cost_model import CostModel
 from adi.drafters.ngram import NgramMatch
 
 STEEP = {1: 20.0, 2: 20.2, 3: 23.8, 4: 25.4, 6: 33.7, 8: 42.6, 12: 48.5, 16: 57.5}  # measured, int8 on an AVX2 machine

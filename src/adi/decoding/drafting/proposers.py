@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adi.decoding.controller import FULL, DraftChoice
+from adi.decoding.drafting.controller import FULL, DraftChoice
 from adi.decoding.requests import DraftStep, DraftToken, ExitCheck, Forward, Replies, Request, Yields
 from adi.decoding.speculate import Proposal, Proposer, Proposing
 from adi.drafters.ngram import NgramIndex, NgramMatch
@@ -78,7 +78,7 @@ class NgramSources:
 
 
 class DraftControl(Protocol):
-    """Chooses the drafter of a round and how far it drafts; ``decoding.controller.Controller`` adapts."""
+    """Chooses the drafter of a round and how far it drafts; ``decoding.drafting.controller.Controller`` adapts."""
 
     def at_position(self, length: int) -> None:
         """The next round begins after so many positions."""

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adi
-from adi.decoding import cost_model as module
-from adi.decoding.cost_model import CostCorrection, CostModel, cost_model_of, measure
+from adi.decoding.drafting import cost_model as module
+from adi.decoding.drafting.cost_model import CostCorrection, CostModel, cost_model_of, measure
 from adi.errors import MemoryFullError
 
 

@@ -17,7 +17,7 @@ import torch
 import adi
 from adi.decoding import policies as policies_module
 from adi.decoding import speculate as speculate_module
-from adi.decoding.cost_model import CostModel
+from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.requests import DepthOutput, DraftStep
 from adi.drafters.history import History
 from adi.drafters.network import DraftGuess, Drafting

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from adi.decoding.cost_model import CostModel
+from adi.decoding.drafting.cost_model import CostModel
 from adi.drafters.ngram import NgramMatch
 
 MOST_DRAFTS = 15

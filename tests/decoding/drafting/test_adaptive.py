@@ -9,9 +9,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.decoding.controller import Controller, DraftChoice
-from adi.decoding.cost_model import CostModel
-from adi.decoding.proposers import ControlledProposer, NgramSources
+from adi.decoding.drafting.controller import Controller, DraftChoice
+from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.proposers import ControlledProposer, NgramSources
 from adi.decoding.requests import DraftStep, Emitted, Forward, Request
 from adi.decoding.speculate import Strategy, speculate
 from adi.drafters.ngram import NgramIndex, NgramMatch

@@ -1,0 +1,1 @@
+"""Who drafts and how far: proposers, the controller, and what passes cost."""
