@@ -76,11 +76,13 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 @contextmanager
 def workplace(*copied: Path) -> Iterator[Path]:
-    """A folder for one example, with these files in it."""
+    """A folder for one example, with these files in it; nothing else is in the folder above."""
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "place"
+        folder.mkdir()
         for path in copied:
-            shutil.copy(path, Path(name) / path.name)
-        yield Path(name)
+            shutil.copy(path, folder / path.name)
+        yield folder
 
 
 class Bomb:
