@@ -48,7 +48,7 @@ def plotted(path: Path) -> str:
 
 
 def restored(path: Path) -> object:
-    found = ResumeFile(path, _KEPT["terms"]).read()
+    found = ResumeFile(path.with_name(path.name.removesuffix(".partial")), _KEPT["terms"]).read()
     found.restore([System("a", None)])  # type: ignore[arg-type]
     return found.sweeps
 
@@ -103,7 +103,7 @@ SHIPPED = Path(adi.__file__).parent / "data" / "exits" / "smollm2-135m"
 
 
 def good(kind: str) -> Path:
-    return _KEPT["place"] / kind
+    return _KEPT["place"] / {"unfinished benchmark": "unfinished benchmark.partial"}.get(kind, kind)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind != "shard"])
@@ -118,8 +118,8 @@ def test_the_whole_files_are_read(kind: str) -> None:
 def test_damaged_files(kind: str, data: st.DataObject) -> None:
     with workplace(good(kind)) as folder:
         content = good(kind).read_bytes()
-        (folder / kind).write_bytes(data.draw(damaged(content[:20_000])) + content[20_000:])
-        only_value_errors(lambda: LOADERS[kind](folder / kind))
+        (folder / good(kind).name).write_bytes(data.draw(damaged(content[:20_000])) + content[20_000:])
+        only_value_errors(lambda: LOADERS[kind](folder / good(kind).name))
 
 
 @pytest.mark.parametrize("kind", JSONS)
@@ -128,16 +128,16 @@ def test_damaged_files(kind: str, data: st.DataObject) -> None:
 def test_other_values_in_any_place(kind: str, data: st.DataObject) -> None:
     with workplace(good(kind)) as folder:
         value = data.draw(changed(json.loads(good(kind).read_text())))
-        (folder / kind).write_text(json.dumps(value))
-        only_value_errors(lambda: LOADERS[kind](folder / kind))
+        (folder / good(kind).name).write_text(json.dumps(value))
+        only_value_errors(lambda: LOADERS[kind](folder / good(kind).name))
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", nested(), nested('{"a":', "}"), "\x00\xff", "{" * 9])
 def test_foreign_files(kind: str, text: str, tmp_path: Path) -> None:
     """Answers are what an interruption left, so of them the readable beginning counts: here nothing."""
-    (tmp_path / kind).write_text(text)
-    assert not only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
+    (tmp_path / good(kind).name).write_text(text)
+    assert not only_value_errors(lambda: LOADERS[kind](tmp_path / good(kind).name))
 
 
 @pytest.mark.parametrize("kind", [*JSONS, "prompts"])
@@ -149,14 +149,14 @@ def test_json_nested_almost_too_deeply(kind: str, tmp_path: Path) -> None:
         deep = "[" * depth + "]" * depth
         for key in value:
             text = json.dumps({**value, key: "@"})
-            (tmp_path / kind).write_text(text.replace('"@"', deep) + "\n")
-            only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
+            (tmp_path / good(kind).name).write_text(text.replace('"@"', deep) + "\n")
+            only_value_errors(lambda: LOADERS[kind](tmp_path / good(kind).name))
 
 
 @pytest.mark.parametrize("kind", [*JSONS, "prompts", "history"])
 def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
     for make in (os.mkfifo, os.mkdir, endless):
-        path = tmp_path / make.__name__
+        path = tmp_path / f"{make.__name__}.partial"
         make(path)
         with pytest.raises(ValueError, match=r"not a file|cannot (read|use)"):
             LOADERS[kind](path)
@@ -165,17 +165,17 @@ def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [*JSONS, "prompts", "history"])
 def test_oversized_files_are_not_read(kind: str) -> None:
     with workplace(good(kind)) as folder:
-        os.truncate(folder / kind, 5 << 30)  # a hole: takes no disk
+        os.truncate(folder / good(kind).name, 5 << 30)  # a hole: takes no disk
         with pytest.raises(ValueError, match=r"MiB|bytes"):
-            LOADERS[kind](folder / kind)
+            LOADERS[kind](folder / good(kind).name)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_no_code_runs(kind: str, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     for content in bombs(marker, tmp_path / "bomb"):
-        (tmp_path / kind).write_bytes(content)
-        assert not only_value_errors(lambda: LOADERS[kind](tmp_path / kind))
+        (tmp_path / good(kind).name).write_bytes(content)
+        assert not only_value_errors(lambda: LOADERS[kind](tmp_path / good(kind).name))
     assert not marker.exists()
 
 

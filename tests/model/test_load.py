@@ -84,6 +84,14 @@ def test_two_threads_may_load_with_an_empty_cache(
     assert len(texts) == 1
 
 
+def test_many_threads_that_read_a_model_leave_the_reader_as_it_was(tmp_path: Path) -> None:
+    """transformers switches functions of the whole process while it reads, such as the one that ties weights."""
+    tiny("gemma2").save_pretrained(tmp_path / "model")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: adi.load(str(tmp_path / "model"), backend="hf"), range(24)))
+    assert adi.load(str(tmp_path / "model"), backend="hf").backbone.spec.backend == "hf", "its head is tied to its embedding"
+
+
 @openvino
 def test_a_bug_in_the_exporter_is_not_a_model_that_cannot_be_exported(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

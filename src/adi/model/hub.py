@@ -20,6 +20,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 Notice = Callable[[str], None]
 CONVERTING = threading.Lock()
+READING = threading.Lock()  # from_pretrained switches functions of the whole process, and two at once leave some switched
 
 
 def source_folder(source: str, notice: Notice) -> str:
@@ -76,7 +77,8 @@ def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
     try:
         with quiet_transformers():
             given: Any = {"gguf_file": gguf.name, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="float32")
+            with READING:
+                model = AutoModelForCausalLM.from_pretrained(gguf.parent, **given, dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # the reader meets arbitrary bytes and raises anything
         raise_if_no_memory(error)

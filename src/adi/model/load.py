@@ -19,6 +19,7 @@ from adi.model.backbone import Backbone
 from adi.model.fast_tokenizer import fast_tokenizer
 from adi.model.hub import (
     DEFAULT,
+    READING,
     Notice,
     local_folder,
     own_tokenizer,
@@ -181,7 +182,8 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     try:
         with quiet_transformers():
             options: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # nor asks whether to
-            model, report = AutoModelForCausalLM.from_pretrained(place, **options)
+            with READING:
+                model, report = AutoModelForCausalLM.from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise AdiError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             tokenizer = tokenizer or own_tokenizer(place)
