@@ -6,11 +6,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A prompt of the usual gain; questions gain least (README, when it does not help).
+DEMO := Write a short thank-you note to a colleague who helped me move house, and mention the van, the stairs and the pizza.
 
 .PHONY: demo test check format exits clean
 
 demo: $(READY)
-	$(BIN)/adi run --compare
+	$(BIN)/adi run --compare "$(DEMO)"
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: about 5 GiB of memory
