@@ -249,6 +249,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_arrays(path: Path, digest: str) -> Arrays:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     require_file(path, "exits' tensors", MOST_TENSOR_BYTES)
@@ -256,7 +257,7 @@ def _read_arrays(path: Path, digest: str) -> Arrays:
         raise FileError(f"{path.name} is not the file that {JSON} was written for (its digest differs)")
     try:
         arrays: Arrays = load_file(path)
-    except Exception as error:  # whatever safetensors and numpy raise for a foreign file or a type that numpy lacks
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a type that numpy lacks
         raise FileError(f"{path.name}: {error}") from None
     return arrays
 

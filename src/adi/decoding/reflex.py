@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from adi.decoding.requests import DepthOutput, Fallback, Replies
 from adi.decoding.speculate import Proposal, Verification
@@ -45,14 +46,14 @@ class SpotCheck(Verification):
     _known: int = 0  # rounds that ran before a restart
     _fell: int | None = None  # the round in which verification began
     _rng: random.Random | None = None
-    _start: object = None
+    _start: tuple[Any, ...] | None = None
 
     def restarted(self) -> SpotCheck:
         """From its beginning."""
         self._known, self._rounds = max(self._known, self._rounds), 0
         self.always, self.checked, self.differed = False, 0, 0
-        if self._rng is not None:
-            self._rng.setstate(self._start)  # type: ignore[arg-type]
+        if self._rng is not None and self._start is not None:
+            self._rng.setstate(self._start)
         return self
 
     def drift(self) -> Fallback | None:

@@ -11,6 +11,7 @@ given, and trusts of a layer's KV memory only what lies before the first of thes
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -54,12 +55,12 @@ class Spec:
     threads: int | None = None
 
 
-class KVCache:
+class KVCache(ABC):
     """KV memory of one sequence, from ``Backbone.new_cache``; a context manager that closes it."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free the memory; the cache is empty then, and not to be used again. Closing twice is allowed."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
