@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from adi.cli.shared.options import JsonFileOption, ModelArgument, chosen_among, option
-from adi.cli.shared.output import command_line, err, out, percent, say, table
+from adi.cli.shared.output import command_line, err, out, percent, table
 from adi.files import read_text, require_writable, write_json
+from adi.progress import Reporter
 
 
 def quality(
@@ -23,8 +24,10 @@ def quality(
 
     precisions = chosen_among(("fp32", "int8", "int4"), "--precision", precision)
     require_writable(json_out)
-    read, notice = None if text is None else read_text(text, "text"), partial(say, err())
-    found = measure(model, precisions, text=read, tokens=tokens, command=command_line(), notice=notice)
+    read = None if text is None else read_text(text, "text")
+    with Reporter(err(), f"quality of {model}") as progress:
+        notice = partial(progress, 0, 0)
+        found = measure(model, precisions, text=read, tokens=tokens, command=command_line(), notice=notice)
     if json_out is not None:
         write_json(json_out, found)
     rows = [

@@ -191,7 +191,7 @@ def _reading(
     for e, depth in enumerate(depths):
         assert exits is not None
         head = exits.reader(backbone)(depth, seen.hidden[depth])
-        exit_ET[e] = head_tokens(head)
+        exit_ET[e] = head.tokens_T.cpu()
         for name, measure in READ.items():
             signals[name][e] = measure(head).float().cpu()
     full, regrets = list[Tensor](), list[Tensor]()
@@ -201,11 +201,6 @@ def _reading(
         regrets.append((logits_TV.amax(-1, keepdim=True).cpu() - logits_TV.cpu().gather(1, wanted_RT.T)).T)
     regret_RT = torch.cat(regrets, 1)
     return ForcedReading(prompt_ids, answer_T, torch.cat(full), exit_ET, signals, regret_RT[0], regret_RT[1:])
-
-
-def head_tokens(head: Prediction) -> Tensor:
-    """Each row's likeliest token by an exit head, ``[T]``."""
-    return head.tokens_T.cpu()
 
 
 def encoded(model: Model, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:

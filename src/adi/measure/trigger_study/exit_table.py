@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adi.artifact import Exits
-from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens, head_tokens
+from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens
 from adi.exits.probe import Probe
 from adi.exits.signals import SIGNALS, Prediction, lumped_entropy
 from adi.measure.trigger_study.pass_seconds import median_seconds
@@ -57,7 +57,7 @@ def exit_tables(
         for depth in exits.depths:
             head = read(depth, seen.hidden[depth])
             signals = {n: v.float().cpu() for n, v in signals_of(head, seen, depth, exits.probe).items()}
-            right_N = head_tokens(head) == full_N
+            right_N = head.tokens_T.cpu() == full_N
             marks_N, lumped_N = torch.full_like(right_N, calibrates[i]), lumped_entropy(head).float().cpu()
             parts[depth].append(ExitTable(signals, right_N, marks_N, lumped_N, *at_temperatures(head, full_N)))
         progress(i + 1, len(texts), "reading answers at every exit")
