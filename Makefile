@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/adi run --compare "$(DEMO)"
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: about 5 GiB of memory
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7.4 GiB of memory at once
 
 check: $(READY)
 	$(BIN)/ruff check .
