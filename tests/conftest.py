@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TERMINAL_WIDTH"] = "1000"  # of typer's boxes: where a message wraps depends on the length of temporary paths
 
 import pytest
 import torch
