@@ -13,6 +13,7 @@ import adi
 from adi.decoding.frontier import BlockPass, HeadPass
 from adi.decoding.records import Drafted, Rejected
 from adi.decoding.scheduler import Observer, Scheduler, sharing
+from adi.decoding.stop_strings import StopStrings
 from adi.model.backbone import Rows, States
 from adi.model.hf import HfBackbone
 from families import VOCABULARY, tiny
@@ -212,7 +213,7 @@ def test_who_shares_a_pass(counts: list[int], most: int) -> None:
 class Waiting:
     """A sequence that asks for the same pass over one row again and again."""
 
-    budget, prompt_ids, stop = 9, (1,), ()
+    budget, prompt_ids, stops = 9, (1,), staticmethod(lambda: StopStrings(()))
 
     def __init__(self) -> None:
         self.served, self.passes = 0, 10**6

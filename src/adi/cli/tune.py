@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, listed, option, parse_depths
+from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, listed, option, whole_numbers
 from adi.cli.shared.output import command_line, err, percent, say, table
 from adi.errors import UsageError
 from adi.progress import Reporter
@@ -49,7 +49,7 @@ class TrainingOptions:
     def options(self) -> TuneOptions:
         from adi.training.tune import TuneOptions
 
-        return TuneOptions(**vars(self) | {"depths": None if self.depths is None else parse_depths(self.depths)})
+        return TuneOptions(**vars(self) | {"depths": None if self.depths is None else whole_numbers("depths", self.depths)})
 
 
 def tune(

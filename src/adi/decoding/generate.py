@@ -30,7 +30,8 @@ class GenerateKeywords(SamplingKeywords, total=False):
     """Options of ``stream``, ``generate`` and ``generate_batch``, described and with their defaults at ``stream``."""
 
     max_new_tokens: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
     stop_at_eos: bool
     raw: bool
     special_tokens: bool
@@ -62,7 +63,8 @@ def stream(
         policy: by default ``Verified``, with the exits shipped for the model where there are some; or ``FullDepth()``,
             ``Verified(exits)``, ``Reflex(exits, ...)``, ``Lookup()``, ``Static(exits, depth, draft_tokens)``.
         max_new_tokens: at most so many tokens, by default 256.
-        stop: texts that end the output; they are not part of it.
+        stop: texts that end the output; they are not part of it. One may be or hold a special token, such as ``<|im_end|>``.
+        stop_token_ids: tokens that end the output beside the model's own; like those they are part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.
         raw: leave the chat template out.
         special_tokens: read what the prompt spells like a special token, such as ``<|im_end|>``, as that token. By default it
@@ -115,8 +117,8 @@ def generate_batch(
         most: so many sequences run at once at most; the others wait, and join as texts end and KV memory is free.
         seed: each prompt draws with its own, ``prompt_seed(seed, its index)``, which gives the same text to ``generate``.
         observer: sees what the network computes for each prompt's session.
-        model, policy, max_new_tokens, stop, stop_at_eos, raw, special_tokens, candidates, temperature, top_k, top_p, min_p,
-            repetition_penalty: as for ``generate``.
+        model, policy, max_new_tokens, stop, stop_token_ids, stop_at_eos, raw, special_tokens, candidates, temperature, top_k,
+            top_p, min_p, repetition_penalty: as for ``generate``.
 
     Raises:
         AdiError: before any work, for an option or a prompt without meaning (the prompt is named by its index); and, as

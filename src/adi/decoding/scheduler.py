@@ -61,9 +61,8 @@ class Schedulable(Protocol):
         """Most new tokens."""
         ...
 
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end the output."""
+    def stops(self) -> StopStrings:
+        """What watches for the texts that end the output, anew for each run."""
         ...
 
     def run(self) -> Work:
@@ -118,7 +117,7 @@ class _Entry(Generic[S]):
         self.begin()
 
     def begin(self) -> None:
-        self.work, self.stops = self.sequence.run(), StopStrings(self.sequence.stop)
+        self.work, self.stops = self.sequence.run(), self.sequence.stops()
         self.need = self.reply = None
 
     def end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
-from adi.errors import AdiError
+from adi.errors import AdiError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
@@ -53,7 +54,8 @@ class Session:
         policy: Policy | None = None,
         *,
         max_new_tokens: int = 256,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
+        stop_token_ids: Sequence[int] = (),
         stop_at_eos: bool = True,
         raw: bool = False,
         special_tokens: bool = False,
@@ -68,9 +70,10 @@ class Session:
         self._asked.check(model, self.sampling is not None)
         check_count("candidates", candidates, 0)
         self.prompt_ids = model.encode(prompt, raw=raw, special_tokens=special_tokens)
-        self.stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop)).stops
+        self._stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop or ())).stops
         self.budget, self._candidates = max_new_tokens, candidates
-        self._end_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
+        self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
+        self._end_ids = self._eos_ids | _token_ids("stop_token_ids", stop_token_ids, model)
         _check_length(model, len(self.prompt_ids), max_new_tokens)
         before = time.perf_counter()
         self.policy.prepare(model)
@@ -123,6 +126,10 @@ class Session:
     def close(self) -> None:
         """Free its KV memory; it cannot go on."""
         self.frontier.close()
+
+    def stops(self) -> StopStrings:
+        """Looks for the stop strings in the text, and in the text with its special tokens."""
+        return StopStrings(self._stop, self._special)
 
     def restart(self) -> None:
         """Be as new; ``run`` will give the same again, sampled and spot-checked by the same dice."""
@@ -268,8 +275,8 @@ class Session:
         """What the next token adds to the text."""
         text = self._detokenizer.push(token)
         if token in self._end_ids:
-            self.finish = "eos"
-        if self.finish == "eos" or len(self._tokens) == self.budget - 1:
+            self.finish = "eos" if token in self._eos_ids else "stop"
+        if token in self._end_ids or len(self._tokens) == self.budget - 1:
             text += self._detokenizer.finish()
         return text
 
@@ -283,11 +290,25 @@ class Session:
         signals = {name: output.signals[name] for name in output.signals}
         return Look(output.depth, output.token, self._spell(output.token), check.fired, signals, found)
 
+    def _special(self, token: int) -> str:
+        """How a token is spelled that the text leaves out; an end token ends the text anyway."""
+        tokenizer = self.model.tokenizer
+        return "" if tokenizer is None or token in self._end_ids else tokenizer.left_out(token)
+
     def _spell(self, token: int) -> str:
         """The token's own text; a draft's is asked for when it is made and again when it is thrown away."""
         if (text := self._spelled.get(token)) is None:
             text = self._spelled[token] = self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
         return text
+
+
+def _token_ids(name: str, given: Sequence[int], model: Model) -> frozenset[int]:
+    """Ids of the vocabulary; UsageError for anything else."""
+    vocabulary = model.backbone.spec.vocabulary
+    for i in given:
+        if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < vocabulary:
+            raise UsageError(f"{name} holds {i!r}; it must hold token ids, whole numbers from 0 to {vocabulary - 1}.")
+    return frozenset(operator.index(i) for i in given)
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:

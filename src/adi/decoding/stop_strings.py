@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from msgspec import structs
 
@@ -13,37 +15,56 @@ from adi.errors import UsageError
 class StopStrings:
     """Holds events back, in their order, while a stop string may have begun in the text; cuts the text where one is found.
 
-    ``push`` events one by one; after the last one, ``rest``. ``hit`` is the stop string that was found.
+    A stop string is looked for in the text as it is shown, and in the text with its special tokens, which ``special`` spells:
+    "" for a token that is none. ``push`` events one by one; after the last one, ``rest``. ``hit`` is the stop string found.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], special: Callable[[int], str] = lambda token: "") -> None:
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise UsageError(f"stop strings are texts of at least one character, got {list(stops)!r}.")
         self.stops = tuple(stops)
         self.hit: str | None = None
+        self._special = special
         self._held: list[Event] = []
+        self._texts: list[tuple[str, str]] = []  # of each held event, as shown and with special tokens
 
     def push(self, event: Event) -> list[Event]:
         """The events that may be shown by now."""
-        held = self._held
-        if not self.stops or not (held or isinstance(event, Step)):
+        if not self.stops or not (self._held or isinstance(event, Step)):
             return [event]
-        held.append(event)
-        text = "".join(map(_text, held))
-        if found := [(text.find(stop), stop) for stop in self.stops if stop in text]:
-            at, self.hit = min(found)
-            self._held = []
-            return list(_cut(held, at))
-        safe, shown = len(text) - self._overlap(text), list[Event]()
-        while held and len(_text(held[0])) <= safe:
-            safe -= len(_text(held[0]))
-            shown.append(held.pop(0))
-        return shown
+        self._held.append(event)
+        shown, special = (event.text, self._special(event.token)) if isinstance(event, Step) else ("", "")
+        self._texts.append((shown, shown + special))
+        readings = list(zip(*self._texts, strict=True))
+        if found := [place for texts in readings if (place := self._find(texts)) is not None]:
+            count, length, self.hit = min(found)
+            return _cut(self._taken(len(self._held))[:count], length)
+        return self._taken(min(map(self._safe, readings)))
 
     def rest(self) -> list[Event]:
         """What is still held back at the end of the text."""
-        held, self._held = self._held, []
-        return held
+        return self._taken(len(self._held))
+
+    def _taken(self, count: int) -> list[Event]:
+        taken = self._held[:count]
+        del self._held[:count], self._texts[:count]
+        return taken
+
+    def _find(self, texts: Sequence[str]) -> tuple[int, int, str] | None:
+        """The first stop string in these texts: how many of them begin before it, and how much of the last one does."""
+        text = "".join(texts)
+        found = [(text.find(stop), stop) for stop in self.stops if stop in text]
+        if not found:
+            return None
+        at, stop = min(found)
+        starts = list(accumulate(map(len, texts), initial=0))[:-1]
+        count = bisect_left(starts, at)
+        return count, at - starts[count - 1] if count else 0, stop
+
+    def _safe(self, texts: Sequence[str]) -> int:
+        """How many of these texts end before anything that may become a stop string."""
+        text = "".join(texts)
+        return bisect_right(list(accumulate(map(len, texts))), len(text) - self._overlap(text))
 
     def _overlap(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins some stop string."""
@@ -52,14 +73,8 @@ class StopStrings:
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
 
 
-def _text(event: Event) -> str:
-    return event.text if isinstance(event, Step) else ""
-
-
-def _cut(events: Sequence[Event], at: int) -> Iterator[Event]:
-    """Up to the last step whose text begins before ``at``, which is cut there."""
-    for event in events:
-        if at <= 0:
-            return
-        yield structs.replace(event, text=event.text[:at]) if isinstance(event, Step) else event
-        at -= len(_text(event))
+def _cut(events: list[Event], length: int) -> list[Event]:
+    """The events, of the last one so many characters."""
+    if events and isinstance(last := events[-1], Step):
+        events[-1] = structs.replace(last, text=last.text[:length])
+    return events

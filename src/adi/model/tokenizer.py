@@ -84,8 +84,12 @@ class Tokenizer:
             return self._spell(int(ids[0]))
         return self._decode(ids)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def left_out(self, token: int) -> str:
+        """How a special token is spelled, which ``decode`` leaves out; "" for any other token."""
+        return "" if self.decode((token,)) else self._decode((token,), special=True)
+
+    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+        return str(self.hf.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 class _Spelled:

@@ -83,6 +83,9 @@ class TextOptions:
     """How a prompt is read and where its text ends."""
 
     stop: Annotated[list[str] | None, option("--stop", help="Text that ends the output; may be repeated.")] = None
+    stop_token_ids: Annotated[
+        str | None, option("--stop-token-ids", metavar="IDS", help="Tokens that end the output, such as 2,504.", rare=True)
+    ] = None
     raw: Annotated[bool, option("--raw", help="Give the prompt to the model as it is, without a chat template.")] = False
     special_tokens: Annotated[
         bool,
@@ -93,6 +96,8 @@ class TextOptions:
     def settings(self) -> dict[str, Any]:
         """As ``generate`` takes them."""
         ends: dict[str, Any] = {"stop": tuple(self.stop or ()), "stop_at_eos": not self.ignore_eos}
+        if self.stop_token_ids is not None:
+            ends["stop_token_ids"] = whole_numbers("--stop-token-ids", self.stop_token_ids)
         return {**ends, "raw": self.raw, "special_tokens": self.special_tokens}
 
 
@@ -241,7 +246,7 @@ def exits_for(model: Model, given: str | None) -> Exits:
 
     name, _, depths = (given or "").partition(":")
     if name == "bare":
-        exits = bare_exits(model, parse_depths(depths) if depths else None)
+        exits = bare_exits(model, whole_numbers("depths", depths) if depths else None)
     elif given is not None:
         exits = load_exits(given)
     elif (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
@@ -280,12 +285,12 @@ def read_trigger(text: str) -> Trigger:
     return trigger_from_json(value)
 
 
-def parse_depths(text: str) -> tuple[int, ...]:
-    """Depths from "8,16,24"."""
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Numbers from "8,16,24"."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(map(int, text.split(",")))
     except ValueError:
-        raise UsageError(f"depths are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
+        raise UsageError(f"{name} are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
 
 
 def listed(text: str) -> list[str]:
