@@ -22,7 +22,8 @@ files machine progress
 schema
 prompts
 model.arrays
-model.backbone model.tokenizer model.fast_tokenizer model.hub
+model.backbone model.prompt model.messages model.fast_tokenizer model.hub
+model.tokenizer
 model.hf
 model.openvino
 model.load

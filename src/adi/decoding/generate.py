@@ -12,7 +12,7 @@ from adi.decoding.scheduler import MOST, Observer, Scheduler
 from adi.decoding.session import Session, check_count
 from adi.errors import AdiError, MemoryFullError
 from adi.model.load import Model
-from adi.model.tokenizer import Prompt
+from adi.model.prompt import Prompt, PromptKeywords, opened_batch
 
 
 class SamplingKeywords(TypedDict, total=False):
@@ -26,15 +26,13 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int | None
 
 
-class GenerateKeywords(SamplingKeywords, total=False):
+class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     """Options of ``stream``, ``generate`` and ``generate_batch``, described and with their defaults at ``stream``."""
 
     max_new_tokens: int
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     stop_at_eos: bool
-    raw: bool
-    special_tokens: bool
     candidates: int
 
 
@@ -59,7 +57,8 @@ def stream(
 
     Args:
         model: from ``adi.load``.
-        prompt: a string (one user message, in the model's chat template), a list of chat messages, or token ids.
+        prompt: a text (one user message, in the model's chat template), a list of chat messages, or token ids: a list, a tensor
+            or array, with a batch axis of one or without, or what a tokenizer returns, whose padding is taken out.
         policy: by default ``Verified``, with the exits shipped for the model where there are some; or ``FullDepth()``,
             ``Verified(exits)``, ``Reflex(exits, ...)``, ``Lookup()``, ``Static(exits, depth, draft_tokens)``.
         max_new_tokens: at most so many tokens, by default 256.
@@ -69,6 +68,10 @@ def stream(
         raw: leave the chat template out.
         special_tokens: read what the prompt spells like a special token, such as ``<|im_end|>``, as that token. By default it
             is text, so that a text from elsewhere cannot end the user's turn.
+        continue_final: whether the last message is to be continued, not answered; by default where it is the assistant's.
+        tools: JSON schemas or functions, for a chat template that reads them.
+        chat_template: another one than the tokenizer's: Jinja, or a file of it.
+        template_options: what else the chat template reads, such as ``{"enable_thinking": False}``.
         candidates: record, at every depth read, this many candidate tokens and all signals (slower).
         temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, as ``Sampling`` describes; greedy by
             default. The same seed gives the same text, at full depth and verified alike; verified, the distribution is the
@@ -117,8 +120,7 @@ def generate_batch(
         most: so many sequences run at once at most; the others wait, and join as texts end and KV memory is free.
         seed: each prompt draws with its own, ``prompt_seed(seed, its index)``, which gives the same text to ``generate``.
         observer: sees what the network computes for each prompt's session.
-        model, policy, max_new_tokens, stop, stop_token_ids, stop_at_eos, raw, special_tokens, candidates, temperature, top_k,
-            top_p, min_p, repetition_penalty: as for ``generate``.
+        model, policy, and all other options: as for ``generate``.
 
     Raises:
         AdiError: before any work, for an option or a prompt without meaning (the prompt is named by its index); and, as
@@ -128,7 +130,7 @@ def generate_batch(
     given = _split(options)
     sampling: Sampling = given.pop("sampling").settled()
     sessions: dict[Session, int] = {}
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(opened_batch(prompts)):
         try:
             sessions[Session(model, prompt, policy, sampling=sampling.of_prompt(i), **given)] = i
         except AdiError as error:

@@ -6,7 +6,7 @@ import functools
 import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
@@ -35,7 +35,8 @@ from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
-from adi.model.tokenizer import Detokenizer, Prompt
+from adi.model.prompt import Prompt, PromptKeywords
+from adi.model.tokenizer import Detokenizer
 
 COSTED_ROWS = MOST_DRAFTS + 1
 
@@ -57,10 +58,9 @@ class Session:
         stop: str | Sequence[str] | None = (),
         stop_token_ids: Sequence[int] = (),
         stop_at_eos: bool = True,
-        raw: bool = False,
-        special_tokens: bool = False,
         candidates: int = 0,
         sampling: Sampling | None = None,
+        **reading: Unpack[PromptKeywords],
     ) -> None:
         started = time.perf_counter()
         self._asked = required(policy, model)
@@ -69,7 +69,7 @@ class Session:
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         self._asked.check(model, self.sampling is not None)
         check_count("candidates", candidates, 0)
-        self.prompt_ids = model.encode(prompt, raw=raw, special_tokens=special_tokens)
+        self.prompt_ids = model.encode(prompt, **reading)
         self._stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop or ())).stops
         self.budget, self._candidates = max_new_tokens, candidates
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()

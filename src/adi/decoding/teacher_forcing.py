@@ -22,7 +22,7 @@ from adi.decoding.scheduler import sharing
 from adi.exits.signals import Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States
 from adi.model.load import Model
-from adi.model.tokenizer import Prompt
+from adi.model.prompt import Prompt
 
 MOST_TEXTS = 16  # that hold KV memory at a time
 READ: dict[str, Callable[[Prediction], Tensor]] = {"top_probability": top_probability, "entropy": entropy}

@@ -109,7 +109,11 @@ def fast_tokenizer(folder: Path, whole: Callable[[], Any]) -> FastTokenizer | No
 
 
 def _only_says(message: Any) -> bool:
-    return isinstance(message, dict) and {name: type(value) for name, value in message.items()} == {"role": str, "content": str}
+    """Whether it is a role and a text, or a role and parts."""
+    return isinstance(message, dict) and {name: type(value) for name, value in message.items()} in (
+        {"role": str, "content": str},
+        {"role": str, "content": list},
+    )
 
 
 def is_plain(template: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import operator
 import os
 import sys
 import warnings
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from adi.errors import AdiError, NotExportableError
+from adi.errors import AdiError, ModelError, NotExportableError, UsageError
 from adi.files import read_json
 from adi.model.backbone import Backbone
 from adi.model.fast_tokenizer import fast_tokenizer
@@ -28,7 +27,8 @@ from adi.model.hub import (
     source_folder,
     unreadable,
 )
-from adi.model.tokenizer import Message, Prompt, Tokenizer
+from adi.model.prompt import Prompt, PromptKeywords, opened
+from adi.model.tokenizer import Tokenizer
 
 COMPILED = ("fp32", "int8", "int4")
 TORCH = ("fp32", "bf16", "fp16")
@@ -48,39 +48,38 @@ class Model:
     source: str = field(default="")
     notes: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, special_tokens: bool = False) -> tuple[int, ...]:
-        """Token ids of a prompt: a string (one user message), a list of chat messages, or token ids as they are.
+    def encode(self, prompt: Prompt, **reading: Unpack[PromptKeywords]) -> tuple[int, ...]:
+        """Token ids of a prompt, read as ``adi.stream`` describes it.
 
-        ``raw`` leaves the chat template out. What a text spells like a special token is text, unless ``special_tokens``.
-        Raises ValueError for a prompt that is none of these, that is empty, that holds ids outside the vocabulary, or that
-        needs a tokenizer or chat template the model does not have.
+        UsageError for a prompt that is none, that is empty, that holds ids outside the vocabulary, or that needs a tokenizer
+        or chat template the model does not have; and for an option that means nothing for such a prompt.
         """
-        ids = self._ids(prompt, raw, special_tokens)
+        ids = self._ids(opened(prompt), **reading)
         if not ids:
-            raise AdiError("the prompt is empty; give at least one token.")
+            raise UsageError(f"the prompt is empty, {prompt!r:.40}; give at least one token.")
         vocabulary = self.backbone.spec.vocabulary
         if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
-            raise AdiError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
+            raise UsageError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
         return ids
 
-    def _ids(self, prompt: Prompt, raw: bool, special_tokens: bool) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise AdiError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
-            if raw:
-                return self.tokenizer.encode(prompt, special_tokens=special_tokens)
-            return self.tokenizer.chat([{"role": "user", "content": prompt}], special_tokens=special_tokens)
-        items: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "__iter__") else None
-        if items is not None and all(hasattr(i, "__index__") for i in items):
-            return tuple(operator.index(i) for i in items)
-        if items is not None and all(isinstance(i, dict) for i in items):
-            messages: list[Message] = items
-            if self.tokenizer is None:
-                raise AdiError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
-            if raw:
-                raise AdiError("raw=True leaves the chat template out, so it needs a text, not messages.")
-            return self.tokenizer.chat(messages, special_tokens=special_tokens)
-        raise AdiError(f"a prompt is a string, a list of messages or a list of token ids, not {type(prompt).__name__}.")
+    def _ids(
+        self, prompt: str | list[Any] | tuple[int, ...], raw: bool = False, special_tokens: bool = False, **chat: Any
+    ) -> tuple[int, ...]:
+        kind = {str: "a text", list: "messages", tuple: "token ids"}[type(prompt)]
+        idle = [name for name, value in chat.items() if value is not None] if raw or kind == "token ids" else []
+        idle += ["continue_final"] if kind == "a text" and chat.get("continue_final") else []
+        if idle:
+            raise UsageError(f"{idle[0]} is about messages, and the prompt is {kind}{' with raw=True' * raw}; leave it out.")
+        if isinstance(prompt, tuple):
+            return prompt
+        if self.tokenizer is None:
+            raise ModelError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
+        if raw and isinstance(prompt, list):
+            raise UsageError("raw=True leaves the chat template out, so it needs a text, not messages.")
+        if raw:
+            return self.tokenizer.encode(str(prompt), special_tokens=special_tokens)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.chat(messages, special_tokens=special_tokens, **chat)
 
 
 def load(

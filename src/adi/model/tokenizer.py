@@ -9,12 +9,14 @@ import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
-from adi.errors import AdiError
+from adi.errors import ModelError, UsageError
+from adi.files import read_text
+from adi.model.messages import check_options, normal, variants
+from adi.model.prompt import ChatKeywords, Message
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int]
 UNFINISHED = "\ufffd"
 ENCODING = threading.Lock()  # an attribute of the tokenizer, shared by all threads, says how to read special tokens
 KEPT_SPELLINGS = 65_536  # of lone tokens: drafts and texts under way ask for the same ones again and again
@@ -39,27 +41,61 @@ class Tokenizer:
         """
         return self._ids(text, split_special_tokens=not special_tokens)
 
-    def chat(self, messages: Sequence[Message], *, special_tokens: bool = False) -> tuple[int, ...]:
-        """Token ids of a conversation in the model's chat template, up to where its answer begins.
+    def chat(
+        self, messages: Sequence[Message], *, special_tokens: bool = False, **chat: Unpack[ChatKeywords]
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template, up to where its answer begins or goes on.
 
-        Only the template's own special tokens are such; what a message spells like one is text, unless ``special_tokens``.
-        ValueError without a template, and for messages that lack ``role`` or ``content``.
+        Only the template's own special tokens are such; what a message or tool spells like one is text, unless
+        ``special_tokens``. UsageError for messages and options that the template does not read or refuses.
         """
-        if not self.has_chat_template:
-            raise AdiError("this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt.")
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise AdiError(f"a message needs 'role' and 'content', got {message!r}.")
-        spelled = _Spelled(self._special, list(messages))
-        given = messages if special_tokens else spelled.messages
-        try:
-            text = self.hf.apply_chat_template(list(given), add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates are programs, and raise what they like
-            raise AdiError(f"the model's chat template refuses these messages: {error}") from None
+        given, tools, options = chat.get("chat_template"), chat.get("tools"), chat.get("template_options") or {}
+        own = self._template(given)
+        check_options(str(own), tools, options)
+        more = {**({} if given is None else {"chat_template": own}), **options}
+        in_parts = any(isinstance(m, Mapping) and isinstance(m.get("content"), (list, tuple)) for m in messages)
+        talk = normal(messages, str(own), in_parts and self._takes_parts(more))
+        wanted = chat.get("continue_final")
+        go_on = talk[-1]["role"] == "assistant" if wanted is None else wanted  # as transformers' pipeline has it
+        more |= {"continue_final_message": True} if go_on else {}
+        spelled = _Spelled(None if special_tokens else self._special)
+        more |= {"tools": spelled.renamed(list(tools))} if tools else {}
         ids: list[int] = []
-        for part, literal in spelled.parts(text):
+        for part, literal in spelled.parts(self._filled(spelled.renamed(talk), more)):
             ids += self._ids(part, add_special_tokens=False, split_special_tokens=literal)
         return tuple(ids)
+
+    def _template(self, given: Any) -> Any:
+        """The template to fill in: the given one (Jinja, a name of the tokenizer's, or a file), else the tokenizer's own."""
+        own = getattr(self.hf, "chat_template", None)
+        if given is None and not own:
+            raise ModelError(
+                "this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt, or give one with "
+                "chat_template=..."
+            )
+        if given is None or (isinstance(own, dict) and given in own) or (isinstance(given, str) and "{" in given):
+            return own if given is None else given
+        return read_text(Path(given), "chat template")
+
+    def _filled(self, talk: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+        failures = list[Exception]()
+        for messages in variants(talk):
+            try:
+                begins = not options.get("continue_final_message", False)
+                return str(self.hf.apply_chat_template(messages, add_generation_prompt=begins, tokenize=False, **options))
+            except Exception as error:  # templates are programs, and raise what they like
+                failures.append(error)
+        said = str(failures[0]).partition("Final message to continue")[0].strip().rstrip(".")
+        raise UsageError(f"the model's chat template refuses these messages: {said or type(failures[0]).__name__}.")
+
+    def _takes_parts(self, options: Mapping[str, Any]) -> bool:
+        """Whether the template itself spells contents that are lists of parts, and does not print them as lists."""
+        word = secrets.token_hex(8)
+        try:
+            text = self._filled([{"role": "user", "content": [{"type": "text", "text": word}]}], options)
+        except UsageError:
+            return False
+        return word in text and f"'{word}'" not in text and f'"{word}"' not in text
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str] | None:
@@ -75,7 +111,7 @@ class Tokenizer:
             with ENCODING:
                 return tuple(self.hf(text, **options)["input_ids"])
         except (TypeError, UnicodeError):  # it is a text, so there is one reason left
-            raise AdiError(
+            raise UsageError(
                 "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."
             ) from None
 
@@ -95,18 +131,17 @@ class Tokenizer:
 class _Spelled:
     """Messages in which everything spelled like a special token has another name, which no template can take for one."""
 
-    def __init__(self, special: re.Pattern[str] | None, messages: list[Message]) -> None:
+    def __init__(self, special: re.Pattern[str] | None) -> None:
         self._special, self._name = special, secrets.token_hex(12)
         self._known: list[str] = []
-        self.messages: list[Message] = messages if special is None else self._renamed(messages)
 
-    def _renamed(self, value: Any) -> Any:
+    def renamed(self, value: Any) -> Any:
+        """A copy of the value, whatever it is made of."""
         if isinstance(value, str):
-            assert self._special is not None
-            return self._special.sub(self._rename, value)
+            return value if self._special is None else self._special.sub(self._rename, value)
         if isinstance(value, Mapping):
-            return {name: self._renamed(item) for name, item in value.items()}
-        return [self._renamed(item) for item in value] if isinstance(value, (list, tuple)) else value
+            return {name: self.renamed(item) for name, item in value.items()}
+        return [self.renamed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _rename(self, found: re.Match[str]) -> str:
         self._known.append(found[0])
