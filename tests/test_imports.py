@@ -22,7 +22,7 @@ files machine progress
 schema
 prompts
 model.arrays
-model.backbone model.prompt model.messages model.fast_tokenizer model.hub
+model.backbone model.prompt model.messages model.fast_tokenizer model.generation_config model.hub
 model.tokenizer
 model.hf
 model.openvino

@@ -16,6 +16,7 @@ from adi.errors import AdiError, ModelError, NotExportableError, UsageError
 from adi.files import read_json
 from adi.model.backbone import Backbone
 from adi.model.fast_tokenizer import fast_tokenizer
+from adi.model.generation_config import Fields, end_tokens, read_fields
 from adi.model.hub import (
     DEFAULT,
     READING,
@@ -154,23 +155,23 @@ def _suits_openvino(precision: str, device: str) -> bool:
     return device == "cpu" or (device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")) and sys.platform != "darwin")
 
 
-def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None) -> Model:
+def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None, config: Fields | None = None) -> Model:
     from adi.model.hf import HfBackbone
 
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise AdiError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    generation = vars(model.generation_config) if getattr(model, "generation_config", None) is not None else {}
     return Model(
         backbone=HfBackbone(model, name, fingerprint),
         tokenizer=Tokenizer(tokenizer) if tokenizer is not None else None,
-        eos_ids=_eos(stated, tokenizer),
+        eos_ids=end_tokens(generation, config or {}, tokenizer),
         source=name,
     )
 
 
 def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     from adi.model.hf.engine import fingerprint
 
@@ -186,12 +187,13 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise AdiError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             tokenizer = tokenizer or own_tokenizer(place)
+            config, _ = PreTrainedConfig.get_config_dict(place)
     except Exception as error:  # readers of foreign files raise what they like
         raise_if_no_memory(error)
         raise AdiError(unreadable(source, error)) from error
     name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
     model = model.to(target, dtype=dtype or model.dtype).eval()
-    return _wrap(model, tokenizer, source, name)
+    return _wrap(model, tokenizer, source, name, config)
 
 
 def _load_openvino(
@@ -221,10 +223,7 @@ def _load_openvino(
         weights = loaded.backbone.spec.fingerprint
         backbone = export_and_open(hf.model, name=source, precision=chosen, weights=weights, **options)
     backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
-    page = folder / "generation_config.json"
-    written = read_json(page, "generation configuration") if page.exists() else None
-    stated = written.get("eos_token_id") if isinstance(written, dict) else None
-    eos_ids = _eos(stated, found)
+    eos_ids = end_tokens(read_fields(folder), read_json(folder / "config.json", "configuration"), found)
     return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
 
 
@@ -237,16 +236,6 @@ def _read_tokenizer(source: str, folder: Path) -> Any:
         return fast_tokenizer(folder, whole) or whole()
     except Exception as error:  # readers of foreign files raise what they like
         raise AdiError(unreadable(source, error)) from error
-
-
-def _eos(stated: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: what the generation config states, else the tokenizer's."""
-    if stated is None and tokenizer is not None:
-        stated = tokenizer.eos_token_id
-    given = [i for i in (stated if isinstance(stated, (list, tuple)) else [stated]) if i is not None]
-    if any(type(i) is not int for i in given):
-        raise AdiError(f"the model's eos_token_id is {stated!r}; it must be a token id, or several.")
-    return frozenset(given)
 
 
 def _device(name: str) -> str:
