@@ -260,7 +260,7 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model) -> None:
         adi.Verified(bare, adi.Threshold("margin", {2: 0.5, 3: 0.5}))
     with pytest.raises(ValueError, match=r"depths \[5\]"):
         adi.Reflex(bare, thresholds={5: 0.5})
-    with pytest.raises(ValueError, match="policy is a Exits"):
+    with pytest.raises(ValueError, match="policy is of type Exits; give FullDepth"):
         adi.generate(tiny_model, "hello", bare)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="candidates is -1"):
         adi.generate(tiny_model, "hello", adi.FullDepth(), candidates=-1)

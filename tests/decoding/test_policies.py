@@ -62,7 +62,7 @@ def test_a_new_policy_is_one_class(llama: adi.Model) -> None:
 
 
 def test_what_is_no_policy_is_refused(llama: adi.Model) -> None:
-    with pytest.raises(adi.errors.AdiError, match=r"policy is a str; give FullDepth\(\), Verified"):
+    with pytest.raises(adi.errors.AdiError, match=r"policy is 'verified', of type str; give FullDepth\(\), Verified"):
         adi.generate(llama, [1], "verified")  # type: ignore[arg-type]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack, cast
 
+from adi.arguments import whole
 from adi.decoding.policies import Policy
 from adi.decoding.records import Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import MOST, Observer, Scheduler
-from adi.decoding.session import Session, check_count
+from adi.decoding.session import Session
 from adi.errors import AdiError, MemoryFullError
 from adi.model.load import Model
 from adi.model.prompt import Prompt, PromptKeywords, opened_batch
@@ -126,7 +127,6 @@ def generate_batch(
         AdiError: before any work, for an option or a prompt without meaning (the prompt is named by its index); and, as
             ``BatchMemoryError`` with all other texts, where a text does not fit in KV memory even alone.
     """
-    check_count("most", most, 1)
     given = _split(options)
     sampling: Sampling = given.pop("sampling").settled()
     sessions: dict[Session, int] = {}
@@ -136,7 +136,7 @@ def generate_batch(
         except AdiError as error:
             raise type(error)(f"prompt {i}: {error}") from None
     steps: dict[Session, list[Step]] = {session: [] for session in sessions}
-    with Scheduler(model.backbone, most=most, observer=observer) as scheduler:
+    with Scheduler(model.backbone, most=whole("most", most, 1), observer=observer) as scheduler:
         for session in sessions:
             scheduler.add(session)
         for session, event in scheduler:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+from adi.arguments import instance, real, settle, whole
 from adi.artifact import Exits, shipped_for
 from adi.decoding.drafting.controller import MOST_DRAFTS, Controller
 from adi.decoding.drafting.cost_model import CostModel, cost_model_of
@@ -28,7 +29,7 @@ from adi.decoding.requests import DepthOutput, Request
 from adi.decoding.speculate import Strategy, Verification
 from adi.drafters.history import History
 from adi.drafters.ngram import NgramIndex
-from adi.errors import AdiError
+from adi.errors import AdiError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Always, Trigger, with_thresholds
@@ -37,6 +38,7 @@ from adi.risk.certificate import SKIPPED, Certificate
 from adi.risk.drift import DriftMonitor
 
 DRAFT_TOKENS = 6
+EXITS = "adi.load_exits('smollm2-135m'), or of a folder of yours"
 
 
 class Policy:
@@ -55,10 +57,10 @@ class Policy:
         return None
 
     def check(self, model: Model, sampled: bool) -> None:
-        """AdiError for what this model cannot do, or cannot while tokens are ``sampled``; before any work."""
+        """UsageError for what this model cannot do, or cannot while tokens are ``sampled``; before any work."""
         blind = [n for n in (self.exit_trigger.needs if self.exit_trigger else ()) if SIGNALS[n].reads == "mlp"]
         if blind and not model.backbone.has_mlp_tap:
-            raise AdiError(
+            raise UsageError(
                 f"the trigger reads {blind[0]!r}, but {model.backbone.spec.family} models show no single MLP per block "
                 "(experts, or another form); use entropy, margin, top_probability or stability."
             )
@@ -118,13 +120,17 @@ class Verified(Policy):
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None:
-            _positive("draft_tokens", self.draft_tokens)
+            settle(self, draft_tokens=whole("draft_tokens", self.draft_tokens, 1))
+        if self.exits is not None:
+            instance("exits", self.exits, Exits, EXITS)
+        if self.history is not None:
+            instance("history", self.history, History, "adi.drafters.history.History.open(...)")
         if self.adaptive:
             return
         if self.exits is None:
-            raise AdiError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from n-grams.")
+            raise UsageError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from n-grams.")
         if self.history is not None:
-            raise AdiError("a history is read by the controller: leave trigger and draft_tokens out.")
+            raise UsageError("a history is read by the controller: leave trigger and draft_tokens out.")
         _fitting(self.exits, self.trigger or self.exits.trigger)
 
     @property
@@ -186,9 +192,10 @@ class Static(Policy):
     mode: ClassVar[str] = "static"
 
     def __post_init__(self) -> None:
-        _positive("draft_tokens", self.draft_tokens)
+        instance("exits", self.exits, Exits, EXITS)
+        settle(self, draft_tokens=whole("draft_tokens", self.draft_tokens, 1), depth=whole("depth", self.depth, 0))
         if self.depth not in (there := self.depths_of(self.exits)):
-            raise AdiError(f"there is no exit at depth {self.depth} to draft from; choose among {list(there)}.")
+            raise UsageError(f"there is no exit at depth {self.depth} to draft from; choose among {list(there)}.")
 
     @staticmethod
     def depths_of(exits: Exits) -> tuple[int, ...]:
@@ -226,8 +233,7 @@ class Lookup(Policy):
     mode: ClassVar[str] = "lookup"
 
     def __post_init__(self) -> None:
-        _positive("draft_tokens", self.draft_tokens)
-        _positive("ngram", self.ngram)
+        settle(self, draft_tokens=whole("draft_tokens", self.draft_tokens, 1), ngram=whole("ngram", self.ngram, 1))
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -268,27 +274,27 @@ class Reflex(Policy):
     mode: ClassVar[str] = "reflex"
 
     def __post_init__(self) -> None:
+        instance("exits", self.exits, Exits, EXITS)
         if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
-            raise AdiError(
+            raise UsageError(
                 "Reflex needs one of risk=... (a level certified by adi calibrate), thresholds=... for the exits' own trigger, "
                 "or trigger=..."
             )
         if self.skipped not in SKIPPED:
-            raise AdiError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
+            raise UsageError(f"skipped is {self.skipped!r}; choose one of {', '.join(SKIPPED)}.")
         _fitting(self.exits, self.exit_trigger)
-        if not isinstance(self.spot_check, (int, float)) or not 0 <= self.spot_check <= 1:
-            raise AdiError(f"spot_check is {self.spot_check!r}; it is a share of tokens, from 0 to 1.")
+        settle(self, spot_check=real("spot_check", self.spot_check, "from 0 to 1, a share of tokens", lambda s: 0 <= s <= 1))
         if self.monitor is not None and not self.spot_check:
-            raise AdiError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
+            raise UsageError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
         if self.spot_check:
             self._watch()
 
     def _watch(self) -> None:
         certificate = self.certificate
         if self.skipped != "exact":
-            raise AdiError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
+            raise UsageError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
         if certificate is None:
-            raise AdiError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
+            raise UsageError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
         monitor = self.monitor or DriftMonitor.of(certificate)
         monitor.check(certificate)
         object.__setattr__(self, "monitor", monitor)
@@ -318,14 +324,14 @@ class Reflex(Policy):
         super().check(model, sampled)
         certificate = self.certificate
         if sampled and certificate is not None:
-            raise AdiError(
+            raise UsageError(
                 "a certificate of risk speaks of greedy text, and this one is to be sampled: leave temperature and "
                 "repetition_penalty out, or risk=... (thresholds=... are uncertified and go with both)."
             )
         if certificate is not None:
             certificate.check(model.backbone.spec)
         if self.skipped == "propagate" and not model.backbone.can_propagate:
-            raise AdiError(
+            raise UsageError(
                 f"the {model.backbone.spec.backend} engine cannot make keys and values from an exit's state: use "
                 "skipped='exact', or the engine 'hf'."
             )
@@ -375,13 +381,10 @@ def default_policy(model: Model) -> Verified:
 
 def required(policy: Policy | None, model: Model) -> Policy:
     """The policy, by default the model's; AdiError for what is none."""
-    if policy is None:
-        return default_policy(model)
-    if not isinstance(policy, Policy):
-        raise AdiError(
-            f"policy is a {type(policy).__name__}; give FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()."
-        )
-    return policy
+    instance("model", model, Model, "what adi.load gives")
+    if policy is not None:
+        instance("policy", policy, Policy, "FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()")
+    return policy or default_policy(model)
 
 
 def _warm_up(exits: Exits | None, model: Model) -> None:
@@ -398,13 +401,10 @@ def _by_exits(request: Request, exits: Exits, trigger: Trigger, draft_tokens: in
 
 
 def _fitting(exits: Exits, trigger: Trigger) -> None:
-    """AdiError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
+    """UsageError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
+    if not hasattr(trigger, "fires") or isinstance(trigger, type):
+        raise UsageError(f"trigger is {trigger!r:.60}; give a rule such as adi.Threshold('entropy', 0.3).")
     if stray := sorted(trigger.depths - set(exits.depths)):
-        raise AdiError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
+        raise UsageError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
     if exits.probe is None and (asked := [name for name in trigger.needs if SIGNALS[name].reads == "probe"]):
-        raise AdiError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")
-
-
-def _positive(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise AdiError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        raise UsageError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")

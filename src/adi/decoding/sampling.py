@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from adi.arguments import real, settle, whole
 from adi.errors import UsageError
 
 SEEDS = 2**63
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("0 (greedy) or more, such as 0.7", lambda t: t >= 0),
+    "top_p": ("above 0 and at most 1 (1 keeps every token)", lambda p: 0 < p <= 1),
+    "min_p": ("from 0 (keeps every token) to 1", lambda p: 0 <= p <= 1),
+    "repetition_penalty": ("above 0 (1 changes nothing)", lambda p: p > 0),
+}
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _number(self.temperature, "temperature", "0 (greedy) or more, such as 0.7", lambda t: t >= 0)
-        _number(self.top_p, "top_p", "above 0 and at most 1 (1 keeps every token)", lambda p: 0 < p <= 1)
-        _number(self.min_p, "min_p", "from 0 (keeps every token) to 1", lambda p: 0 <= p <= 1)
-        _number(self.repetition_penalty, "repetition_penalty", "above 0 (1 changes nothing)", lambda p: p > 0)
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or None for every token.")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < SEEDS):
-            raise UsageError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}, or None for a new one.")
+        for name, (allowed, fits) in RANGES.items():
+            settle(self, **{name: real(name, getattr(self, name), allowed, fits)})
+        for name, least, most, otherwise in (("top_k", 1, None, "every token"), ("seed", 0, SEEDS - 1, "a new one")):
+            if (given := getattr(self, name)) is not None:
+                settle(self, **{name: whole(name, given, least, most, f", or None for {otherwise}")})
         cut = {"top_k": (self.top_k, None), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
         if self.temperature == 0 and (idle := [f"{name}={v}" for name, (v, rest) in cut.items() if v != rest]):
             raise UsageError(
@@ -68,9 +71,3 @@ class Sampling:
 def prompt_seed(seed: int, index: int) -> int:
     """The seed of prompt ``index`` of a batch: ``generate(..., seed=prompt_seed(seed, i))`` gives the same text alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "big") % SEEDS
-
-
-def _number(value: Any, name: str, allowed: str, fits: Callable[[float], bool]) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or not fits(value):
-        raise UsageError(f"{name} is {value!r}; it must be a number {allowed}.")

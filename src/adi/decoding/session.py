@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Unpack
 
+from adi.arguments import whole
 from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
@@ -30,7 +30,7 @@ from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
-from adi.errors import AdiError, UsageError
+from adi.errors import AdiError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
@@ -68,13 +68,12 @@ class Session:
         self.mode = self._asked.mode
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         self._asked.check(model, self.sampling is not None)
-        check_count("candidates", candidates, 0)
         self.prompt_ids = model.encode(prompt, **reading)
         self._stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop or ())).stops
-        self.budget, self._candidates = max_new_tokens, candidates
+        self.budget, self._candidates = whole("max_new_tokens", max_new_tokens, 1), whole("candidates", candidates, 0)
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
         self._end_ids = self._eos_ids | _token_ids("stop_token_ids", stop_token_ids, model)
-        _check_length(model, len(self.prompt_ids), max_new_tokens)
+        _check_length(model, len(self.prompt_ids), self.budget)
         before = time.perf_counter()
         self.policy.prepare(model)
         self._begin()
@@ -305,24 +304,14 @@ class Session:
 def _token_ids(name: str, given: Sequence[int], model: Model) -> frozenset[int]:
     """Ids of the vocabulary; UsageError for anything else."""
     vocabulary = model.backbone.spec.vocabulary
-    for i in given:
-        if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < vocabulary:
-            raise UsageError(f"{name} holds {i!r}; it must hold token ids, whole numbers from 0 to {vocabulary - 1}.")
-    return frozenset(operator.index(i) for i in given)
+    return frozenset(whole(f"a token of {name}", i, 0, vocabulary - 1) for i in given)
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:
     return Prediction(backbone.logits(states).log_softmax(-1))
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """AdiError unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise AdiError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-
-
 def _check_length(model: Model, prompt: int, new: int) -> None:
-    check_count("max_new_tokens", new, 1)
     context = model.backbone.spec.context
     if context is not None and prompt + new > context:
         raise AdiError(

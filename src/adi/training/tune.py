@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adi.arguments import real, settle, whole
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import KnownText
 from adi.drafters.network import Drafter
@@ -65,14 +66,11 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         for name, least in (*dict.fromkeys(COUNTS, 1).items(), ("drafter_epochs", 0), ("generate_tokens", 0)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least {least}.")
-        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1.")
-        if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate <= 1:
-            raise UsageError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and at most 1.")
-        if self.own_prompts is not None and (type(self.own_prompts) not in (int, float) or not 0 <= self.own_prompts <= 1):
-            raise UsageError(f"own_prompts is {self.own_prompts!r}; it must be from 0 to 1.")
+            settle(self, **{name: whole(name, getattr(self, name), least)})
+        settle(self, seed=whole("seed", self.seed, 0, (1 << 63) - 1))
+        settle(self, learning_rate=real("learning_rate", self.learning_rate, "above 0 and at most 1", lambda r: 0 < r <= 1))
+        if self.own_prompts is not None:
+            settle(self, own_prompts=real("own_prompts", self.own_prompts, "from 0 to 1", lambda s: 0 <= s <= 1))
 
 
 COUNTS = ("tokens", "max_new_tokens", "shortlist", "rank", "epochs")
