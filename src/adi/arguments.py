@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import operator
-import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -26,10 +26,13 @@ def whole(name: str, value: Any, least: int, most: int | None = None, otherwise:
 
 def real(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
     """The value as a finite float (an int stays one); UsageError unless it ``fits``, which ``allowed`` says in words."""
-    known = isinstance(value, Real) and not isinstance(value, bool)
-    if not (known and abs(value) <= sys.float_info.max and fits(value)):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and fits(number)):
         raise UsageError(f"{name} is {value!r:.60}; it must be a number {allowed}.")
-    return value if type(value) is int else float(value)
+    return value if type(value) is int else number
 
 
 def instance(name: str, value: Any, kind: type, advice: str) -> None:
@@ -37,6 +40,12 @@ def instance(name: str, value: Any, kind: type, advice: str) -> None:
     if not isinstance(value, kind):
         shown = f"{value!r:.60}, " if isinstance(value, (str, int, float, type)) else ""
         raise UsageError(f"{name} is {shown}of type {type(value).__name__}; give {advice}.")
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """What a list holds, or a value by itself; nothing for None."""
+    alone = isinstance(value, (str, bytes)) or not hasattr(value, "__iter__")
+    return () if value is None else (value,) if alone else tuple(value)
 
 
 def settle(self: Any, **values: Any) -> None:

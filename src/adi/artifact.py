@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from msgspec import Meta
 
+from adi.arguments import instance
 from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, Drafting, shapes
 from adi.errors import AdiError, FileError, ModelError, UsageError
@@ -192,12 +193,25 @@ def _alive(model: weakref.ref[Backbone]) -> Backbone:
     return found
 
 
+def require_model(given: Any, *exits: Any) -> None:
+    """UsageError for what is no model, or no exits."""
+    instance("model", given, Model, "what adi.load gives")
+    for one in exits:
+        require_exits(one)
+
+
+def require_exits(given: Any) -> None:
+    """UsageError for what are no exits."""
+    instance("exits", given, Exits, "adi.load_exits('smollm2-135m'), or of a folder of yours")
+
+
 def bare_exits(model: Model, depths: Sequence[int] | None = None, trigger: Trigger = BARE_TRIGGER) -> Exits:
     """Exits that read the model's own final norm and head at ``depths`` (the logit lens, nostalgebraist 2020): no training.
 
     ``depths`` None takes those after half, three quarters and nine tenths of the blocks. On ordinary checkpoints their drafts
     are seldom accepted. The default trigger fires from a probability of 0.5 on.
     """
+    require_model(model)
     spec = model.backbone.spec
     if depths is None:
         depths = [min(max(1, round(spec.layers * share)), spec.layers - 1) for share in (0.5, 0.75, 0.9)]
@@ -205,7 +219,7 @@ def bare_exits(model: Model, depths: Sequence[int] | None = None, trigger: Trigg
     if not chosen or any(d not in spec.stops or d >= spec.layers for d in chosen):
         allowed = ", ".join(str(d) for d in spec.stops if d < spec.layers)
         raise UsageError(f"depths {tuple(depths)} are not possible; choose among {allowed}.")
-    return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, chosen, trigger)
+    return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, tuple(map(int, chosen)), trigger)
 
 
 def shipped() -> list[str]:

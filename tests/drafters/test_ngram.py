@@ -164,5 +164,5 @@ def test_the_many_outvote_the_latest() -> None:
 
 
 def test_a_run_has_a_length() -> None:
-    with pytest.raises(ValueError, match="longest is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="longest is 0; it must be a whole number of at least 1"):
         NgramIndex(0)

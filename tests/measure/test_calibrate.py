@@ -79,7 +79,7 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model, exits: adi.Exits
         ({"levels": []}, "at least one"),
         ({"levels": [3.5], "kind": "log_loss"}, "nats per token"),
         ({"delta": 1.0}, "delta is 1.0"),
-        ({"kind": "harm"}, "choose among disagreement"),
+        ({"kind": "harm"}, "choose kind among disagreement"),
         ({"method": "hope"}, "ltt, crc"),
     ):
         given: dict[str, Any] = {"levels": [0.1], **options}

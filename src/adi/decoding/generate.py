@@ -32,7 +32,7 @@ class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
 
     max_new_tokens: int
     stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int]
+    stop_token_ids: Sequence[int] | int | None
     stop_at_eos: bool
     candidates: int
 

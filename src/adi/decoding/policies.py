@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 from adi.arguments import instance, real, settle, whole
-from adi.artifact import Exits, shipped_for
+from adi.artifact import Exits, require_exits, require_model, shipped_for
 from adi.decoding.drafting.controller import MOST_DRAFTS, Controller
 from adi.decoding.drafting.cost_model import CostModel, cost_model_of
 from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
@@ -38,7 +38,6 @@ from adi.risk.certificate import SKIPPED, Certificate
 from adi.risk.drift import DriftMonitor
 
 DRAFT_TOKENS = 6
-EXITS = "adi.load_exits('smollm2-135m'), or of a folder of yours"
 
 
 class Policy:
@@ -122,7 +121,7 @@ class Verified(Policy):
         if self.draft_tokens is not None:
             settle(self, draft_tokens=whole("draft_tokens", self.draft_tokens, 1))
         if self.exits is not None:
-            instance("exits", self.exits, Exits, EXITS)
+            require_exits(self.exits)
         if self.history is not None:
             instance("history", self.history, History, "adi.drafters.history.History.open(...)")
         if self.adaptive:
@@ -192,7 +191,7 @@ class Static(Policy):
     mode: ClassVar[str] = "static"
 
     def __post_init__(self) -> None:
-        instance("exits", self.exits, Exits, EXITS)
+        require_exits(self.exits)
         settle(self, draft_tokens=whole("draft_tokens", self.draft_tokens, 1), depth=whole("depth", self.depth, 0))
         if self.depth not in (there := self.depths_of(self.exits)):
             raise UsageError(f"there is no exit at depth {self.depth} to draft from; choose among {list(there)}.")
@@ -274,7 +273,7 @@ class Reflex(Policy):
     mode: ClassVar[str] = "reflex"
 
     def __post_init__(self) -> None:
-        instance("exits", self.exits, Exits, EXITS)
+        require_exits(self.exits)
         if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
             raise UsageError(
                 "Reflex needs one of risk=... (a level certified by adi calibrate), thresholds=... for the exits' own trigger, "
@@ -381,7 +380,7 @@ def default_policy(model: Model) -> Verified:
 
 def required(policy: Policy | None, model: Model) -> Policy:
     """The policy, by default the model's; AdiError for what is none."""
-    instance("model", model, Model, "what adi.load gives")
+    require_model(model)
     if policy is not None:
         instance("policy", policy, Policy, "FullDepth(), Verified(exits), Reflex(exits, ...) or Lookup()")
     return policy or default_policy(model)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Unpack
 
-from adi.arguments import whole
+from adi.arguments import several, whole
 from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
@@ -56,7 +56,7 @@ class Session:
         *,
         max_new_tokens: int = 256,
         stop: str | Sequence[str] | None = (),
-        stop_token_ids: Sequence[int] = (),
+        stop_token_ids: Sequence[int] | int | None = (),
         stop_at_eos: bool = True,
         candidates: int = 0,
         sampling: Sampling | None = None,
@@ -69,7 +69,7 @@ class Session:
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         self._asked.check(model, self.sampling is not None)
         self.prompt_ids = model.encode(prompt, **reading)
-        self._stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop or ())).stops
+        self._stop = StopStrings(several(stop)).stops
         self.budget, self._candidates = whole("max_new_tokens", max_new_tokens, 1), whole("candidates", candidates, 0)
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
         self._end_ids = self._eos_ids | _token_ids("stop_token_ids", stop_token_ids, model)
@@ -301,10 +301,10 @@ class Session:
         return text
 
 
-def _token_ids(name: str, given: Sequence[int], model: Model) -> frozenset[int]:
+def _token_ids(name: str, given: Sequence[int] | int | None, model: Model) -> frozenset[int]:
     """Ids of the vocabulary; UsageError for anything else."""
     vocabulary = model.backbone.spec.vocabulary
-    return frozenset(whole(f"a token of {name}", i, 0, vocabulary - 1) for i in given)
+    return frozenset(whole(f"a token of {name}", i, 0, vocabulary - 1) for i in several(given))
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta
 from msgspec.structs import asdict, replace
 
+from adi.arguments import whole
 from adi.drafters.ngram import LONGEST, NgramMatch, RunArray, RunTrie
 from adi.errors import AdiError, FileError
 from adi.files import expanded, require_file
@@ -193,8 +194,7 @@ class History:
 
     def prune(self, keep_tokens: int) -> None:
         """Drop the oldest sequences until at most ``keep_tokens`` tokens are left; what is dropped is erased from the file."""
-        if keep_tokens < 0:
-            raise AdiError(f"keep_tokens is {keep_tokens}; it must be at least 0.")
+        keep_tokens = whole("keep_tokens", keep_tokens, 0)
         with self._transaction(create=True, writing=True) as database:
             self._drop(database, keep_tokens)
         with _connected(self.path) as database:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adi.errors import UsageError
+from adi.arguments import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +52,7 @@ class RunTrie:
     """
 
     def __init__(self, longest: int) -> None:
-        if longest < 1:
-            raise UsageError(f"longest is {longest}; it must be at least 1.")
-        self._longest = longest
+        self._longest = whole("longest", longest, 1)
         self._child: dict[int, int] = {}
         self._last = [0]  # of every node: the position after its most recent occurrence
         self._lone = [False]  # of every node: whether it has one occurrence, so no children yet

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec.structs import force_setattr, replace
 
+from adi.arguments import whole
 from adi.errors import UsageError
 from adi.exits.signals import require_signal
 from adi.schema import Natural, Record, from_json
@@ -175,8 +176,9 @@ class Always(_Rule, frozen=True, tag="always"):
     at: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.at or not all(type(depth) is int for depth in self.at):
-            raise UsageError(f"the depths of an always-firing trigger are whole numbers, at least one, got {self.at!r}.")
+        if not isinstance(self.at, Sequence) or not self.at:
+            raise UsageError(f"the depths of an always-firing trigger are {self.at!r:.60}; give at least one, such as (8,).")
+        force_setattr(self, "at", tuple(whole("a depth of an always-firing trigger", depth, 0) for depth in self.at))
 
     @property
     def depths(self) -> frozenset[int]:
@@ -212,8 +214,7 @@ def _check_thresholds(rule: Threshold | Weighted, what: str) -> None:
     else:
         at = _number(at, what)
     force_setattr(rule, "at", at)
-    if type(rule.min_depth) is not int or rule.min_depth < 0:
-        raise UsageError(f"min_depth is {rule.min_depth!r}; it must be a whole number of at least 0.")
+    force_setattr(rule, "min_depth", whole("min_depth", rule.min_depth, 0))
 
 
 def _number(value: Any, what: str) -> float:

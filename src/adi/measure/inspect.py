@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adi.artifact import require_model
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens, own_answers
 from adi.errors import AdiError
 from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
@@ -70,6 +71,7 @@ def inspect(model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, p
 
     AdiError for a model of one block.
     """
+    require_model(model)
     backbone, spec = model.backbone, model.backbone.spec
     depths = _spread(spec.layers)
     if not depths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -34,7 +35,7 @@ def source_folder(source: str, notice: Notice) -> str:
         if not (path / "config.json").exists():
             raise ModelError(f"the folder {source} holds no config.json, so it is not a model.")
         return str(path)
-    if source.endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if source.lower().endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no file or folder {source}.")
     if "/" not in source:
         raise ModelError(
@@ -46,7 +47,7 @@ def source_folder(source: str, notice: Notice) -> str:
 def gguf_file(source: str) -> Path | None:
     """The GGUF file that a source is, None where it is something else."""
     path = _default_gguf() if source == DEFAULT else expanded(source)
-    return path if path.suffix == ".gguf" and path.is_file() else None
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
 def _default_gguf() -> Path:
@@ -183,6 +184,34 @@ def read_tokenizer(source: str, notice: Notice = lambda _: None) -> Any:
     if tokenizer is None:
         raise ModelError(f"the model {source} has no tokenizer; name one that has.")
     return tokenizer
+
+
+def as_tokenizer(given: Any) -> Any:
+    """A transformers tokenizer (None for None) from what callers have: one, or a processor that holds one; a name, folder or
+    file of one; one of the tokenizers library. ModelError for anything else."""
+    if isinstance(given, (str, os.PathLike)):
+        path = expanded(given)
+        if path.is_dir() and not (path / "config.json").exists() and (found := own_tokenizer(str(path))) is not None:
+            return found
+        if path.is_file() and path.suffix == ".json":
+            return _fast(tokenizer_file=str(path))
+        return read_tokenizer(str(given))
+    if type(given).__module__.partition(".")[0] == "tokenizers":
+        return _fast(tokenizer_object=given)
+    if given is None or (callable(given) and hasattr(given, "get_vocab") and hasattr(given, "decode")):
+        return given
+    if (held := getattr(given, "hf", getattr(given, "tokenizer", None))) is not None:  # adi's own Tokenizer, or a processor
+        return as_tokenizer(held)
+    kind = type(given).__name__
+    raise ModelError(
+        f"tokenizer is {given!r:.60}, of type {kind}; give a transformers tokenizer, or a folder or hub id of one."
+    )
+
+
+def _fast(**source: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(**source)
 
 
 def first_line(error: Exception) -> str:

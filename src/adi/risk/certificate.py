@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from adi.arguments import real
 from adi.errors import ModelError, UsageError
 from adi.exits.triggers import Rule
 from adi.model.backbone import Spec
@@ -85,8 +85,7 @@ def find(certificates: Sequence[Certificate], kind: str, level: float, skipped: 
     """The certificate for exactly this level; UsageError names those that there are."""
     if kind not in KINDS:
         raise UsageError(f"risk_kind is {kind!r}; choose one of {', '.join(KINDS)}.")
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= sys.float_info.max:
-        raise UsageError(f"risk is {level!r}; it must be a number from 0 on, such as 0.02.")
+    level = real("risk", level, "from 0 on, such as 0.02", lambda r: r >= 0)
     for certificate in certificates:
         if (certificate.kind, certificate.level, certificate.skipped) == (kind, level, skipped):
             return certificate

@@ -12,6 +12,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from adi.arguments import real
 from adi.errors import UsageError
 from adi.risk.certificate import Certificate
 
@@ -42,8 +43,8 @@ class DriftMonitor:
         return cls(certificate.unit_level, certificate.delta or 0.05, seed, kind=certificate.kind)
 
     def __post_init__(self) -> None:
-        if any(not isinstance(share, (int, float)) or not 0 < share < 1 for share in (self.level, self.delta)):
-            raise UsageError(f"a monitor's level and delta lie between 0 and 1, not {self.level!r} and {self.delta!r}.")
+        for name in ("level", "delta"):
+            real(f"a monitor's {name}", getattr(self, name), "between 0 and 1", lambda share: 0 < share < 1)
 
     def check(self, certificate: Certificate) -> None:
         """UsageError for a monitor that watches over another certificate."""

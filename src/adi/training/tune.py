@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.arguments import real, settle, whole
-from adi.artifact import Exits
+from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText
 from adi.drafters.network import Drafter
 from adi.errors import FileError, UsageError
@@ -108,6 +108,7 @@ def tune(
     Raises:
         AdiError: options that do not fit the model, unreadable files, a head that adapters cannot start from.
     """
+    require_model(model)
     options = options or TuneOptions()
     run = _Tuning(model, Path(out) / "work", options, generators or (model,), keep, categories or {}, progress)
     begin = _begin(keep, options)

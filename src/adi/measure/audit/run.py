@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from adi.arguments import whole
 from adi.artifact import Exits, bare_exits, load_exits, shipped
 from adi.decoding.teacher_forcing import encoded
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.audit.check import Size, check
 from adi.measure.bench.systems import backend_for
 from adi.measure.pages import render
 from adi.measure.provenance import provenance
 from adi.model.hub import Notice
-from adi.model.load import Model, load
+from adi.model.load import Model, check_engine, load
 from adi.prompts import read_prompts, spread
 
 FORMAT, VERSION = "adi-audit", 2
@@ -55,13 +56,15 @@ def audit(
     Raises:
         AdiError: for options that are out of range, and whatever ``load`` and ``load_exits`` raise.
     """
-    _check_counts(limit=limit, max_new_tokens=max_new_tokens, draws=draws)
-    if not precisions:
-        raise AdiError("precisions is empty; give at least one, such as fp32.")
+    limit, draws = whole("limit", limit, 1), whole("draws", draws, 1)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    _check_precisions(backend, precisions)
+    if isinstance(exits, (str, os.PathLike)):
+        exits = load_exits(exits)  # judged before a model is read
     items = spread(read_prompts("bench"), limit) if prompts is None else []
     chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
-        raise AdiError("there are no prompts; give at least one.")
+        raise UsageError("there are no prompts; give at least one.")
     size, engines = Size(max_new_tokens, draws, seed), []
     for precision in precisions if not isinstance(source, Model) else ("auto",):
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
@@ -85,10 +88,12 @@ def audit(
     }
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise AdiError(f"{name} is {value}; it must be at least 1.")
+def _check_precisions(backend: str, precisions: Sequence[str]) -> None:
+    """UsageError for one that there is not, before the first is loaded."""
+    if isinstance(precisions, str) or not precisions:
+        raise UsageError(f"precisions is {precisions!r}; give a list of at least one, such as ['fp32'].")
+    for precision in precisions:
+        check_engine(backend_for(backend, precision), precision)
 
 
 def audit_page(report: Mapping[str, Any]) -> str:
@@ -112,7 +117,7 @@ def _exits(model: Model, given: Given) -> Exits:
         return load_exits(model.source)
     layers = model.backbone.spec.layers
     if layers < 2:
-        raise AdiError("a model of one block has nowhere to stop early; there is nothing to audit.")
+        raise UsageError("a model of one block has nowhere to stop early; there is nothing to audit.")
     return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from adi.artifact import Exits
+from adi.arguments import real, settle
+from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import ForcedReading, encoded, forced_readings, own_answers
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.exits.triggers import Never, Threshold
 from adi.measure.calibration.losses import NATS, AnswerLoss, own_text_losses, replayed_loss
 from adi.measure.calibration.risk_path import risk_path
@@ -69,10 +70,9 @@ class RiskTest:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.method not in METHODS:
-            allowed = f"{', '.join(KINDS)} and {', '.join(METHODS)}"
-            raise AdiError(f"kind {self.kind!r}, method {self.method!r}: choose among {allowed}.")
-        if not 0 < self.delta < 1:
-            raise AdiError(f"delta is {self.delta}; it is a chance between 0 and 1, such as 0.05.")
+            allowed = f"kind among {', '.join(KINDS)}, method among {', '.join(METHODS)}"
+            raise UsageError(f"kind is {self.kind!r} and method {self.method!r}; choose {allowed}.")
+        settle(self, delta=real("delta", self.delta, "between 0 and 1, a chance such as 0.05", lambda d: 0 < d < 1))
 
     @property
     def scale(self) -> float:
@@ -81,9 +81,11 @@ class RiskTest:
 
     def check(self, levels: Sequence[float]) -> None:
         """AdiError unless there are levels and all of them could be exceeded."""
-        if not levels or not all(0 < level < self.scale for level in levels):
-            most = "1, a share of tokens" if self.kind == "disagreement" else f"{NATS:g}, in nats per token"
-            raise AdiError(f"risk levels {tuple(levels)} must lie between 0 and {most}, at least one.")
+        most = "1, a share of tokens" if self.kind == "disagreement" else f"{NATS:g}, in nats per token"
+        if not levels:
+            raise UsageError(f"risk levels are {levels!r}; give at least one, between 0 and {most}.")
+        for level in levels:
+            real("a risk level", level, f"between 0 and {most}", lambda r: 0 < r < self.scale)
 
     def losses(self, tested: Sequence[TestedRule]) -> Losses:
         """The rules' losses on their own text, ``[G, N]``."""
@@ -126,11 +128,11 @@ def calibrate(
     Raises:
         AdiError: levels or delta outside (0, 1), too few prompts, exits of another model.
     """
-    test = RiskTest(kind, method, delta)
-    test.check(levels)
+    require_model(model, exits)
+    (test := RiskTest(kind, method, delta)).check(levels)
     order = list(dict.fromkeys(encoded(model, prompts)))
     if len(order) < LEAST_PROMPTS:
-        raise AdiError(f"{len(order)} different prompts are too few to calibrate on; give at least {LEAST_PROMPTS}.")
+        raise UsageError(f"{len(order)} different prompts are too few to calibrate on; give at least {LEAST_PROMPTS}.")
     random.Random(seed).shuffle(order)
     learning = max(2, round(LEARNING_SHARE * len(order)))
     readings = _readings(model, exits, order, max_new_tokens, progress)

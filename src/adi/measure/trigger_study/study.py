@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adi.artifact import Exits
+from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText, own_answers
 from adi.errors import AdiError
 from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
@@ -117,6 +117,7 @@ def study_triggers(
     ``calibrate`` are other prompts, on which calibrations, thresholds and stops are chosen; without any, every other one of
     ``prompts`` is taken. AdiError for fewer than two prompts of each kind (four in all).
     """
+    require_model(model, exits)
     marks = [True] * len(calibrate) + [False] * len(prompts)
     if not calibrate:
         marks = [i % 2 == 0 for i in range(len(prompts))]
