@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import os
+import shutil
+import stat
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from adi.files import cache_folder, read_json, require_writable, whole_folder, write_json, write_text
+from adi.errors import FileError
+from adi.files import read_json, require_readable, require_writable, whole_file, write_json, write_text
 
 
 def test_text_replaces_text_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -35,29 +43,64 @@ def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
         require_writable(Path(place))
 
 
-def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    with contextlib.suppress(RuntimeError), whole_folder(tmp_path / "f") as fresh:
-        (fresh / "a").write_text("a")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with whole_folder(tmp_path / "f") as fresh:
-        (fresh / "a").write_text("a")
-    assert (tmp_path / "f" / "a").read_text() == "a"
+# A7
+def test_files_have_modes_by_umask_whoever_writes_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "a.safetensors") as fresh:
+            save_file({"a": np.zeros(3)}, fresh)  # makes a file of mode 0600
+        write_text(tmp_path / "b.txt", "b")
+    finally:
+        os.umask(before)
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {"a.safetensors": 0o640, "b.txt": 0o640}
 
 
-def test_two_that_make_the_same_folder_both_succeed(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "f") as first, whole_folder(tmp_path / "f") as second:
-        (first / "a").write_text("first")
-        (second / "a").write_text("second")
-    assert (tmp_path / "f" / "a").read_text() == "second", "the inner one was ready first, and stays"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+# A7
+def test_a_file_that_is_not_for_this_user_is_told_with_its_owner_and_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, 1)
+    file.chmod(0o600)
+    monkeypatch.setattr(os, "access", lambda path, _: path != file)
+    told = rf"cannot read .*a.json: it belongs to user {os.getuid()} with mode 600, .* chmod -R a\+rX .*a.json"
+    with pytest.raises(FileError, match=told):
+        read_json(file, "thing")
+    monkeypatch.setattr(os, "access", lambda path, _: path == tmp_path.parent)
+    with pytest.raises(FileError, match=r"cannot read .*a.json: /\S* belongs to user"):
+        require_readable(file)
 
 
-def test_the_cache_is_where_it_was_asked_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "mine"))
-    assert cache_folder() == tmp_path / "mine"
-    monkeypatch.delenv("ADI_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "adi"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "adi"
+# A10
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
+)
+def test_a_full_disk_is_named_and_nothing_is_left(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    told = rf"cannot write .*a: no room is left on the disk \(0.0 MB free in {tmp_path}\)"
+    with pytest.raises(FileError, match=told), whole_file(tmp_path / "a"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_while_a_file_is_written_stays_a_bug(tmp_path: Path) -> None:
+    for bug in (RuntimeError("shapes"), KeyError("a"), FileError("another file")):
+        with pytest.raises(type(bug)) as caught, whole_file(tmp_path / "a"):
+            raise bug
+        assert caught.value is bug
+    assert not list(tmp_path.iterdir())
+
+
+# A23
+def test_what_a_killed_process_left_of_a_file_is_removed_in_time(tmp_path: Path) -> None:
+    for name, age in ((".a.0123abcd.tmp", 7200), (".a.89abcdef.tmp", 0), (".b.0123abcd.tmp", 7200)):
+        (tmp_path / name).write_text("begun")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_text(tmp_path / "a", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", ".a.89abcdef.tmp", ".b.0123abcd.tmp"}

@@ -19,6 +19,7 @@ SOURCE = Path(adi.__file__).parent
 ORDER = """
 errors
 arguments files machine progress
+cache
 schema
 prompts
 model.arrays

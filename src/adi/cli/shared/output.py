@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -9,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from adi.errors import UsageError
 
 
 def out() -> Console:
@@ -22,6 +25,24 @@ def err() -> Console:
 def say(console: Console, text: object, style: str | None = None) -> None:
     """A line of plain text: nothing in it is markup, and a terminal wraps it."""
     console.print(str(text), style=style, markup=False, soft_wrap=True)
+
+
+def show_json(value: object) -> None:
+    """One JSON document on standard output, escaped where the encoding there cannot hold it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
+def read_input() -> str:
+    """All of standard input; UsageError where it is no text in the encoding of this console."""
+    try:
+        return sys.stdin.read() if sys.stdin else ""  # closed
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text: {error}. Convert it, or set PYTHONIOENCODING.") from None
 
 
 def table(

@@ -16,8 +16,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from adi.cache import cache_folder
 from adi.errors import AdiError, MemoryFullError
-from adi.files import cache_folder, write_json
+from adi.files import write_json
 from adi.machine import processor_hash
 from adi.model.backbone import Backbone, Rows
 from adi.model.load import Model
@@ -223,10 +224,8 @@ def _kept(backbone: Backbone, key: str) -> CostModel | None:
 def _measured(backbone: Backbone, key: str, draft: Callable[[], object] | None) -> CostModel:
     costs = measure(backbone, draft)
     table = CostTable(costs.pass_seconds, costs.position_seconds, costs.draft_seconds, costs.further_seconds)
-    with contextlib.suppress(AdiError, OSError):
-        file = _file(backbone, key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, table.to_json())
+    with contextlib.suppress(AdiError):
+        write_json(_file(backbone, key), table.to_json())
     return costs
 
 

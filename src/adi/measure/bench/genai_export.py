@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adi.cache import cache_folder, usable_cache, whole_folder
 from adi.errors import AdiError
-from adi.files import cache_folder, whole_folder
 from adi.measure.provenance import files_hash
 from adi.model.hub import quiet_transformers
 from adi.model.openvino.export.quantize import quiet_nncf
@@ -42,6 +42,8 @@ def genai_export(source: Path, weights: str) -> Path:
     target = _folder(source, weights)
     if target.is_dir():
         return target
+    usable_cache()
+    target = _folder(source, weights)
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer

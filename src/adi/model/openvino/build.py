@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adi.cache import usable_cache
 from adi.errors import AdiError
 from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
 
+LEAST_BYTES = {"fp32": 4, "int8": 1, "int4": 0.5}  # of a weight on disk
 EXPORTING = threading.Lock()  # the tracer and NNCF change state of the whole process
 
 
@@ -58,9 +60,11 @@ def export_and_open(
     folder = manifest.export_dir(key, precision)
     with EXPORTING, quiet_transformers():
         if not (folder / "model.json").exists():
+            usable_cache(int(sum(p.numel() for p in model.parameters()) * LEAST_BYTES[precision]))
+            folder = manifest.export_dir(key, precision)  # perhaps in another cache by now
             export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
-        manifest.remember(source, precision, key)
+        manifest.remember(source, key)
     return _opened(folder, stops, kv_bytes, threads)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
+from adi.cache import cache_folder, identity, whole_folder
 from adi.errors import FileError, ModelError
-from adi.files import cache_folder, whole_folder, write_json
+from adi.files import require_readable, write_json
 from adi.model.arrays import as_array, digest
 from adi.model.backbone import READOUT_ARRAYS, ReadOut
 from adi.model.openvino.graph import Attention
@@ -66,7 +68,9 @@ def export_dir(key: str, precision: str) -> Path:
     exporter as it is now."""
     made_with = "|".join(f"{package} {version(package)}" for package in MADE_WITH)
     made = hashlib.blake2b(f"{exporter_digest()}|{made_with}".encode(), digest_size=4).hexdigest()
-    return cache_folder() / "openvino" / f"{key}-{precision}-{made}"
+    folder = cache_folder() / "openvino" / f"{key}-{precision}-{made}"
+    require_readable(folder / "model.json")
+    return folder
 
 
 @functools.cache
@@ -78,25 +82,24 @@ def exporter_digest() -> str:
 
 
 def write_export(folder: Path, manifest: Manifest, blocks: Any, head: Any, readout: ReadOut | None) -> None:
-    """Write the folder; AdiError, naming it, where that cannot be done."""
+    """Write the folder; FileError, naming it, where that cannot be done."""
     import openvino as ov
     from safetensors.numpy import save_file
 
-    try:
-        with whole_folder(folder) as fresh:
-            ov.save_model(blocks, fresh / "blocks.xml", compress_to_fp16=False)
-            ov.save_model(head, fresh / "head.xml", compress_to_fp16=False)
-            if readout is not None:
-                parts = {name: a for name in READOUT_ARRAYS if (a := getattr(readout, name)) is not None}
-                arrays = {name: np.ascontiguousarray(as_array(a)) for name, a in parts.items()}
-                save_file(arrays, fresh / "readout.safetensors")
-            write_json(fresh / "model.json", manifest.to_json())
-    except (OSError, RuntimeError) as error:
-        raise FileError(f"cannot write the exported model to {folder}: {_first_line(error)}") from None
+    with whole_folder(folder) as fresh:
+        ov.save_model(blocks, fresh / "blocks.xml", compress_to_fp16=False)
+        ov.save_model(head, fresh / "head.xml", compress_to_fp16=False)
+        if readout is not None:
+            parts = {name: a for name in READOUT_ARRAYS if (a := getattr(readout, name)) is not None}
+            arrays = {name: np.ascontiguousarray(as_array(a)) for name, a in parts.items()}
+            save_file(arrays, fresh / "readout.safetensors")
+        write_json(fresh / "model.json", manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an exported model; AdiError where the folder holds none of this format."""
+    """The manifest of an exported model; FileError where the folder holds none of this format, or files that are not this
+    user's to read."""
+    require_readable(*folder.iterdir())
     try:
         return read_json_as(folder / "model.json", Manifest, "exported model")
     except FileError as error:
@@ -140,26 +143,28 @@ def _mapped(path: Path) -> dict[str, Any]:
     return {name: np.memmap(path, np.float32, "c", places[name], tuple(stated[name]["shape"])) for name in names}
 
 
-def _note_path(source: Path, precision: str) -> Path:
-    """Named by what the files are now, so that an edited model is exported anew."""
-    files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
-    facts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    key = hashlib.blake2b("|".join([str(source.resolve()), *facts]).encode(), digest_size=8).hexdigest()
-    return cache_folder() / "openvino" / "sources" / f"{key}-{precision}.json"
+def _note_path(source: Path) -> Path:
+    """Named by what the files are now, so that an edited model is exported anew, and one that was copied is found."""
+    if source.parent == cache_folder() / "converted":  # never edited, and its name tells what it was made from
+        key = source.name
+    else:
+        key = identity(sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".json")))
+    return cache_folder() / "sources" / f"{key}.json"
 
 
 class _Note(Record, frozen=True):
     key: Annotated[str, Meta(pattern=r"^[0-9a-f]+-[0-9a-f]+$")]
 
 
-def remember(source: Path, precision: str, key: str) -> None:
+def remember(source: Path, key: str) -> None:
     """Note that the model folder ``source`` is the model of this key, so that its weights need not be read again."""
-    write_json(_note_path(source, precision), {"key": key})
+    with suppress(FileError):  # a cache that cannot be written
+        write_json(_note_path(source), {"key": key})
 
 
 def recall(source: Path, precision: str) -> Path | None:
     """The export of the model folder ``source``, or None when there is none for the versions installed now."""
-    note = _note_path(source, precision)
+    require_readable(note := _note_path(source))
     if not note.exists():
         return None
     folder = export_dir(read_json_as(note, _Note, "note about an export").key, precision)

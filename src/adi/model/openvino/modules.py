@@ -5,6 +5,7 @@ A function is converted once for each export and kept beside it, so that decodin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import threading
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from adi.files import whole_folder
+from adi.cache import whole_folder
+from adi.errors import FileError
 from adi.model import arrays
 from adi.model.backbone import TensorFunction
 from adi.model.openvino.graph import embedding_graph
@@ -70,7 +72,7 @@ def converted(
     """The function as a graph, from ``folder`` where it was converted before; without a folder nothing is kept."""
     import openvino as ov
 
-    if folder is None:
+    if folder is None or not folder.is_dir():  # deleted meanwhile
         return _convert(function(), widths, eight_bits)
     code = hashlib.blake2b(b"".join(path.read_bytes() for path in CONVERTER), digest_size=4).hexdigest()
     kept = folder / "modules" / f"{name}-{code}"
@@ -79,11 +81,8 @@ def converted(
     except RuntimeError:  # not there yet, or damaged
         shutil.rmtree(kept, ignore_errors=True)
     graph = _convert(function(), widths, eight_bits)
-    try:
-        with whole_folder(kept) as fresh:
-            ov.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
-    except (OSError, RuntimeError):  # a folder that cannot be written: convert it again next time
-        pass
+    with contextlib.suppress(FileError), whole_folder(kept) as fresh:  # which may not be ours to write
+        ov.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
     return graph
 
 

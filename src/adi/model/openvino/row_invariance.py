@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adi.errors import FileError
 from adi.files import read_json, write_json
 from adi.machine import processor_hash
 from adi.model.backbone import MERGED_ROWS, Rows
@@ -105,8 +106,9 @@ def _noted(backbone: OpenVinoBackbone, folder: Path, what: str, allowed: Sequenc
     machine = f"{processor_hash(what)}-{backbone.spec.threads}"
     if isinstance(found.get(machine), bool) or found.get(machine) not in allowed:
         found[machine] = find()
-        with contextlib.suppress(OSError):  # a folder that cannot be written is looked at again next time
-            write_json(note, found)
+        with contextlib.suppress(FileError):  # a folder that cannot be written is looked at again next time
+            if folder.is_dir():  # not deleted meanwhile
+                write_json(note, found)
     return int(found[machine])
 
 
