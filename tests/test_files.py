@@ -104,3 +104,17 @@ def test_what_a_killed_process_left_of_a_file_is_removed_in_time(tmp_path: Path)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write_text(tmp_path / "a", "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"a", ".a.89abcdef.tmp", ".b.0123abcd.tmp"}
+
+
+def test_devices_pipes_and_links_are_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    require_writable(tmp_path / "pipe", tmp_path / "link", Path(os.devnull))
+    write_text(tmp_path / "link", "through it")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "along it")
+    assert os.read(end, 99) == b"along it"
+    os.close(end)
+    assert (tmp_path / "real").read_text() == "through it"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "real"]

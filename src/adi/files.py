@@ -45,14 +45,19 @@ def write_text(path: Path, text: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes ``path`` when the block ends well, and vanishes when it does not; its mode is by umask.
 
-    What a process that was killed left of the same file an hour ago is removed. FileError, naming the path, for what the
-    system or the writer in the block refuses.
+    What a process that was killed left of the same file an hour ago is removed. A pipe or a device is written to itself.
+    FileError, naming the path, for what the system or the writer in the block refuses.
     """
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    if is_stream(path):
+        with writing(path):
+            yield path
+        return
+    place = Path(os.path.realpath(path))  # a link stays one
+    made = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for left in place.parent.glob(f".{glob.escape(place.name)}.????????.tmp"):
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink(missing_ok=True)
             made.open("xb").close()
@@ -60,10 +65,15 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield made
             with suppress(OSError):  # a disk without modes
                 made.chmod(mode)  # safetensors writes 0600
-            made.replace(path)
+            made.replace(place)
     finally:
         with suppress(OSError):
             made.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether this is a device or a pipe, such as /dev/null and /dev/stdout: to be written to, and not to be replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
@@ -102,7 +112,7 @@ def megabytes(count: int) -> str:
 def require_writable(*paths: Path | None) -> None:
     """FileError if one of these files (None: none is wanted) could not be written: better before an hour's work than after."""
     for path in paths:
-        if path is None:
+        if path is None or is_stream(path):
             continue
         if path.is_dir():
             raise FileError(f"cannot write {path}: it is a folder. Name a file.")

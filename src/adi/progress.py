@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,5 +137,5 @@ class Reporter:
         if self._bar is None and not logged_only:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         if self._log is not None:
-            with self._log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # the work matters more
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
