@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 from adi.model.backbone import Rows
-from adi.model.hf.engine import fingerprint
+from adi.model.hf.weights import fingerprint
 from adi.model.openvino import OpenVinoBackbone, export_and_open, manifest
 from families import KV, VOCABULARY, C, tiny
 

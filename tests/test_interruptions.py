@@ -104,20 +104,20 @@ def test_an_interruption_at_any_line(model: adi.Model, name: str) -> None:
     assert stopped > INTERRUPTIONS // 2  # a later text may need fewer lines, since more has been compiled
 
 
-def test_blocks_of_transformers_are_put_back_whatever_is_interrupted(model: adi.Model) -> None:
-    """At every line of what patches them: afterwards the user's own model says what it said, and so does adi."""
+def test_a_pass_that_is_interrupted_at_any_line_leaves_nothing_behind(model: adi.Model) -> None:
+    """Afterwards adi says what it said, and the user's own model was never touched."""
     if model.backbone.spec.backend != "hf":
-        pytest.skip("the compiled engine patches nothing")
+        pytest.skip("the compiled engine has no blocks to steer")
     hf: Any = model.backbone.model  # type: ignore[attr-defined]
     wanted = text(model, "full")
 
-    def patching(code: Any) -> bool:
-        return code.co_filename.endswith("hf/patch.py") and code.co_name in ("_swapped", "patched", "_undoing", "_wrapper")
+    def steering(code: Any) -> bool:
+        return code.co_filename.endswith("hf/passes.py") and code.co_name in ("running", "step")
 
-    with interrupted_at_line(-1, patching) as seen:
+    with interrupted_at_line(-1, steering) as seen:
         text(model, "full")
     for number in range(1, min(seen[0], 120) + 1):
-        with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, patching):
+        with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, steering):
             text(model, "full")
         assert text(model, "full") == wanted, number
         assert not [block for block in hf.model.layers if "forward" in block.__dict__], number

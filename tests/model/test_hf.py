@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.hf.engine import fingerprint
+from adi.model.hf.weights import fingerprint
 from families import FAMILIES, LAYERS, VOCABULARY, C, tiny
 
 IDS = tuple(torch.randint(3, VOCABULARY - 1, (26,), generator=torch.Generator().manual_seed(5)).tolist())
@@ -188,9 +189,12 @@ def test_something_between_the_blocks_is_refused() -> None:
     class Doubling(t.LlamaModel):
         """Scales the state between two blocks, which skip-and-inject would lose."""
 
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.layers[3].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+        def forward(self, input_ids: Any, position_ids: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+            x = self.embed_tokens(input_ids)
+            turns = self.rotary_emb(x, torch.arange(x.shape[1])[None] if position_ids is None else position_ids)
+            for i, layer in enumerate(self.layers):
+                x = layer(x * (2 if i == 3 else 1), position_embeddings=turns, past_key_values=past_key_values)
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
 
     hf = t.LlamaForCausalLM(t.LlamaConfig(**C, num_key_value_heads=2)).eval()
     hf.model = Doubling(hf.config).eval()

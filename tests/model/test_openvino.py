@@ -20,7 +20,7 @@ pytest.importorskip("nncf")
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.hf.engine import fingerprint
+from adi.model.hf.weights import fingerprint
 from adi.model.openvino import OpenVinoBackbone, export_and_open, open_exported
 from adi.model.openvino.export import pipeline as export_module
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled

@@ -19,7 +19,7 @@ pytest.importorskip("openvino")
 import openvino as ov
 
 from adi.model.backbone import Rows
-from adi.model.hf.engine import fingerprint
+from adi.model.hf.weights import fingerprint
 from adi.model.openvino import export_and_open, manifest
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export import smoothquant as module

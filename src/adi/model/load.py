@@ -192,7 +192,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    from adi.model.hf.engine import fingerprint
+    from adi.model.hf.weights import fingerprint
 
     target = _device(device)
     place = source_folder(source, notice)

@@ -12,10 +12,9 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
-from transformers.configuration_utils import PreTrainedConfig
 
 from adi.model.backbone import KVCache
-from adi.model.hf.patch import Written
+from adi.model.hf.passes import Written
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -66,8 +65,9 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     one answer for all layers.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config=config)
+    def __init__(self, model: Any) -> None:
+        super().__init__(config=model.config)
+        self.model = model  # that its sequence began with
         self.start = 0
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -18,12 +18,10 @@ def gated_mlp(block: nn.Module, down: nn.Module, run: Callable[[], object]) -> d
     place differs between families.
     """
     parent = next((m for m in block.modules() if any(child is down for child in m.children())), None)
-    inner = {
-        n: m for n, m in (parent.named_children() if parent is not None else ()) if isinstance(m, nn.Linear) and m is not down
-    }
-    gate = next((m for n, m in inner.items() if "gate" in n or n == "w1"), None)
-    up = next((m for m in inner.values() if m is not gate), None)
-    if gate is None or up is None or len(inner) != 2 or not isinstance(down, nn.Linear) or gate.weight.shape != up.weight.shape:
+    inner = {n: m for n, m in (parent.named_children() if parent is not None else ()) if _is_plain(m) and m is not down}
+    gate: Any = next((m for n, m in inner.items() if "gate" in n or n == "w1"), None)
+    up: Any = next((m for m in inner.values() if m is not gate), None)
+    if gate is None or up is None or len(inner) != 2 or not _is_plain(down) or gate.weight.shape != up.weight.shape:
         return None
     seen: dict[str, Any] = {}
     norms = [m for m in block.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
@@ -45,3 +43,9 @@ def gated_mlp(block: nn.Module, down: nn.Module, run: Callable[[], object]) -> d
     matrices = {"gate_FD": gate.weight, "up_FD": up.weight, "down_DF": down.weight}
     plain = {name: weight.detach().float().cpu() for name, weight in matrices.items()}
     return {"gain_D": gain_D.cpu(), **plain} if kind == "rms" else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear map whose matrix is here as numbers, neither offloaded nor packed."""
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return weight is not None and not weight.is_meta and weight.is_floating_point() and weight.dim() == 2

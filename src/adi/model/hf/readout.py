@@ -13,23 +13,26 @@ from adi.model.arrays import normalise
 from adi.model.backbone import ReadOut
 
 PROBE_ROWS = 6
+Tail = Callable[[Tensor, Callable[[], object]], Tensor]
 NO_START = "exit heads cannot start from it (bare exits still work)"
 
 
-def take_apart(model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn.Module, width: int) -> ReadOut:
+def take_apart(model: Any, logits_of: Tail, width: int, device: torch.device) -> ReadOut:
     """The final norm and matrix as plain values, proved on random states; ValueError where they are something else.
 
-    ``logits_of(hidden_TD)`` runs the model's own tail, which is what follows ``last_block``.
+    ``logits_of(hidden_TD, begun)`` runs the model's own tail, and calls ``begun`` where it begins.
     """
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn((PROBE_ROWS, width), generator=generator).to(model.device, model.dtype)
-    tail, logits = _watch(model, logits_of, last_block, probe)
+    probe = torch.randn((PROBE_ROWS, width), generator=generator).to(device, model.dtype)
+    tail, logits = _watch(model, logits_of, probe)
     norms = [step for step in tail if _weight_dim(step[0]) < 2]
     maps = [m for m, _, _ in tail if _weight_dim(m) == 2]
     head = model.get_output_embeddings()
     if len(norms) != 1 or len(norms) + len(maps) != len(tail) or tail[0] is not norms[0] or maps[-1:] != [head]:
         names = ", ".join(type(m).__name__ for m, _, _ in tail)
         raise AdiError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
+    if head.weight.is_meta:
+        raise AdiError(f"the head of {type(model).__name__} is offloaded: {NO_START}")
     kind, gain, shift, eps = norm_of(*norms[0])
     weight = maps[-1].weight.detach().float()
     for inner in reversed(maps[:-1]):
@@ -43,9 +46,7 @@ def take_apart(model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn
     return ReadOut(kind, gain, shift, eps, weight, bias, scale)
 
 
-def _watch(
-    model: Any, logits_of: Callable[[Tensor], Tensor], last_block: nn.Module, probe: Tensor
-) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
+def _watch(model: Any, logits_of: Tail, probe: Tensor) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
     """The leaf modules that change their input between the last block and the logits, with what went in and out."""
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
@@ -55,9 +56,8 @@ def _watch(
 
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     handles = [leaf.register_forward_hook(note) for leaf in leaves]
-    handles.append(last_block.register_forward_hook(lambda *_: seen.clear()))
     try:
-        logits = logits_of(probe)
+        logits = logits_of(probe, seen.clear)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adi.errors import AdiError
-from adi.model.hf.patch import find_blocks
+from adi.model.hf.blocks import find_blocks
 
 RECURRENT_HINT = "adi needs a decoder whose memory of the past can be cut back (attention, or short convolutions)"
 
 
 def refuse(model: Any, reason: str) -> AdiError:
-    return AdiError(f"{type(model).__name__} cannot be split between blocks: {reason}.")
+    hooked = [name or "the model" for name, module in model.named_modules() if any(map(_foreign, _hooks(module)))]
+    hint = f" (with forward hooks on {', '.join(hooked[:3])})" if hooked else ""
+    return AdiError(f"{type(model).__name__}{hint} cannot be split between blocks: {reason}.")
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _foreign(hook: Any) -> bool:
+    return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "adi."))
+
+
+def require_evaluation(model: Any) -> None:
+    """AdiError for a model in training mode as a whole, or with a part that drops states (an adapter put on later)."""
+    dropping = (name for name, module in model.named_modules() if module.training and _drops(module))
+    if model.training or (name := next(dropping, None)) is not None:
+        part = "" if model.training else f" ({name})"
+        raise AdiError(f"{type(model).__name__} is in training mode{part}; call model.eval() first.")
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = {**vars(module), "dropout_p": vars(module).get("p") if "Dropout" in type(module).__name__ else 0}
+    return any(isinstance(rate, float) and rate > 0 for name, rate in rates.items() if "drop" in name)
+
+
+def require_numbers(model: Any, logits_TV: Tensor) -> None:
+    """AdiError where the model's own logits hold NaN, naming the weight that does too."""
+    if logits_TV.isnan().any():
+        weights = (name for name, p in model.named_parameters() if p.is_floating_point() and p.isnan().any())
+        name = next(weights, None)
+        why = f"its weight {name} holds NaN" if name else f"computed in {model.dtype} its logits are NaN; try another precision"
+        raise AdiError(f"{type(model).__name__} gives no numbers: {why}.")
 
 
 def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
@@ -38,25 +71,12 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
         raise refuse(model, str(error)) from None
 
 
-def observe(model: Any, decoder: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list[int]:
-    """One pass that watches the blocks; returns how many values each gives beside the state.
+def extra_outputs(model: Any, chain: Sequence[tuple[int, Any, Any]], layers: int, ids: Tensor) -> list[int]:
+    """How many values each block gives beside the state, by what the blocks were given and gave in a pass over ``ids``.
 
     The states must form one chain: every block is called once, in order, and takes what the block before it gave.
     """
-    chain: list[tuple[int, Tensor, Any]] = []
-    handles = [
-        block.register_forward_hook(
-            lambda _, args, kwargs, out, i=i: chain.append((i, args[0] if args else kwargs.get("hidden_states"), out)),
-            with_kwargs=True,
-        )
-        for i, block in enumerate(blocks)
-    ]
-    try:
-        decoder(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if [i for i, _, _ in chain] != list(range(len(blocks))):
+    if [i for i, _, _ in chain] != list(range(layers)):
         raise refuse(model, "its blocks are not each called once and in order")
     extras, last = [], None
     for i, given, out in chain:

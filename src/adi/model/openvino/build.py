@@ -50,7 +50,8 @@ def export_and_open(
     Raises:
         ValueError: an unknown precision, or a model that cannot be exported: one sentence says why.
     """
-    from adi.model.hf.engine import HfBackbone, fingerprint  # here, because opening an export needs no transformers
+    from adi.model.hf import HfBackbone  # here, because opening an export needs no transformers
+    from adi.model.hf.weights import fingerprint
     from adi.model.openvino.export.pipeline import export
 
     if precision not in manifest.PRECISIONS:

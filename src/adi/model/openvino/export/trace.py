@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adi.errors import AdiError
-from adi.model.hf.patch import find_down_projections
+from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.splitting import decoder_of
 from adi.model.openvino.graph import Attention
 

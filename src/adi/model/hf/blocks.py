@@ -1,0 +1,54 @@
+"""A decoder's blocks and their MLPs, found by what they are: no family's names are known here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from adi.errors import AdiError
+
+
+def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
+    """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several)."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not lists:
+        raise AdiError(f"no list of {layers} blocks was found in {type(decoder).__name__}")
+    return list(lists[0])
+
+
+def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Module] | None:
+    """Each block's MLP down projection: its one matrix, outside attention, that leads from more units than ``width`` to it.
+
+    None when some block has none, several, or stacked experts: then MLP activations cannot be shown, and nothing is
+    guessed.
+    """
+    found = []
+    for block in blocks:
+        attention = {id(inner) for m in block.modules() if m is not block and _attends(m) for inner in m.modules()}
+        outside = [m for m in block.modules() if id(m) not in attention]
+        downs = [m for m in outside if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
+        if len(downs) != 1 or any(_stacked(m) for m in outside):
+            return None
+        found.append(downs[0])
+    return found
+
+
+def _attends(module: nn.Module) -> bool:
+    """Attention and its like: what keeps a memory of the past, under any of the names that transformers has for it."""
+    return bool({"past_key_values", "past_key_value", "layer_past"} & set(inspect.signature(module.forward).parameters))
+
+
+def _stacked(module: nn.Module) -> bool:
+    """Experts keep their matrices stacked in tensors of three axes (so do convolutions, which are none)."""
+    return not isinstance(module, nn.Conv1d) and any(p.dim() > 2 for p in module.parameters(recurse=False))
+
+
+def _matrix(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear map, also of GPT-2's transposed ``Conv1D``."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    outputs, inputs = weight.shape
+    return (outputs, inputs) if type(module).__name__ == "Conv1D" else (inputs, outputs)

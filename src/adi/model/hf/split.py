@@ -1,0 +1,101 @@
+"""``SplitModel``: a transformers model as it is now, made ready to run in parts, and proved to give its own logits so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adi.model.arrays import as_tensor
+from adi.model.backbone import Rows
+from adi.model.hf.blocks import find_down_projections
+from adi.model.hf.kv_cache import StaircaseCache
+from adi.model.hf.passes import Run, Steps
+from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, extra_outputs, refuse, require_evaluation, require_numbers
+from adi.model.hf.twin import Twin
+from adi.model.hf.weights import device_of
+
+SELF_CHECK_IDS = (1, 2, 3, 4)
+WEIGHTS = ("_modules", "_parameters")
+
+
+class SplitModel:
+    """The twin of ``source`` with its blocks under control. ValueError, naming architecture and reason, where that fails."""
+
+    def __init__(self, source: Any) -> None:
+        require_evaluation(source)
+        self._twin = Twin(source)
+        self.model = self._twin.model
+        self.config = self.model.config
+        self.decoder, self.blocks = decoder_of(self.model)
+        self.downs = find_down_projections(self.blocks, self.config.get_text_config(decoder=True).hidden_size)
+        self.device, self.dtype = device_of(self.model), self.model.dtype
+        self._source = source._modules.get("_orig_mod", source)
+        self._placed = self._source.device, self.dtype
+        self._steps = Steps(self.blocks)
+        self.vocabulary = self._self_check(len(self.blocks))
+
+    def changed(self) -> bool:
+        return self._placed != (self._source.device, self._source.dtype) or self._twin.changed()
+
+    def has_other_weights(self) -> bool:
+        return self._twin.changed(WEIGHTS)
+
+    @torch.no_grad()
+    def decode(self, run: Run, rows: Rows, *, mlp: bool = False, all_first: bool = False) -> None:
+        """The decoder's forward over these rows, as far as ``run`` says; ``all_first``: each at position 0, with no past."""
+        ids = torch.tensor([rows.ids], device=self.device)
+        positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.device)[None]
+        past = {"use_cache": False} if rows.cache is None else {"past_key_values": rows.cache, "use_cache": True}
+        with self._steps.running(run, self.downs[run.hi - 1] if mlp and self.downs is not None else None):
+            self.decoder(input_ids=ids, position_ids=torch.zeros_like(ids) if all_first else positions, **past)
+
+    @torch.no_grad()
+    def logits(self, hidden_TD: Tensor, begun: Callable[[], object] = lambda: None) -> Tensor:
+        """The model's own forward with every block skipped; ``begun`` is called where its tail begins."""
+        layers = len(self.blocks)
+        run = Run(layers, layers + 1, hidden_TD.to(self.device, self.dtype)[None], skipped=begun)
+        ids = torch.zeros((1, hidden_TD.shape[0]), dtype=torch.long, device=self.device)
+        with self._steps.running(run):
+            out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        return out.logits[0].float()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _self_check(self, layers: int) -> int:
+        """A few tokens in two strands and a rollback must give the model's own logits, or the model is refused."""
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        tokens = tuple(i % vocabulary for i in SELF_CHECK_IDS)
+        ids = torch.tensor([tokens], device=self.device)
+        wanted = self._source(input_ids=ids, use_cache=False).logits[0].float()
+        require_numbers(self._source, wanted)
+        run = Run(0, layers + 1, None, chain=[])
+        self.decode(run, Rows(None, 0, tokens, None))
+        self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], layers, ids)
+        cache, half = StaircaseCache(self), max(1, layers // 2)
+        try:
+            parts = [self._part(Rows(cache, i, tokens[i : i + n], None), 0, half) for i, n in ((0, 2), (2, 1), (2, 2))]
+            hidden = torch.cat([parts[0], parts[2]])
+            if half < layers:
+                hidden = self._part(Rows(cache, 0, tokens, hidden), half, layers)
+            got = self.logits(hidden)
+        except (RuntimeError, TypeError, KeyError, IndexError, AssertionError) as error:
+            raise refuse(self.model, f"running it in parts failed ({type(error).__name__}: {error})") from error
+        if (reason := cache.unsupported()) is not None:
+            raise refuse(self.model, f"{reason}; {RECURRENT_HINT}")
+        error_ = float((got - wanted).abs().max())
+        scale = max(1.0, float(wanted.abs().max()))
+        if not error_ <= (1e-3 if self.dtype == torch.float32 else 0.1) * scale:
+            raise refuse(self.model, f"run in parts its logits differ from its own forward by {error_:.2g}")
+        return int(wanted.shape[-1])
+
+    def _part(self, rows: Rows, lo: int, hi: int) -> Tensor:
+        """What leaves these blocks of the self-check; a tap of MLP activations that shows nothing is none."""
+        rows.cache.rewind(lo, hi, rows.start)
+        run = Run(lo, hi, None if rows.states is None else as_tensor(rows.states)[None])
+        self.decode(run, rows, mlp=True)
+        if run.mlp is None:
+            self.downs = None
+        assert run.hidden is not None
+        return run.hidden[0]
