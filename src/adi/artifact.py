@@ -210,7 +210,7 @@ def bare_exits(model: Model, depths: Sequence[int] | None = None, trigger: Trigg
     are seldom accepted. The default trigger fires from a probability of 0.5 on.
     """
     require_model(model)
-    spec = model.backbone.spec
+    spec = model.look()
     if depths is None:
         depths = [min(max(1, round(spec.layers * share)), spec.layers - 1) for share in (0.5, 0.75, 0.9)]
     chosen = tuple(sorted(set(depths)))

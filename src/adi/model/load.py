@@ -15,7 +15,7 @@ from typing import Any, Unpack
 from adi.arguments import whole
 from adi.errors import AdiError, ModelError, NotExportableError, UsageError
 from adi.files import read_json
-from adi.model.backbone import Backbone
+from adi.model.backbone import Backbone, Spec
 from adi.model.fast_tokenizer import fast_tokenizer
 from adi.model.generation_config import Fields, end_tokens, read_fields
 from adi.model.hub import (
@@ -60,10 +60,15 @@ class Model:
         ids = self._ids(opened(prompt), **reading)
         if not ids:
             raise UsageError(f"the prompt is empty, {prompt!r:.40}; give at least one token.")
-        vocabulary = self.backbone.spec.vocabulary
+        vocabulary = self.look().vocabulary
         if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
         return ids
+
+    def look(self) -> Spec:
+        """What the model is now: one in memory may have been changed since it was loaded, or cannot be used any more."""
+        self.backbone.new_cache().close()
+        return self.backbone.spec
 
     def _ids(
         self, prompt: str | list[Any] | tuple[int, ...], raw: bool = False, special_tokens: bool = False, **chat: Any

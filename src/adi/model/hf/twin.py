@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+IDLE = ("_state_dict", "_load_state_dict", "_backward", "_is_full_backward")  # what no forward reads
 CONTAINERS = (dict, list, set)  # and what derives from them: ordered dictionaries of hooks
 
 
@@ -23,7 +24,7 @@ class Twin:
 
     def __init__(self, model: Any) -> None:
         self._made: dict[int, tuple[Any, Any]] = {}
-        self._states: list[tuple[Any, dict[str, Any]]] = []
+        self._states: list[tuple[Any, dict[str, Any], int]] = []
         self._maps: dict[int, Any] = {}  # accelerate's, one for many hooks
         self.model = self._copied(model)
         for _, twin in self._made.values():
@@ -35,11 +36,11 @@ class Twin:
 
     def changed(self, only: tuple[str, ...] = ()) -> bool:
         """Whether modules, weights, buffers, hooks or switches are other ones than they were; weights' values are not read."""
-        return any(
-            not _same(then.get(name), vars(module).get(name))
-            for module, then in self._states
-            for name in only or {**then, **vars(module)}
-        )
+        for module, then, size in self._states:
+            now = vars(module)
+            if any(not _same(then.get(name), now.get(name)) for name in only or then) or len(now) != size:
+                return True
+        return False
 
     def _copied(self, module: Any) -> Any:
         module = module._modules.get("_orig_mod", module)
@@ -50,9 +51,10 @@ class Twin:
             return module
         twin = object.__new__(type(module))
         self._made[id(module)] = module, twin
-        state = {name: copy.copy(v) if isinstance(v, CONTAINERS) else v for name, v in list(vars(module).items())}
-        self._states.append((module, state))
-        vars(twin).update({name: copy.copy(v) if isinstance(v, CONTAINERS) else v for name, v in state.items()})
+        state = {name: v.copy() if isinstance(v, CONTAINERS) else v for name, v in list(vars(module).items())}
+        watched = {name: v for name, v in state.items() if not name.startswith(IDLE)}
+        self._states.append((module, watched, len(state)))
+        vars(twin).update({name: v.copy() if isinstance(v, CONTAINERS) else v for name, v in state.items()})
         vars(twin)["_compiled_call_impl"] = None
         for name, child in twin._modules.items():
             twin._modules[name] = None if child is None else self._copied(child)
@@ -92,7 +94,7 @@ def _forget_length(module: Any) -> None:
 
 
 def _same(then: Any, now: Any) -> bool:
-    if then is now:
+    if then is now or (isinstance(then, CONTAINERS) and not then and not now):
         return True
     if type(then) is not type(now):
         return False
