@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 import adi
 from adi.cli.shared.options import option
@@ -149,6 +150,20 @@ def options(
     """Adaptive depth inference for decoder language models."""
 
 
+class _Command(TyperCommand):
+    """A command whose refusals name the value that was given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            found: Any = getattr(error.__cause__, "errors", list)()  # of pydantic, whose own words do not say what was given
+            if found:
+                said, given = error.message.removeprefix("Value error, ").rstrip("."), repr(found[0]["input"])
+                error.message = f"{said}." if given in said else f"got {given}; {said[:1].lower()}{said[1:]}."
+            raise
+
+
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """The program with these commands."""
     program = typer.Typer(
@@ -161,7 +176,7 @@ def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     program.callback()(options)
     for name in names:
-        program.command(name)(with_groups(guarded(getattr(import_module(f"adi.cli.{name}"), name))))
+        program.command(name, cls=_Command)(with_groups(guarded(getattr(import_module(f"adi.cli.{name}"), name))))
     return program
 
 

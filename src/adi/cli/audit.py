@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from adi.cli.shared.options import BackendOption, DeviceOption, ExitsOption, ModelArgument, exits_for, listed, option
+from adi.cli.shared.options import (
+    BackendOption,
+    DeviceOption,
+    ExitsOption,
+    ModelArgument,
+    exits_for,
+    judged_exits,
+    listed,
+    option,
+)
 from adi.cli.shared.output import command_line, err, out, say, table
 from adi.files import require_writable, write_json, write_text
 from adi.progress import Reporter
@@ -19,9 +28,9 @@ from adi.progress import Reporter
 def audit(
     model: ModelArgument = "smollm2-135m",
     exits: ExitsOption = None,
-    limit: Annotated[int, option("--limit", help="Use so many prompts, spread evenly over the 80 'bench' prompts.")] = 4,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", help="Length of the texts.")] = 48,
-    draws: Annotated[int, option("--draws", help="Texts sampled with each way of drafting.")] = 400,
+    limit: Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the 80 'bench' prompts.")] = 4,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the texts.")] = 48,
+    draws: Annotated[int, option("--draws", min=1, help="Texts sampled with each way of drafting.")] = 400,
     precision: Annotated[str, option("--precision", help="Several with commas: fp32, int8, int4, bf16.")] = "auto",
     seed: Annotated[int, option("--seed", help="Of drafts, faults and samples.", rare=True)] = 0,
     json_out: Annotated[Path | None, option("--json", metavar="FILE", help="Write the report here ('-' prints it).")] = None,
@@ -34,11 +43,12 @@ def audit(
     from adi.measure.audit.run import audit_page
 
     file = None if str(json_out) == "-" else json_out
+    named = judged_exits(exits)
     require_writable(file, html)
     with Reporter(err()) as progress:
         report = measure(
             model,
-            None if exits is None else lambda loaded: exits_for(loaded, exits),
+            None if named is None else lambda loaded: exits_for(loaded, named),
             precisions=listed(precision),
             backend=backend,
             device=device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
@@ -24,6 +24,10 @@ from adi.errors import UsageError
 from adi.files import require_writable, write_json
 from adi.progress import Reporter
 
+if TYPE_CHECKING:
+    from adi.artifact import Exits
+    from adi.measure.bench.outcomes import Setting
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 
 
@@ -33,7 +37,7 @@ def bench(
     limit: Annotated[int | None, option("--limit", min=1, help="Use so many prompts, spread over the file.")] = None,
     modes: Annotated[str, option("--modes", help="Of adi: full, verified, reflex, lookup, static.")] = "full,verified",
     peers: Annotated[str, option("--peers", help="Other tools, such as llama.cpp,hf:fp32; or 'all'.")] = "",
-    precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "fp32",
+    precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "auto",
     backend: BackendOption = "auto",
     exits: ExitsOption = None,
     max_new_tokens: AnswerTokensOption = 128,
@@ -59,7 +63,7 @@ def bench(
 
     An interrupted run with --json FILE resumes.
     """
-    from adi.artifact import shipped
+    from adi.artifact import load_exits, shipped
     from adi.measure.bench.outcomes import Setting
     from adi.measure.bench.peers import PEERS
     from adi.measure.bench.resume import ResumeFile
@@ -76,6 +80,7 @@ def bench(
     names += [] if not peers else PEERS if peers == "all" else chosen_among(tuple(PEERS), "--peers", peers)
     trained = exits if exits is not None else (model if model in shipped() else None)
     setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
+    _check_engines(setting, precisions, None if trained is None else load_exits(trained))
     extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch)
     require_writable(json_out)
     with Reporter(err(), "preparing") as report:
@@ -91,6 +96,17 @@ def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: boo
         raise UsageError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
     if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
         raise UsageError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+
+
+def _check_engines(setting: Setting, precisions: Sequence[str], exits: Exits | None) -> None:
+    """UsageError for what the first process would find out only after an export."""
+    from adi.measure.bench.systems import backend_for
+    from adi.model.load import check_engine
+
+    for precision in precisions:
+        check_engine(backend_for(setting.backend, precision), precision)
+    if setting.risk is not None and exits is not None:
+        exits.certificate("disagreement", setting.risk)
 
 
 def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | None) -> None:

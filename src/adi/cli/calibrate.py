@@ -16,6 +16,7 @@ from adi.cli.shared.options import (
     RiskKindOption,
     chosen_prompts,
     exits_for,
+    judged_exits,
     option,
 )
 from adi.cli.shared.output import command_line, err, out, say, table
@@ -57,20 +58,22 @@ def calibrate(
     The prompts should be drawn as those of use will be, and not be among those that the exits were trained on; without
     --prompts the 80 'bench' prompts are taken, which are few.
     """
+    from adi.measure.calibration.calibrate import RiskTest
     from adi.measure.calibration.calibrate import calibrate as measure
     from adi.measure.provenance import provenance
     from adi.prompts import spread
     from adi.risk.certificate import merged
 
     items = [item for source in prompts or ["bench"] for item in chosen_prompts(source, None)]
-    chosen = [item.prompt for item in spread(items, limit)]
+    chosen, levels = [item.prompt for item in spread(items, limit)], risk or [0.02]
+    RiskTest(kind, method, delta).check(levels)
+    named = judged_exits(exits)
+    if isinstance(named, str):
+        raise UsageError(f"{exits!r} exits have no file to keep a certificate in; give --exits DIR with trained exits.")
+    require_writable(out_dir / "exits.json", json_out)
     loaded = engine.load(model)
-    found = exits_for(loaded, exits)
-    if found.heads is None:
-        raise UsageError("bare exits have no file to keep a certificate in; give --exits DIR with trained exits.")
-    require_writable(out_dir / "exits.json")
+    found = exits_for(loaded, named)
     earlier = _earlier(out_dir, found, loaded.backbone.spec)
-    levels = risk or [0.02]
     with Reporter(err(), "answers") as report:
         ways: dict[str, Any] = {"delta": delta, "kind": kind, "method": method, "max_new_tokens": max_new_tokens, "seed": seed}
         result = measure(loaded, found, chosen, levels, progress=report, **ways)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
+from adi.cli.shared.conversation import ChatOptions
 from adi.cli.shared.options import DecodingOptions, EngineOptions, ModelOption, SamplingOptions, TokensOption, option
 from adi.cli.shared.output import out, say
 from adi.errors import AdiError, ModelError
@@ -30,20 +31,21 @@ def chat(
     *,
     decoding: DecodingOptions,
     sampling: SamplingOptions,
+    template: ChatOptions,
     engine: EngineOptions,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.shared.paint import legend
 
-    console, drawn = out(), sampling.sampling()
+    console, drawn, more = out(), sampling.sampling(), template.settings()
     loaded, policy = decoding.load(engine, model)
-    if loaded.tokenizer is None or not loaded.tokenizer.has_chat_template:
+    if loaded.tokenizer is None or not (loaded.tokenizer.has_chat_template or "chat_template" in more):
         raise ModelError(f"{model} has no chat template, so it cannot hold a conversation; use adi run --raw.")
     if console.is_terminal:
         say(console, HELP, "dim")
         console.print(legend(policy.depths, loaded.backbone.spec.layers))
     start = [{"role": "system", "content": system}] if system else []
-    _Conversation(console, loaded, policy, drawn, max_new_tokens, start).hold()
+    _Conversation(console, loaded, policy, {"max_new_tokens": max_new_tokens, **more}, drawn, start).hold()
 
 
 @dataclass
@@ -53,8 +55,8 @@ class _Conversation:
     console: Console
     model: Model
     policy: Policy
+    options: dict[str, Any]
     sampling: Sampling
-    max_new_tokens: int
     start: list[dict[str, str]]
     turns: list[dict[str, str]] = field(default_factory=list)
     last: str = "no answer yet"
@@ -79,7 +81,7 @@ class _Conversation:
         messages = [*self.start, *self.turns, {"role": "user", "content": line}]
         sampling = self.sampling.of_prompt(len(messages))
         try:
-            session = Session(self.model, messages, self.policy, max_new_tokens=self.max_new_tokens, sampling=sampling)
+            session = Session(self.model, messages, self.policy, sampling=sampling, **self.options)
         except AdiError as error:
             say(self.console, f"{error} Type /reset to start over.", "red")
             return

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from adi.cli.shared.conversation import ChatOptions, MessagesOption, read_messages
 from adi.cli.shared.options import (
     DEMO_PROMPT,
     DecodingOptions,
@@ -23,12 +25,14 @@ from adi.cli.shared.options import (
     option,
 )
 from adi.cli.shared.output import err, out, read_input, say, show_json
+from adi.errors import UsageError
 from adi.files import require_writable
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
     from adi.decoding.records import Drift, Generation
     from adi.model.load import Model
+    from adi.model.prompt import Prompt
 
 TRACED_CANDIDATES = 5
 WARM_UP_TOKENS = 4
@@ -40,19 +44,24 @@ def run(
     model: ModelOption = "smollm2-135m",
     max_new_tokens: TokensOption = 128,
     compare: Annotated[bool, option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
+    messages: MessagesOption = None,
     json_out: JsonOption = False,
     trace: Annotated[Path | None, option("--trace", metavar="FILE", help="Write a trace of every step, for adi plot.")] = None,
     *,
     decoding: DecodingOptions,
     sampling: SamplingOptions,
     text: TextOptions,
+    chat: ChatOptions,
     engine: EngineOptions,
 ) -> None:
     """Answer a prompt: draft tokens cheaply, verify them at full depth, and show at which depth each was decided."""
     from adi.decoding.policies import FullDepth
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled(), **text.settings()}
-    content = read_input() if prompt == "-" else prompt
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled()}
+    options |= {**text.settings(), **chat.settings()}
+    if messages is not None and prompt != DEMO_PROMPT:
+        raise UsageError(f"give a prompt or --messages, not both {prompt!r:.40} and {messages}.")
+    content = read_messages(messages) if messages is not None else read_input() if prompt == "-" else prompt
     require_writable(trace)
     loaded, policy = decoding.load(engine, model)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
@@ -65,7 +74,8 @@ def run(
     if trace is not None:
         from adi.measure.trace import trace_of, write_trace
 
-        write_trace(trace_of(generation, policy, content), trace)
+        asked = content if isinstance(content, str) else dumps(content, ensure_ascii=False)
+        write_trace(trace_of(generation, policy, asked), trace)
     if json_out:
         show_json(document(generation, full, loaded.backbone.spec.row_invariant))
     else:
@@ -114,30 +124,30 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
-def _warm_up(model: Model, text: str, policy: Policy, options: dict[str, Any]) -> None:
+def _warm_up(model: Model, prompt: Prompt, policy: Policy, options: dict[str, Any]) -> None:
     """So that neither of two compared runs pays for what happens once."""
     from adi.decoding.policies import FullDepth
 
     model.backbone.prepare((), drafts=True, wait=True)  # what opens in the background otherwise, beside the first answer
     for each in (policy, FullDepth()):
-        generated(model, text, each, **{**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
+        generated(model, prompt, each, **{**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
 
 
-def generated(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
+def generated(model: Model, prompt: Prompt, policy: Policy, **options: Any) -> Generation:
     """The whole text; options as a ``Session`` takes them."""
     from adi.decoding.session import Session
 
-    session = Session(model, text, policy, **options)
+    session = Session(model, prompt, policy, **options)
     return session.generation(list(session.steps()))
 
 
-def _shown(model: Model, text: str, policy: Policy, **options: Any) -> Generation:
+def _shown(model: Model, prompt: Prompt, policy: Policy, **options: Any) -> Generation:
     """Generate with the text painted as it comes."""
     from adi.cli.shared.paint import Painter, legend
     from adi.decoding.session import Session
 
     console = out()
-    session = Session(model, text, policy, **options)
+    session = Session(model, prompt, policy, **options)
     depths = policy.depths
     if depths and console.is_terminal:
         console.print(legend(depths, model.backbone.spec.layers))

@@ -37,9 +37,9 @@ def trace(
     """Generate, and write every exit that was checked, with its candidates and signals, to a trace file."""
     from adi.measure.trace import trace_of, write_trace
 
+    options = {"max_new_tokens": max_new_tokens, "candidates": candidates, "sampling": sampling.sampling(), **text.settings()}
     require_writable(out)
     loaded, policy = decoding.load(engine, model)
-    options = {"max_new_tokens": max_new_tokens, "candidates": candidates, **text.settings()}
-    generation = generated(loaded, prompt, policy, **options, sampling=sampling.sampling())
+    generation = generated(loaded, prompt, policy, **options)
     write_trace(trace_of(generation, policy, prompt), out)
     say(err(), f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}")

@@ -20,10 +20,12 @@ from adi.cli.shared.options import (
     PromptsOption,
     chosen_prompts,
     exits_for,
+    judged_exits,
     option,
 )
 from adi.cli.shared.output import command_line, err, out, percent, say, table
 from adi.errors import UsageError
+from adi.files import require_writable
 from adi.progress import Reporter
 
 if TYPE_CHECKING:
@@ -59,12 +61,13 @@ def triggers(
 
     Prompts of the benchmark only test. With --fit-probe, a probe is fitted and saved with the exits instead.
     """
+    named = judged_exits(exits)
+    require_writable(None if save is None else save / "exits.json")
     if fit_probe is not None:
         if save is None:
             raise UsageError("--fit-probe needs --save DIR: the probe is kept with a copy of the exits.")
-        items = chosen_prompts(fit_probe, fit_limit)
-        loaded = engine.load(model)
-        report = _fit(loaded, exits_for(loaded, exits), items, save, max_new_tokens)
+        items, loaded = chosen_prompts(fit_probe, fit_limit), engine.load(model)
+        report = _fit(loaded, exits_for(loaded, named), items, save, max_new_tokens)
         print(json.dumps(report)) if json_out else _show_probe(report, f"adi triggers {model} --exits {save}", out())
         return
     items, others = chosen_prompts(prompts, limit), chosen_prompts(calibrate, calibrate_limit) if calibrate else []
@@ -76,7 +79,7 @@ def triggers(
     from adi.measure.trigger_study.study import study_triggers
 
     loaded = engine.load(model)
-    found = exits_for(loaded, exits)
+    found = exits_for(loaded, named)
     test, calibrating = ([item.prompt for item in some] for some in (items, others))
     with Reporter(err(), "answers") as report_progress:
         study = study_triggers(
@@ -87,8 +90,8 @@ def triggers(
     if json_out:
         spec = loaded.backbone.spec
         about = {"model": model, "backend": spec.backend, "precision": spec.precision, "layers": spec.layers}
-        about |= {**provenance(command_line(), items), "probe": found.report.get("probe")}
-        print(json.dumps({**about, **study.to_json()}))
+        made = {**provenance(command_line(), items), "probe": found.report.get("probe")}
+        print(json.dumps({**about, **made, **study.to_json()}))
         return
     _show(study, out())
     if save is not None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, listed, option, whole_numbers
 from adi.cli.shared.output import command_line, err, percent, say, table
 from adi.errors import UsageError
+from adi.files import require_file, require_writable
 from adi.progress import Reporter
 from adi.prompts import read_prompts
 
@@ -77,17 +78,25 @@ def tune(
     Without --prompts and --text the 480 'train' prompts are used. A run that was stopped resumes with the same command.
     """
     from adi.artifact import load_exits
-    from adi.training.tune import remeasure
+    from adi.model.load import check_engine
+    from adi.training.texts import MOST_TEXT_BYTES
+    from adi.training.tune import begin_of, remeasure
     from adi.training.tune import tune as train
 
     if judge_only and keep is None:
         raise UsageError("--judge-only measures the drafter of exits: give them with --keep.")
     sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["train"])]
+    options, kept = training.options(), None if keep is None else load_exits(keep)
+    begin_of(kept, options)
+    for precision in listed(talk_precision):
+        check_engine("auto", precision)
+    for path in text or ():
+        require_file(path, "text", MOST_TEXT_BYTES)
+    require_writable(out / "exits.json")
     loaded = EngineOptions(backend="hf", device=device).load(model)
-    options = training.options()
     generators = [EngineOptions(precision=precision).load(model) for precision in listed(talk_precision)]
     made_by = {"command": command_line(), "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}}
-    groups, kept = [[item.prompt for item in items] for items in sets], None if keep is None else load_exits(keep)
+    groups = [[item.prompt for item in items] for items in sets]
     (out / "work").mkdir(parents=True, exist_ok=True)
     with Reporter(err(), log=out / "work" / "log.txt") as report:
         more: dict[str, Any] = {"generators": generators, "made_by": made_by, "progress": report}

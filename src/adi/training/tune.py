@@ -111,7 +111,7 @@ def tune(
     require_model(model)
     options = options or TuneOptions()
     run = _Tuning(model, Path(out) / "work", options, generators or (model,), keep, categories or {}, progress)
-    begin = _begin(keep, options)
+    begin = begin_of(keep, options)
     run.read_data(prompts, [window for path in texts for window in windows_of(model, Path(path))])
     made = {**(made_by or {}), "options": asdict(options), "texts": _digest([*run.train, *run.held])}
     if keep is None:
@@ -270,8 +270,8 @@ class _Tuning:
         return drafter, {**judged, "answer_tokens": answer_tokens(texts_in(self.train)), "settings": asdict(how)}
 
 
-def _begin(keep: Exits | None, options: TuneOptions) -> Drafter | None:
-    """What the drafter begins with."""
+def begin_of(keep: Exits | None, options: TuneOptions) -> Drafter | None:
+    """What the drafter begins with; UsageError for a warm start from nothing."""
     if not options.warm_start:
         return None
     if keep is None or keep.drafter is None:

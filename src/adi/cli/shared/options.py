@@ -95,6 +95,8 @@ class TextOptions:
 
     def settings(self) -> dict[str, Any]:
         """As ``generate`` takes them."""
+        if "" in (self.stop or ()):
+            raise UsageError("--stop is ''; give a text of at least one character.")
         ends: dict[str, Any] = {"stop": tuple(self.stop or ()), "stop_at_eos": not self.ignore_eos}
         if self.stop_token_ids is not None:
             ends["stop_token_ids"] = whole_numbers("--stop-token-ids", self.stop_token_ids)
@@ -174,15 +176,32 @@ class DecodingOptions:
 
     def load(self, engine: EngineOptions, model: str) -> tuple[Model, Policy]:
         """The model, ready to stop where the policy is likely to, and the policy."""
+        exits = self._judged(model)
         loaded = engine.load(model, likely_stops(model, self.mode, self.exits, not self.by_rule))
-        return loaded, self.policy(loaded)
+        return loaded, self.policy(loaded, exits)
 
-    def policy(self, model: Model) -> Policy:
-        """The policy; AdiError for a combination without meaning."""
-        from adi.decoding.policies import FullDepth, Lookup, Reflex, Verified, default_policy
-        from adi.exits.triggers import with_thresholds
+    def _judged(self, model: str) -> Exits | str | None:
+        """What of it needs no model: AdiError for what has no meaning, and the exits where they are read from a folder."""
+        from adi.artifact import Exits, shipped
+        from adi.files import require_writable
+        from adi.risk.certificate import find
 
         self._check()
+        require_writable(self.history)
+        if self.trigger is not None:
+            read_trigger(self.trigger)
+        theirs = model if (self.by_rule or self.mode == "reflex") and model in shipped() else None
+        exits = judged_exits(self.exits if self.exits is not None else theirs)
+        if isinstance(exits, Exits):
+            self._by_exits(exits, None)
+        elif exits is not None and self.risk is not None:
+            find((), self.kind, self.risk, self.skipped)  # nothing is certified for bare exits
+        return exits
+
+    def policy(self, model: Model, exits: Exits | str | None) -> Policy:
+        """The policy; ``exits`` as ``exits_for`` takes them."""
+        from adi.decoding.policies import FullDepth, Lookup, default_policy
+
         if self.mode == "full":
             return FullDepth()
         if self.mode == "lookup":
@@ -190,7 +209,13 @@ class DecodingOptions:
         history = opened_history(model, self.history)
         if self.mode == "verified" and self.exits is None and not self.by_rule:
             return replace(default_policy(model), history=history)
-        exits = exits_for(model, self.exits)
+        return self._by_exits(exits_for(model, exits), history)
+
+    def _by_exits(self, exits: Exits, history: History | None) -> Policy:
+        """The policy with these exits; AdiError for options that do not fit them."""
+        from adi.decoding.policies import Reflex, Verified
+        from adi.exits.triggers import with_thresholds
+
         rule = read_trigger(self.trigger) if self.trigger is not None else None
         if self.mode == "verified":
             if self.threshold is not None:
@@ -240,15 +265,25 @@ def likely_stops(model: str, mode: str, exits: str | None, by_controller: bool =
         return ()
 
 
-def exits_for(model: Model, given: str | None) -> Exits:
-    """The exits named on the command line, else those shipped for the model; ModelError says how to get some."""
-    from adi.artifact import bare_exits, load_exits, shipped_for
+def judged_exits(given: str | None) -> Exits | str | None:
+    """The exits of a folder, which need no model to be read; AdiError for none, and for depths of bare ones that are none."""
+    from adi.artifact import load_exits
 
     name, _, depths = (given or "").partition(":")
-    if name == "bare":
-        exits = bare_exits(model, whole_numbers("depths", depths) if depths else None)
+    if name == "bare" and depths:
+        whole_numbers("depths", depths)
+    return given if given is None or name == "bare" else load_exits(given)
+
+
+def exits_for(model: Model, given: Exits | str | None) -> Exits:
+    """The exits as ``judged_exits`` gives them, those shipped for the model by default; ModelError says how to get some."""
+    from adi.artifact import Exits, bare_exits, shipped_for
+
+    if isinstance(given, Exits):
+        exits = given
     elif given is not None:
-        exits = load_exits(given)
+        depths = given.partition(":")[2]
+        exits = bare_exits(model, whole_numbers("depths", depths) if depths else None)
     elif (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
         exits = found
     else:

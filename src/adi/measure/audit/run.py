@@ -56,11 +56,10 @@ def audit(
     Raises:
         AdiError: for options that are out of range, and whatever ``load`` and ``load_exits`` raise.
     """
-    limit, draws = whole("limit", limit, 1), whole("draws", draws, 1)
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    counts = {"limit": limit, "max_new_tokens": max_new_tokens, "draws": draws}
+    limit, max_new_tokens, draws = (whole(name, count, 1) for name, count in counts.items())
     _check_precisions(backend, precisions)
-    if isinstance(exits, (str, os.PathLike)):
-        exits = load_exits(exits)  # judged before a model is read
+    exits = load_exits(exits) if isinstance(exits, (str, os.PathLike)) else exits  # judged before a model is read
     items = spread(read_prompts("bench"), limit) if prompts is None else []
     chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
