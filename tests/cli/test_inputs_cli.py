@@ -53,7 +53,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "quality": (["quality", "--precision", "fp12"], "--precision 'fp12' is not known"),
     "calibrate": (["calibrate", "m", "--out", "x", "--risk", "2"], "a risk level is 2.0; it must be a number between 0 and 1"),
     "calibrate delta": (["calibrate", "m", "--out", "x", "--delta", "2"], "delta is 2.0; it must be a number between 0 and 1"),
-    "calibrate bare": (["calibrate", "m", "--out", "x", "--exits", "bare"], "'bare' exits have no file"),
+    "calibrate bare": (["calibrate", "m", "--out", "x", "--exits", "bare"], "--exits bare: bare exits have no file"),
     "calibrate out": (["calibrate", "m", "--out", "/proc/no"], "cannot write /proc/no"),
     "tune": (["tune", "m", "--out", "x", "--epochs", "0"], "epochs is 0; it must be a whole number of at least 1"),
     "tune depths": (["tune", "m", "--out", "x", "--depths", "a"], "whole numbers with commas"),

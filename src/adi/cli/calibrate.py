@@ -69,7 +69,9 @@ def calibrate(
     RiskTest(kind, method, delta).check(levels)
     named = judged_exits(exits)
     if isinstance(named, str):
-        raise UsageError(f"{exits!r} exits have no file to keep a certificate in; give --exits DIR with trained exits.")
+        raise UsageError(
+            f"--exits {exits}: bare exits have no file to keep a certificate in; give --exits DIR with trained exits."
+        )
     require_writable(out_dir / "exits.json", json_out)
     loaded = engine.load(model)
     found = exits_for(loaded, named)

@@ -82,9 +82,8 @@ def triggers(
     found = exits_for(loaded, named)
     test, calibrating = ([item.prompt for item in some] for some in (items, others))
     with Reporter(err(), "answers") as report_progress:
-        study = study_triggers(
-            loaded, found, test, calibrate=calibrating, max_new_tokens=max_new_tokens, progress=report_progress
-        )
+        ways: dict[str, Any] = {"calibrate": calibrating, "max_new_tokens": max_new_tokens, "progress": report_progress}
+        study = study_triggers(loaded, found, test, **ways)
     if save is not None:
         _save(found, study, save)
     if json_out:
