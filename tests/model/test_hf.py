@@ -236,3 +236,46 @@ def test_the_readout_is_the_models_own_head(family: str) -> None:
     got = readout.scale * logits
     got = capped * torch.tanh(got / capped) if capped else got
     torch.testing.assert_close(got, backbone.logits(hidden_TD), atol=2e-3, rtol=2e-3)
+
+
+CONTEXTS: dict[str, tuple[str, Any]] = {
+    "max_seq_len": (
+        "MptForCausalLM",
+        t.MptConfig(d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=48, vocab_size=VOCABULARY),
+    ),
+    "max_target_positions": (
+        "WhisperForCausalLM",
+        t.WhisperConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            decoder_layers=3,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            max_target_positions=48,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "n_positions": ("GPT2LMHeadModel", t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=48, vocab_size=VOCABULARY)),
+    "n_positions of CTRL": (
+        "CTRLLMHeadModel",
+        t.CTRLConfig(n_embd=32, n_layer=3, n_head=4, dff=64, n_positions=48, vocab_size=VOCABULARY),
+    ),
+}
+
+
+# A24
+@pytest.mark.parametrize("name", list(CONTEXTS))
+def test_a_context_is_found_under_any_of_its_names(name: str) -> None:
+    kind, config = CONTEXTS[name]
+    hf = getattr(t, kind)(config).eval()
+    hf.generation_config.eos_token_id = None
+    model = adi.load(hf)
+    assert model.backbone.spec.context == 48
+    wanted = hf.generate(torch.tensor([IDS]), max_new_tokens=48 - len(IDS), do_sample=False)[0, len(IDS) :].tolist()
+    for policy in (adi.Verified(), adi.Verified(adi.bare_exits(model, (1,)), adi.Always((1,)), 4)):
+        got = adi.generate(model, IDS, policy, max_new_tokens=48 - len(IDS))
+        assert list(got.token_ids) == wanted
+        with pytest.raises(ValueError, match="context of 48"):
+            adi.generate(model, IDS, policy, max_new_tokens=60)

@@ -119,6 +119,16 @@ class States:
         """The rows of several passes of one engine, one after the other; only what left the last block."""
         return parts[0] if len(parts) == 1 else States(joined([part.raw_TD for part in parts]))
 
+    @staticmethod
+    def stacked(parts: Sequence[States]) -> States:
+        """The same with all that they hold, in tensors."""
+        mlps = [part.mlp_TF for part in parts]
+        return States(
+            joined([part.hidden_TD for part in parts]),
+            joined([part.before_TD for part in parts]),
+            None if any(mlp is None for mlp in mlps) else joined(mlps),
+        )
+
 
 def raw_of(given: States | Tensor) -> Array:
     """``States.raw_TD``, or the tensor itself."""

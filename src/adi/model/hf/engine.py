@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.passes import Run
 from adi.model.hf.readout import take_apart
+from adi.model.hf.rope import sides
 from adi.model.hf.split import SplitModel
 from adi.model.hf.splitting import require_evaluation
 from adi.model.hf.weights import fingerprint
@@ -49,7 +51,7 @@ class HfBackbone:
             width=text.hidden_size,
             vocabulary=split.vocabulary,
             stops=tuple(range(1, len(split.blocks) + 1)),
-            context=getattr(text, "max_position_embeddings", None),
+            context=split.context,
             fingerprint=weights or fingerprint(self.model),
             backend="hf",
             precision=next((k for k, v in PRECISIONS.items() if v == split.dtype), str(split.dtype)),
@@ -91,6 +93,11 @@ class HfBackbone:
         return [self._pass(r, lo, hi, mlp) for r in rows]
 
     def _pass(self, rows: Rows, lo: int, hi: int, mlp: bool) -> States:
+        whole = functools.partial(self._part, lo=0, hi=self.spec.layers)
+        parts = [self._part(side, lo, hi, mlp) for side in sides(rows, whole)]
+        return parts[0] if len(parts) == 1 else States.stacked(parts)
+
+    def _part(self, rows: Rows, lo: int, hi: int, mlp: bool = False) -> States:
         rows.cache.rewind(lo, hi, rows.start)
         run = Run(lo, hi, None if rows.states is None else as_tensor(raw_of(rows.states))[None])
         rows.cache.model.decode(run, rows, mlp=mlp)
@@ -103,14 +110,15 @@ class HfBackbone:
 
         An approximation (Elbayad et al. 2020). ValueError where some block keeps no plain keys and values.
         """
-        assert rows.states is not None
-        rows.cache.rewind(lo, self.spec.layers, rows.start)
-        if not rows.cache.write_only(True):
-            raise AdiError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
-        try:
-            rows.cache.model.decode(Run(lo, self.spec.layers, as_tensor(raw_of(rows.states))[None]), rows)
-        finally:
-            rows.cache.write_only(False)
+        for side in sides(rows, functools.partial(self._part, lo=0, hi=self.spec.layers)):
+            assert side.states is not None
+            side.cache.rewind(lo, self.spec.layers, side.start)
+            if not side.cache.write_only(True):
+                raise AdiError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
+            try:
+                side.cache.model.decode(Run(lo, self.spec.layers, as_tensor(raw_of(side.states))[None]), side)
+            finally:
+                side.cache.write_only(False)
 
     def logits(self, states: States | Tensor) -> Tensor:
         """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""

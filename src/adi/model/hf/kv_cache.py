@@ -68,6 +68,8 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         super().__init__(config=model.config)
         self.model = model  # that its sequence began with
+        self.far = None if model.far is None else StaircaseCache(model.far)  # of a text past the edge of its rotary angles
+        self.edge, self.ids = model.edge, list[int]()
         self.start = 0
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -77,6 +79,8 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     def close(self) -> None:
         """Free keys and values of all blocks."""
         self.layers.clear()
+        if self.far is not None:
+            self.far.close()
 
     def unsupported(self) -> str | None:
         """Why this cache cannot go back, or None when it can. Known for sure after the first pass."""
@@ -89,6 +93,8 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
 
     def peek(self, block: int, length: int) -> Tensor | None:
         """Keys and values of the first ``length`` positions in one block, where it has that many."""
+        if self.far is not None and length > self.edge:
+            return self.far.peek(block, length)
         layer = self.layers[block] if block < len(self.layers) else None
         if not isinstance(layer, GrowingLayer) or layer.keys is None or layer.values is None or layer.length < length:
             return None

@@ -13,18 +13,30 @@ from adi.model.backbone import Rows
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.passes import Run, Steps
+from adi.model.hf.rope import always_far, edge_of, turns_again
 from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, extra_outputs, refuse, require_evaluation, require_numbers
 from adi.model.hf.twin import Twin
 from adi.model.hf.weights import device_of
 
 SELF_CHECK_IDS = (1, 2, 3, 4)
+CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+    "seq_length",
+    "context_length",
+)
 WEIGHTS = ("_modules", "_parameters")
 
 
 class SplitModel:
     """The twin of ``source`` with its blocks under control. ValueError, naming architecture and reason, where that fails."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, near: SplitModel | None = None) -> None:
+        """``near``: of a model whose rotary angles change with the length of the text, the one for short texts."""
         require_evaluation(source)
         self._twin = Twin(source)
         self.model = self._twin.model
@@ -35,7 +47,19 @@ class SplitModel:
         self._source = source._modules.get("_orig_mod", source)
         self._placed = self._source.device, self.dtype
         self._steps = Steps(self.blocks)
+        self.vocabulary: int
+        self.far: SplitModel | None = None
+        self.edge: int | None = None
+        self.context = context_of(self.config)
+        if near is not None:
+            self._steps.extra_outputs, self.vocabulary = near._steps.extra_outputs, near.vocabulary
+            self.downs = None if near.downs is None else self.downs
+            always_far(self.decoder, self.context or 0)
+            return
         self.vocabulary = self._self_check(len(self.blocks))
+        self.edge = edge_of(self.model, self.decoder, self.context)
+        if self.edge is not None:
+            self.far, self.turns_again = SplitModel(source, self), turns_again(self.model, self.edge)
 
     def changed(self) -> bool:
         return self._placed != (self._source.device, self._source.dtype) or self._twin.changed()
@@ -99,3 +123,9 @@ class SplitModel:
             self.downs = None
         assert run.hidden is not None
         return run.hidden[0]
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text in tokens that a configuration states, by whichever name its family has for it; None: no limit."""
+    text = config.get_text_config(decoder=True)
+    return next((n for name in CONTEXTS if isinstance(n := getattr(text, name, None), int) and n > 0), None)
