@@ -238,6 +238,7 @@ def test_the_readout_is_the_models_own_head(family: str) -> None:
     torch.testing.assert_close(got, backbone.logits(hidden_TD), atol=2e-3, rtol=2e-3)
 
 
+SMALL_GPT: dict[str, int] = dict(n_embd=32, n_layer=3, n_head=4, n_positions=48, vocab_size=VOCABULARY)
 CONTEXTS: dict[str, tuple[str, Any]] = {
     "max_seq_len": (
         "MptForCausalLM",
@@ -257,10 +258,10 @@ CONTEXTS: dict[str, tuple[str, Any]] = {
             eos_token_id=2,
         ),
     ),
-    "n_positions": ("GPT2LMHeadModel", t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=48, vocab_size=VOCABULARY)),
+    "n_positions": ("GPT2LMHeadModel", t.GPT2Config(**SMALL_GPT)),
     "n_positions of CTRL": (
         "CTRLLMHeadModel",
-        t.CTRLConfig(n_embd=32, n_layer=3, n_head=4, dff=64, n_positions=48, vocab_size=VOCABULARY),
+        t.CTRLConfig(**SMALL_GPT, dff=64),
     ),
 }
 

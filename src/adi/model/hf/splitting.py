@@ -57,7 +57,7 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     if getattr(config, "is_encoder_decoder", False):
         raise refuse(model, "it is an encoder-decoder; adi runs decoder-only models")
     text = config.get_text_config(decoder=True)
-    layers = getattr(text, "num_hidden_layers", None)
+    layers = getattr(text, "decoder_layers", getattr(text, "num_hidden_layers", None))  # Whisper has both
     if layers is None or model.get_output_embeddings() is None:
         raise refuse(model, "it has no num_hidden_layers or no language-model head")
     if getattr(text, "num_kv_shared_layers", 0):
