@@ -22,6 +22,7 @@ from adi.files import expanded, megabytes, read_json, write_text, writing
 
 FIX = "Set ADI_CACHE to a folder that you may write to and that has room."
 ABANDONED_SECONDS = 86_400.0  # what another machine, or this one before it was started, left so long ago is nobody's
+UNFINISHED = ".*.*"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -33,7 +34,7 @@ def cache_folder() -> Path:
     try:
         return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "adi"
     except FileError as error:
-        return _temporary(str(error))
+        return _temporary(f"{error} {FIX}")
 
 
 def usable_cache(needs: int = 0) -> Path:
@@ -57,11 +58,12 @@ def usable_cache(needs: int = 0) -> Path:
 
 def _temporary(why: str) -> Path:
     """A folder that ends with this process, in the place of the cache."""
-    made = tempfile.TemporaryDirectory(prefix="adi-", ignore_cleanup_errors=True)
-    atexit.register(made.cleanup)
-    os.environ["ADI_CACHE"] = made.name
-    logging.getLogger(__name__).warning("%s For this run models are kept in %s.", why, made.name)
-    return Path(made.name)
+    folder, _ = _claim(Path(tempfile.gettempdir(), "adi-cache"), ".adi-cache.*.*")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["ADI_CACHE"] = str(folder)
+    os.environ.setdefault("HOME", str(folder))  # without any, OpenVINO cannot be imported
+    logging.getLogger(__name__).warning("%s For this run models are kept in %s.", why, folder)
+    return folder
 
 
 def require_space(folder: Path, needs: int) -> None:
@@ -78,17 +80,12 @@ def whole_folder(path: Path, needs: int = 0) -> Iterator[Path]:
     is there already, by then or before, that one stays. FileError where its disk has fewer free bytes than it ``needs``, and
     for what the system or a writer in the block refuses.
     """
-    fresh, lock = path.parent / f"{path.name}.{_machine()}.{secrets.token_hex(4)}", None
-    folder = fresh.with_name(f".{fresh.name}")
+    folder = lock = None
     try:
         with writing(path, FIX):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in unfinished(path.parent):
-                shutil.rmtree(left, ignore_errors=True)
             require_space(path.parent, needs)
-            fresh.mkdir()
-            lock = _lock(fresh)
-            fresh.rename(folder)  # no sooner, or another process could take it for abandoned
+            folder, lock = _claim(path)
             yield folder
             mode = folder.stat().st_mode & 0o666
             for file in folder.rglob("*"):
@@ -100,9 +97,20 @@ def whole_folder(path: Path, needs: int = 0) -> Iterator[Path]:
                 if not path.is_dir():
                     raise  # another process that made the same folder first is no error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _claim(path: Path, pattern: str = UNFINISHED) -> tuple[Path, int | None]:
+    """A fresh folder beside ``path``, locked; those of this pattern that dead processes left there are removed."""
+    for left in unfinished(path.parent, pattern):
+        shutil.rmtree(left, ignore_errors=True)
+    fresh = path.with_name(f"{path.name}.{_machine()}.{secrets.token_hex(4)}")
+    fresh.mkdir()
+    lock = _lock(fresh)
+    return fresh.rename(fresh.with_name(f".{fresh.name}")), lock  # no sooner, or another could take it for abandoned
 
 
 def _lock(folder: Path) -> int | None:
@@ -134,9 +142,9 @@ def _machine() -> str:
     return platform.node().partition(".")[0] or "unknown"
 
 
-def unfinished(parent: Path) -> list[Path]:
+def unfinished(parent: Path, pattern: str = UNFINISHED) -> list[Path]:
     """Temporary folders of ``whole_folder`` that processes left there when they were killed."""
-    return [folder for folder in parent.glob(".*.*") if folder.is_dir() and _is_abandoned(folder)]
+    return [folder for folder in parent.glob(pattern) if folder.is_dir() and _is_abandoned(folder)]
 
 
 def _is_abandoned(folder: Path) -> bool:

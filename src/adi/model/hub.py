@@ -145,6 +145,7 @@ def quiet_transformers() -> Shared:
 
 def local_folder(source: str, notice: Notice) -> Path:
     """``source_folder``, with a hub model's files fetched to this machine (or taken from the hub's cache)."""
+    cache_folder()  # a user without a home gets one, before others ask for it
     place = source_folder(source, notice)
     if Path(place).is_dir():
         return Path(place)
