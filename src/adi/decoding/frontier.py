@@ -97,6 +97,16 @@ class Frontier:
             self.absorb(ahead, states)
             on_pass(ahead, states)
 
+    def begin_as(self, other: Frontier, length: int, last: States) -> None:
+        """Take over the first ``length`` positions of another sequence, which every block of it has processed, instead of
+        running them; ``last`` is the state of the last of them. MemoryFullError where there is no room for a copy."""
+        assert not self.ids
+        assert other.filled[-1] >= length
+        cache = self.backbone.fork(other.cache, length)
+        self.cache.close()
+        self.cache, self.ids, self.filled = cache, other.ids[:length], [length] * len(self.filled)
+        self.last, self._runs = last, [(length - 1, length, last)]
+
     def propagate(self) -> None:
         """Give the blocks that the newest positions have not run keys and values made from their states so far: they count as
         filled. An approximation, of engines that can (``Reflex.check`` refuses others)."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, cast
+from itertools import chain
+from typing import Any, TypedDict, Unpack, cast, overload
 
 from adi.arguments import whole
 from adi.decoding.policies import Policy
-from adi.decoding.records import Generation, Step
+from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import MOST, Observer, Scheduler
 from adi.decoding.session import Session
@@ -91,15 +92,33 @@ def _split(options: GenerateKeywords) -> dict[str, Any]:
     return {**rest, "sampling": Sampling(**cast("SamplingKeywords", drawn))}
 
 
+@overload
 def generate(
-    model: Model,
-    prompt: Prompt,
-    policy: Policy | None = None,
-    **options: Unpack[GenerateKeywords],
-) -> Generation:
-    """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``."""
-    session = Session(model, prompt, policy, **_split(options))
-    return session.generation(list(session.steps()))
+    model: Model, prompt: Prompt, policy: Policy | None = None, *, n: None = None, **options: Unpack[GenerateKeywords]
+) -> Generation: ...
+@overload
+def generate(
+    model: Model, prompt: Prompt, policy: Policy | None = None, *, n: int, **options: Unpack[GenerateKeywords]
+) -> list[Generation]: ...
+def generate(
+    model: Model, prompt: Prompt, policy: Policy | None = None, *, n: int | None = None, **options: Unpack[GenerateKeywords]
+) -> Generation | list[Generation]:
+    """Generate a whole text: ``stream`` joined. Arguments and errors are those of ``stream``.
+
+    With ``n``, a list of so many texts, those of ``generate_batch([prompt] * n, ...)``; the prompt is read once.
+    """
+    if n is None:
+        session = Session(model, prompt, policy, **_split(options))
+        return session.generation(list(session.steps()))
+    given, count = _split(options), whole("n", n, 1)
+    sampling: Sampling = given.pop("sampling").settled()
+    first = Session(model, prompt, policy, sampling=sampling.of_prompt(0), **given)
+    given = {name: value for name, value in given.items() if name not in PromptKeywords.__annotations__}
+    ways = [sampling.of_prompt(i) for i in range(1, count)]
+    others = [Session(model, first.prompt_ids, policy, sampling=way, **given) for way in ways]
+    for session in (first, *others):
+        session.like = first
+    return _together(model, [first, *others], MOST, None, ahead=1)
 
 
 def generate_batch(
@@ -129,24 +148,37 @@ def generate_batch(
     """
     given = _split(options)
     sampling: Sampling = given.pop("sampling").settled()
-    sessions: dict[Session, int] = {}
+    sessions, count = list[Session](), whole("most", most, 1)
     for i, prompt in enumerate(opened_batch(prompts)):
         try:
-            sessions[Session(model, prompt, policy, sampling=sampling.of_prompt(i), **given)] = i
+            sessions.append(Session(model, prompt, policy, sampling=sampling.of_prompt(i), **given))
         except AdiError as error:
             raise type(error)(f"prompt {i}: {error}") from None
+    return _together(model, sessions, count, observer)
+
+
+def _together(
+    model: Model, sessions: Sequence[Session], most: int, observer: Observer[Session] | None, ahead: int = 0
+) -> list[Generation]:
+    """The texts of all, of which the first ``ahead`` run up to their first event before the others join."""
     steps: dict[Session, list[Step]] = {session: [] for session in sessions}
-    with Scheduler(model.backbone, most=whole("most", most, 1), observer=observer) as scheduler:
-        for session in sessions:
+    with Scheduler(model.backbone, most=most, observer=observer) as scheduler:
+        begun = list[tuple[Session, Event]]()
+        for session in sessions[:ahead]:
             scheduler.add(session)
-        for session, event in scheduler:
+        while scheduler.busy and not begun:
+            begun = scheduler.step()
+        for session in sessions[ahead:]:
+            scheduler.add(session)
+        for session, event in chain(begun, scheduler):
             if isinstance(event, Step):
                 steps[session].append(event)
     for failure in scheduler.failed.values():
         if not isinstance(failure, MemoryFullError):
             raise failure
-    texts = {i: session.generation(steps[session]) for session, i in sessions.items() if session not in scheduler.failed}
-    if unfit := sorted((sessions[session], str(failure)) for session, failure in scheduler.failed.items()):
+    failed = scheduler.failed
+    texts = {i: session.generation(steps[session]) for i, session in enumerate(sessions) if session not in failed}
+    if unfit := [(i, str(failed[session])) for i, session in enumerate(sessions) if session in failed]:
         first, message = unfit[0]
         raise BatchMemoryError(f"prompt {first}: {message}", [i for i, _ in unfit], texts)
     return list(texts.values())

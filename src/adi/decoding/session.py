@@ -30,7 +30,7 @@ from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
-from adi.errors import AdiError
+from adi.errors import AdiError, MemoryFullError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
@@ -76,6 +76,7 @@ class Session:
         _check_length(model, len(self.prompt_ids), self.budget)
         before = time.perf_counter()
         self.policy.prepare(model)
+        self.like: Session | None = None  # one that reads the same prompt first; itself, if it is that one
         self._begin()
         self._started = started + time.perf_counter() - before  # measuring and compiling are not this generation's time
 
@@ -90,6 +91,7 @@ class Session:
         backbone.prepare(strategy.stops, drafts=strategy.draft_tokens > 0 and strategy.verification.always)
         self.frontier = Frontier(backbone, mlp=mlp and backbone.has_mlp_tap)
         self.finish = "length"
+        self._after_prompt: States | None = None
         self._detokenizer = Detokenizer(self.model.tokenizer)
         self._spelled: dict[int, str] = {}
         self._draft_state: Any = None  # as the drafter's engine has it
@@ -220,22 +222,37 @@ class Session:
         """Do one request on the frontier and read its last rows there."""
         frontier, costs = self.frontier, self.strategy.costs
         replies: list[Served] = []
-        frontier.rollback(request.keep)
-        frontier.append(request.ids)
+        if request.keep or not self._prompt_is_read():
+            frontier.rollback(request.keep)
+            frontier.append(request.ids)
         while (ahead := frontier.next_pass(request.to)) is not None:
             replies.append((yield ahead))
             frontier.absorb(*replies[-1].result)
         assert frontier.last is not None
         states = frontier.last[-request.read :]
+        if self.like is self and not request.keep:
+            self._after_prompt = states
         if request.to < self.request.layers:
             assert self._read is not None
             assert self.strategy.exits is not None
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=self.sampling is not None)))
-        if costs is not None and len(request.ids) <= COSTED_ROWS and not any(reply.shared for reply in replies):
+        alone = len(replies) > 1 and not any(reply.shared for reply in replies)
+        if costs is not None and len(request.ids) <= COSTED_ROWS and alone:
             costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
         return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]
+
+    def _prompt_is_read(self) -> bool:
+        """Whether the prompt's KV memory could be taken over from the session that this one is like."""
+        other, length = self.like, len(self.prompt_ids)
+        if other is None or other is self or other._after_prompt is None or other.frontier.last is None:
+            return False
+        try:
+            self.frontier.begin_as(other.frontier, length, other._after_prompt)
+        except MemoryFullError:
+            return False
+        return True
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
         """Of one row at full depth, whose score is its likeliest token, or its logits when sampling."""

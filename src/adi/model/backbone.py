@@ -210,6 +210,11 @@ class Backbone(Protocol):
         """KV memory for one more sequence."""
         ...
 
+    def fork(self, cache: Any, length: int) -> KVCache:
+        """KV memory of another sequence that begins with the same ``length`` positions, of which every block holds keys and
+        values. ``MemoryFullError`` as for ``forward``."""
+        ...
+
     def fits(self, wanted: Sequence[tuple[Any, int]]) -> bool:
         """Whether these caches could all grow to so many positions now; always, where nothing limits KV memory."""
         ...

@@ -57,6 +57,8 @@ class Model:
         UsageError for a prompt that is none, that is empty, that holds ids outside the vocabulary, or that needs a tokenizer
         or chat template the model does not have; and for an option that means nothing for such a prompt.
         """
+        if unknown := [name for name in reading if name not in PromptKeywords.__annotations__]:
+            raise TypeError(f"{unknown[0]!r} is no option of generate, stream or encode.")
         ids = self._ids(opened(prompt), **reading)
         if not ids:
             raise UsageError(f"the prompt is empty, {prompt!r:.40}; give at least one token.")

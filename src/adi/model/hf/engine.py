@@ -78,6 +78,10 @@ class HfBackbone:
         self._look()
         return StaircaseCache(self._split)
 
+    def fork(self, cache: StaircaseCache, length: int) -> StaircaseCache:
+        """A copy of the first positions."""
+        return cache.fork(length)
+
     def fits(self, wanted: Sequence[tuple[StaircaseCache, int]]) -> bool:
         """True: KV memory grows as torch allows."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -75,6 +76,13 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 self.layers[i] = GrowingLayer(sliding=layer.is_sliding)
         self.activate_past_recording()
+
+    def fork(self, length: int) -> StaircaseCache:
+        """Another cache with the first ``length`` positions of this one."""
+        made = copy.copy(self)
+        made.layers = copy.deepcopy(self.layers)
+        made.rewind(0, len(made.layers), length)
+        return made
 
     def close(self) -> None:
         """Free keys and values of all blocks."""

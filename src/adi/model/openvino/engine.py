@@ -110,6 +110,11 @@ class OpenVinoBackbone:
     def new_cache(self) -> PagedCache:
         return PagedCache(self.pool)
 
+    def fork(self, cache: PagedCache, length: int) -> PagedCache:
+        """A copy of the blocks of the first positions."""
+        with self._segments.lock:
+            return self.pool.fork(cache, length)
+
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether the pool has blocks for these caches to grow to so many positions."""
         return self.pool.fits(wanted)

@@ -110,6 +110,14 @@ class KVPool:
             found.append(rows[:length].ravel())
         return torch.from_numpy(np.concatenate(found))
 
+    def fork(self, cache: PagedCache, length: int) -> PagedCache:
+        """Another sequence with the same first ``length`` positions; MemoryFullError where there are no blocks for them."""
+        made = PagedCache(self)
+        self.reserve([(made, length)])
+        for tensor in self.tensors.values():
+            tensor.data[made.blocks] = tensor.data[cache.blocks[: len(made.blocks)]]
+        return made
+
     def give_back(self, blocks: list[int]) -> None:
         """Take blocks back from a sequence that has ended."""
         self._free.extend(blocks)
