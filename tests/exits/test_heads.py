@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adi.exits.exit_output import ExitOutput
-from adi.exits.heads import Adapter, adapted, fresh_adapter, merged, predict, shortlist
+from adi.exits.heads import Adapter, fresh_adapter, predict, shortlist
 from adi.exits.signals import Prediction
 from adi.model.backbone import States
 from adi.model.hf import HfBackbone
@@ -41,21 +41,6 @@ def trained(width: int, readout_like: Adapter) -> Adapter:
         0.2 * torch.randn(width, generator=generator()),
         torch.tensor([0.3]),
     )
-
-
-def test_merged_is_the_same_head_as_one_matrix(backbone: HfBackbone) -> None:
-    readout, width = backbone.readout(), backbone.spec.width
-    adapter = trained(width, fresh_adapter(readout, 4, generator()))
-    ids_S = torch.arange(0, backbone.spec.vocabulary, 3)
-    hidden_TD = torch.randn(4, width, generator=generator())
-    plain = Adapter(adapter.gain_D, adapter.shift_D, torch.zeros_like(adapter.up_DR), adapter.down_DR, *[adapter.tail_D] * 2)
-    normed_TD = adapted(plain, hidden_TD, readout.norm, readout.eps)
-    logits = normed_TD @ merged(adapter, readout).T
-    if readout.bias_V is not None:
-        logits = logits + readout.scale * readout.bias_V
-    said = predict(adapter, shortlist(readout, ids_S), hidden_TD)
-    differences = said.log_probs_TS - logits[:, ids_S]
-    torch.testing.assert_close(differences, differences[:, :1].expand_as(differences), atol=1e-4, rtol=0)
 
 
 def test_shortlist_and_tail_are_one_distribution(backbone: HfBackbone) -> None:

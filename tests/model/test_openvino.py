@@ -225,18 +225,6 @@ def test_the_users_model_is_left_as_it_was_found(made: Cached) -> None:
     assert snapshot() == before
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_outlook_is_the_best_of_the_logits_and_their_total(made: Cached, precision: str) -> None:
-    backbone = engine(made, "gemma3", precision)  # its logits are capped
-    hidden_TD = torch.randn(5, backbone.spec.width, generator=torch.Generator().manual_seed(1))
-    logits_TV = backbone.logits(hidden_TD)
-    top_k_tokens = backbone.top_k_tokens(hidden_TD, 7)
-    best = logits_TV.topk(7, -1)
-    torch.testing.assert_close(top_k_tokens.logits_TK, best.values, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits_TV.gather(1, top_k_tokens.ids_TK), top_k_tokens.logits_TK, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(top_k_tokens.total_T, logits_TV.logsumexp(-1), atol=1e-4, rtol=1e-4)
-
-
 def test_a_lone_tokens_embedding_is_remembered(made: Cached) -> None:
     backbone = engine(made, "llama")
     first = backbone.embed([5])

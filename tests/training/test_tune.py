@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import adi
-from adi.exits.heads import merged
 from adi.progress import Progress, no_progress
 from adi.training.shards import texts_in
 from adi.training.texts import is_held_out, prompt_of
@@ -166,12 +165,14 @@ def test_a_trained_head_merges_into_an_ordinary_checkpoint(sharp: adi.Model, tun
     adapter = heads.adapters[4]
     assert not adapter.shift_D.any(), "an RMS norm has no shift to put it in"
     assert adapter.up_DR.any()
+    readout = sharp.backbone.readout()
+    weight_VD: Any = readout.scale * readout.weight_VD
     early = copy.deepcopy(sharp.backbone.model)  # type: ignore[attr-defined]
     early.model.layers = early.model.layers[:4]
     early.config.num_hidden_layers = 4
     with torch.no_grad():
         early.model.norm.weight.copy_(adapter.gain_D)
-        early.lm_head.weight.copy_(merged(adapter, sharp.backbone.readout()))
+        early.lm_head.weight.copy_(weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T)
         ids = torch.tensor([sharp.encode("the quick fox")])
         logits = early(ids).logits[0]
         hidden_TD = sharp.backbone.model(ids, output_hidden_states=True).hidden_states[4][0]  # type: ignore[attr-defined]

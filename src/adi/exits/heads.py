@@ -1,9 +1,9 @@
 """Light exit heads: a low-rank adapter where the final norm stands, and a shortlist instead of the vocabulary.
 
 ``logits_S = scale * W_S (I + U V^T) norm(h) + b_S`` and one more output for everything outside the shortlist, the learned
-tail. ``W_S`` are rows of the model's own head, so a head adds only its adapter, and ``merged`` folds that into a full matrix
-for an ordinary checkpoint. Early-exit heads: BranchyNet (Teerapittayanon et al. 2016); low-rank translators of middle
-states: the tuned lens (Belrose et al. 2023); shortlists with a tail class: Grave et al. 2017 (adaptive softmax).
+tail. ``W_S`` are rows of the model's own head, so a head adds only its adapter. Early-exit heads: BranchyNet (Teerapittayanon
+et al. 2016); low-rank translators of middle states: the tuned lens (Belrose et al. 2023); shortlists with a tail class: Grave
+et al. 2017 (adaptive softmax).
 """
 
 from __future__ import annotations
@@ -143,12 +143,3 @@ class ExitHead:
         *rows, log_probs_TS = (as_tensor(array) for array in self._run(raw_of(states)))
         ids_S = as_tensor(self._ids_S).to(log_probs_TS.device)
         return Prediction(log_probs_TS, ids_S, rows[3], self._outside, HeadRows(*rows))
-
-
-def merged(adapter: Adapter, readout: ReadOut) -> Tensor:
-    """The full matrix ``scale * W (I + U V^T)``, ``[V, D]``: this head as an ordinary checkpoint's ``lm_head``.
-
-    The checkpoint's final norm takes ``gain_D`` and, where it is a layer norm, ``shift_D`` (zero otherwise).
-    """
-    weight_VD = readout.scale * readout.tensors().weight_VD
-    return as_tensor(weight_VD + (weight_VD @ adapter.up_DR) @ adapter.down_DR.T)

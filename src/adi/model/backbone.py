@@ -161,21 +161,6 @@ class ReadOut:
 READOUT_ARRAYS = ("gain_D", "shift_D", "weight_VD", "bias_V")
 
 
-@dataclass(frozen=True)
-class TopK:
-    """The likeliest next tokens of T rows, best first: ``logits_TK``, ``ids_TK``; ``total_T`` is the logsumexp over all."""
-
-    logits_TK: Tensor
-    ids_TK: Tensor
-    total_T: Tensor
-
-    @classmethod
-    def of(cls, logits_TV: Tensor, most: int) -> TopK:
-        """Of the whole vocabulary's logits; at most as many as there are."""
-        best = logits_TV.topk(min(most, logits_TV.shape[-1]), -1)
-        return cls(best.values, best.indices, logits_TV.logsumexp(-1))
-
-
 class CompiledModule(Protocol):
     """A torch function as a graph of an engine."""
 
@@ -254,10 +239,6 @@ class Backbone(Protocol):
 
         NoDistributionError where the largest is not a finite number.
         """
-        ...
-
-    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
-        """The ``most`` likeliest next tokens of each of T states."""
         ...
 
     def embed(self, ids: Sequence[int]) -> States:

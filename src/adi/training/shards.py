@@ -79,14 +79,15 @@ def write_shard(
 ) -> None:
     """Texts with all of their last states, ``[T, D]`` each, and those at exit depths, ``[T, E, D]``, in half precision."""
     deep_ND = torch.cat(list(deep))
-    best = [backbone.top_k_tokens(rows_RD.float(), 1) for rows_RD in deep_ND.split(HEAD_ROWS)]
+    logits = (backbone.logits(rows_RD.float()) for rows_RD in deep_ND.split(HEAD_ROWS))
+    totals, tokens = zip(*((logits_RV.logsumexp(-1), logits_RV.argmax(-1)) for logits_RV in logits), strict=True)
     columns = {
         "ids_N": torch.tensor([token for text in texts for token in text.ids], dtype=torch.int32),
         "text_N": torch.tensor([n for n, text in enumerate(texts) for _ in text.ids], dtype=torch.int32),
         "answer_N": torch.cat([torch.arange(len(text.ids)) >= text.first for text in texts]),
         "deep_ND": deep_ND.cpu(),
-        "total_N": torch.cat([rows.total_T for rows in best]).float().cpu(),
-        "token_N": torch.cat([rows.ids_TK[:, 0] for rows in best]).int().cpu(),
+        "total_N": torch.cat(totals).float().cpu(),
+        "token_N": torch.cat(tokens).int().cpu(),
         "hidden_NED": torch.cat(list(hidden)).cpu() if hidden else torch.zeros((len(deep_ND), 0, deep_ND.shape[1])).half(),
     }
     with whole_file(path) as fresh:

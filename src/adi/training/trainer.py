@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adi.errors import FileError
 from adi.files import require_readable, whole_file, write_text
+from adi.model.hub import first_line
 from adi.progress import Progress
 
 PARTS = 100  # of a shard, in which progress is counted
@@ -97,8 +98,9 @@ def load_checkpoint(path: Path, parameters: Sequence[Tensor], optimizer: torch.o
         optimizer.load_state_dict(state["optimizer"])
         return int(state["done"])
     except Exception as error:  # what a damaged or foreign file makes the reader raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileError(f"the checkpoint {path} is damaged or foreign ({first}); delete it to begin again.") from None
+        raise FileError(
+            f"the checkpoint {path} is damaged or foreign ({first_line(error)}); delete it to begin again."
+        ) from None
 
 
 def fresh_checkpoint(path: Path, value: object) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adi.errors import AdiError
 from adi.model.arrays import Array, as_tensor
-from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, TopK, raw_of, require_number
+from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.passes import Run
@@ -132,9 +132,6 @@ class HfBackbone:
         logits_TV = self.logits(states)
         require_number(logits_TV.amax(-1).tolist())  # NaN where any is
         return logits_TV.argmax(-1).tolist()
-
-    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
-        return TopK.of(self.logits(states), most)
 
     def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
         """The function as it is, without gradients."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from adi.errors import AdiError
 from adi.model.arrays import as_array
-from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, TopK, raw_of, require_number
+from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
@@ -187,9 +187,6 @@ class OpenVinoBackbone:
         array = as_array(raw_of(states))
         bucket = self._segments.bucket_for(len(array), self.least_rows)
         return self._segments.heads[bucket].run(array, max(bucket, self.least_rows))
-
-    def top_k_tokens(self, states: States | Tensor, most: int) -> TopK:
-        return TopK.of(self.logits(states), most)
 
     def embed(self, ids: Sequence[int]) -> States:
         return States(self._embedding.run(ids))

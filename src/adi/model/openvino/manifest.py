@@ -21,6 +21,7 @@ from adi.errors import FileError, ModelError
 from adi.files import require_readable, write_json
 from adi.model.arrays import as_array, digest
 from adi.model.backbone import READOUT_ARRAYS, ReadOut
+from adi.model.hub import first_line
 from adi.model.openvino.graph import Attention
 from adi.schema import Positive, Record, read_json_as
 
@@ -111,7 +112,7 @@ def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
     try:
         return core.read_model(folder / "blocks.xml"), core.read_model(folder / "head.xml")
     except RuntimeError as error:
-        raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+        raise FileError(f"the exported model in {folder} is damaged ({first_line(error)}); delete it.") from None
 
 
 def read_readout(folder: Path, manifest: Manifest) -> ReadOut:
@@ -125,7 +126,7 @@ def read_readout(folder: Path, manifest: Manifest) -> ReadOut:
         parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
         return ReadOut(**manifest.readout.to_json(), **parts)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise FileError(f"the exported model in {folder} is damaged ({_first_line(error)}); delete it.") from None
+        raise FileError(f"the exported model in {folder} is damaged ({first_line(error)}); delete it.") from None
 
 
 def _mapped(path: Path) -> dict[str, Any]:
@@ -169,7 +170,3 @@ def recall(source: Path, precision: str) -> Path | None:
         return None
     folder = export_dir(read_json_as(note, _Note, "note about an export").key, precision)
     return folder if (folder / "model.json").exists() else None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
