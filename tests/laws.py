@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from adi.decoding.drafting.controller import Controller
 from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.processors import processed
 from adi.decoding.requests import DraftStep, DraftToken, Emitted, Forward, Request, SequenceLogic
 from adi.decoding.sampler import Sampler, distribution
 from adi.decoding.sampling import Sampling
@@ -50,6 +52,17 @@ def early_logits(depth: int, text: tuple[int, ...]) -> torch.Tensor:
     return full_logits(text) + (LAYERS - depth) / 3 * noise
 
 
+def processors(sampling: Sampling) -> list[Any]:
+    """transformers' own, for what these settings change of the logits."""
+    penalty = sampling.repetition_penalty
+    return [] if penalty is None else [RepetitionPenaltyLogitsProcessor(penalty)]
+
+
+def law_after(logits_V: torch.Tensor, text: Sequence[int], sampling: Sampling) -> torch.Tensor:
+    """What is drawn from after a text."""
+    return distribution(processed(processors(sampling), text, logits_V), sampling)
+
+
 @functools.cache
 def exact(sampling: Sampling) -> Law:
     """The joint law of ``TOKENS`` tokens after the prompt."""
@@ -57,7 +70,7 @@ def exact(sampling: Sampling) -> Law:
     for _ in range(TOKENS):
         longer: Law = {}
         for said, chance in law.items():
-            p_V = distribution(full_logits(PROMPT + said), PROMPT + said, sampling).tolist()
+            p_V = law_after(full_logits(PROMPT + said), PROMPT + said, sampling).tolist()
             longer.update({(*said, x): chance * p for x, p in enumerate(p_V) if p > 0})
         law = longer
     return law
@@ -67,8 +80,9 @@ class Remembering(Sampler):
     """The rule, whose distributions are made once for each text, since the table always says the same after it."""
 
     def __init__(self, sampling: Sampling, made: dict[tuple[int, ...], torch.Tensor] | None = None) -> None:
-        super().__init__(sampling)
+        super().__init__(sampling, processors(sampling), V)
         self.made = made if made is not None else {}
+        self.changed: dict[tuple[int, ...], torch.Tensor] = {}
         self.numbers = iter(())
 
     def number(self) -> float:
@@ -78,11 +92,17 @@ class Remembering(Sampler):
             found = next(self.numbers)
         return found
 
-    def distribution(self, scores_S: torch.Tensor, text: Sequence[int], ids_S: Any) -> torch.Tensor:
+    def distribution(self, scores_S: torch.Tensor, text: Sequence[int]) -> torch.Tensor:
         key = tuple(text)
         if key not in self.made:
-            self.made[key] = super().distribution(scores_S, text, ids_S)
+            self.made[key] = super().distribution(scores_S, text)
         return self.made[key]
+
+    def _processed(self, text: Sequence[int], scores_S: torch.Tensor, ids_S: Any) -> torch.Tensor:
+        key = tuple(text)
+        if key not in self.changed:
+            self.changed[key] = super()._processed(text, scores_S, ids_S)
+        return self.changed[key]
 
 
 @dataclass

@@ -237,7 +237,7 @@ def test_an_engine_that_cannot_propagate_is_refused(
 
 
 def test_a_certificate_of_greedy_text_is_not_stretched_to_sampled_text(llama: adi.Model, certified: adi.Exits) -> None:
-    with pytest.raises(ValueError, match="speaks of greedy text"):
+    with pytest.raises(ValueError, match="speaks of the model's plain greedy text"):
         adi.generate(llama, [1, 2, 3], adi.Reflex(certified, risk=0.02), max_new_tokens=2, temperature=1.0)
 
 

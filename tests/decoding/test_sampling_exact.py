@@ -34,6 +34,7 @@ from laws import (
     early_logits,
     exact,
     full_logits,
+    law_after,
     off,
     request,
     sampled,
@@ -57,7 +58,7 @@ def test_reflex_draws_the_exits_own_law() -> None:
         longer: Law = {}
         for said, chance in law.items():
             logits_V = early_logits(2, PROMPT + said) if said else full_logits(PROMPT)
-            p_V = distribution(logits_V, PROMPT + said, hot).tolist()
+            p_V = distribution(logits_V, hot).tolist()
             longer.update({(*said, x): chance * p for x, p in enumerate(p_V)})
         law = longer
 
@@ -100,7 +101,7 @@ def real_law(model: adi.Model, sampling: Sampling, prompt: tuple[int, ...]) -> L
         for said, chance in law.items():
             with torch.no_grad():
                 logits_V = model.backbone.model(torch.tensor([prompt + said])).logits[0, -1]  # type: ignore[attr-defined]
-            p_V = distribution(logits_V, prompt + said, sampling).tolist()
+            p_V = law_after(logits_V, prompt + said, sampling).tolist()
             longer.update({(*said, x): chance * p for x, p in enumerate(p_V) if p > 0})
         law = longer
     return law

@@ -74,7 +74,7 @@ def test_stop_token_ids_end_the_text_as_end_tokens_do(marked: Any) -> None:
     (one, _) = adi.generate_batch(model, [PROMPT, [1]], max_new_tokens=TOKENS, stop_token_ids=torch.tensor([ids[0]]))  # type: ignore[arg-type]
     assert (one.token_ids, one.finish) == (ids[:1], "stop")
     for bad in ([-1], [304], [True], ["2"]):
-        with pytest.raises(adi.errors.UsageError, match=r"stop_token_ids holds .*from 0 to 303"):
+        with pytest.raises(adi.errors.UsageError, match=r"a token of stop_token_ids is .*from 0 to 303"):
             adi.generate(model, PROMPT, stop_token_ids=bad)
 
 

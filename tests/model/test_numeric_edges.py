@@ -196,8 +196,8 @@ def test_logits_that_are_all_equal() -> None:
     assert len(set(drawn[0])) > 20
     flat = torch.zeros(9)
     for sampling in (Sampling(1.0), Sampling(1e-300), Sampling(1e300), Sampling(1.0, top_k=2), Sampling(1.0, min_p=1.0)):
-        assert distribution(flat, (), sampling).tolist() == [pytest.approx(1 / 9)] * 9  # what ties with the last stays
-    assert float(distribution(flat, (), Sampling(1.0, top_p=1e-9))[0]) == 1.0
+        assert distribution(flat, sampling).tolist() == [pytest.approx(1 / 9)] * 9  # what ties with the last stays
+    assert float(distribution(flat, Sampling(1.0, top_p=1e-9))[0]) == 1.0
 
 
 @pytest.mark.parametrize("make", [adi.FullDepth, adi.Verified, lambda: adi.Lookup()], ids=["full", "verified", "lookup"])
@@ -222,7 +222,7 @@ def test_temperature_zero_is_greedy(make: Any) -> None:
 def test_every_draw_is_of_a_possible_token(logits: list[float], number: float, data: st.DataObject) -> None:
     if max(logits) == -INF:
         with pytest.raises(ValueError, match=NO_DISTRIBUTION):
-            distribution(torch.tensor(logits), (), Sampling(1.0))
+            distribution(torch.tensor(logits), Sampling(1.0))
         return
     temperature = data.draw(st.one_of(st.just(0.0), st.floats(5e-324, 1e308)))
     cut = (
@@ -230,7 +230,7 @@ def test_every_draw_is_of_a_possible_token(logits: list[float], number: float, d
         if temperature == 0
         else {"top_k": data.draw(st.sampled_from([None, 1, 3])), "top_p": data.draw(st.sampled_from([1.0, 1e-9]))}
     )
-    p_V = distribution(torch.tensor(logits, dtype=torch.float64), (), Sampling(temperature, **cut))
+    p_V = distribution(torch.tensor(logits, dtype=torch.float64), Sampling(temperature, **cut))
     assert float(p_V.sum()) == pytest.approx(1.0)
     token = draw(p_V, number)
     assert float(p_V[token]) > 0

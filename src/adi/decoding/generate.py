@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack, cast, overload
 
 from adi.arguments import whole
 from adi.decoding.policies import Policy
+from adi.decoding.processors import LogitsProcessor
 from adi.decoding.records import Event, Generation, Step
 from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import MOST, Observer, Scheduler
@@ -24,8 +25,14 @@ class SamplingKeywords(TypedDict, total=False):
     top_k: int | None
     top_p: float
     min_p: float
-    repetition_penalty: float
+    repetition_penalty: float | None
     seed: int | None
+    frequency_penalty: float
+    presence_penalty: float
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
+    bad_words: Sequence[str | Sequence[int]]
+    logit_bias: Mapping[int, float] | None
 
 
 class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
@@ -36,6 +43,7 @@ class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     stop_token_ids: Sequence[int] | int | None
     stop_at_eos: bool
     candidates: int
+    logits_processor: Sequence[LogitsProcessor]
 
 
 class BatchMemoryError(MemoryFullError):
@@ -75,9 +83,14 @@ def stream(
         chat_template: another one than the tokenizer's: Jinja, or a file of it.
         template_options: what else the chat template reads, such as ``{"enable_thinking": False}``.
         candidates: record, at every depth read, this many candidate tokens and all signals (slower).
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: how tokens are drawn, as ``Sampling`` describes; greedy by
-            default. The same seed gives the same text, at full depth and verified alike; verified, the distribution is the
-            full model's (docs/exactness.md).
+        temperature, top_k, top_p, min_p, seed: how tokens are drawn, as ``Sampling`` describes; greedy by default. The same
+            seed gives the same text, at full depth and verified alike; verified, the distribution is the full model's
+            (docs/exactness.md).
+        repetition_penalty, frequency_penalty, presence_penalty, no_repeat_ngram_size, min_new_tokens, bad_words, logit_bias:
+            what changes the logits first, as ``Sampling`` describes; by default the model's own generation config does.
+        logits_processor: functions of your own, applied after those: each takes the token ids so far ``[1, T]`` and scores
+            ``[1, V]`` in float32, and gives scores, as in transformers. It is called once for every token of the text, in
+            order, and what it gives must depend on the ids alone: in a batch a text may begin again.
 
     Raises:
         AdiError: before any work, for a prompt or option without meaning.

@@ -324,8 +324,9 @@ class Reflex(Policy):
         certificate = self.certificate
         if sampled and certificate is not None:
             raise UsageError(
-                "a certificate of risk speaks of greedy text, and this one is to be sampled: leave temperature and "
-                "repetition_penalty out, or risk=... (thresholds=... are uncertified and go with both)."
+                "a certificate of risk speaks of the model's plain greedy text: leave out temperature, penalties and "
+                "processors (the model's own generation config too: adi.load(..., generation_config=...)), or leave out "
+                "risk=... (thresholds=... are uncertified and go with all)."
             )
         if certificate is not None:
             certificate.check(model.backbone.spec)

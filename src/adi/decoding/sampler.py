@@ -1,6 +1,6 @@
 """Sampling without loss: from logits to the distribution that is drawn from, and the draw that judges a draft.
 
-The distribution is made as transformers makes it, in its order: repetition penalty, temperature, top-k, top-p, min-p. Every
+The distribution is made as transformers makes it, in its order: processors, temperature, top-k, top-p, min-p. Every
 final token takes exactly one number from the sequence's own dice, whoever drafted:
 
 * A draft that follows from what is known before (a memory, the drafter, an exit's likeliest token) was drawn from a point mass,
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adi.decoding.processors import LogitsProcessor, processed
 from adi.decoding.sampling import Sampling
-from adi.errors import AdiError
+from adi.errors import AdiError, NoDistributionError
 from adi.model.backbone import require_number
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 LEADING = 512  # tokens looked at first where a nucleus is sought
 
 
-def distribution(logits_V: Tensor, text: Sequence[int], sampling: Sampling, ids_V: Tensor | None = None) -> Tensor:
-    """What is drawn from after ``text``, ``[V]`` in float64 on the CPU: exact zeros where a filter removed a token.
+def distribution(scores_V: Tensor, sampling: Sampling) -> Tensor:
+    """What is drawn from, ``[V]`` in float64 on the CPU: exact zeros where a filter removed a token.
 
-    ``ids_V`` names the tokens where they are not the whole vocabulary in order. At temperature 0 all mass is on the first of
-    the largest. Raises NoDistributionError for logits that hold none (NaN, or an infinite one).
+    At temperature 0 all mass is on the first of the largest. Raises NoDistributionError for scores that hold none (NaN, or an
+    infinite one).
     """
-    scores_V = penalised(logits_V.detach().to("cpu", torch.float64), text, sampling.repetition_penalty, ids_V)
+    scores_V = scores_V.detach().to("cpu", torch.float64)
     top = float(scores_V.max())  # NaN where any is
     require_number([top])
     if sampling.temperature == 0:
@@ -51,19 +52,6 @@ def distribution(logits_V: Tensor, text: Sequence[int], sampling: Sampling, ids_
     if sampling.top_p < 1:
         p_V = top_p(p_V, sampling.top_p)
     return min_p(p_V, sampling.min_p) if sampling.min_p > 0 else p_V
-
-
-def penalised(scores_V: Tensor, text: Sequence[int], penalty: float, ids_V: Tensor | None = None) -> Tensor:
-    """Scores of tokens that stand in ``text`` divided by ``penalty`` where positive, multiplied where negative."""
-    if penalty == 1 or not text:
-        return scores_V
-    seen_N = torch.tensor(sorted(set(text)))
-    inside_V = torch.zeros(len(scores_V), dtype=torch.bool)
-    if ids_V is None:
-        inside_V[seen_N] = True
-    else:
-        inside_V = torch.isin(ids_V.to("cpu"), seen_N)
-    return torch.where(inside_V, torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty), scores_V)
 
 
 def top_k(scores_V: Tensor, count: int) -> Tensor:
@@ -118,30 +106,50 @@ def verify_draft(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
 
 
 class Sampler:
-    """The rule by which one sequence's tokens become final (``requests.TokenRule``) when it samples, from a seed.
+    """The rule by which one sequence's tokens become final (``requests.TokenRule``) when it samples, from a seed, or when
+    ``processors`` change the logits first, over a ``vocabulary``.
 
     Full depth's row is read as logits over the vocabulary. Where an exit decides (reflex mode), its own distribution is drawn
-    from: of a shortlist head the tail cannot be named, so the shortlist, renormalised, stands for all; the repetition
-    penalty then acts on log-probabilities, which is all that such a head tells.
+    from: of a shortlist head the tail cannot be named, so the shortlist, renormalised, stands for all; processors then act on
+    log-probabilities, which is all that such a head tells.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling.settled()
+    def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor] = (), vocabulary: int = 0) -> None:
+        self.sampling, self.processors, self.vocabulary = sampling.settled(), processors, vocabulary
         assert self.sampling.seed is not None
         self._rng = torch.Generator().manual_seed(self.sampling.seed)  # its own: the caller's are not touched
 
     def __call__(self, text: Sequence[int], reading: Any, draft: DraftToken | None = None) -> int:
-        """The token that follows ``text``; it takes one random number, however it goes."""
+        """The token that follows ``text``; it takes one random number, however it goes, but none where it is greedy."""
         scores_S, ids_S = reading.scores
-        p_S = self.distribution(scores_S, text, ids_S)
+        if self.processors:
+            scores_S, ids_S = self._processed(text, scores_S, ids_S), None
+        if self.sampling.temperature == 0:
+            require_number([float(scores_S.max())])
+            place = int(scores_S.argmax())
+            return place if ids_S is None else int(ids_S[place])
+        p_S = self.distribution(scores_S, text)
         if draft is None or draft.density_V is None:
             place = draw(p_S, self.number())
             return place if ids_S is None else int(ids_S[place])
         assert ids_S is None, "drafts are judged by full depth"
         return verify_draft(p_S, draft.density_V, draft.token, self.number())
 
-    def distribution(self, scores_S: Tensor, text: Sequence[int], ids_S: Tensor | None) -> Tensor:
-        return distribution(scores_S, text, self.sampling, ids_S)
+    def _processed(self, text: Sequence[int], scores_S: Tensor, ids_S: Tensor | None) -> Tensor:
+        """Scores over the vocabulary, changed by the processors; what a shortlist does not name is ruled out."""
+        if ids_S is not None:
+            whole = torch.full((self.vocabulary,), -math.inf, device=scores_S.device)
+            scores_S = whole.index_copy(0, ids_S.to(whole.device), scores_S.float())
+        scores_V = processed(self.processors, text, scores_S)
+        if float(scores_V.max()) == -math.inf:
+            raise NoDistributionError(
+                f"after {len(text)} tokens no token is left to choose: logits processors, bad words and the like rule out all."
+            )
+        return scores_V
+
+    def distribution(self, scores_S: Tensor, text: Sequence[int]) -> Tensor:
+        """What is drawn from after ``text``."""
+        return distribution(scores_S, self.sampling)
 
     def number(self) -> float:
         """The next random number, in [0, 1)."""

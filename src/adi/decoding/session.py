@@ -12,6 +12,7 @@ from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
 from adi.decoding.policies import Policy, required
+from adi.decoding.processors import LogitsProcessor, fields_for, logits_processors, penalties, token_ids
 from adi.decoding.records import (
     Candidate,
     Counters,
@@ -30,7 +31,7 @@ from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
-from adi.errors import AdiError, MemoryFullError
+from adi.errors import AdiError, MemoryFullError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
@@ -60,6 +61,7 @@ class Session:
         stop_at_eos: bool = True,
         candidates: int = 0,
         sampling: Sampling | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
         **reading: Unpack[PromptKeywords],
     ) -> None:
         started = time.perf_counter()
@@ -67,13 +69,17 @@ class Session:
         self.model, self.policy = model, self._asked.in_force()
         self.mode = self._asked.mode
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
-        self._asked.check(model, self.sampling is not None)
+        self._fields, self._own = fields_for(model, sampling or Sampling()), tuple(logits_processor or ())
+        self._plain = not ((self.sampling is not None and self.sampling.draws) or self._fields or self._own)
+        self._asked.check(model, not self._plain)
         self.prompt_ids = model.encode(prompt, **reading)
-        self._stop = StopStrings(several(stop)).stops
+        self._stop = StopStrings(several(stop) + several(model.generation.get("stop_strings") if stop_at_eos else None)).stops
         self.budget, self._candidates = whole("max_new_tokens", max_new_tokens, 1), whole("candidates", candidates, 0)
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
-        self._end_ids = self._eos_ids | _token_ids("stop_token_ids", stop_token_ids, model)
+        self._end_ids = self._eos_ids | token_ids("stop_token_ids", stop_token_ids, model)
         _check_length(model, len(self.prompt_ids), self.budget)
+        if self.sampling is not None and (self.sampling.min_new_tokens or 0) > self.budget:
+            raise UsageError(f"min_new_tokens is {self.sampling.min_new_tokens}, more than max_new_tokens, {self.budget}.")
         before = time.perf_counter()
         self.policy.prepare(model)
         self.like: Session | None = None  # one that reads the same prompt first; itself, if it is that one
@@ -173,11 +179,14 @@ class Session:
 
     def _rule(self) -> TokenRule:
         """How final tokens come of full depth's outputs."""
-        if self.sampling is None:
+        if self._plain:
             return likeliest
         from adi.decoding.sampler import Sampler  # with torch, which greedy decoding on the compiled engine does without
 
-        return Sampler(self.sampling)
+        sampling, prompt = self.sampling or Sampling(), self.prompt_ids
+        own = [*penalties(sampling, len(prompt)), *self._own]
+        processors = logits_processors(self.model, self._fields, prompt, self.budget, own)
+        return Sampler(sampling, processors, self.model.backbone.spec.vocabulary)
 
     def _work(self) -> Work:
         """Serve the loop's requests, tell what happens."""
@@ -237,7 +246,7 @@ class Session:
             assert self.strategy.exits is not None
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
-        replies.append((yield HeadPass(states, logits=self.sampling is not None)))
+        replies.append((yield HeadPass(states, logits=not self._plain)))
         alone = len(replies) > 1 and not any(reply.shared for reply in replies)
         if costs is not None and len(request.ids) <= COSTED_ROWS and alone:
             costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
@@ -256,7 +265,7 @@ class Session:
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
         """Of one row at full depth, whose score is its likeliest token, or its logits when sampling."""
-        token, logits_V = (score, None) if self.sampling is None else (None, score)
+        token, logits_V = (score, None) if self._plain else (None, score)
         predict = functools.partial(_full_prediction, self.model.backbone, row)
         return ExitOutput(self.request.layers, predict, row, token, logits_V)
 
@@ -316,12 +325,6 @@ class Session:
         if (text := self._spelled.get(token)) is None:
             text = self._spelled[token] = self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
         return text
-
-
-def _token_ids(name: str, given: Sequence[int] | int | None, model: Model) -> frozenset[int]:
-    """Ids of the vocabulary; UsageError for anything else."""
-    vocabulary = model.backbone.spec.vocabulary
-    return frozenset(whole(f"a token of {name}", i, 0, vocabulary - 1) for i in several(given))
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:

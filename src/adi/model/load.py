@@ -17,7 +17,7 @@ from adi.errors import AdiError, ModelError, NotExportableError, UsageError
 from adi.files import read_json
 from adi.model.backbone import Backbone, Spec
 from adi.model.fast_tokenizer import fast_tokenizer
-from adi.model.generation_config import Fields, end_tokens, read_fields
+from adi.model.generation_config import Fields, end_tokens, known_fields, read_fields, refuse_unmeant
 from adi.model.hub import (
     DEFAULT,
     READING,
@@ -42,6 +42,8 @@ BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "ope
 class Model:
     """A backbone and what turns text into its tokens. ``eos_ids`` are the tokens that end an answer.
 
+    ``generation`` is the model's generation config by transformers' names: what of it changes greedy text is obeyed
+    (docs/compatibility.md), and what cannot be is a ModelError. Of a model in memory it is the model's own, as it is by now.
     ``notes`` is what others find out about the model once and keep with it, such as its measured costs.
     """
 
@@ -49,7 +51,15 @@ class Model:
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     source: str = field(default="")
+    generation: Fields = field(default_factory=dict, repr=False, compare=False)
     notes: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        refuse_unmeant(self.generation, self.source)
+
+    def plain(self) -> Model:
+        """Without its generation config: what is measured is the network."""
+        return replace(self, generation={})
 
     def encode(self, prompt: Prompt, **reading: Unpack[PromptKeywords]) -> tuple[int, ...]:
         """Token ids of a prompt, read as ``adi.stream`` describes it.
@@ -101,6 +111,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     stops: Sequence[int] = (),
+    generation_config: Fields | None = None,
     notice: Notice | None = None,
 ) -> Model:
     """Load a decoder language model that can be stopped between any two of its blocks.
@@ -119,6 +130,8 @@ def load(
         threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
         stops: depths at which passes are about to stop: compiled while all else loads, if openvino runs. Any others are
             compiled when they are first used.
+        generation_config: fields that replace those of the model's own generation config, such as
+            ``{"repetition_penalty": 1.1}``; None takes one out.
         notice: called with a sentence about what takes long, and with warnings in the place of ``warnings.warn``.
 
     Raises:
@@ -127,12 +140,12 @@ def load(
     report = notice or (lambda _: None)
     check_engine(backend, precision)
     threads = None if threads is None else whole("threads", threads, 1)
-    tokenizer = as_tokenizer(tokenizer)
+    tokenizer, changed = as_tokenizer(tokenizer), known_fields(generation_config or {})
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
-                return _load_openvino(name, tokenizer, precision, device, threads, stops, report)
+                return _load_openvino(name, tokenizer, precision, device, threads, stops, changed, report)
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH):
                     raise
@@ -141,17 +154,22 @@ def load(
             raise UsageError(
                 f"precision {precision!r} needs the openvino engine, which {_missing(device)}; choose {', '.join(TORCH)}."
             )
-        return _load_path(name, tokenizer, precision, device, report)
+        return _load_path(name, tokenizer, precision, device, changed, report)
     if backend == "openvino":
         raise AdiError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
-    model = _wrap(source, tokenizer, type(source).__name__)
+    model = _wrap(source, tokenizer, type(source).__name__, changed)
+    _require_as_is(model, precision, device)
+    return model
+
+
+def _require_as_is(model: Model, precision: str, device: str) -> None:
+    """AdiError unless a model in memory has the precision and device asked for."""
     spec = model.backbone.spec
     for what, asked, has in (("precision", precision, spec.precision), ("device", device, spec.device)):
         if asked not in ("auto", has, has.split(":")[0]):
             raise AdiError(
                 f"{what} {asked!r} was asked for, but the model given is on {has!r}; convert it first, or leave it out."
             )
-    return model
 
 
 def _warn(message: str) -> None:
@@ -181,21 +199,25 @@ def _suits_openvino(precision: str, device: str) -> bool:
     return device == "cpu" or (device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")) and sys.platform != "darwin")
 
 
-def _wrap(model: Any, tokenizer: Any, name: str, fingerprint: str | None = None, config: Fields | None = None) -> Model:
+def _wrap(
+    model: Any, tokenizer: Any, name: str, changed: Fields, fingerprint: str | None = None, config: Fields | None = None
+) -> Model:
     from adi.model.hf import HfBackbone
 
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise AdiError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
-    generation = vars(model.generation_config) if getattr(model, "generation_config", None) is not None else {}
+    own: Fields = vars(model.generation_config) if getattr(model, "generation_config", None) is not None else {}
+    generation = {**own, **changed} if changed else own  # itself: what is changed of it later counts
     return Model(
         backbone=HfBackbone(model, name, fingerprint),
         tokenizer=Tokenizer(tokenizer) if tokenizer is not None else None,
         eos_ids=end_tokens(generation, config or {}, tokenizer),
         source=name,
+        generation=generation,
     )
 
 
-def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice: Notice) -> Model:
+def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed: Fields, notice: Notice) -> Model:
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -219,11 +241,18 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, notice:
         raise AdiError(unreadable(source, error)) from error
     name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
     model = model.to(target, dtype=dtype or model.dtype).eval()
-    return _wrap(model, tokenizer, source, name, config)
+    return _wrap(model, tokenizer, source, changed, name, config)
 
 
 def _load_openvino(
-    source: str, tokenizer: Any, precision: str, device: str, threads: int | None, stops: Sequence[int], notice: Notice
+    source: str,
+    tokenizer: Any,
+    precision: str,
+    device: str,
+    threads: int | None,
+    stops: Sequence[int],
+    changed: Fields,
+    notice: Notice,
 ) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
@@ -234,6 +263,8 @@ def _load_openvino(
     from adi.model.openvino.export.calibration_data import calibration_texts
 
     folder = local_folder(source, notice)
+    generation = {**read_fields(folder), **changed}
+    refuse_unmeant(generation, source)  # before anything is exported
     chosen = "int8" if precision == "auto" else precision
     import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
 
@@ -242,15 +273,15 @@ def _load_openvino(
         found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:
-        loaded = _load_path(str(folder), found, "fp32", "cpu", notice)
+        loaded = _load_path(str(folder), found, "fp32", "cpu", changed, notice)
         hf: Any = loaded.backbone
         samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
         options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
         weights = loaded.backbone.spec.fingerprint
         backbone = export_and_open(hf.model, name=source, precision=chosen, weights=weights, **options)
     backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
-    eos_ids = end_tokens(read_fields(folder), read_json(folder / "config.json", "configuration"), found)
-    return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source)
+    eos_ids = end_tokens(generation, read_json(folder / "config.json", "configuration"), found)
+    return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source, generation)
 
 
 def _read_tokenizer(source: str, folder: Path) -> Any:

@@ -41,6 +41,10 @@ class Tokenizer:
         """
         return self._ids(text, split_special_tokens=not special_tokens)
 
+    def word(self, text: str) -> list[tuple[int, ...]]:
+        """Token ids of a word or a special token at the beginning of a text, and after a space."""
+        return [self._ids(before + text, add_special_tokens=False, split_special_tokens=False) for before in ("", " ")]
+
     def chat(
         self, messages: Sequence[Message], *, special_tokens: bool = False, **chat: Unpack[ChatKeywords]
     ) -> tuple[int, ...]:

@@ -119,8 +119,9 @@ class SamplingOptions:
         float, _sampling("--min-p", help="Sample among tokens with this share of the likeliest one's probability.", rare=True)
     ] = 0.0
     repetition_penalty: Annotated[
-        float, _sampling("--repetition-penalty", help="Above 1: tokens of the text so far become less likely.", rare=True)
-    ] = 1.0
+        float | None,
+        _sampling("--repetition-penalty", help="Above 1: tokens of the text so far become less likely.", rare=True),
+    ] = None
     seed: Annotated[int | None, _sampling("--seed", help="The same seed samples the same text.")] = None
 
     def sampling(self) -> Sampling:

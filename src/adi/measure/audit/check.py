@@ -62,7 +62,7 @@ def check(model: Model, exits: Exits, prompts: Sequence[Ids], size: Size, notice
         "noise": 0.0,
         **{name: [] for name in ("replay", "greedy", "sampling", "faults", "violations")},
     }
-    checks = _Checks(model, exits, prompts, size, notice, found)
+    checks = _Checks(model.plain(), exits, prompts, size, notice, found)
     try:
         checks.run()
     except NoDistributionError as error:

@@ -68,7 +68,7 @@ class Law:
         self.after = functools.cache(self._after)
 
     def _after(self, text: Ids) -> Tensor:
-        return distribution(self._logits(text), (*self.ids, *text), self.sampling)
+        return distribution(self._logits(text), self.sampling)
 
     def joint(self, tokens: int) -> dict[Ids, float]:
         """Of all texts of so many tokens."""

@@ -31,7 +31,7 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
     if mode not in ("full", "reflex"):
         model.backbone.prepare((), drafts=True, wait=True)
     spec = model.backbone.spec
-    bare = replace(model, tokenizer=None)  # tokens in, tokens out, as for everybody
+    bare = replace(model.plain(), tokenizer=None)  # tokens in, tokens out, as for everybody
 
     def run(task: Task) -> Outcome:
         assert policy is not None, "static mode needs a depth and a draft length"

@@ -130,7 +130,7 @@ def calibrate(
     """
     require_model(model, exits)
     (test := RiskTest(kind, method, delta)).check(levels)
-    order = list(dict.fromkeys(encoded(model, prompts)))
+    order = list(dict.fromkeys(encoded(model := model.plain(), prompts)))  # certificates speak of plain greedy text
     if len(order) < LEAST_PROMPTS:
         raise UsageError(f"{len(order)} different prompts are too few to calibrate on; give at least {LEAST_PROMPTS}.")
     random.Random(seed).shuffle(order)
