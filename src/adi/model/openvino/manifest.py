@@ -107,12 +107,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileError(f"{str(error).rstrip('.')}; delete it and load the model again.") from None
 
 
+def _damaged(folder: Path, error: Exception) -> FileError:
+    return FileError(f"the exported model in {folder} is damaged ({first_line(error)}); delete it and load the model again.")
+
+
 def read_graphs(folder: Path, core: Any) -> tuple[Any, Any]:
     """Blocks with their holes, and head; weights stay on disk until they are needed."""
     try:
         return core.read_model(folder / "blocks.xml"), core.read_model(folder / "head.xml")
     except RuntimeError as error:
-        raise FileError(f"the exported model in {folder} is damaged ({first_line(error)}); delete it.") from None
+        raise FileError(
+            f"the exported model in {folder} is damaged ({first_line(error)}); delete it and load the model again."
+        ) from None
 
 
 def read_readout(folder: Path, manifest: Manifest) -> ReadOut:
@@ -126,7 +132,9 @@ def read_readout(folder: Path, manifest: Manifest) -> ReadOut:
         parts: Any = {name: arrays.get(name) for name in READOUT_ARRAYS}
         return ReadOut(**manifest.readout.to_json(), **parts)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise FileError(f"the exported model in {folder} is damaged ({first_line(error)}); delete it.") from None
+        raise FileError(
+            f"the exported model in {folder} is damaged ({first_line(error)}); delete it and load the model again."
+        ) from None
 
 
 def _mapped(path: Path) -> dict[str, Any]:
