@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,3 +144,39 @@ def test_no_stop_string_is_none_and_a_history_counts_in_any_library(tiny_model: 
     history.prune(np.int64(0))
     with pytest.raises(UsageError, match="keep_tokens is -1"):
         history.prune(-1)
+
+
+# A19
+@pytest.mark.parametrize("failure", ["`tiktoken` is required to read a `tiktoken` file.", "Error parsing line b'\\x0e' in x"])
+def test_a_tokenizer_of_sentencepiece_alone_names_its_extra(
+    tiny_folder: Path, tmp_path: Path, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, found=find_spec: None if name == "sentencepiece" else found(name)
+    )
+
+    def unread(*_: Any, **__: Any) -> Any:
+        raise ValueError(failure)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unread)
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    (tmp_path / "m" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    for backend in ("hf", "openvino"):
+        with pytest.raises(ModelError, match=r"needs an extra: pip install 'adi-lm\[sentencepiece\]'"):
+            adi.load(tmp_path / "m", backend=backend)
+
+
+# A19
+def test_a_tokenizer_of_sentencepiece_alone_is_read_on_every_engine(tiny_folder: Path, tmp_path: Path) -> None:
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    pytest.importorskip("google.protobuf")
+    shutil.copytree(tiny_folder, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*", "chat*", "special*"))
+    with (tmp_path / "m" / "tokenizer.model").open("wb") as file:
+        texts = iter(["the quick brown fox jumps over the lazy dog"] * 9)
+        trainer.train(sentence_iterator=texts, model_writer=file, vocab_size=60, model_type="bpe", hard_vocab_limit=False)
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    models = [adi.load(tmp_path / "m", backend=backend, precision="fp32") for backend in ("hf", "openvino")]
+    answers = {adi.generate(model, "the fox", raw=True, max_new_tokens=4).token_ids for model in models}
+    assert len(answers) == 1
+    assert models[0].tokenizer.decode(models[0].encode("the fox", raw=True)) == "the fox"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adi.arguments import several, whole
 from adi.decoding.sampling import Sampling
-from adi.errors import AdiError, ModelError, UsageError
+from adi.errors import ModelError, UsageError
 from adi.model.generation_config import changing
 from adi.model.load import Model
 
@@ -46,7 +46,7 @@ def _spellings(model: Model, word: str | Sequence[int]) -> list[list[int]]:
         token_ids("bad_words", word, model)
         return [list(word)]
     if model.tokenizer is None:
-        raise AdiError("this model has no tokenizer; give bad_words as token ids, or adi.load(model, tokenizer=...).")
+        raise UsageError("this model has no tokenizer; give bad_words as token ids, or adi.load(model, tokenizer=...).")
     return [list(ids) for ids in model.tokenizer.word(word.strip())]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adi.decoding.processors import LogitsProcessor, processed
 from adi.decoding.sampling import Sampling
-from adi.errors import AdiError, NoDistributionError
+from adi.errors import NoDistributionError, UsageError
 from adi.model.backbone import require_number
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def verify_draft(p_V: Tensor, q_V: Tensor, draft: int, number: float) -> int:
     """The token that stands where ``draft`` was drawn from ``q_V``: the draft itself with chance ``min(1, p / q)``, else a draw
     from the residual; distributed as ``p_V``. One number in [0, 1) serves both, since what is left of it is spread evenly."""
     if float(q_V[draft]) <= 0:
-        raise AdiError(f"token {draft} cannot have been drawn from a density that gives it {float(q_V[draft])}.")
+        raise UsageError(f"token {draft} cannot have been drawn from a density that gives it {float(q_V[draft])}.")
     chance = min(1.0, float(p_V[draft] / q_V[draft]))
     if number < chance:
         return draft

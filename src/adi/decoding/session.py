@@ -31,7 +31,7 @@ from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.network import DraftGuess
-from adi.errors import AdiError, MemoryFullError, UsageError
+from adi.errors import MemoryFullError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.model.backbone import Backbone, States
@@ -334,7 +334,7 @@ def _full_prediction(backbone: Backbone, states: States) -> Prediction:
 def _check_length(model: Model, prompt: int, new: int) -> None:
     context = model.backbone.spec.context
     if context is not None and prompt + new > context:
-        raise AdiError(
+        raise UsageError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
             f"{context}; shorten the prompt to at most {max(context - new, 0)} tokens or lower max_new_tokens."
         )

@@ -27,7 +27,7 @@ from msgspec.structs import asdict, replace
 
 from adi.arguments import whole
 from adi.drafters.ngram import LONGEST, NgramMatch, RunArray, RunTrie
-from adi.errors import AdiError, FileError
+from adi.errors import FileError, UsageError
 from adi.files import expanded, require_file
 from adi.schema import Positive, Record, from_json
 
@@ -175,7 +175,7 @@ class History:
 
         tokens, vocabulary = [operator.index(i) for i in ids], self._meta.vocabulary
         if (bad := next((i for i in tokens if not 0 <= i < vocabulary), None)) is not None:
-            raise AdiError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
+            raise UsageError(f"token id {bad} is outside the vocabulary [0, {vocabulary}).")
         if len(tokens) <= SHORTEST:
             return
         with self._transaction(create=True, writing=True) as database:

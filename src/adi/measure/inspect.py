@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adi.artifact import require_model
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens, own_answers
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
 from adi.model.backbone import Spec
 from adi.model.load import Model
@@ -75,7 +75,7 @@ def inspect(model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, p
     backbone, spec = model.backbone, model.backbone.spec
     depths = _spread(spec.layers)
     if not depths:
-        raise AdiError(f"{spec.name} has one block: there is no depth to stop at.")
+        raise UsageError(f"{spec.name} has one block: there is no depth to stop at.")
     progress(0, len(prompts), "answers")
     texts = [KnownText.of_answer(a.prompt_ids, a.token_ids) for a in own_answers(model, prompts, max_new_tokens)]
     right, tokens = dict.fromkeys(depths, 0), 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_logits
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.provenance import provenance
 from adi.model.backbone import Backbone
 from adi.model.hub import Notice
@@ -61,11 +61,11 @@ def quality(
     """
     reference = load(source, backend="hf", precision="fp32", device="cpu", notice=notice)
     if reference.tokenizer is None:
-        raise AdiError(f"{source} has no tokenizer, so there is no text to read.")
+        raise UsageError(f"{source} has no tokenizer, so there is no text to read.")
     read = text if text is not None else "\n\n".join(item.prompt for item in read_prompts("bench"))
     windows = windows_of(reference.tokenizer, read, tokens)
     if not windows:
-        raise AdiError("the text has fewer than two tokens; give more.")
+        raise UsageError("the text has fewer than two tokens; give more.")
     found = []
     for precision in precisions:
         notice(f"Reading {sum(map(len, windows)):,} tokens in {precision}")

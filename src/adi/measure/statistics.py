@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,7 +37,7 @@ def clustered_median(groups: Sequence[Sequence[float]], *, seed: int = 0, resamp
     """
     filled, dice = [group for group in groups if group], random.Random(seed)
     if not filled:
-        raise AdiError("a median needs at least one value.")
+        raise UsageError("a median needs at least one value.")
 
     def resampled() -> float:
         chosen = dice.choices(filled, k=len(filled)) if len(filled) > 1 else filled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -233,6 +234,12 @@ def raise_if_no_memory(error: Exception) -> None:
 
 def unreadable(source: str, error: Exception) -> str:
     """The sentence for a source that could not be read."""
+    # transformers takes what it cannot read without sentencepiece for a file of tiktoken's
+    if re.search("tiktoken|Error parsing line", str(error)) and importlib.util.find_spec("sentencepiece") is None:
+        return (
+            f"the tokenizer of {source!r} is a tokenizer.model without a tokenizer.json, which needs an extra: "
+            "pip install 'adi-lm[sentencepiece]' (where it is a file of tiktoken's: pip install tiktoken)."
+        )
     return (
         f"cannot load {source!r}: {first_line(error)} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its "
         "cache), a folder with config.json and weights, a .gguf file."

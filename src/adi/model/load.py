@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from adi.arguments import whole
-from adi.errors import AdiError, ModelError, NotExportableError, UsageError
+from adi.errors import ModelError, NotExportableError, UsageError
 from adi.files import read_json
 from adi.model.backbone import Backbone, Spec
 from adi.model.fast_tokenizer import fast_tokenizer
@@ -156,7 +156,7 @@ def load(
             )
         return _load_path(name, tokenizer, precision, device, changed, report)
     if backend == "openvino":
-        raise AdiError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
+        raise UsageError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
     return model
@@ -167,7 +167,7 @@ def _require_as_is(model: Model, precision: str, device: str) -> None:
     spec = model.backbone.spec
     for what, asked, has in (("precision", precision, spec.precision), ("device", device, spec.device)):
         if asked not in ("auto", has, has.split(":")[0]):
-            raise AdiError(
+            raise UsageError(
                 f"{what} {asked!r} was asked for, but the model given is on {has!r}; convert it first, or leave it out."
             )
 
@@ -205,7 +205,7 @@ def _wrap(
     from adi.model.hf import HfBackbone
 
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
-        raise AdiError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
+        raise ModelError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
     own: Fields = vars(model.generation_config) if getattr(model, "generation_config", None) is not None else {}
     generation = {**own, **changed} if changed else own  # itself: what is changed of it later counts
     return Model(
@@ -233,12 +233,12 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed
             with READING:
                 model, report = AutoModelForCausalLM.from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
-                raise AdiError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
+                raise ModelError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             tokenizer = tokenizer or own_tokenizer(place)
             config, _ = PreTrainedConfig.get_config_dict(place)
     except Exception as error:  # readers of foreign files raise what they like
         raise_if_no_memory(error)
-        raise AdiError(unreadable(source, error)) from error
+        raise ModelError(unreadable(source, error)) from error
     name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
     model = model.to(target, dtype=dtype or model.dtype).eval()
     return _wrap(model, tokenizer, source, changed, name, config)
@@ -256,9 +256,9 @@ def _load_openvino(
 ) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
     if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
-        raise AdiError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
+        raise ModelError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
     if device not in ("auto", "cpu"):
-        raise AdiError(f"the openvino backend runs on the CPU, not on {device!r}.")
+        raise UsageError(f"the openvino backend runs on the CPU, not on {device!r}.")
     from adi.model.openvino import export_and_open, open_exported
     from adi.model.openvino.export.calibration_data import calibration_texts
 
@@ -292,7 +292,7 @@ def _read_tokenizer(source: str, folder: Path) -> Any:
     try:
         return fast_tokenizer(folder, whole) or whole()
     except Exception as error:  # readers of foreign files raise what they like
-        raise AdiError(unreadable(source, error)) from error
+        raise ModelError(unreadable(source, error)) from error
 
 
 def _device(name: str) -> str:
@@ -304,5 +304,5 @@ def _device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise AdiError(f"device {name!r} cannot be used here: {first} Use 'cpu', or 'auto'.") from None
+        raise UsageError(f"device {name!r} cannot be used here: {first} Use 'cpu', or 'auto'.") from None
     return name

@@ -30,7 +30,7 @@ from adi.decoding.sampling import Sampling, prompt_seed
 from adi.decoding.scheduler import Observer, Scheduler
 from adi.decoding.session import Session
 from adi.decoding.teacher_forcing import KnownText
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.files import write_text
 from adi.model.backbone import States
 from adi.model.load import Model
@@ -63,7 +63,7 @@ class PromptTemplate:
         """From the model's chat template, or without one from how its texts begin; AdiError where nothing does, and where a
         template changes the user's words."""
         if model.tokenizer is None or not (model.tokenizer.has_chat_template or model.tokenizer.encode("")):
-            raise AdiError(
+            raise UsageError(
                 "this model has no chat template and no token that begins a text, so it cannot write prompts; give some with "
                 "prompts=... and own_prompts=0."
             )
@@ -73,7 +73,7 @@ class PromptTemplate:
         text = model.tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, mark, after = text.partition(MARK)
         if not mark:
-            raise AdiError("this model's chat template changes the user's words, so it cannot write prompts.")
+            raise UsageError("this model's chat template changes the user's words, so it cannot write prompts.")
         opening, between = (tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
         return cls(opening, between, LONGEST_PROMPT)
 
@@ -118,7 +118,7 @@ class _Conversation:
 def _conversations(prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> Iterator[_Conversation]:
     """What each text begins with, in their order."""
     if not prompts and options.own_prompts <= 0:
-        raise AdiError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
+        raise UsageError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
     in_order, greedily = iter(_order(len(prompts), options)), set[int]()
     for number in count():
         own, greedy = (np.random.default_rng([options.seed, number]).random(2) < (options.own_prompts, GREEDY)).tolist()

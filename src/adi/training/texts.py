@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adi.decoding.teacher_forcing import KnownText
 from adi.drafters.datastore import Datastore
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.files import read_text
 from adi.model.load import Model
 
@@ -50,7 +50,7 @@ def first_of(texts: Sequence[KnownText], tokens: int) -> list[KnownText]:
 def windows_of(model: Model, path: Path) -> list[KnownText]:
     """A text file cut into sequences; every token after a window's first is one to learn from."""
     if model.tokenizer is None:
-        raise AdiError("text files need a tokenizer; load the model with one.")
+        raise UsageError("text files need a tokenizer; load the model with one.")
     ids = model.tokenizer.encode(read_text(path, "text", MOST_TEXT_BYTES))
     windows = [tuple(ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW)]
     return [KnownText(window[:-1]) for window in windows if len(window) > 1]
@@ -59,7 +59,7 @@ def windows_of(model: Model, path: Path) -> list[KnownText]:
 def interleave(groups: Sequence[Sequence[str]]) -> list[str]:
     """Round-robin over the prompt files, so that a token budget is shared by all of them; duplicates are dropped."""
     if any(isinstance(group, str) for group in groups):
-        raise AdiError("prompts come in groups (one per file): give a list of lists of texts.")
+        raise UsageError("prompts come in groups (one per file): give a list of lists of texts.")
     longest = max((len(group) for group in groups), default=0)
     mixed = (group[i] for i in range(longest) for group in groups if i < len(group))
     return list(dict.fromkeys(mixed))

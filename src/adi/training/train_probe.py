@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.exits.probe import Net, Probe, head_features, state_features
 from adi.model.backbone import Backbone
 from adi.progress import Progress, no_progress
@@ -76,7 +76,7 @@ def fit_probe(
     AdiError for fewer than ten texts: some must learn and some choose.
     """
     if len(texts) < FEWEST:
-        raise AdiError(f"{len(texts)} texts are too few to fit a probe: give at least {FEWEST}, better some hundreds.")
+        raise UsageError(f"{len(texts)} texts are too few to fit a probe: give at least {FEWEST}, better some hundreds.")
     options = options or ProbeOptions()
     nets: dict[str, dict[int, Net]] = {"state": {}, "joint": {}}
     found: list[ProbeFit] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adi.cache import cache_folder, usable_cache, whole_folder
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.provenance import files_hash
 from adi.model.hub import quiet_transformers
 from adi.model.openvino.export.quantize import quiet_nncf
@@ -146,7 +146,7 @@ def _check(model: Any, graph: Any) -> None:
         request.infer({k: np.array(v, dtype=np.int64) for k, v in inputs.items()} | {"beam_idx": np.zeros(1, np.int32)})
         got = request.get_output_tensor(0).data[0]
         if (error := float(np.abs(got - wanted[start:end]).max())) > TOLERANCE:
-            raise AdiError(f"the exported graph's logits are off by {error:.3g}, so it is not this model.")
+            raise UsageError(f"the exported graph's logits are off by {error:.3g}, so it is not this model.")
 
 
 def _compressed(graph: Any, weights: str, model: Any) -> Any:
@@ -166,4 +166,4 @@ def _group(model: Any) -> int:
     for group in GROUPS:
         if not any(n % group for n in inputs):
             return group
-    raise AdiError(f"matrices with {sorted(inputs)} inputs do not divide into groups of {GROUPS[-1]} for int4.")
+    raise UsageError(f"matrices with {sorted(inputs)} inputs do not divide into groups of {GROUPS[-1]} for int4.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.bench.genai_export import genai_export
 from adi.measure.bench.outcomes import Outcome, Runner, Setting, Task
 from adi.model.hub import gguf_file, quiet_transformers, source_folder
@@ -30,7 +30,7 @@ Times = list[float]
 def build_peer(name: str, setting: Setting) -> Runner:
     """The peer of that name; AdiError lists what there is."""
     if name not in PEERS:
-        raise AdiError(f"system {name!r} is not known; there are {', '.join(PEERS)} and adi:MODE[:PRECISION].")
+        raise UsageError(f"system {name!r} is not known; there are {', '.join(PEERS)} and adi:MODE[:PRECISION].")
     return PEERS[name](setting)
 
 
@@ -203,7 +203,7 @@ def _scheduler(genai: Any) -> Any:
 def gguf_path(setting: Setting) -> Path:
     """The model's GGUF file; AdiError where it is none."""
     if (path := gguf_file(setting.model)) is None:
-        raise AdiError("needs a .gguf file")
+        raise UsageError("needs a .gguf file")
     return path
 
 

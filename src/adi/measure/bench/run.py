@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.bench.outcomes import BatchOutcome, BatchPair, Outcome, Setting, Sweep, Task
 from adi.measure.bench.resume import ResumeFile
 from adi.measure.bench.summary import batch_entries, part_of, ratio_entries, run_entry
@@ -46,10 +46,10 @@ class Extent:
     def check(self, prompts: int) -> None:
         """AdiError where so many prompts cannot be dealt out so."""
         if not 1 <= self.restarts <= prompts:
-            raise AdiError(f"--restarts is {self.restarts} and there are {prompts} prompts; it must be from 1 to {prompts}.")
+            raise UsageError(f"--restarts is {self.restarts} and there are {prompts} prompts; it must be from 1 to {prompts}.")
         smallest = prompts // self.restarts
         if self.batch is not None and not 2 <= self.batch <= smallest:
-            raise AdiError(
+            raise UsageError(
                 f"--batch is {self.batch}; it must be at least 2, and at most the {smallest} prompts that each process gets."
             )
 
@@ -120,7 +120,7 @@ def of_length(prompt: str, tokens: int, encode: Callable[[str], tuple[int, ...]]
     short, other = encode(prompt), encode("x")
     tail = common_prefix(short[::-1], other[::-1])
     if tokens <= len(other):
-        raise AdiError(f"--prompt-tokens {tokens} is too short: the chat template alone takes {len(other)} tokens.")
+        raise UsageError(f"--prompt-tokens {tokens} is too short: the chat template alone takes {len(other)} tokens.")
     text = prompt
     while len(long := encode(text)) < tokens:
         text = f"{text}\n{text}"
@@ -147,7 +147,7 @@ def _swept(name: str, setting: Setting) -> Sweep:
     finally:
         sweeper.stop()
     if found is None:
-        raise AdiError(f"the sweep for {name} failed: {sweeper.error}")
+        raise UsageError(f"the sweep for {name} failed: {sweeper.error}")
     return found
 
 
@@ -190,13 +190,13 @@ class _Bench:
         self._load(own)
         encoder = next((s for s in own if s.error is None), None)
         if encoder is None:
-            raise AdiError(f"{own[0].name} cannot run, and it encodes the prompts for all: {own[0].error}")
+            raise UsageError(f"{own[0].name} cannot run, and it encodes the prompts for all: {own[0].error}")
         length, new = self.extent.prompt_tokens, self.extent.max_new_tokens
 
         def encode(text: str) -> tuple[int, ...]:
             ids: tuple[int, ...] | None = encoder.ask("encode", text)
             if ids is None:
-                raise AdiError(f"{encoder.name} cannot encode the prompts: {encoder.error}")
+                raise UsageError(f"{encoder.name} cannot encode the prompts: {encoder.error}")
             return ids
 
         encoded = [encode(i.prompt) if length is None else of_length(i.prompt, length, encode) for i in self.items]
@@ -257,7 +257,7 @@ def _check_room(encoded: Sequence[Sequence[int]], new: int, context: int | None)
     """AdiError for a prompt that leaves no room for its answer: better now than in the middle."""
     longest = max(range(len(encoded)), key=lambda place: len(encoded[place]))
     if context is not None and len(encoded[longest]) + new > context:
-        raise AdiError(
+        raise UsageError(
             f"prompt {longest + 1} has {len(encoded[longest])} tokens, and with --max-new-tokens {new} that is more than the "
             f"model's context of {context}: shorten it, or ask for fewer tokens."
         )

@@ -13,7 +13,7 @@ from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex, Static, Verified
 from adi.decoding.session import Session
 from adi.decoding.teacher_forcing import encoded
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.bench.outcomes import BatchOutcome, Ids, Outcome, Runner, Setting, Sweep, SweepPoint, Task, accepted_share
 from adi.model.load import BACKENDS, Model, load
 
@@ -25,7 +25,7 @@ WARM_UP_TOKENS = 4
 def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
     """adi in one of its modes. Static mode without ``setting.static`` can only sweep for it."""
     if mode not in MODES:
-        raise AdiError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
+        raise UsageError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     model = adi_model(precision, setting)
     policy = POLICIES[mode](model, setting)
     if mode not in ("full", "reflex"):

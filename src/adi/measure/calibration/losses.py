@@ -25,7 +25,7 @@ from adi.decoding.generate import generate_batch
 from adi.decoding.policies import Reflex
 from adi.decoding.records import Generation
 from adi.decoding.teacher_forcing import ForcedReading, forced_readings
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Threshold, Trigger
 from adi.model.load import Model
@@ -67,7 +67,7 @@ def replay_exits(reading: ForcedReading, depths: Sequence[int], layers: int, tri
     """The trigger checked at every row of the text but the first, which full depth decides. Reads ``Threshold`` rules over top
     probability or entropy: AdiError for others, whose signals were not kept."""
     if not isinstance(trigger, Threshold) or trigger.signal not in reading.signals:
-        raise AdiError(f"a replay reads a Threshold over {' or '.join(reading.signals)}, not {trigger.to_json()}.")
+        raise UsageError(f"a replay reads a Threshold over {' or '.join(reading.signals)}, not {trigger.to_json()}.")
     sign = 1.0 if SIGNALS[trigger.signal].sure_is_high else -1.0
     at = trigger.at if isinstance(trigger.at, Mapping) else dict.fromkeys(depths, trigger.at)
     usable = [sign * at[d] if d in at and d >= trigger.min_depth else float("inf") for d in depths]

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from adi.decoding.drafting.cost_model import PAST, interpolate
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.model.backbone import Backbone, Rows
 
 ROWS = (1, 2, 4, 8)
@@ -75,7 +75,7 @@ def measure_passes(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int 
     layers, middle = spec.layers, max(1, spec.layers // 2)
     past = min(PAST, (spec.context or 2 * PAST) - max(rows))
     if past < 1:
-        raise AdiError(f"a context of {spec.context} tokens is too short to measure passes of {max(rows)} rows.")
+        raise UsageError(f"a context of {spec.context} tokens is too short to measure passes of {max(rows)} rows.")
     ids = tuple(i % spec.vocabulary for i in range(past + max(rows)))
     work: list[Callable[[], object]] = []
     with backbone.new_cache() as cache:

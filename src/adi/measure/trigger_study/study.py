@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText, own_answers
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
 from adi.measure.trigger_study.exit_table import TEMPERATURES, ExitTable, exit_tables, reads_head, signal_seconds
 from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
@@ -122,7 +122,7 @@ def study_triggers(
     if not calibrate:
         marks = [i % 2 == 0 for i in range(len(prompts))]
     if sum(marks) < 2 or len(marks) - sum(marks) < 2:
-        raise AdiError(
+        raise UsageError(
             f"{len(prompts)} prompts and {len(calibrate)} to calibrate on are too few: some calibrate and some test, so give "
             "at least 4, or 2 of each."
         )

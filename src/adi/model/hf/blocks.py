@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 
 
 def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several)."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
-        raise AdiError(f"no list of {layers} blocks was found in {type(decoder).__name__}")
+        raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}")
     return list(lists[0])
 
 

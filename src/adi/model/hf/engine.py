@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.model.arrays import Array, as_tensor
 from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.hf.kv_cache import StaircaseCache
@@ -93,7 +93,7 @@ class HfBackbone:
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for each entry of ``rows`` in turn (this engine merges nothing)."""
         if not 0 <= lo < hi <= self.spec.layers:
-            raise AdiError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+            raise UsageError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         return [self._pass(r, lo, hi, mlp) for r in rows]
 
     def _pass(self, rows: Rows, lo: int, hi: int, mlp: bool) -> States:
@@ -118,7 +118,7 @@ class HfBackbone:
             assert side.states is not None
             side.cache.rewind(lo, self.spec.layers, side.start)
             if not side.cache.write_only(True):
-                raise AdiError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
+                raise UsageError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
             try:
                 side.cache.model.decode(Run(lo, self.spec.layers, as_tensor(raw_of(side.states))[None]), side)
             finally:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 from adi.model.arrays import normalise
 from adi.model.backbone import ReadOut
 
@@ -30,14 +30,14 @@ def take_apart(model: Any, logits_of: Tail, width: int, device: torch.device) ->
     head = model.get_output_embeddings()
     if len(norms) != 1 or len(norms) + len(maps) != len(tail) or tail[0] is not norms[0] or maps[-1:] != [head]:
         names = ", ".join(type(m).__name__ for m, _, _ in tail)
-        raise AdiError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
+        raise ModelError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
     if head.weight.is_meta:
-        raise AdiError(f"the head of {type(model).__name__} is offloaded: {NO_START}")
+        raise ModelError(f"the head of {type(model).__name__} is offloaded: {NO_START}")
     kind, gain, shift, eps = norm_of(*norms[0])
     weight = maps[-1].weight.detach().float()
     for inner in reversed(maps[:-1]):
         if getattr(inner, "bias", None) is not None:
-            raise AdiError(f"the head of {type(model).__name__} has an inner bias: {NO_START}")
+            raise ModelError(f"the head of {type(model).__name__} has an inner bias: {NO_START}")
         weight = weight @ inner.weight.detach().float()
     bias = getattr(head, "bias", None)
     bias = bias.detach().float() if bias is not None else None
@@ -83,4 +83,4 @@ def norm_of(module: Any, given: Tensor, out: Tensor) -> tuple[str, Tensor, Tenso
                 guess = normalise(given.float(), kind, eps) * gains + shift
                 if torch.allclose(guess, out.float(), rtol=tolerance, atol=tolerance):
                     return kind, gains, shift, eps
-    raise AdiError(f"{type(module).__name__} is neither RMS nor layer normalisation: {NO_START}")
+    raise ModelError(f"{type(module).__name__} is neither RMS nor layer normalisation: {NO_START}")

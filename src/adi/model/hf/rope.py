@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 from adi.model.backbone import Rows
 
 FEW = 4
@@ -70,7 +70,7 @@ def sides(rows: Rows, run: Any) -> Iterator[Rows]:
     if near == len(rows.ids):
         return
     if cache.edge and not cache.model.turns_again:
-        raise AdiError(
+        raise ModelError(
             f"{type(cache.model.model).__name__} has other rotary angles for texts of more than {cache.edge} tokens, and this "
             "text would cross that length on its way; keep prompt and answer within it, or begin with a longer prompt."
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.errors import AdiError
+from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_blocks
 
 RECURRENT_HINT = "adi needs a decoder whose memory of the past can be cut back (attention, or short convolutions)"
@@ -34,7 +34,7 @@ def require_evaluation(model: Any) -> None:
     dropping = (name for name, module in model.named_modules() if module.training and _drops(module))
     if model.training or (name := next(dropping, None)) is not None:
         part = "" if model.training else f" ({name})"
-        raise AdiError(f"{type(model).__name__} is in training mode{part}; call model.eval() first.")
+        raise ModelError(f"{type(model).__name__} is in training mode{part}; call model.eval() first.")
 
 
 def _drops(module: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def require_numbers(model: Any, logits_TV: Tensor) -> None:
         weights = (name for name, p in model.named_parameters() if p.is_floating_point() and p.isnan().any())
         name = next(weights, None)
         why = f"its weight {name} holds NaN" if name else f"computed in {model.dtype} its logits are NaN; try another precision"
-        raise AdiError(f"{type(model).__name__} gives no numbers: {why}.")
+        raise ModelError(f"{type(model).__name__} gives no numbers: {why}.")
 
 
 def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
@@ -65,7 +65,7 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     try:
         decoder = model.get_decoder()
         if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-            raise AdiError(f"its forward takes no past_key_values; {RECURRENT_HINT}")
+            raise ModelError(f"its forward takes no past_key_values; {RECURRENT_HINT}")
         return decoder, find_blocks(decoder, layers)
     except (AdiError, AttributeError) as error:
         raise refuse(model, str(error)) from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 
 SAMPLES = 4096
 
@@ -23,7 +23,7 @@ def device_of(model: Any) -> torch.device:
     for hook in itertools.chain(*_hooks(model).values()):
         if (device := getattr(hook, "execution_device", None)) is not None:
             return torch.device(device)
-    raise AdiError(f"{type(model).__name__} has no weights yet: they are on the meta device; load them first.")
+    raise ModelError(f"{type(model).__name__} has no weights yet: they are on the meta device; load them first.")
 
 
 def fingerprint(model: Any) -> str:
@@ -74,4 +74,4 @@ def _fetched(name: str, value: Any, hooks: dict[str, list[Any]]) -> Any:
             with suppress(KeyError):
                 if getattr(hook, "weights_map", None) is not None:
                     return hook.weights_map[".".join(parts[cut:])]
-    raise AdiError(f"the weight {name} is on the meta device, and nothing says where it is kept; load the model whole.")
+    raise ModelError(f"the weight {name} is on the meta device, and nothing says where it is kept; load the model whole.")

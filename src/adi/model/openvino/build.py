@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.cache import usable_cache
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
@@ -55,7 +55,7 @@ def export_and_open(
     from adi.model.openvino.export.pipeline import export
 
     if precision not in manifest.PRECISIONS:
-        raise AdiError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(manifest.PRECISIONS)}.")
+        raise UsageError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(manifest.PRECISIONS)}.")
     weights = weights or fingerprint(model)
     key = manifest.key_of(model, weights)
     folder = manifest.export_dir(key, precision)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adi.errors import AdiError
+from adi.errors import ModelError, UsageError
 from adi.model.arrays import as_array
 from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.openvino.graph import BLOCK_TOKENS
@@ -142,7 +142,7 @@ class OpenVinoBackbone:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist, MemoryFullError, before
         anything has run, where KV memory is full."""
         if not 0 <= lo < hi <= self.spec.layers:
-            raise AdiError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
+            raise UsageError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         count = sum(len(r.ids) for r in rows)
         with self._segments.lock:
             if count <= BUCKETS[-1]:
@@ -202,7 +202,7 @@ class OpenVinoBackbone:
         return False
 
     def propagate(self, rows: Rows, lo: int) -> None:
-        raise AdiError("the openvino engine cannot make keys and values from an exit's state; use the engine 'hf'.")
+        raise UsageError("the openvino engine cannot make keys and values from an exit's state; use the engine 'hf'.")
 
     def last_mlp(self) -> None:
         """None: an export does not tell the parts of a block apart."""
@@ -210,7 +210,7 @@ class OpenVinoBackbone:
     def readout(self) -> ReadOut:
         """The head taken apart, as it was at export."""
         if self._folder is None:
-            raise AdiError("this engine was not opened from a folder, where the readout is kept.")
+            raise ModelError("this engine was not opened from a folder, where the readout is kept.")
         return read_readout(self._folder, self._manifest)
 
     def _inputs_for(self, key: tuple[int, int, int]) -> PassInputs:

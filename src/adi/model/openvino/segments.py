@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-from adi.errors import AdiError
+from adi.errors import UsageError
 from adi.model.backbone import Rows
 from adi.model.openvino.graph import SegmentGraph, cut, fill_holes, fix_rows
 from adi.model.openvino.huge_pages import HugePages
@@ -208,7 +208,7 @@ class Segments:
     def _missing(self, stops: Sequence[int], bucket: int) -> bool:
         """Whether this bucket lacks a segment between two of these depths."""
         if bad := [depth for depth in stops if not 0 < depth <= self._manifest.layers]:
-            raise AdiError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
+            raise UsageError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
         return any((*span, bucket) not in self._segments for span in pairwise((0, *self._ends(stops, bucket))))
 
     def _compiled(self, stops: Sequence[int], bucket: int) -> list[Segment]:

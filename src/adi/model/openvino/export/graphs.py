@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 from adi.model.openvino.export.fuse_qkv import fuse_matrices
 from adi.model.openvino.graph import Attention, by_name, inject, inputs_of, partial_shape
 
@@ -69,7 +69,7 @@ def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
     token.set_friendly_name("token")
     needed = inputs_of([logits])
     if {node.get_friendly_name() for node in needed} - {"hidden", "position_ids"}:  # positions only count the rows
-        raise AdiError("its head reads more than the state that leaves its last block")
+        raise ModelError("its head reads more than the state that leaves its last block")
     return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
 
 

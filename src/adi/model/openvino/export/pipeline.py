@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from adi.errors import AdiError, NotExportableError
+from adi.errors import AdiError, ModelError, NotExportableError
 from adi.model.backbone import ReadOut, Rows
 from adi.model.hf import HfBackbone
 from adi.model.hub import Notice
@@ -98,4 +98,4 @@ def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any) -> None:
         hidden_TD = fp32.forward([Rows(cache, past, ids[past:], hidden_TD)], half, layers)[0].hidden_TD
     error = float((fp32.logits(hidden_TD) - wanted[past:]).abs().max())
     if not error <= TOLERANCE * max(1.0, float(wanted.abs().max())):
-        raise AdiError(f"run in parts its logits differ from its own forward by {error:.2g}")
+        raise ModelError(f"run in parts its logits differ from its own forward by {error:.2g}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adi.errors import AdiError
+from adi.errors import ModelError
 from adi.model.openvino.export.fuse_qkv import is_linear, linears_before
 from adi.model.openvino.export.gptq import GROUP, FourBits, gptq
 from adi.model.openvino.export.graphs import attended_plainly
@@ -55,7 +55,7 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
     chosen = [node for node in _linears(blocks) if node.get_friendly_name() not in kept]
     for node in chosen:
         if node.input_value(1).get_shape()[1] % GROUP:
-            raise AdiError(
+            raise ModelError(
                 f"a matrix with {node.input_value(1).get_shape()[1]} inputs does not divide into groups of {GROUP} for int4; "
                 "choose int8"
             )

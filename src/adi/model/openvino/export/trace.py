@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adi.errors import AdiError
+from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.splitting import decoder_of
 from adi.model.openvino.graph import Attention
@@ -54,10 +54,10 @@ class Tape:
     ) -> tuple[Tensor, None]:
         """Stands in for transformers' attention: states ``[1, heads, T, width]`` in, ``[1, T, heads, width]`` out."""
         if mask is not None:
-            raise AdiError("its attention takes a mask of its own making")
+            raise ModelError("its attention takes a mask of its own making")
         for name in ("softcap", "s_aux", "position_bias"):
             if options.get(name) is not None:
-                raise AdiError(f"its attention uses {name}, which paged attention is not given")
+                raise ModelError(f"its attention uses {name}, which paged attention is not given")
         i = len(self.queries)
         self.queries.append(query)
         self.keys.append(key)
@@ -128,12 +128,12 @@ def attentions(model: Any, layers: int) -> tuple[list[Attention], list[Tensor], 
     with foreign(Exception), torch.no_grad(), holes(model, tape):
         model(input_ids=ids, position_ids=positions, use_cache=False)
     if len(tape.queries) != layers or len(tape.states) != layers + 1:
-        raise AdiError(f"{len(tape.queries)} of its {layers} blocks use the attention interface of transformers")
+        raise ModelError(f"{len(tape.queries)} of its {layers} blocks use the attention interface of transformers")
     windows = _windows(model, tape.windows)
     found, given = [], []
     for q, k, v, scale, window in zip(tape.queries, tape.keys, tape.values, tape.scales, windows, strict=True):
         if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
-            raise AdiError(f"its attention has shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+            raise ModelError(f"its attention has shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
         found.append(Attention(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], scale, window))
         given.append(torch.zeros((1, ids.shape[1], q.shape[1], v.shape[-1])))
     return found, given, len(tape.mlps)
@@ -149,13 +149,13 @@ def example(model: Any) -> tuple[Tensor, Tensor]:
 def _check_config(model: Any) -> None:
     text = model.config.get_text_config(decoder=True)
     if model.dtype != torch.float32 or model.device.type != "cpu":
-        raise AdiError(f"it is in {model.dtype} on {model.device}, and export starts from float32 on the cpu")
+        raise ModelError(f"it is in {model.dtype} on {model.device}, and export starts from float32 on the cpu")
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = {str(rope.get("rope_type")), *(str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict))}
     if growing := kinds.intersection(GROWING_ROPE):
-        raise AdiError(f"its {growing.pop()} rotary angles depend on how long the text is")
+        raise ModelError(f"its {growing.pop()} rotary angles depend on how long the text is")
     if odd := set(getattr(text, "layer_types", None) or ()).difference(WINDOW_TYPES):
-        raise AdiError(f"it has blocks of type {odd.pop()}")
+        raise ModelError(f"it has blocks of type {odd.pop()}")
 
 
 def _windows(model: Any, given: Sequence[int]) -> list[int]:
@@ -166,7 +166,7 @@ def _windows(model: Any, given: Sequence[int]) -> list[int]:
     kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers] if layers else list(given)
     for i, (own, other) in enumerate(zip(kept, given, strict=True)):
         if other and other != own:
-            raise AdiError(f"block {i} has a window of {own} or of {other} positions")
+            raise ModelError(f"block {i} has a window of {own} or of {other} positions")
     return kept
 
 
@@ -194,4 +194,4 @@ def foreign(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         unknown = next((line for line in lines if "No conversion rule" in line), None)
-        raise AdiError((unknown or (lines[0] if lines else type(error).__name__)).strip("-. ")) from error
+        raise ModelError((unknown or (lines[0] if lines else type(error).__name__)).strip("-. ")) from error
