@@ -245,33 +245,21 @@ def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> Co
             far, _ = _passes(backbone, FAR, None)
             more = {count: max(0.0, far[count] - near[count]) / (FAR - PAST) for count in near}
             each = {count: max(more[fewer] for fewer in near if fewer <= count) for count in near}
-    first, further = (min(times) for times in zip(*steps[1:], strict=True)) if steps else (0.0, None)
+    first, further = steps or (0.0, None)
     return CostModel(near, first, further, each)
 
 
-def _passes(
-    backbone: Backbone, past: int, draft: Callable[[], object] | None
-) -> tuple[dict[int, float], list[tuple[float, float]]]:
-    """Seconds by number of rows after so many positions, and of the drafter's first and further steps. More rows are never
-    quicker: where they seem to be, something else ran meanwhile."""
+def _passes(backbone: Backbone, past: int, draft: Callable[[], object] | None) -> tuple[dict[int, float], list[float]]:
+    """Seconds by number of rows after so many positions, and of the drafter's first and further steps."""
     context = backbone.spec.context or past + max(ROWS)
     counts = [count for count in ROWS if past + count <= context] or [1]
     ids = tuple(i % backbone.spec.vocabulary for i in range(past + max(counts)))
-    times: dict[int, list[float]] = {count: [] for count in counts}
-    steps: list[tuple[float, float]] = []
-    cache = backbone.new_cache()
-    try:
+    with backbone.new_cache() as cache:
         backbone.forward([Rows(cache, 0, ids[:past], None)], 0, backbone.spec.layers)
-        for _ in range(REPEATS + 1):
-            for count in counts:
-                rows = Rows(cache, past, ids[past : past + count], None)
-                times[count].append(_seconds(partial(_pass, backbone, rows)))
-            if draft is not None:
-                steps.append((_seconds(draft), _seconds(draft)))
-    finally:
-        cache.close()
-    least = {count: min(t[1:]) for count, t in times.items()}
-    return {count: min(least[more] for more in counts if more >= count) for count in counts}, steps
+        works = [partial(_pass, backbone, Rows(cache, past, ids[past : past + count], None)) for count in counts]
+        times = seconds_in_turn([*works, *([draft] * 2 if draft is not None else [])], REPEATS + 1)
+    least = [min(mine[1:]) for mine in times]
+    return rising(counts, least[: len(counts)]), least[len(counts) :]
 
 
 def _pass(backbone: Backbone, rows: Rows) -> None:
@@ -279,7 +267,17 @@ def _pass(backbone: Backbone, rows: Rows) -> None:
     backbone.greedy(states)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def seconds_in_turn(works: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Wall-clock seconds of each piece of work, all run in turn, so that a drift of the machine's speed meets them alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, mine in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            mine.append(time.perf_counter() - start)
+    return times
+
+
+def rising(rows: Sequence[int], seconds: Sequence[float]) -> dict[int, float]:
+    """By number of rows; what seems to cost more than further rows do was measured while something else ran."""
+    return {count: min(seconds[i:]) for i, count in enumerate(rows)}

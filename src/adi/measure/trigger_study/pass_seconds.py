@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-from adi.decoding.drafting.cost_model import PAST, interpolate
+from adi.decoding.drafting.cost_model import PAST, interpolate, rising, seconds_in_turn
 from adi.errors import UsageError
 from adi.model.backbone import Backbone, Rows
 
@@ -42,11 +41,11 @@ class PassSeconds:
 
     @functools.cached_property
     def _block(self) -> dict[int, float]:
-        return _rising(self.rows, [(seconds - self.entry) / self.layers for seconds in self.blocks_seconds])
+        return rising(self.rows, [(seconds - self.entry) / self.layers for seconds in self.blocks_seconds])
 
     @functools.cached_property
     def _head(self) -> dict[int, float]:
-        return _rising(self.rows, self.head_seconds)
+        return rising(self.rows, self.head_seconds)
 
     def through(self, blocks: int, rows: int) -> float:
         """A pass of so many rows through so many blocks."""
@@ -59,11 +58,6 @@ class PassSeconds:
     def full(self, rows: int = 1) -> float:
         """A full pass: all blocks and the head."""
         return self.through(self.layers, rows) + self.head(rows)
-
-
-def _rising(rows: Sequence[int], seconds: Sequence[float]) -> dict[int, float]:
-    """By number of rows; what seems to cost more than further rows do was measured while something else ran."""
-    return {count: min(seconds[i:]) for i, count in enumerate(rows)}
 
 
 def measure_passes(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int = 11) -> PassSeconds:
@@ -94,13 +88,11 @@ def measure_passes(backbone: Backbone, rows: Sequence[int] = ROWS, repeats: int 
 
 def median_seconds(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Median wall-clock seconds of each piece of work, run in turn, after two rounds that are not counted."""
-    times: list[list[float]] = [[] for _ in works]
-    for i in range(repeats + 2):
-        for work, mine in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i >= 2:
-                mine.append(time.perf_counter() - start)
-    return [median(mine) for mine in times]
+
+    def whole(work: Callable[[], object]) -> None:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    times = seconds_in_turn([functools.partial(whole, work) for work in works], repeats + 2)
+    return [median(mine[2:]) for mine in times]
