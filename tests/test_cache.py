@@ -34,6 +34,18 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | environment, **given)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache, and with the model whose export is in it."""
+    place = tmp_path_factory.mktemp("exported")
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text('{"a": 8}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADI_CACHE", str(place / "cache"))
+        export_and_open(tiny("llama"), name="llama", precision="fp32", source=place / "model")
+    return place
+
+
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with contextlib.suppress(KeyError), whole_folder(tmp_path / "f") as fresh:
         (fresh / "a").write_text("a")
@@ -76,28 +88,21 @@ def test_folders_have_modes_by_umask(tmp_path: Path) -> None:
 
 
 # A7
-def test_an_export_of_another_users_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
-    source = tmp_path / "model"
-    source.mkdir()
-    (source / "config.json").write_text('{"a": 7}')
-    export_and_open(tiny("llama"), name="llama", precision="fp32", source=source)
+def test_an_export_of_another_users_is_not_called_damaged(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADI_CACHE", str(exported / "cache"))
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "readout.safetensors")
     with pytest.raises(FileError, match=r"readout.safetensors: it belongs to user .* chmod") as told:
-        open_exported(source, precision="fp32")
+        open_exported(exported / "model", precision="fp32")
     assert "damaged" not in str(told.value)
     assert "delete" not in str(told.value)
 
 
 # A8
-def test_a_cache_that_was_copied_and_cannot_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
-    source = tmp_path / "model"
-    source.mkdir()
-    (source / "config.json").write_text('{"a": 8}')
-    export_and_open(tiny("llama"), name="llama", precision="fp32", source=source)
-    shutil.copytree(tmp_path / "cache", tmp_path / "copy", copy_function=shutil.copyfile)
-    shutil.copytree(source, tmp_path / "moved", copy_function=shutil.copyfile)
+def test_a_cache_that_was_copied_and_cannot_be_written_is_found(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported / "cache", tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.copytree(exported / "model", tmp_path / "moved", copy_function=shutil.copyfile)
     monkeypatch.setenv("ADI_CACHE", str(tmp_path / "copy"))
     for rows in (tmp_path / "copy").rglob("rows.json"):
         rows.unlink()  # as on a machine of another kind
