@@ -162,6 +162,15 @@ def test_without_a_home_a_temporary_cache_is_used_and_said(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir()), "gone with its process"
 
 
+# A9
+def test_without_a_home_and_temporary_files_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HOME", "/proc/none"), ("ADI_CACHE", ""), ("XDG_CACHE_HOME", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tempfile.tempdir", "/proc/none")
+    with pytest.raises(FileError, match=r"cannot write /proc/none/.cache/adi: .* Set ADI_CACHE"):
+        usable_cache()
+
+
 # A10
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))

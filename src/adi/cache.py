@@ -58,7 +58,10 @@ def usable_cache(needs: int = 0) -> Path:
 
 def _temporary(why: str) -> Path:
     """A folder that ends with this process, in the place of the cache."""
-    folder, _ = _claim(Path(tempfile.gettempdir(), "adi-cache"), ".adi-cache.*.*")
+    try:
+        folder, _ = _claim(Path(tempfile.gettempdir(), "adi-cache"), ".adi-cache.*.*")
+    except OSError:  # nor is there a folder for temporary files
+        raise FileError(why) from None
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["ADI_CACHE"] = str(folder)
     os.environ.setdefault("HOME", str(folder))  # without any, OpenVINO cannot be imported
