@@ -172,7 +172,10 @@ class Exits:
     def _stored(self) -> Iterator[tuple[str, Any]]:
         """Every array by its name in the file: weights in half precision, those of the probe as they are."""
         if self.heads is None:
-            raise UsageError("bare exits have nothing to save; make them again with adi.bare_exits(model, depths=...).")
+            raise UsageError(
+                f"bare exits, here at depths {list(self.depths)}, have nothing to save; make them again with "
+                "adi.bare_exits(model, depths=...)."
+            )
         yield "ids_S", np.ascontiguousarray(as_array(self.heads.ids_S), np.int32)
         parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
         parts |= {"drafter.": self.drafter.arrays()} if self.drafter is not None else {}

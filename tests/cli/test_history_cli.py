@@ -61,7 +61,7 @@ def test_mistakes_get_a_sentence_and_exit_code_2(path: Path, tmp_path: Path, tin
     for args, complaint in (
         ((tmp_path / "none",), "cannot read the history"),
         ((tmp_path / "junk",), "is not a history file"),
-        ((path, "--forget", "--keep-tokens", 3), "not both"),
+        ((path, "--forget", "--keep-tokens", 3), "--keep-tokens 3 and --forget say different things"),
         ((path, "--keep-tokens", -3), "Invalid value for '--keep-tokens'"),
         ((path, "--texts", -1), "Invalid value for '--texts'"),
         ((path, "--texts", 1, "--model", tiny_folder), "of another tokenizer than"),

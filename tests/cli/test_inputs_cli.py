@@ -60,7 +60,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "tune keep": (["tune", "m", "--out", "x", "--keep", "nothing"], "there are no exits 'nothing'"),
     "tune text": (["tune", "m", "--out", "x", "--text", "/none.txt"], "cannot read the text /none.txt"),
     "tune talk": (["tune", "m", "--out", "x", "--talk-precision", "fp12"], "precision 'fp12' is not known"),
-    "tune warm": (["tune", "m", "--out", "x", "--warm-start"], "a warm start needs exits that have a drafter"),
+    "tune warm": (["tune", "m", "--out", "x", "--warm-start"], "warm_start is True; it needs exits that have a drafter"),
     "tune out": (["tune", "m", "--out", "/proc/no/x"], "cannot write /proc/no/x"),
 }
 

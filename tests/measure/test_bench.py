@@ -140,7 +140,7 @@ def prompts(tmp_path: Path) -> Path:
 def test_a_run_on_a_tiny_model(tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     args = ["--prompts", prompts, "--modes", "full,verified,lookup", "--peers", "hf:fp32,hf-lookup:fp32,llama.cpp"]
-    done = invoke(tiny_folder, *args, "-n", 6, "--threads", 1, "--json", out, "--prompt-tokens", 20)
+    done = invoke(tiny_folder, *args, "-n", 6, "--threads", 1, "--json", out, "--prompt-tokens", 20, "--precision", "fp32")
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     runs = {run["name"]: run for run in found["runs"]}
@@ -279,10 +279,10 @@ def test_a_bug_in_a_worker_shows_its_traceback_and_a_users_mistake_does_not(
         (["--precision", ","], "--precision is empty"),
         (["--modes", "full,reflex"], "reflex mode needs --risk R"),
         (["--modes", "full,reflex", "--risk", "0.1", "--threshold", "1"], "reflex mode needs --risk R"),
-        (["--modes", "full", "--risk", "0.1"], "--risk and --threshold are of reflex mode"),
+        (["--modes", "full", "--risk", "0.1"], "--risk 0.1 is of reflex mode"),
         (["--json", "{folder}"], "it is a folder. Name a file."),
-        (["--modes", "full,static"], "static mode needs either --static DEPTH,K or --sweep"),
-        (["--sweep"], "static mode needs either --static DEPTH,K or --sweep"),
+        (["--modes", "full,static"], "static mode needs --static DEPTH,K or --sweep, one of them, and got none"),
+        (["--sweep"], "--sweep is of static mode; put static into --modes"),
         (["--modes", "static", "--static", "deep"], "--static is DEPTH,K"),
         (["--prompts", "{folder}/none.jsonl"], "cannot read the prompts"),
         (["--prompts", "{folder}/config.json"], "config.json, line 1 is not"),

@@ -94,8 +94,13 @@ def bench(
 def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool, batch: int | None) -> None:
     if batch is not None and "full" not in chosen:
         raise UsageError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
-    if ("static" in chosen) != (sweep or pair is not None) or (sweep and pair is not None):
-        raise UsageError("static mode needs either --static DEPTH,K or --sweep, and these need static mode.")
+    given = ([f"--static {pair[0]},{pair[1]}"] if pair is not None else []) + (["--sweep"] if sweep else [])
+    if "static" in chosen and len(given) != 1:
+        raise UsageError(
+            f"static mode needs --static DEPTH,K or --sweep, one of them, and got {' and '.join(given) or 'none'}."
+        )
+    if "static" not in chosen and given:
+        raise UsageError(f"{given[0]} is of static mode; put static into --modes, or leave it out.")
 
 
 def _check_engines(setting: Setting, precisions: Sequence[str], exits: Exits | None) -> None:
@@ -110,10 +115,14 @@ def _check_engines(setting: Setting, precisions: Sequence[str], exits: Exits | N
 
 
 def _check_reflex(chosen: Sequence[str], risk: float | None, threshold: float | None) -> None:
-    if "reflex" in chosen and (risk is None) == (threshold is None):
-        raise UsageError("reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them.")
-    if "reflex" not in chosen and (risk, threshold) != (None, None):
-        raise UsageError("--risk and --threshold are of reflex mode; put reflex into --modes, or leave them out.")
+    given = [f"--{n} {v:g}" for n, v in (("risk", risk), ("threshold", threshold)) if v is not None]
+    if "reflex" in chosen and len(given) != 1:
+        raise UsageError(
+            "reflex mode needs --risk R (certified by adi calibrate, such as 0.02) or --threshold T, one of them, and got "
+            f"{' and '.join(given) or 'none'}."
+        )
+    if "reflex" not in chosen and given:
+        raise UsageError(f"{given[0]} is of reflex mode; put reflex into --modes, or leave it out.")
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def history(
     from adi.drafters.history import History
 
     if forget and keep_tokens is not None:
-        raise UsageError("give --keep-tokens or --forget, not both.")
+        raise UsageError(f"--keep-tokens {keep_tokens} and --forget say different things; give one of them.")
     console, known = out(), History.look(file)
     remembered = _texts(known, texts, model) if texts else []
     if forget:

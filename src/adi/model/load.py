@@ -94,9 +94,9 @@ class Model:
         if isinstance(prompt, tuple):
             return prompt
         if self.tokenizer is None:
-            raise ModelError("this model has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
+            raise ModelError(f"the model {self.source} has no tokenizer; give token ids, or adi.load(model, tokenizer=...).")
         if raw and isinstance(prompt, list):
-            raise UsageError("raw=True leaves the chat template out, so it needs a text, not messages.")
+            raise UsageError(f"raw=True leaves the chat template out, so it needs a text, not {len(prompt)} messages.")
         if raw:
             return self.tokenizer.encode(str(prompt), special_tokens=special_tokens)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -157,7 +157,7 @@ def load(
             )
         return _load_path(name, tokenizer, precision, device, changed, report)
     if backend == "openvino":
-        raise UsageError("the openvino backend runs models from a name, folder, hub id or .gguf file, not from memory.")
+        raise UsageError(f"the openvino backend runs models from a path, not a {type(source).__name__} in memory; take 'hf'.")
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
     return model
@@ -265,8 +265,8 @@ def _load_openvino(
     notice: Notice,
 ) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
-    if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
-        raise ModelError("the openvino backend needs an extra: pip install 'adi-lm[openvino]'")
+    if absent := [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]:
+        raise ModelError(f"the openvino backend needs {absent[0]}, of an extra: pip install 'adi-lm[openvino]'.")
     if device not in ("auto", "cpu"):
         raise UsageError(f"the openvino backend runs on the CPU, not on {device!r}.")
     from adi.model.openvino import export_and_open, open_exported

@@ -114,9 +114,13 @@ class Tokenizer:
         try:
             with ENCODING:
                 return tuple(self.hf(text, **options)["input_ids"])
-        except (TypeError, UnicodeError):  # it is a text, so there is one reason left
+        except (TypeError, UnicodeError):
+            if (half := re.search("[\ud800-\udfff]", text)) is None:
+                raise
             raise UsageError(
-                "the text cannot be tokenized: it holds half of a surrogate pair, as bytes give that are no UTF-8."
+                f"the text cannot be tokenized: character {half.start()} is half of a surrogate pair, as bytes give that "
+                "are no "
+                "UTF-8; decode them with errors='replace'."
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -49,7 +49,11 @@ class Certificate(Record, frozen=True):
 
     def __post_init__(self) -> None:
         if (self.delta is None) != (self.method == "crc") or (self.nats is None) != (self.kind == "disagreement"):
-            raise UsageError("a certificate has a delta where its method is ltt, and nats where its kind is log_loss.")
+            raise UsageError(
+                f"method {self.method} with delta {self.delta}, kind {self.kind} with nats {self.nats}: a certificate has "
+                "a delta "
+                "where its method is ltt, and nats where its kind is log_loss."
+            )
 
     @property
     def unit_level(self) -> float:

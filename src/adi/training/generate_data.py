@@ -64,7 +64,8 @@ class PromptTemplate:
         template changes the user's words."""
         if model.tokenizer is None or not (model.tokenizer.has_chat_template or model.tokenizer.encode("")):
             raise UsageError(
-                "this model has no chat template and no token that begins a text, so it cannot write prompts; give some with "
+                f"{model.source} has no chat template and no token that begins a text, so it cannot write prompts; give "
+                "some with "
                 "prompts=... and own_prompts=0."
             )
         if not model.tokenizer.has_chat_template:
@@ -73,7 +74,9 @@ class PromptTemplate:
         text = model.tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, mark, after = text.partition(MARK)
         if not mark:
-            raise UsageError("this model's chat template changes the user's words, so it cannot write prompts.")
+            raise UsageError(
+                f"the chat template of {model.source} changes the user's words, so it cannot write prompts; give some."
+            )
         opening, between = (tuple(model.tokenizer.hf(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
         return cls(opening, between, LONGEST_PROMPT)
 
@@ -118,7 +121,9 @@ class _Conversation:
 def _conversations(prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> Iterator[_Conversation]:
     """What each text begins with, in their order."""
     if not prompts and options.own_prompts <= 0:
-        raise UsageError("own_prompts is 0 and there are no prompts: give some, or let the model write its own.")
+        raise UsageError(
+            f"own_prompts is {options.own_prompts} and there are no prompts; give some, or let the model write its own."
+        )
     in_order, greedily = iter(_order(len(prompts), options)), set[int]()
     for number in count():
         own, greedy = (np.random.default_rng([options.seed, number]).random(2) < (options.own_prompts, GREEDY)).tolist()

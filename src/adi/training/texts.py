@@ -50,7 +50,7 @@ def first_of(texts: Sequence[KnownText], tokens: int) -> list[KnownText]:
 def windows_of(model: Model, path: Path) -> list[KnownText]:
     """A text file cut into sequences; every token after a window's first is one to learn from."""
     if model.tokenizer is None:
-        raise UsageError("text files need a tokenizer; load the model with one.")
+        raise UsageError(f"reading {path} needs a tokenizer, and {model.source} has none; load it with one.")
     ids = model.tokenizer.encode(read_text(path, "text", MOST_TEXT_BYTES))
     windows = [tuple(ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW)]
     return [KnownText(window[:-1]) for window in windows if len(window) > 1]
@@ -58,8 +58,10 @@ def windows_of(model: Model, path: Path) -> list[KnownText]:
 
 def interleave(groups: Sequence[Sequence[str]]) -> list[str]:
     """Round-robin over the prompt files, so that a token budget is shared by all of them; duplicates are dropped."""
-    if any(isinstance(group, str) for group in groups):
-        raise UsageError("prompts come in groups (one per file): give a list of lists of texts.")
+    if alone := [group for group in groups if isinstance(group, str)]:
+        raise UsageError(
+            f"prompts come in groups, one per file, and {alone[0]!r:.40} is a text: give a list of lists of texts."
+        )
     longest = max((len(group) for group in groups), default=0)
     mixed = (group[i] for i in range(longest) for group in groups if i < len(group))
     return list(dict.fromkeys(mixed))

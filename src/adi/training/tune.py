@@ -146,7 +146,10 @@ def remeasure(
     training saw; texts that begin as one of the exits' datastore are left out. Other arguments as for ``tune``.
     """
     if keep.drafter is None or not options.generate_tokens:
-        raise UsageError("measuring again needs exits with a drafter (--keep) and how many tokens to generate (--talk).")
+        raise UsageError(
+            f"generate_tokens is {options.generate_tokens}; measuring again needs exits with a drafter (--keep) and how many "
+            "tokens to generate (--talk)."
+        )
     run = _Tuning(model, Path(out) / "work", options, generators or (model,), keep, categories or {}, progress)
     run.read_data(prompts, held_share=1.0)
     teacher, seen = run.teacher(), None if keep.answers is None else seen_in(keep.answers)
@@ -222,7 +225,7 @@ class _Tuning:
         elif (known := self.keep.drafter or self.keep.heads) is not None:
             ids_S = known.ids_S
         else:
-            raise UsageError("bare exits have no shortlist to keep; leave keep out.")
+            raise UsageError(f"bare exits of {self.keep.base_name} have no shortlist to keep; leave keep out.")
         plain = Teacher(self.readout, shortlist(self.readout, ids_S))
         rows = read_shard(self.held[0])
         some = rows.rows(rows.total_N.argsort(descending=True)[:8])
@@ -275,7 +278,7 @@ def begin_of(keep: Exits | None, options: TuneOptions) -> Drafter | None:
     if not options.warm_start:
         return None
     if keep is None or keep.drafter is None:
-        raise UsageError("a warm start needs exits that have a drafter: give keep=... (--keep).")
+        raise UsageError(f"warm_start is {options.warm_start}; it needs exits that have a drafter: give keep=... (--keep).")
     return keep.drafter
 
 

@@ -228,7 +228,10 @@ class DecodingOptions:
     def _check(self) -> None:
         """UsageError for options that mean nothing in this mode, or contradict each other."""
         if self.threshold is not None and self.trigger is not None:
-            raise UsageError("give --threshold or --trigger, not both.")
+            raise UsageError(
+                f"--threshold {self.threshold:g} and --trigger {self.trigger:.40} say different things; give one of them, "
+                "not both."
+            )
         of_mode = {
             "full": (),
             "lookup": ("draft_tokens",),
@@ -239,9 +242,11 @@ class DecodingOptions:
         changed = [name for name in vars(default) if getattr(self, name) != getattr(default, name)]
         if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in of_mode[self.mode]]:
             raise UsageError(f"{', '.join(wrong)} means nothing in {self.mode} mode; leave it out or choose another --mode.")
-        if self.mode == "reflex" and sum(value is not None for value in (self.trigger, self.threshold, self.risk)) != 1:
+        rules = sum(value is not None for value in (self.trigger, self.threshold, self.risk))
+        if self.mode == "reflex" and rules != 1:
             raise UsageError(
-                "reflex mode does not verify, so it needs a rule for when to exit: --risk R, a level that adi calibrate "
+                f"reflex mode does not verify, so it needs a rule for when to exit, and got {rules}: --risk R, a level "
+                "that adi calibrate "
                 "certified for these exits; or, uncalibrated, --threshold X (for the shipped exits an entropy in nats such as "
                 "0.3) or --trigger JSON. Give one of them."
             )
@@ -304,7 +309,9 @@ def opened_history(model: Model, path: Path | None) -> History | None:
     from adi.model.tokenizer import tokenizer_fingerprint
 
     if model.tokenizer is None:
-        raise ModelError("--history needs a model with a tokenizer, whose texts it remembers.")
+        raise ModelError(
+            f"--history {path} needs a tokenizer, whose texts it remembers, and {model.source!r} has none; leave it out."
+        )
     vocabulary = model.backbone.spec.vocabulary
     return History.open(path, fingerprint=tokenizer_fingerprint(model.tokenizer), vocabulary=vocabulary)
 

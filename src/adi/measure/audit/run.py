@@ -63,7 +63,7 @@ def audit(
     items = spread(read_prompts("bench"), limit) if prompts is None else []
     chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
-        raise UsageError("there are no prompts; give at least one.")
+        raise UsageError(f"prompts is {prompts!r:.40}; give at least one.")
     size, engines = Size(max_new_tokens, draws, seed), []
     for precision in precisions if not isinstance(source, Model) else ("auto",):
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
@@ -116,7 +116,7 @@ def _exits(model: Model, given: Given) -> Exits:
         return load_exits(model.source)
     layers = model.backbone.spec.layers
     if layers < 2:
-        raise UsageError("a model of one block has nowhere to stop early; there is nothing to audit.")
+        raise UsageError(f"{model.source} has one block and nowhere to stop early, so there is nothing to audit.")
     return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
 
 
