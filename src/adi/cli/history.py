@@ -49,7 +49,8 @@ def history(
 
 
 def _texts(known: History, count: int, model: str) -> list[str]:
-    """The newest texts, oldest of them first; what a terminal would obey instead of showing is left out."""
+    """The newest texts, oldest of them first; without what a terminal would obey instead of showing it."""
+    from adi.cli.shared.paint import printable
     from adi.model.hub import read_tokenizer
     from adi.model.tokenizer import Tokenizer, tokenizer_fingerprint
     from adi.progress import Reporter
@@ -61,5 +62,4 @@ def _texts(known: History, count: int, model: str) -> list[str]:
             f"the history in {known.info().path} is of another tokenizer than {model}'s (fingerprint "
             f"{known.info().fingerprint}, not {own}). Name its model with --model."
         )
-    plain = [tokenizer.decode(ids) for ids in reversed(known.newest(count))]
-    return ["".join(c for c in text if c.isprintable() or c in "\n\t") for text in plain]
+    return [printable(tokenizer.decode(ids)) for ids in reversed(known.newest(count))]
