@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,19 @@ def test_why_such_a_model_runs_on_the_slower_engine_is_said(tmp_path: Path, monk
     notices: list[str] = []
     assert adi.load(tmp_path / "model", notice=notices.append).backbone.spec.backend == "hf"
     assert any("its longrope rotary angles depend on how long the text is" in notice for notice in notices)
+
+
+def test_rotary_modules_that_are_called_in_a_way_of_their_own_are_left_alone() -> None:
+    hf = copy.deepcopy(tiny("llama"))
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("inv_freq", torch.ones(4), persistent=False)
+
+        def forward(self, x: Any, position_ids: Any, needed: Any) -> Any:
+            raise AssertionError
+
+    hf.model.layers[1].extra = Own()
+    backbone: Any = adi.load(hf).backbone
+    assert backbone._split.edge is None
