@@ -203,13 +203,40 @@ def test_a_weight_that_is_no_number_is_named() -> None:
         adi.load(hf)
 
 
+def only_the_last(module: Any, args: Any, out: Any) -> Any:
+    return torch.cat([out[:, :-1], out[:, -1:] + 1], 1)
+
+
+def only_a_prompt(module: Any, args: Any, out: Any) -> Any:
+    return out + 1 if out.shape[1] > 1 else out
+
+
+def others_forward(model: Any) -> None:
+    own_forward = model.model.layers[3].forward
+    model.model.layers[3].forward = lambda *args, **kwargs: own_forward(*args, **kwargs) * kwargs["position_ids"].shape[1]
+
+
+UNFIT: dict[str, Callable[[Any], object]] = {
+    "the last token of a pass": lambda m: m.model.layers[2].register_forward_hook(only_the_last),
+    "the last token, late": lambda m: m.model.layers[5].register_forward_hook(only_the_last),
+    "the last token of what is read out": lambda m: m.model.register_forward_hook(
+        lambda _, args, out: out.__setitem__("last_hidden_state", only_the_last(_, args, out[0]))
+    ),
+    "prompts only": lambda m: m.model.layers[1].register_forward_hook(only_a_prompt),
+    "prompts only, late": lambda m: m.model.layers[4].register_forward_hook(only_a_prompt),
+    "a forward of its own": others_forward,
+}
+
+
 # A22
-def test_hooks_that_make_a_model_unfit_are_named() -> None:
+@pytest.mark.parametrize("name", list(UNFIT))
+def test_hooks_that_look_beside_a_token_are_refused_by_name(name: str) -> None:
     hf = a_copy()
-    calls: list[int] = []
-    hf.model.layers[2].register_forward_hook(lambda _, args, out: (calls.append(1), out + len(calls))[1])
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(with forward hooks on model\.layers\.2\) cannot be split"):
-        adi.load(hf)
+    model = adi.load(hf)
+    UNFIT[name](hf)
+    for use in (lambda: adi.load(hf), lambda: says(model)):
+        with pytest.raises(ValueError, match=r"with hooks or a forward of its own on model(\.layers\.\d)?\) cannot be split"):
+            use()
 
 
 def test_a_compiled_model_runs_as_what_was_compiled() -> None:

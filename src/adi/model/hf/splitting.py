@@ -17,12 +17,13 @@ RECURRENT_HINT = "adi needs a decoder whose memory of the past can be cut back (
 
 def refuse(model: Any, reason: str) -> AdiError:
     hooked = [name or "the model" for name, module in model.named_modules() if any(map(_foreign, _hooks(module)))]
-    hint = f" (with forward hooks on {', '.join(hooked[:3])})" if hooked else ""
+    hint = f" (with hooks or a forward of its own on {', '.join(hooked[:3])})" if hooked else ""
     return AdiError(f"{type(model).__name__}{hint} cannot be split between blocks: {reason}.")
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own = [] if hasattr(module, "_hf_hook") else [vars(module).get("forward")]  # accelerate's is known to be harmless
+    return [hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *own) if hook is not None]
 
 
 def _foreign(hook: Any) -> bool:
