@@ -276,7 +276,8 @@ def test_tools_and_switches_reach_the_template(tools_model: adi.Model) -> None:
         ({"template_options": {"add_generation_prompt": False}}, "said by continue_final"),
         ({"template_options": ["x"]}, r"template_options is \['x'\]"),
         ({"chat_template": "none.jinja"}, "cannot read the chat template none.jinja"),
-        ({"chat_template": "{% if %}"}, "template refuses these messages"),
+        ({"chat_template": "{% if messages %}"}, "template refuses these messages"),
+        ({"chat_template": "{{ 1 }}"}, "does not read 'messages'; give Jinja that does"),
     ],
 )
 def test_options_that_the_template_does_not_read_are_refused(tiny_model: adi.Model, options: Any, complaint: str) -> None:
@@ -298,5 +299,5 @@ def test_a_template_of_ones_own_is_jinja_or_a_file_or_a_name(tiny_hf: Any, tiny_
     for given in (JOINING, tmp_path / "t.jinja", str(tmp_path / "t.jinja")):
         assert spelled(model, "the fox", chat_template=given) == "<|user|>the fox<|end|>"
     named = copy.deepcopy(tiny_tokenizer)
-    named.chat_template = {"default": JOINING, "loud": "{{ messages[0]['content'] | upper }}"}
-    assert spelled(adi.load(tiny_hf, tokenizer=named), "fox", chat_template="loud") == "FOX"
+    named.chat_template = {"default": JOINING, "loud": "{{ messages[0]['content'] | upper }}{{ tools }}"}
+    assert spelled(adi.load(tiny_hf, tokenizer=named), "fox", chat_template="loud", tools=[]) == "FOXNone"

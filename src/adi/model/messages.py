@@ -93,6 +93,8 @@ def reads(template: str, name: str) -> bool:
 
 def check_options(template: str, tools: Any, options: Any) -> None:
     """UsageError for tools or options that this template does not read: transformers would leave them out without a word."""
+    if not reads(template, "messages"):
+        raise UsageError(f"the chat template {template!r:.40} does not read 'messages'; give Jinja that does, or a file of it.")
     if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
         raise UsageError(f"tools is {tools!r:.60}; give a list of JSON schemas (objects) or functions.")
     if tools and not reads(template, "tools"):

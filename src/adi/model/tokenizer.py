@@ -71,14 +71,16 @@ class Tokenizer:
 
     def _template(self, given: Any) -> Any:
         """The template to fill in: the given one (Jinja, a name of the tokenizer's, or a file), else the tokenizer's own."""
-        own = getattr(self.hf, "chat_template", None)
+        own: Any = getattr(self.hf, "chat_template", None)
         if given is None and not own:
             raise ModelError(
                 "this model's tokenizer has no chat template; use raw=True (--raw) and a plain text prompt, or give one with "
                 "chat_template=..."
             )
-        if given is None or (isinstance(own, dict) and given in own) or (isinstance(given, str) and "{" in given):
-            return own if given is None else given
+        if given is None or (isinstance(own, dict) and given in own):
+            return own if given is None else own[given]
+        if isinstance(given, str) and "{" in given:
+            return given
         return read_text(Path(given), "chat template")
 
     def _filled(self, talk: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
