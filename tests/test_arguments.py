@@ -36,7 +36,7 @@ def test_whole_numbers_of_every_library_are_numbers(tiny_model: adi.Model, kind:
         adi.Lookup(kind(4), kind(2)),
         adi.Static(exits, kind(2), kind(3)),
     ):
-        assert adi.generate(tiny_model, "the fox", policy, max_new_tokens=kind(2), candidates=kind(1)).token_ids
+        assert adi.generate(tiny_model, "the fox", policy, max_new_tokens=kind(2), logprobs=kind(1)).token_ids
     assert adi.generate_batch(tiny_model, ["the fox"], most=kind(2), max_new_tokens=kind(2))
     assert adi.TuneOptions(tokens=kind(7), seed=kind(1)) == adi.TuneOptions(tokens=7, seed=1)
     assert adi.Always((kind(2),)) == adi.Always((2,))

@@ -77,7 +77,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     """One good file of each kind."""
     place = tmp_path_factory.mktemp("whole")
     policy = adi.Verified(adi.bare_exits(tiny_model, (2, 4)), adi.Threshold("top_probability", 0.0))
-    told = adi.generate(tiny_model, "hello", policy, max_new_tokens=3, candidates=2, stop_at_eos=False)
+    told = adi.generate(tiny_model, "hello", policy, max_new_tokens=3, logprobs=2, stop_at_eos=False)
     adi.write_trace(adi.trace_of(told, policy, "hello"), place / "trace")
     shutil.copy(RESULT, place / "benchmark")
     (place / "prompts").write_text('{"prompt": "hello", "category": "a"}\n{"turns": ["a", "b"]}\n')

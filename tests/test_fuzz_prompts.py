@@ -167,7 +167,7 @@ def test_counts_that_are_none(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [-1, 1.5, math.nan, True, "3"])
 def test_counts_that_may_be_zero(value: Any) -> None:
-    for make in (counted("candidates"), lambda v: adi.TuneOptions(drafter_epochs=v), lambda v: adi.Threshold("margin", 0.1, v)):
+    for make in (counted("logprobs"), lambda v: adi.TuneOptions(drafter_epochs=v), lambda v: adi.Threshold("margin", 0.1, v)):
         with pytest.raises(ValueError, match="whole number of at least 0"):
             make(value)
     for make in (lambda v: adi.TuneOptions(seed=v), lambda v: Sampling(1.0, seed=v)):

@@ -214,7 +214,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         ["run", "hi", "--model", "{model}", "--exits", "bare", "--trigger", "{{}}"],
         "the trigger: object missing",
     ),
-    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "0"], "Invalid value for '--max-new-tokens'"),
+    "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "-1"], "Invalid value for '--max-new-tokens'"),
     "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
     "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),

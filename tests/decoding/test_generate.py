@@ -125,7 +125,7 @@ def test_reflex_says_that_nothing_calibrates_it(tiny_model: adi.Model) -> None:
 def test_candidates_record_every_look(tiny_model: adi.Model) -> None:
     bare = adi.bare_exits(tiny_model, (2, 4))
     trigger = adi.Threshold("top_probability", {2: 2.0, 4: 0.0})
-    got = adi.generate(tiny_model, "hello", adi.Verified(bare, trigger), max_new_tokens=60, candidates=3, stop_at_eos=False)
+    got = adi.generate(tiny_model, "hello", adi.Verified(bare, trigger), max_new_tokens=60, logprobs=3, stop_at_eos=False)
     drafted = next(s for s in got.steps if s.drafted)
     assert [look.depth for look in drafted.looks] == [2, 4, 6]
     assert [look.fired for look in drafted.looks] == [False, True, False]
@@ -140,7 +140,7 @@ def test_candidates_record_every_look(tiny_model: adi.Model) -> None:
 
 def test_json_keeps_steps(tiny_model: adi.Model) -> None:
     bare = adi.bare_exits(tiny_model, (2, 4))
-    got = adi.generate(tiny_model, "hello", adi.Verified(bare, ALWAYS), max_new_tokens=12, candidates=2)
+    got = adi.generate(tiny_model, "hello", adi.Verified(bare, ALWAYS), max_new_tokens=12, logprobs=2)
     for step in got.steps:
         assert Step.from_json(json.loads(json.dumps(step.to_json()))) == step
     good = got.steps[0].to_json()
@@ -262,8 +262,8 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model) -> None:
         adi.Reflex(bare, thresholds={5: 0.5})
     with pytest.raises(ValueError, match="policy is of type Exits; give FullDepth"):
         adi.generate(tiny_model, "hello", bare)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="candidates is -1"):
-        adi.generate(tiny_model, "hello", adi.FullDepth(), candidates=-1)
+    with pytest.raises(ValueError, match="logprobs is -1"):
+        adi.generate(tiny_model, "hello", adi.FullDepth(), logprobs=-1)
     with pytest.raises(ValueError, match="raw=True"):
         adi.generate(tiny_model, [{"role": "user", "content": "hello"}], adi.FullDepth(), raw=True)
 
@@ -271,7 +271,7 @@ def test_what_cannot_be_meant_is_refused(tiny_model: adi.Model) -> None:
 def test_signals_of_a_step_do_not_depend_on_tracing(tiny_model: adi.Model) -> None:
     policy = adi.Verified(adi.bare_exits(tiny_model, (2, 4)), ALWAYS)
     plain = adi.generate(tiny_model, "hello", policy, max_new_tokens=12)
-    traced = adi.generate(tiny_model, "hello", policy, max_new_tokens=12, candidates=2)
+    traced = adi.generate(tiny_model, "hello", policy, max_new_tokens=12, logprobs=2)
     assert [set(s.signals) for s in plain.steps] == [set(s.signals) for s in traced.steps]
 
 

@@ -47,7 +47,7 @@ def test_a_new_policy_is_one_class(llama: adi.Model) -> None:
     options: dict[str, Any] = {"max_new_tokens": 20, "stop_at_eos": False}
     full = [adi.generate(llama, prompt, adi.FullDepth(), **options).token_ids for prompt in PROMPTS]
     for prompt, wanted in zip(PROMPTS, full, strict=True):
-        text = adi.generate(llama, prompt, Echo(), candidates=2, **options)
+        text = adi.generate(llama, prompt, Echo(), logprobs=2, **options)
         assert text.token_ids == wanted
         assert (text.mode, text.summary().mode, text.summary().calibrated) == ("echo", "echo", True)
         assert text.counters.drafted > 0

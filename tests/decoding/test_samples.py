@@ -88,7 +88,7 @@ def test_compiled_engines_copy_blocks_and_begin_again_where_there_are_too_few(ma
 # B11
 def test_options_of_the_prompt_and_the_text_are_those_of_a_batch(tiny_model: adi.Model) -> None:
     talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "dog"}]
-    options: dict[str, Any] = {**HOT, "stop": "e", "special_tokens": True, "continue_final": False, "candidates": 2}
+    options: dict[str, Any] = {**HOT, "stop": "e", "special_tokens": True, "continue_final": False, "logprobs": 2}
     got, wanted = adi.generate(tiny_model, talk, n=3, **options), adi.generate_batch(tiny_model, [talk] * 3, **options)
     assert [(g.text, g.token_ids, g.prompt_ids) for g in got] == [(g.text, g.token_ids, g.prompt_ids) for g in wanted]
     assert adi.generate(tiny_model, iter([5, 6, 7]), n=2, max_new_tokens=3)[1].prompt_ids == (5, 6, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,3 +102,64 @@ def test_events_are_held_back_while_a_stop_string_may_begin_in_them() -> None:
     assert pushed(step("xa"), step("", 7), step("b")) == ([[], [], ["x"]], "ab")
     assert pushed(step("x"), step("", 7), step("c")) == ([["x"], [], []], "<e>c")
     assert pushed(step("x"), step("", 7), step("d"), step("ay")) == ([["x"], [], ["", "d"], ["ay"]], None)
+
+
+# B5
+def test_special_tokens_are_kept_in_the_text_on_request(marked: Any) -> None:
+    model, mark, place, ids = marked
+    tokenizer = model.tokenizer.hf
+    options: Any = {"max_new_tokens": TOKENS, "stop_at_eos": False, "skip_special_tokens": False}
+    for policy in modes(model):
+        got = adi.generate(model, PROMPT, policy, **options)
+        assert got.text == tokenizer.decode(list(got.token_ids), skip_special_tokens=False)
+        assert got.steps[place].text.endswith(mark)
+        assert "".join(step.text for step in adi.stream(model, PROMPT, policy, **options)) == got.text
+        assert adi.generate_batch(model, [PROMPT], policy, **options)[0].text == got.text
+        stopped = adi.generate(model, PROMPT, policy, **options, stop=mark)
+        assert (stopped.text, stopped.finish) == (got.text[: got.text.index(mark)], "stop")
+    ending = adi.Model(model.backbone, model.tokenizer, frozenset({ids[place]}))
+    assert adi.generate(ending, PROMPT, max_new_tokens=TOKENS, skip_special_tokens=False).text.endswith(mark)
+    assert mark not in adi.generate(ending, PROMPT, max_new_tokens=TOKENS).text
+
+
+# B9
+def test_without_a_number_the_text_fills_the_context(tiny_model: adi.Model, tiny_hf: Any) -> None:
+    for policy in (adi.FullDepth(), adi.Verified()):
+        got = adi.generate(tiny_model, [5] * 500, policy, max_new_tokens=None, stop_at_eos=False)
+        assert (len(got.token_ids), got.finish) == (12, "length")
+    batch = adi.generate_batch(tiny_model, [[5] * 500, [5] * 511], max_new_tokens=None, stop_at_eos=False)
+    assert [len(one.token_ids) for one in batch] == [12, 1]
+    for asked in (None, 1, 256):
+        with pytest.raises(adi.errors.UsageError, match="prompt has 512 tokens, and the model's context of 512 leaves none"):
+            adi.generate(tiny_model, [5] * 512, max_new_tokens=asked)
+    endless = replace(tiny_model, backbone=copy.copy(tiny_model.backbone))
+    endless.backbone.spec = replace(tiny_model.backbone.spec, context=None)  # type: ignore[misc]
+    with pytest.raises(adi.errors.UsageError, match="states no context that could be filled; give a number"):
+        adi.generate(endless, [5], max_new_tokens=None)
+
+
+# A22
+def test_a_number_of_tokens_beyond_the_context_is_named_as_what_is_wrong(tiny_model: adi.Model) -> None:
+    with pytest.raises(
+        adi.errors.UsageError, match=r"max_new_tokens is 100000, .* context is 512 .* takes 3; lower it to at most 509"
+    ):
+        adi.generate(tiny_model, [5, 6, 7], max_new_tokens=100_000)
+
+
+# B7
+def test_logprobs_are_the_full_models_and_the_drawn_token_is_among_them(tiny_model: adi.Model, tiny_hf: Any) -> None:
+    hot: Any = {"max_new_tokens": 12, "temperature": 1.7, "seed": 1, "stop_at_eos": False}
+    for policy in (adi.FullDepth(), adi.Verified(), adi.Verified(adi.bare_exits(tiny_model, (2,)), adi.Always((2,)))):
+        for count in (0, 2):
+            got = adi.generate(tiny_model, PROMPT, policy, **hot, logprobs=count)
+            with torch.no_grad():
+                logits = tiny_hf(torch.tensor([PROMPT + list(got.token_ids)])).logits[0]
+            outside = 0
+            for place, step in enumerate(got.steps, len(PROMPT) - 1):
+                wanted = logits[place].log_softmax(-1)
+                best = wanted.topk(count).indices.tolist()
+                assert list(step.logprobs) == best + [step.token] * (step.token not in best)
+                assert all(abs(wanted[token] - value) < 1e-4 for token, value in step.logprobs.items())
+                outside += step.token not in best
+            assert outside > 3
+    assert adi.generate(tiny_model, PROMPT, max_new_tokens=3).steps[0].logprobs == {}

@@ -82,7 +82,7 @@ def test_a_probe_comes_back_from_disk_and_triggers(llama: adi.Model, tmp_path: P
     for name, tensor in exits.probe.tensors().items():
         assert torch.equal(again.probe.tensors()[name], tensor)
     full = adi.generate(llama, [1, 2, 3], adi.FullDepth(), max_new_tokens=24)
-    got = adi.generate(llama, [1, 2, 3], adi.Verified(again, rule), max_new_tokens=24, candidates=2)
+    got = adi.generate(llama, [1, 2, 3], adi.Verified(again, rule), max_new_tokens=24, logprobs=2)
     assert got.token_ids == full.token_ids
     assert got.counters.drafted > 0
     looks = [look for step in got.steps for look in step.looks[:-1]]

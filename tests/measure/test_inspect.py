@@ -37,7 +37,7 @@ def test_looks_tell_what_a_full_pass_shows(tiny_model: adi.Model, kind: str) -> 
     """Readings are lazy, so what a trace holds may be worked out after the frontier has gone deeper: it must not show."""
     for exits in (adi.bare_exits(tiny_model, (2, 4)), random_exits(tiny_model, (2, 4), adi.Never())):
         rule = adi.Threshold(kind, {2: 99.0 if kind == "entropy" else 0.5, 4: 0.0})
-        got = adi.generate(tiny_model, "hello", adi.Verified(exits, rule), max_new_tokens=20, candidates=3, stop_at_eos=False)
+        got = adi.generate(tiny_model, "hello", adi.Verified(exits, rule), max_new_tokens=20, logprobs=3, stop_at_eos=False)
         text = KnownText.of_answer(got.prompt_ids, got.token_ids)
         (seen,) = forced_pass(tiny_model.backbone, [text], exits.depths, details=True)
         read = exits.reader(tiny_model.backbone)

@@ -16,7 +16,7 @@ from adi.measure.trace import Trace
 @pytest.fixture(scope="module")
 def trace(tiny_model: adi.Model) -> Trace:
     policy = adi.Verified(adi.bare_exits(tiny_model, (2, 4)), adi.Threshold("top_probability", 0.0))
-    generation = adi.generate(tiny_model, "hello", policy, max_new_tokens=12, candidates=3, stop_at_eos=False)
+    generation = adi.generate(tiny_model, "hello", policy, max_new_tokens=12, logprobs=3, stop_at_eos=False)
     return adi.trace_of(generation, policy, "hello")
 
 

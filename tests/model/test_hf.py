@@ -129,7 +129,7 @@ def test_the_users_model_is_left_as_it_was_found() -> None:
     before = _snapshot(hf)
     model = adi.load(hf)
     exits = adi.bare_exits(model, (2,))
-    adi.generate(model, [3, 4, 5], adi.Verified(exits, adi.Threshold("hoyer", 0.0)), max_new_tokens=6, candidates=2)
+    adi.generate(model, [3, 4, 5], adi.Verified(exits, adi.Threshold("hoyer", 0.0)), max_new_tokens=6, logprobs=2)
     assert _snapshot(hf) == before
     half = adi.stream(model, [3, 4, 5], adi.Verified(exits, draft_tokens=6), max_new_tokens=6)
     next(half)

@@ -167,7 +167,7 @@ def test_a_vocabulary_of_one() -> None:
         adi.Reflex(exits, thresholds=9.0),
     ]
     for policy in policies:
-        for options in ({}, SAMPLED, {**SAMPLED, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, {"candidates": 4}):
+        for options in ({}, SAMPLED, {**SAMPLED, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, {"logprobs": 4}):
             assert adi.generate(model, [0], policy, max_new_tokens=9, **options).token_ids == (0,) * 9
 
 

@@ -83,10 +83,10 @@ def test_readings_on_the_compiled_engine_come_from_it() -> None:
     model = adi.Model(export_and_open(tiny("llama"), name="llama", precision="fp32"), None, frozenset())
     exits = random_exits(model, (2, 4), adi.Threshold("top_probability", 0.0))
     full = adi.generate(model, [1, 2, 3], adi.FullDepth(), max_new_tokens=12)
-    got = adi.generate(model, [1, 2, 3], adi.Verified(exits, exits.trigger), max_new_tokens=12, candidates=3)
+    got = adi.generate(model, [1, 2, 3], adi.Verified(exits, exits.trigger), max_new_tokens=12, logprobs=3)
     assert got.token_ids == full.token_ids
     twin = adi.load(tiny("llama"))
-    slow = adi.generate(twin, [1, 2, 3], adi.Verified(exits, exits.trigger), max_new_tokens=12, candidates=3)
+    slow = adi.generate(twin, [1, 2, 3], adi.Verified(exits, exits.trigger), max_new_tokens=12, logprobs=3)
     for mine, theirs in zip(got.steps, slow.steps, strict=True):
         for a, b in zip(mine.looks, theirs.looks, strict=True):
             assert (a.depth, a.token) == (b.depth, b.token)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adi.decoding.session import Session
     from adi.model.load import Model
 
+ANSWER_SHARE = 0.25
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
 
 
@@ -45,7 +46,7 @@ def chat(
         say(console, HELP, "dim")
         console.print(legend(policy.depths, loaded.backbone.spec.layers))
     start = [{"role": "system", "content": system}] if system else []
-    _Conversation(console, loaded, policy, {"max_new_tokens": max_new_tokens, **more}, drawn, start).hold()
+    _Conversation(console, loaded, policy, max_new_tokens, more, drawn, start).hold()
 
 
 @dataclass
@@ -55,7 +56,8 @@ class _Conversation:
     console: Console
     model: Model
     policy: Policy
-    options: dict[str, Any]
+    most: int  # tokens of an answer; 0 for as many as fit
+    template: dict[str, Any]
     sampling: Sampling
     start: list[dict[str, str]]
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -74,22 +76,38 @@ class _Conversation:
                 self._answer(line)
 
     def _answer(self, line: str) -> None:
-        """One turn; a refused one leaves no trace."""
+        """One turn; a refused one leaves no trace. Where the context runs short, the oldest turns are left out."""
         from adi.cli.run import drift_line
         from adi.decoding.session import Session
 
-        messages = [*self.start, *self.turns, {"role": "user", "content": line}]
-        sampling = self.sampling.of_prompt(len(messages))
+        turns = [*self.turns, {"role": "user", "content": line}]
+        sampling = self.sampling.of_prompt(len(self.start) + len(turns))
         try:
-            session = Session(self.model, messages, self.policy, sampling=sampling, **self.options)
+            ids, length = self._fitting(turns)
+            session = Session(self.model, ids, self.policy, sampling=sampling, max_new_tokens=length)
         except AdiError as error:
             say(self.console, f"{error} Type /reset to start over.", "red")
             return
-        self.turns.append(messages[-1])  # kept, even where the answer is interrupted or fails
+        if forgotten := len(self.turns) + 1 - len(turns):
+            say(self.console, f"The context is full: the oldest {forgotten} messages are forgotten.", "dim")
+        self.turns = turns  # kept, even where the answer is interrupted or fails
         generation = _answered(self.console, session, self.policy.depths)
         self.turns.append({"role": "assistant", "content": generation.text})
         drift = "" if generation.drift is None else "\n" + drift_line(generation.drift)
         self.last = f"{generation.summary()}{drift}"
+
+    def _fitting(self, turns: list[dict[str, str]]) -> tuple[tuple[int, ...], int | None]:
+        """The token ids of the messages, and how long an answer may be; the oldest of the turns are taken out until it has the
+        length asked for, or at least a quarter of the context."""
+        context = self.model.backbone.spec.context
+        while True:
+            ids = self.model.encode([*self.start, *turns], **self.template)
+            if context is None:
+                return ids, self.most or None
+            room = context - len(ids)
+            if room >= min(self.most or context, context * ANSWER_SHARE) or len(turns) == 1:
+                return ids, min(self.most or room, room) if room > 0 else None
+            del turns[:2]
 
 
 def _answered(console: Console, session: Session, depths: Sequence[int]) -> Generation:

@@ -46,6 +46,10 @@ def run(
     compare: Annotated[bool, option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
     messages: MessagesOption = None,
     json_out: JsonOption = False,
+    logprobs: Annotated[
+        int | None,
+        option("--logprobs", min=0, help="With --json: log-probabilities of so many tokens, and of the one drawn.", rare=True),
+    ] = None,
     trace: Annotated[Path | None, option("--trace", metavar="FILE", help="Write a trace of every step, for adi plot.")] = None,
     *,
     decoding: DecodingOptions,
@@ -57,7 +61,7 @@ def run(
     """Answer a prompt: draft tokens cheaply, verify them at full depth, and show at which depth each was decided."""
     from adi.decoding.policies import FullDepth
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling.sampling().settled()}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens or None, "sampling": sampling.sampling().settled()}
     options |= {**text.settings(), **chat.settings()}
     if messages is not None and prompt != DEMO_PROMPT:
         raise UsageError(f"give a prompt or --messages, not both {prompt!r:.40} and {messages}.")
@@ -68,7 +72,7 @@ def run(
         say(err(), TIES.format(mode=decoding.mode), "dim")
     if compare:
         _warm_up(loaded, content, policy, options)
-    options["candidates"] = TRACED_CANDIDATES if trace is not None else 0
+    options["logprobs"] = logprobs if trace is None else max(logprobs or 0, TRACED_CANDIDATES)
     generation = (generated if json_out else _shown)(loaded, content, policy, **options)
     full = generated(loaded, content, FullDepth(), **options) if compare else None
     if trace is not None:
@@ -93,6 +97,11 @@ def document(generation: Generation, full: Generation | None, row_invariant: boo
     value = {"text": generation.text, "token_ids": list(generation.token_ids), **generation.summary().to_json()}
     value["sampling"] = generation.sampling
     value["row_invariant"] = row_invariant
+    if any(step.looks for step in generation.steps):
+        value["logprobs"] = [
+            [{"token": one.token, "text": one.text, "logprob": step.logprobs[one.token]} for one in step.looks[-1].candidates]
+            for step in generation.steps
+        ]
     if full is not None:
         value["full"] = {"text": full.text, "token_ids": list(full.token_ids), **full.summary().to_json()}
         value["identical"] = generation.token_ids == full.token_ids
@@ -130,7 +139,12 @@ def _warm_up(model: Model, prompt: Prompt, policy: Policy, options: dict[str, An
 
     model.backbone.prepare((), drafts=True, wait=True)  # what opens in the background otherwise, beside the first answer
     for each in (policy, FullDepth()):
-        generated(model, prompt, each, **{**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"])})
+        generated(
+            model,
+            prompt,
+            each,
+            **{**options, "max_new_tokens": min(WARM_UP_TOKENS, options["max_new_tokens"] or WARM_UP_TOKENS)},
+        )
 
 
 def generated(model: Model, prompt: Prompt, policy: Policy, **options: Any) -> Generation:

@@ -27,7 +27,7 @@ def trace(
     out: Annotated[Path, option("--out", "-o", help="The trace file to write.")] = Path("trace.json"),
     model: ModelOption = "smollm2-135m",
     max_new_tokens: TokensOption = 128,
-    candidates: Annotated[int, option("--candidates", min=1, help="Candidate tokens to record at every depth.")] = 5,
+    logprobs: Annotated[int, option("--logprobs", min=1, help="Candidate tokens to record at every depth.")] = 5,
     *,
     decoding: DecodingOptions,
     sampling: SamplingOptions,
@@ -37,7 +37,12 @@ def trace(
     """Generate, and write every exit that was checked, with its candidates and signals, to a trace file."""
     from adi.measure.trace import trace_of, write_trace
 
-    options = {"max_new_tokens": max_new_tokens, "candidates": candidates, "sampling": sampling.sampling(), **text.settings()}
+    options = {
+        "max_new_tokens": max_new_tokens or None,
+        "logprobs": logprobs,
+        "sampling": sampling.sampling(),
+        **text.settings(),
+    }
     require_writable(out)
     loaded, policy = decoding.load(engine, model)
     generation = generated(loaded, prompt, policy, **options)

@@ -38,11 +38,12 @@ class SamplingKeywords(TypedDict, total=False):
 class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     """Options of ``stream``, ``generate`` and ``generate_batch``, described and with their defaults at ``stream``."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | int | None
     stop_at_eos: bool
-    candidates: int
+    skip_special_tokens: bool
+    logprobs: int | None
     logits_processor: Sequence[LogitsProcessor]
 
 
@@ -71,7 +72,7 @@ def stream(
             or array, with a batch axis of one or without, or what a tokenizer returns, whose padding is taken out.
         policy: by default ``Verified``, with the exits shipped for the model where there are some; or ``FullDepth()``,
             ``Verified(exits)``, ``Reflex(exits, ...)``, ``Lookup()``, ``Static(exits, depth, draft_tokens)``.
-        max_new_tokens: at most so many tokens, by default 256.
+        max_new_tokens: at most so many tokens, by default 256; None for as many as the model's context still holds.
         stop: texts that end the output; they are not part of it. One may be or hold a special token, such as ``<|im_end|>``.
         stop_token_ids: tokens that end the output beside the model's own; like those they are part of it.
         stop_at_eos: False generates on past the model's end-of-text tokens.
@@ -82,7 +83,9 @@ def stream(
         tools: JSON schemas or functions, for a chat template that reads them.
         chat_template: another one than the tokenizer's: Jinja, or a file of it.
         template_options: what else the chat template reads, such as ``{"enable_thinking": False}``.
-        candidates: record, at every depth read, this many candidate tokens and all signals (slower).
+        skip_special_tokens: False spells special tokens in the text, such as ``[TOOL_CALLS]``, which else only the ids hold.
+        logprobs: give ``Step.logprobs``, of this many likeliest tokens and of the one drawn; and, in ``Step.looks``, as many
+            candidates and all signals of every depth read (slower).
         temperature, top_k, top_p, min_p, seed: how tokens are drawn, as ``Sampling`` describes; greedy by default. The same
             seed gives the same text, at full depth and verified alike; verified, the distribution is the full model's
             (docs/exactness.md).

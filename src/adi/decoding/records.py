@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Step(Record, frozen=True):
     ``depth`` is the number of blocks that had run when the token was chosen, ``level`` what proposed it: "memory" (n-grams,
     depth 0), "drafter" (depth 0), "exit" or "full". ``drafted``: it was proposed early; ``accepted``: and full depth agreed.
     ``rejected`` are drafts thrown away at this position and after it, the first of them replaced by this token. ``signals``
-    are those of the depth that decided. ``seconds`` is wall-clock since the call, until the token was final.
+    are those of the depth that decided; ``looks`` all depths read, where ``logprobs`` are asked for. ``seconds`` is wall-clock
+    since the call, until the token was final.
     """
 
     index: Natural
@@ -64,6 +66,13 @@ class Step(Record, frozen=True):
     looks: tuple[Look, ...]
     rejected: tuple[Draft, ...]
     seconds: float
+
+    @property
+    def logprobs(self) -> dict[int, float]:
+        """Log-probabilities by token, at the depth that decided and before penalties and temperature: of the likeliest tokens,
+        best first, and of this one; empty unless asked for."""
+        found = self.looks[-1].candidates if self.looks else ()
+        return {one.token: math.log(one.probability) if one.probability > 0 else -math.inf for one in found}
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,12 @@ class Session:
         prompt: Prompt,
         policy: Policy | None = None,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = 256,
         stop: str | Sequence[str] | None = (),
         stop_token_ids: Sequence[int] | int | None = (),
         stop_at_eos: bool = True,
-        candidates: int = 0,
+        skip_special_tokens: bool = True,
+        logprobs: int | None = None,
         sampling: Sampling | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         **reading: Unpack[PromptKeywords],
@@ -74,10 +75,11 @@ class Session:
         self._asked.check(model, not self._plain)
         self.prompt_ids = model.encode(prompt, **reading)
         self._stop = StopStrings(several(stop) + several(model.generation.get("stop_strings") if stop_at_eos else None)).stops
-        self.budget, self._candidates = whole("max_new_tokens", max_new_tokens, 1), whole("candidates", candidates, 0)
+        self._logprobs = None if logprobs is None else whole("logprobs", logprobs, 0)
+        self._skip_special = skip_special_tokens
+        self.budget = _budget(model, len(self.prompt_ids), max_new_tokens)
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
         self._end_ids = self._eos_ids | token_ids("stop_token_ids", stop_token_ids, model)
-        _check_length(model, len(self.prompt_ids), self.budget)
         if self.sampling is not None and (self.sampling.min_new_tokens or 0) > self.budget:
             raise UsageError(f"min_new_tokens is {self.sampling.min_new_tokens}, more than max_new_tokens, {self.budget}.")
         before = time.perf_counter()
@@ -93,12 +95,12 @@ class Session:
         self.strategy = strategy = self.policy.strategy(self.request, self.model)
         self._read: Reader | None = None if strategy.exits is None else strategy.exits.reader(backbone)
         trigger = self.policy.exit_trigger
-        mlp = self._candidates > 0 or any(SIGNALS[name].reads == "mlp" for name in (trigger.needs if trigger else ()))
+        mlp = self._logprobs is not None or any(SIGNALS[name].reads == "mlp" for name in (trigger.needs if trigger else ()))
         backbone.prepare(strategy.stops, drafts=strategy.draft_tokens > 0 and strategy.verification.always)
         self.frontier = Frontier(backbone, mlp=mlp and backbone.has_mlp_tap)
         self.finish = "length"
         self._after_prompt: States | None = None
-        self._detokenizer = Detokenizer(self.model.tokenizer)
+        self._detokenizer = Detokenizer(self.model.tokenizer, not self._skip_special)
         self._spelled: dict[int, str] = {}
         self._draft_state: Any = None  # as the drafter's engine has it
         self._tokens: list[int] = []
@@ -289,7 +291,7 @@ class Session:
             drafted=draft is not None,
             accepted=draft is not None and item.verified,
             signals=signals,
-            looks=tuple(self._look(check) for check in item.checks) if self._candidates else (),
+            looks=self._looks(item) if self._logprobs is not None else (),
             rejected=tuple(self._draft(rejected) for rejected in item.rejected),
             seconds=time.perf_counter() - self._started,
         )
@@ -308,22 +310,29 @@ class Session:
     def _draft(self, draft: DraftToken) -> Draft:
         return Draft(draft.token, self._spell(draft.token), draft.depth, draft.level)
 
-    def _look(self, check: ExitCheck) -> Look:
+    def _looks(self, item: Emitted) -> tuple[Look, ...]:
+        """Every depth read; the token itself is among the candidates of the last one, which decided."""
+        *others, last = item.checks
+        return (*(self._look(check) for check in others), self._look(last, item.token))
+
+    def _look(self, check: ExitCheck, token: int | None = None) -> Look:
         output = check.output
         assert isinstance(output, ExitOutput)
-        found = tuple(Candidate(t, self._spell(t), p) for t, p in output.candidates(self._candidates))
+        found = tuple(Candidate(t, self._spell(t), p) for t, p in output.candidates(self._logprobs or 0, token))
         signals = {name: output.signals[name] for name in output.signals}
         return Look(output.depth, output.token, self._spell(output.token), check.fired, signals, found)
 
     def _special(self, token: int) -> str:
         """How a token is spelled that the text leaves out; an end token ends the text anyway."""
         tokenizer = self.model.tokenizer
-        return "" if tokenizer is None or token in self._end_ids else tokenizer.left_out(token)
+        shown = tokenizer is None or not self._skip_special or token in self._end_ids
+        return "" if shown or tokenizer is None else tokenizer.left_out(token)
 
     def _spell(self, token: int) -> str:
         """The token's own text; a draft's is asked for when it is made and again when it is thrown away."""
         if (text := self._spelled.get(token)) is None:
-            text = self._spelled[token] = self.model.tokenizer.decode([token]) if self.model.tokenizer else str(token)
+            tokenizer = self.model.tokenizer
+            text = self._spelled[token] = tokenizer.decode([token], not self._skip_special) if tokenizer else str(token)
         return text
 
 
@@ -331,10 +340,26 @@ def _full_prediction(backbone: Backbone, states: States) -> Prediction:
     return Prediction(backbone.logits(states).log_softmax(-1))
 
 
-def _check_length(model: Model, prompt: int, new: int) -> None:
+def _budget(model: Model, prompt: int, asked: int | None) -> int:
+    """How many tokens at most: what was asked for or, for None, what the context still holds; UsageError for more than that."""
+    new = None if asked is None else whole("max_new_tokens", asked, 1, None, ", or None for what the context holds")
     context = model.backbone.spec.context
-    if context is not None and prompt + new > context:
+    if context is None:
+        if new is None:
+            raise UsageError("max_new_tokens is None, but this model states no context that could be filled; give a number.")
+        return new
+    if prompt >= context:
+        raise UsageError(
+            f"the prompt has {prompt} tokens, and the model's context of {context} leaves none for an answer; shorten it."
+        )
+    if new is not None and new >= context:
+        raise UsageError(
+            f"max_new_tokens is {new}, and the model's context is {context} tokens, of which the prompt takes {prompt}; lower "
+            f"it to at most {context - prompt}, or give None (-n 0 in the shell) for what fits."
+        )
+    if new is not None and prompt + new > context:
         raise UsageError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
-            f"{context}; shorten the prompt to at most {max(context - new, 0)} tokens or lower max_new_tokens."
+            f"{context}; shorten the prompt to at most {context - new} tokens, or give None (-n 0 in the shell) for what fits."
         )
+    return context - prompt if new is None else new

@@ -119,10 +119,12 @@ class ExitOutput:
             self._token = int(self.prediction.tokens_T[0])
         return self._token
 
-    def candidates(self, count: int) -> tuple[tuple[int, float], ...]:
-        """The ``count`` likeliest tokens with their probabilities."""
-        logs = self.prediction.log_probs_TS[0]
+    def candidates(self, count: int, token: int | None = None) -> tuple[tuple[int, float], ...]:
+        """The ``count`` likeliest tokens with their probabilities, and ``token`` after them where it is none of them."""
+        logs, ids_S = self.prediction.log_probs_TS[0], self.prediction.ids_S
         values, places = logs.topk(min(count, logs.shape[0]))
-        ids_S = self.prediction.ids_S
-        ids = places if ids_S is None else ids_S[places]
-        return tuple(zip(ids.tolist(), values.exp().tolist(), strict=True))
+        found = dict(zip((places if ids_S is None else ids_S[places]).tolist(), map(math.exp, values.tolist()), strict=True))
+        if token is not None and token not in found:
+            named = logs[token : token + 1] if ids_S is None else logs[ids_S == token]  # a shortlist may not name it
+            found[token] = float(named.double().exp().sum())
+        return tuple(found.items())

@@ -39,7 +39,7 @@ class Trace(Record, frozen=True):
 
 
 def trace_of(generation: Generation, policy: Policy, prompt: str) -> Trace:
-    """The trace of a finished generation; generate with ``candidates=5`` or so, or its steps hold no looks."""
+    """The trace of a finished generation; generate with ``logprobs=5`` or so, or its steps hold no looks."""
     trigger = policy.exit_trigger
     return Trace(
         model=generation.model,

@@ -27,7 +27,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.hf = tokenizer
-        self._spell = functools.lru_cache(KEPT_SPELLINGS)(lambda token: self._decode((token,)))
+        self._spell = functools.lru_cache(KEPT_SPELLINGS)(lambda token, special: self._decode((token,), special))
 
     @property
     def has_chat_template(self) -> bool:
@@ -125,16 +125,15 @@ class Tokenizer:
                 "UTF-8; decode them with errors='replace'."
             ) from None
 
-    def decode(self, ids: Sequence[int]) -> str:
-        if len(ids) == 1:
-            return self._spell(int(ids[0]))
-        return self._decode(ids)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of these ids, its ``special`` tokens left out or spelled."""
+        return self._spell(int(ids[0]), special) if len(ids) == 1 else self._decode(ids, special)
 
     def left_out(self, token: int) -> str:
         """How a special token is spelled, which ``decode`` leaves out; "" for any other token."""
-        return "" if self.decode((token,)) else self._decode((token,), special=True)
+        return "" if self.decode((token,)) else self.decode((token,), special=True)
 
-    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+    def _decode(self, ids: Sequence[int], special: bool) -> str:
         return str(self.hf.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
@@ -185,8 +184,8 @@ class Detokenizer:
     two decodings of a short tail, and waits while the tail ends in an unfinished character.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None, special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._ids: list[int] = []
         self._settled = 0  # ids before this one no longer influence new text
         self._given = 0  # ids before this one have been given out
@@ -197,19 +196,19 @@ class Detokenizer:
         if self._tokenizer is None:
             return f"{' ' if self._ids else ''}{self._remember(token)}"
         self._remember(token)
-        now = self._tokenizer.decode(self._ids[self._settled :])
+        now = self._tokenizer.decode(self._ids[self._settled :], self._special)
         new = now[len(self._before) :]
         if now.endswith(UNFINISHED) or not new:
             return ""
         self._settled, self._given = self._given, len(self._ids)
-        self._before = self._tokenizer.decode(self._ids[self._settled :])
+        self._before = self._tokenizer.decode(self._ids[self._settled :], self._special)
         return new
 
     def finish(self) -> str:
         """What is still held back, as the tokenizer spells it."""
         if self._tokenizer is None or self._given == len(self._ids):
             return ""
-        return self._tokenizer.decode(self._ids[self._settled :])[len(self._before) :]
+        return self._tokenizer.decode(self._ids[self._settled :], self._special)[len(self._before) :]
 
     def _remember(self, token: int) -> int:
         self._ids.append(token)

@@ -44,7 +44,7 @@ def test_a_text_that_repeats_itself_takes_few_rounds() -> None:
 def test_the_mode_keeps_the_text_of_a_model(tiny_model: adi.Model) -> None:
     prompt = "the dog and the dog and the fox"
     full = adi.generate(tiny_model, prompt, adi.FullDepth(), max_new_tokens=60)
-    got = adi.generate(tiny_model, prompt, adi.Lookup(draft_tokens=4, ngram=2), max_new_tokens=60, candidates=2)
+    got = adi.generate(tiny_model, prompt, adi.Lookup(draft_tokens=4, ngram=2), max_new_tokens=60, logprobs=2)
     assert got.token_ids == full.token_ids
     assert got.mode == "lookup"
     assert 0 < got.counters.accepted <= got.counters.drafted

@@ -51,7 +51,9 @@ RiskKindOption = Annotated[
     Literal["disagreement", "log_loss"],
     option("--kind", help="Which risk: a share of tokens, or nats.", panel="Reflex mode", rare=True),
 ]
-TokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
+TokensOption = Annotated[
+    int, option("--max-new-tokens", "-n", min=0, help="Most tokens to generate; 0: as many as the context holds.")
+]
 AnswerTokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")]
 LimitOption = Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the file.")]
 PromptsOption = Annotated[str, option("--prompts", help="A JSONL prompt file, or a set by name: 'bench', 'train'.")]
@@ -91,6 +93,9 @@ class TextOptions:
         bool,
         option("--special-tokens", help="Read special tokens spelled in the prompt, such as <|im_end|>, as tokens.", rare=True),
     ] = False
+    keep_special_tokens: Annotated[
+        bool, option("--keep-special-tokens", help="Spell special tokens in the text, such as [TOOL_CALLS].", rare=True)
+    ] = False
     ignore_eos: Annotated[bool, option("--ignore-eos", help="Generate on past the end of the answer.", rare=True)] = False
 
     def settings(self) -> dict[str, Any]:
@@ -100,10 +105,12 @@ class TextOptions:
         ends: dict[str, Any] = {"stop": tuple(self.stop or ()), "stop_at_eos": not self.ignore_eos}
         if self.stop_token_ids is not None:
             ends["stop_token_ids"] = whole_numbers("--stop-token-ids", self.stop_token_ids)
+        ends["skip_special_tokens"] = not self.keep_special_tokens
         return {**ends, "raw": self.raw, "special_tokens": self.special_tokens}
 
 
 _sampling = partial(option, panel="Sampling")
+_penalty = partial(option, panel="Penalties", rare=True)
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,26 @@ class SamplingOptions:
         _sampling("--repetition-penalty", help="Above 1: tokens of the text so far become less likely.", rare=True),
     ] = None
     seed: Annotated[int | None, _sampling("--seed", help="The same seed samples the same text.")] = None
+    frequency_penalty: Annotated[
+        float, _penalty("--frequency-penalty", help="Subtracted from a token's logit for each time it was generated.")
+    ] = 0.0
+    presence_penalty: Annotated[
+        float, _penalty("--presence-penalty", help="Subtracted from a token's logit once it was generated.")
+    ] = 0.0
+    no_repeat_ngram_size: Annotated[
+        int | None, _penalty("--no-repeat-ngram-size", help="No n-gram of so many tokens stands twice in the text.")
+    ] = None
+    min_new_tokens: Annotated[int | None, _penalty("--min-new-tokens", help="No end of the answer before so many tokens.")] = (
+        None
+    )
+    bad_words: Annotated[list[str] | None, _penalty("--bad-word", help="Never write this; may be repeated.")] = None
+    logit_bias: Annotated[
+        str | None, _penalty("--logit-bias", metavar="ID=BIAS,...", help="Added to tokens' logits, such as 504=-100,7=2.5.")
+    ] = None
 
     def sampling(self) -> Sampling:
-        return Sampling(**vars(self))
+        given = {**vars(self), "bad_words": tuple(self.bad_words or ()), "logit_bias": biases(self.logit_bias)}
+        return Sampling(**given)
 
 
 _decoding = partial(option, panel="Decoding")
@@ -326,6 +350,14 @@ def read_trigger(text: str) -> Trigger:
     except ValueError as error:
         raise UsageError(f"--trigger is neither JSON text nor a file of it: {str(error).rstrip('.')}.") from None
     return trigger_from_json(value)
+
+
+def biases(text: str | None) -> dict[int, float] | None:
+    """Biases by token id from "504=-100,7=2.5"."""
+    try:
+        return {int(token): float(bias) for token, bias in (part.split("=") for part in text.split(","))} if text else None
+    except ValueError:
+        raise UsageError(f"--logit-bias is token ids with numbers, such as 504=-100,7=2.5, not {text!r}.") from None
 
 
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:
