@@ -346,7 +346,9 @@ def _budget(model: Model, prompt: int, asked: int | None) -> int:
     context = model.backbone.spec.context
     if context is None:
         if new is None:
-            raise UsageError("max_new_tokens is None, but this model states no context that could be filled; give a number.")
+            raise UsageError(
+                f"max_new_tokens is {asked}, but this model states no context that could be filled; give a number."
+            )
         return new
     if prompt >= context:
         raise UsageError(
