@@ -95,7 +95,7 @@ def test_a_configuration_file_gives_options_and_the_command_line_wins(tiny_folde
         ("top-k = [3, 4]", "[3, 4], which is not one value"),
         ("mode = 'fast'", "'fast' is not one of"),
         ("top-k = ", "is not TOML"),
-        ("max-new-tokens = 0", "Invalid value for '--max-new-tokens'"),
+        ("max-new-tokens = -1", "Invalid value for '--max-new-tokens'"),
     ],
 )
 def test_a_configuration_without_meaning_is_refused(text: str, complaint: str, tmp_path: Path) -> None:

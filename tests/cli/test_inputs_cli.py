@@ -15,7 +15,7 @@ BARE = ["--exits", "bare:2,4"]
 EARLY: dict[str, tuple[list[str], str]] = {
     "mode": (["run", "hi", "--mode", "fast"], "'fast' is not one of"),
     "mode of chat": (["chat", "--mode", "fast"], "'fast' is not one of"),
-    "tokens": (["run", "hi", "-n", "0"], "'--max-new-tokens' / '-n': got '0'; input should be greater than or equal to 1."),
+    "tokens": (["run", "hi", "-n", "-1"], "'--max-new-tokens' / '-n': got '-1'; input should be greater than or equal to 0."),
     "no number": (["run", "hi", "--top-k", "3.5"], "'--top-k': got '3.5'; input should be a valid integer"),
     "temperature": (["trace", "hi", "-t", "-1"], "temperature is -1.0; it must be a number 0 (greedy) or more"),
     "top-k": (["chat", "--top-k", "5"], "top_k=5 means nothing at temperature 0"),
