@@ -67,7 +67,7 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(monkeypatch: pyt
     model = _KEPT["model"]
     monkeypatch.setattr(model.backbone, "forward", lambda *_, **__: pytest.fail("it ran"))
     for prompt in ("word " * 50_000, [5] * 513, [5] * 512):
-        with pytest.raises(ValueError, match=r"model's context of 512; shorten the prompt"):
+        with pytest.raises(ValueError, match=r"model's context of 512 leaves none for an answer; shorten it"):
             adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"prompt 1: .*context of 512"):
         adi.generate_batch(model, [[5], [5] * 512], adi.FullDepth(), max_new_tokens=1)

@@ -92,7 +92,7 @@ class Work:
             case "exits":
                 adi.generate(self.model, asked[0], adi.Verified(self.exits, draft_tokens=4), **options)
             case "reflex":
-                adi.generate(self.model, asked[0], reflex, candidates=2 * (number % 2), **options)
+                adi.generate(self.model, asked[0], reflex, logprobs=2 * (number % 2) or None, **options)
             case "lookup":
                 adi.generate(self.model, asked[0], adi.Lookup(), **options)
             case "sampled" | "reflex sampled":

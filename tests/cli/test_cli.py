@@ -215,7 +215,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         "the trigger: object missing",
     ),
     "no tokens": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "-1"], "Invalid value for '--max-new-tokens'"),
-    "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context of 512"),
+    "context": (["run", "hi", "--model", "{model}", "--mode", "full", "-n", "600"], "context is 512 tokens"),
     "precision": (["run", "hi", "--model", "{model}", "--precision", "fp12"], "choose one of auto, fp32"),
     "device": (["run", "hi", "--model", "{model}", "--mode", "full", "--device", "abacus"], "device 'abacus' cannot be used"),
     "backend": (["run", "hi", "--model", "{model}", "--backend", "cuda9"], "choose one of auto, hf, openvino"),

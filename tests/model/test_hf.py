@@ -278,5 +278,5 @@ def test_a_context_is_found_under_any_of_its_names(name: str) -> None:
     for policy in (adi.Verified(), adi.Verified(adi.bare_exits(model, (1,)), adi.Always((1,)), 4)):
         got = adi.generate(model, IDS, policy, max_new_tokens=48 - len(IDS))
         assert list(got.token_ids) == wanted
-        with pytest.raises(ValueError, match="context of 48"):
+        with pytest.raises(ValueError, match="context is 48 tokens"):
             adi.generate(model, IDS, policy, max_new_tokens=60)
