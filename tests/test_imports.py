@@ -21,7 +21,7 @@ errors
 arguments files machine progress
 cache
 schema
-prompts
+prompts tasks
 model.arrays model.stored
 model.backbone model.prompt model.messages model.fast_tokenizer model.generation_config model.hub
 model.tokenizer

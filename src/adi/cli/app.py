@@ -24,7 +24,7 @@ from adi.files import FULL
 # Each is a function in the module of its name.
 COMMANDS = (
     *("run", "chat", "trace", "plot", "inspect", "triggers"),
-    *("bench", "audit", "quality", "history", "cache", "calibrate", "tune"),
+    *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "train", "solve"),
 )
 
 

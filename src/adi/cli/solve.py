@@ -1,0 +1,65 @@
+"""``adi solve``: a looped model on items of its task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adi.cli.shared.options import JsonOption, option
+from adi.cli.shared.output import out, percent, say, table
+from adi.errors import UsageError
+from adi.files import require_writable, write_text
+
+
+def solve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="products, sudoku6, or a folder of adi train.")] = "sudoku6",
+    item: Annotated[
+        str | None, typer.Argument(metavar="ITEM", help="A puzzle, or ids with commas; by default one is drawn.")
+    ] = None,
+    count: Annotated[int | None, option("--count", min=1, help="Judge on so many test items instead.")] = None,
+    seed: Annotated[int, option("--seed", min=0, help="Of the items that are drawn.")] = 0,
+    threshold: Annotated[
+        float | None,
+        option("--threshold", min=0, max=1, help="The gate's chance from which on it halts; by default the model's."),
+    ] = None,
+    price: Annotated[float | None, option("--price", help="Nats for a full pass, for a gate that takes it.", rare=True)] = None,
+    json_out: JsonOption = False,
+    page: Annotated[Path | None, option("--page", metavar="FILE", help="Write the turns as an HTML page too.")] = None,
+) -> None:
+    """Show an item being solved turn by turn, or judge a model on many: does depth follow difficulty?"""
+    require_writable(page)
+    if count is not None or json_out:
+        if item is not None or page is not None:
+            raise UsageError("--count and --json judge drawn items: leave the item and --page out.")
+        _judge(model, 256 if count is None else count, seed, price, threshold, json_out)
+        return
+    from adi.measure.turns import turns_of, turns_page
+
+    shown = turns_of(model, item, seed, price, threshold)
+    console = out()
+    for line in shown.lines():
+        console.print(line, soft_wrap=True)
+    if page is not None:
+        write_text(page, turns_page(shown))
+
+
+def _judge(model: str, count: int, seed: int, price: float | None, threshold: float | None, as_json: bool) -> None:
+    from adi.measure.solving import solving_report
+
+    found = solving_report(model, count, seed, price, threshold)
+    console = out()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    say(console, f"{found['task']}: {count} test items, seed {seed}")
+    say(
+        console,
+        f"accuracy with all {found['turns']} turns {percent(found['accuracy_all_turns'], 2)}; halted by the gate "
+        f"{percent(found['accuracy_halted'], 2)} in {found['mean_turns']:.2f} turns on average",
+    )
+    say(console, f"rank correlation of turns with difficulty {found['rank_correlation']:.3f}")
+    rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
+    console.print(table(None, ("difficulty", "mean turns", "right"), rows))

@@ -1,0 +1,186 @@
+"""A looped model that stops where its gate says so: each item of a puzzle as a whole, each place of a text by itself.
+
+What has halted leaves the pass. A place of a text that has halted stays for later places as it was: from then on they attend to
+keys and values made from its last state. ``run_masked`` is the slow twin, which runs all rows and throws away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from adi.errors import UsageError
+from adi.model.looped import LoopedForCausalLM
+
+
+@dataclass(frozen=True)
+class Halted:
+    """``logits_BTV`` at the turn where each place halted, and that turn, from 1 on, ``turns_BT``."""
+
+    logits_BTV: Tensor
+    turns_BT: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When to halt: where the gate's chance passes ``threshold`` (None: never), after ``most`` turns at the latest."""
+
+    threshold: float | None
+    most: int
+    price: float | None = None
+
+    def stops(self, model: LoopedForCausalLM, read_NTD: Tensor) -> Tensor:
+        """Which of the items ``[N]`` (puzzles: by the mean of the gate's logits) or places ``[N, T]`` halt now."""
+        if self.threshold is None:
+            return torch.zeros(read_NTD.shape[: 2 if model.config.causal else 1], dtype=torch.bool)
+        halt = model.gate(read_NTD, self.price)
+        return (halt if model.config.causal else halt.mean(-1)).sigmoid() > self.threshold  # type: ignore[no-any-return]
+
+
+def require_halting(model: LoopedForCausalLM) -> None:
+    """UsageError for a form of which no part can leave a pass."""
+    config = model.config
+    if config.coda_layers:
+        raise UsageError("this model has a coda, which reads all places at once: it runs all turns (halt=False).")
+    if config.causal and (config.core_layers > 1 or config.states > 1 or config.prelude_layers):
+        raise UsageError(
+            "places halt one by one only in a causal model of one core block and no prelude; this one has "
+            f"core_layers={config.core_layers}, states={config.states}, prelude_layers={config.prelude_layers}: "
+            "run all turns (halt=False)."
+        )
+
+
+@torch.no_grad()
+def run_halting(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
+    """Answers of a batch, each at the turn where it halts; what has halted costs nothing more."""
+    if rule.threshold is None:
+        return _all_turns(model, ids_BT, rule)
+    require_halting(model)
+    return _Places(model, ids_BT, rule).run() if model.config.causal else _items(model, ids_BT, rule)
+
+
+@torch.no_grad()
+def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
+    """The same by running every row through every turn and keeping the state of what has halted."""
+    decoder, config = model.model, model.config
+    given_BTD, attention = _inputs(model, ids_BT)
+    state = decoder.first_state(given_BTD)
+    logits = torch.zeros(*ids_BT.shape, config.vocab_size)
+    turns, open_BT = torch.zeros_like(ids_BT), torch.ones_like(ids_BT, dtype=torch.bool)
+    for turn in range(1, rule.most + 1):
+        new = decoder.turn(state, given_BTD, 0, **attention)
+        state = torch.where(open_BT[..., None], new, state)
+        read = decoder.read(state)
+        logits = torch.where(open_BT[..., None], model.lm_head(read).float(), logits)
+        turns = torch.where(open_BT, turn, turns)
+        stops = rule.stops(model, read)
+        open_BT = open_BT & ~(stops if config.causal else stops[:, None])
+    return Halted(logits, turns)
+
+
+def _inputs(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, object]]:
+    decoder = model.model
+    given_BTD = decoder.embed_tokens(ids_BT)
+    places = torch.arange(ids_BT.shape[1])[None]
+    if model.config.positions == "learned":
+        given_BTD = given_BTD + decoder.embed_positions(places)
+    attention: dict[str, object] = {"position_embeddings": decoder.positions(given_BTD, places), "attention_mask": None}
+    for i, block in enumerate(decoder.prelude):
+        given_BTD = block(given_BTD, i, **attention)
+    return given_BTD, attention
+
+
+def _all_turns(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
+    read, _ = model.model(input_ids=ids_BT, turns=rule.most)
+    return Halted(model.lm_head(read[-1]).float(), torch.full_like(ids_BT, rule.most))
+
+
+def _items(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
+    """Items of which all places halt together: those that have halted leave the batch."""
+    decoder = model.model
+    given, attention = _inputs(model, ids_BT)
+    state, item = decoder.first_state(given), torch.arange(len(ids_BT))
+    logits = torch.zeros(*ids_BT.shape, model.config.vocab_size)
+    turns = torch.zeros_like(ids_BT)
+    for turn in range(1, rule.most + 1):
+        state = decoder.turn(state, given, 0, **attention)
+        read = decoder.read(state)
+        logits[item], turns[item] = model.lm_head(read).float(), turn
+        left = ~rule.stops(model, read)
+        if not bool(left.any()):
+            break
+        state, given, item = state[left], given[left], item[left]
+    return Halted(logits, turns)
+
+
+class _Places:
+    """The places of a batch of texts, each until it halts. Shapes: N rows that are open, H heads."""
+
+    def __init__(self, model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> None:
+        self.model, self.rule, self.shape = model, rule, ids_BT.shape
+        self.block: Any = model.model.turn.layers[0]
+        self.heads: int = model.config.num_attention_heads
+        self.size: int = model.config.hidden_size // self.heads
+        given_BTD, attention = _inputs(model, ids_BT)
+        cosines_sines: tuple[Tensor, Tensor] = attention["position_embeddings"]  # type: ignore[assignment]
+        self.cos_TD, self.sin_TD = (part[0] for part in cosines_sines)
+        B, T = ids_BT.shape
+        self.keys, self.values = (torch.zeros(B, self.heads, T, self.size) for _ in range(2))
+        self.sequence_N, self.place_N = (
+            part.flatten() for part in torch.meshgrid(torch.arange(B), torch.arange(T), indexing="ij")
+        )
+        self.given_ND = given_BTD.flatten(0, 1)
+        self.state_ND = model.model.first_state(given_BTD).flatten(0, 1)
+        self.logits = torch.zeros(B, T, model.config.vocab_size)
+        self.turns = torch.zeros(B, T, dtype=torch.long)
+
+    def run(self) -> Halted:
+        open_N = torch.ones(len(self.state_ND), dtype=torch.bool)
+        for turn in range(1, self.rule.most + 1):
+            entered_ND = self.model.model.turn.injected(self.state_ND, self.given_ND)
+            queries_ND = self._write(self.block.input_layernorm(entered_ND))
+            self._keep(open_N)  # those that halted last turn have left their keys and values: now they go
+            entered_ND, queries_ND = entered_ND[open_N], queries_ND[open_N]
+            hidden_ND = entered_ND + self._attended(queries_ND)
+            hidden_ND = hidden_ND + self.block.mlp(self.block.post_attention_layernorm(hidden_ND))
+            self.state_ND = self.model.model.turn.closed(hidden_ND)
+            read_ND = self.model.model.read(self.state_ND)
+            self.logits[self.sequence_N, self.place_N] = self.model.lm_head(read_ND).float()
+            self.turns[self.sequence_N, self.place_N] = turn
+            open_N = ~self.rule.stops(self.model, read_ND[:, None])[:, 0]
+            if not bool(open_N.any()):
+                break
+        return Halted(self.logits, self.turns)
+
+    def _write(self, normed_ND: Tensor) -> Tensor:
+        """Keys and values of these rows into their places; their queries."""
+        attention = self.block.self_attn
+        cos, sin = self.cos_TD[self.place_N], self.sin_TD[self.place_N]
+        heads = (-1, self.heads, self.size)
+        queries, keys = apply_rotary_pos_emb(
+            attention.q_proj(normed_ND).view(heads), attention.k_proj(normed_ND).view(heads), cos, sin
+        )
+        self.keys[self.sequence_N, :, self.place_N] = keys
+        self.values[self.sequence_N, :, self.place_N] = attention.v_proj(normed_ND).view(heads)
+        return queries  # type: ignore[no-any-return]
+
+    def _keep(self, open_N: Tensor) -> None:
+        self.sequence_N, self.place_N, self.given_ND = self.sequence_N[open_N], self.place_N[open_N], self.given_ND[open_N]
+
+    def _attended(self, queries_NHd: Tensor) -> Tensor:
+        """Each row attends to its own text up to its place: rows of one text side by side, shorter ones padded."""
+        sequences, counts = self.sequence_N.unique_consecutive(return_counts=True)
+        at_N = torch.arange(len(self.sequence_N)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        of_N = torch.arange(len(sequences)).repeat_interleave(counts)
+        padded = queries_NHd.new_zeros(len(sequences), self.heads, int(counts.max()), self.size)
+        padded[of_N, :, at_N] = queries_NHd
+        places = torch.zeros(len(sequences), padded.shape[2], dtype=torch.long)
+        places[of_N, at_N] = self.place_N
+        mask = torch.arange(self.shape[1]) <= places[:, None, :, None]
+        found = F.scaled_dot_product_attention(padded, self.keys[sequences], self.values[sequences], attn_mask=mask)
+        return self.block.self_attn.o_proj(found[of_N, :, at_N].flatten(1))  # type: ignore[no-any-return]

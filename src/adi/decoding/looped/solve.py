@@ -1,0 +1,155 @@
+"""``solve``: answers of a looped model to items of its task, each at the depth where its gate halts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from adi.decoding.looped.halting import Rule, run_halting
+from adi.errors import FileError, ModelError, UsageError
+from adi.files import expanded, package_data
+from adi.model.hub import quiet_transformers
+from adi.model.looped import LoopedForCausalLM
+from adi.tasks.registry import Chains, Puzzles, Task, task_named
+
+ITEMS_AT_ONCE = 256  # of one pass
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The answer to one item.
+
+    ``answers``: one id per place (of pointers one), or the digits of a puzzle as a text. ``turns``: how many the answer took,
+    a number per place, or one for a puzzle. ``sure``: the probability of the answer, per place, or that of a puzzle's least
+    sure cell.
+    """
+
+    answers: list[int] | str
+    turns: list[int] | int
+    sure: list[float] | float
+
+
+def shipped_looped() -> list[str]:
+    """Names of the looped models that come with the package."""
+    folder = package_data("looped")
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
+    """A looped model by name ("products", "sudoku6"), from a folder, or as it is; in evaluation mode.
+
+    FileError for an unknown name and a folder without a model; ModelError for one that is not looped or lacks weights.
+    """
+    if isinstance(source, LoopedForCausalLM):
+        if source.training:
+            raise ModelError("this model is in training mode; call model.eval() first.")
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(f"a looped model is a name, a folder or a LoopedForCausalLM, not {type(source).__name__}.")
+    name = str(source)
+    folder = package_data("looped") / name if name in shipped_looped() else expanded(name)
+    if not (folder / "config.json").is_file():
+        there = ", ".join(shipped_looped())
+        raise FileError(f"there is no looped model {name!r}: neither a folder with a config.json nor shipped ({there}).")
+    try:
+        with quiet_transformers():
+            model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"the looped model in {folder} cannot be read: {first}") from None
+    if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ModelError(f"the looped model in {folder} lacks {len(lacks)} weights, among them {lacks[0]}.")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def solve(
+    model: Any,
+    items: Sequence[Any],
+    halt: bool = True,
+    price: float | None = None,
+    most: int = 64,
+    *,
+    threshold: float | None = None,
+    beyond_trained: bool = False,
+) -> list[Solved]:
+    """Answer items of a looped model's task.
+
+    Args:
+        model: "products" or "sudoku6" (shipped), a folder of ``adi train``, or a ``LoopedForCausalLM``.
+        items: of products lists of ids (0 to 5 the permutations of (0, 1, 2) in lexicographic order, 6 RESET); of a sudoku
+        texts
+            of one character per cell, "." for a blank.
+        halt: whether an answer stands as soon as the gate halts; False runs all turns.
+        price: nats for a full pass, for a gate that was trained over a range of prices.
+        most: turns at most; those that the model was trained for, if fewer, unless ``beyond_trained``.
+        threshold: the gate's chance from which on it halts, in the place of the model's own.
+
+    Raises:
+        UsageError: an item that is none of the task's, no task, a price or number of turns that the model does not know.
+    """
+    network = load_looped(model)
+    if network.config.task is None:
+        raise ModelError("this model's config.json names no 'task', so items have no form; train it with adi train.")
+    task = task_named(network.config.task)
+    rule = halting_rule(network, halt, price, most, threshold, beyond_trained)
+    parsed = [task.parse(item) for item in items]
+    found: dict[int, Solved] = {}
+    for chosen in _chunks(parsed):
+        ids_BT = torch.tensor([parsed[i] for i in chosen])
+        done = run_halting(network, ids_BT, rule)
+        sure_BT, answers_BT = done.logits_BTV.softmax(-1).max(-1)
+        for row, i in enumerate(chosen):
+            found[i] = _solved(task, parsed[i], answers_BT[row], done.turns_BT[row], sure_BT[row])
+    return [found[i] for i in range(len(parsed))]
+
+
+def halting_rule(
+    model: LoopedForCausalLM,
+    halt: bool = True,
+    price: float | None = None,
+    most: int = 64,
+    threshold: float | None = None,
+    beyond_trained: bool = False,
+) -> Rule:
+    """The rule of these options; UsageError for one that has no meaning for this model."""
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise UsageError(f"most is {most!r}; it is a number of turns, at least 1.")
+    if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price <= 100):
+        raise UsageError(f"price is {price!r}; it is nats for a full pass, above 0 and at most 100.")
+    if price is not None and not model.config.gate_price:
+        raise UsageError(
+            "this model's gate knows no price (gate_price is false); leave price out, or train one with a range of prices."
+        )
+    if price is None and model.config.gate_price and halt:
+        raise UsageError(
+            "this model's gate was trained over a range of prices: give price=..., such as 0.05 nats for a full pass."
+        )
+    least = model.config.halt_threshold if threshold is None else threshold
+    if not 0 <= least <= 1:
+        raise UsageError(f"threshold is {threshold!r}; it is a chance, from 0 to 1.")
+    turns = most if beyond_trained else min(most, model.config.turns)
+    return Rule(least if halt else None, turns, price)
+
+
+def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Numbers of items of one length, so many at once."""
+    order = sorted(range(len(parsed)), key=lambda i: len(parsed[i]))
+    for _, same in groupby(order, lambda i: len(parsed[i])):
+        numbers = list(same)
+        yield from (numbers[i : i + ITEMS_AT_ONCE] for i in range(0, len(numbers), ITEMS_AT_ONCE))
+
+
+def _solved(task: Task, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor) -> Solved:
+    if isinstance(task, Puzzles):
+        filled = [given or int(answer) for given, answer in zip(item, answers_T.tolist(), strict=True)]
+        return Solved(task.game.text(filled), int(turns_T[0]), float(sure_T.min()))
+    if isinstance(task, Chains):
+        return Solved([int(answers_T[-1])], int(turns_T[-1]), float(sure_T[-1]))
+    return Solved(answers_T.tolist(), turns_T.tolist(), sure_T.tolist())

@@ -1,0 +1,83 @@
+"""What a halting rule is compared with: other signals of the same network, random halting with the same turns, the oracle.
+
+All is read from one run of all turns, so it compares *choices*: what a place would have answered had it been read at a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adi.model.looped import LoopedForCausalLM
+
+Curve = list[tuple[float, float]]  # mean turns and accuracy, by rising threshold
+
+
+@torch.no_grad()
+def signals(model: LoopedForCausalLM, ids_BT: Tensor, price: float | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """``answers_RBT`` and signals ``[R, B, T]`` that are higher where the answer is surer: the gate's chance, the likeliest
+    answer's probability, negative entropy, and how little the distribution changed since the turn before (negative total
+    variation)."""
+    out = model(ids_BT, output_turns=True, price=price)
+    chance_RBTV = out.turn_logits.softmax(-1)
+    moved = 0.5 * (chance_RBTV[1:] - chance_RBTV[:-1]).abs().sum(-1)
+    found = {
+        "gate": out.halt_logits.sigmoid(),
+        "top_probability": chance_RBTV.amax(-1),
+        "entropy": torch.xlogy(chance_RBTV, chance_RBTV).sum(-1),
+        "stability": -torch.cat([torch.ones_like(moved[:1]), moved]),
+    }
+    return chance_RBTV.argmax(-1).numpy(), {name: signal.numpy() for name, signal in found.items()}
+
+
+def first_turns(signal_RN: np.ndarray, threshold: float) -> np.ndarray:
+    """The turn, from 0, at which a signal first passes the threshold; the last where it never does."""
+    passed = signal_RN > threshold
+    passed[-1] = True
+    turns: np.ndarray = passed.argmax(0)
+    return turns
+
+
+def at_turns(right_RN: np.ndarray, turns_N: np.ndarray) -> float:
+    """The share that is right where each is read at its turn."""
+    return float(np.take_along_axis(right_RN, turns_N[None], 0).mean())
+
+
+def curve(right_RN: np.ndarray, signal_RN: np.ndarray, points: int = 41) -> Curve:
+    """Accuracy over mean turns as the threshold goes through the signal's own quantiles."""
+    levels = np.unique(np.quantile(signal_RN, np.linspace(0, 1, points)))
+    found = []
+    for level in (-np.inf, *levels):
+        turns_N = first_turns(signal_RN, level)
+        found.append((float(turns_N.mean()) + 1, at_turns(right_RN, turns_N)))
+    return sorted(found)
+
+
+def area(points: Curve, most: int) -> float:
+    """The mean height of a curve from 1 to ``most`` turns, held level beyond its ends."""
+    turns, height = (np.array(part) for part in zip(*points, strict=True))
+    grid = np.linspace(1, most, 200)
+    return float(np.interp(grid, turns, np.maximum.accumulate(height)).mean())
+
+
+def shuffled(right_RN: np.ndarray, turns_N: np.ndarray, seed: int) -> float:
+    """Accuracy where the same turns are dealt to other places at random."""
+    return at_turns(right_RN, np.random.default_rng(seed).permutation(turns_N))
+
+
+def oracle(right_RN: np.ndarray) -> tuple[float, float]:
+    """Mean turns and accuracy of stopping at the first turn that is right; all turns where none is."""
+    ever = right_RN.any(0)
+    turns_N = np.where(ever, right_RN.argmax(0), len(right_RN) - 1)
+    return float(turns_N.mean()) + 1, float(ever.mean())
+
+
+def interval(values_B: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000) -> list[float]:
+    """The 95% bootstrap interval of a mean over items (Efron 1979), places of one item staying together."""
+    values_B = np.asarray(values_B, np.float64)
+    dice = np.random.default_rng(seed)
+    means = [values_B[dice.integers(0, len(values_B), len(values_B))].mean() for _ in range(resamples)]
+    return [float(q) for q in np.quantile(means, (0.025, 0.975))]

@@ -1,0 +1,138 @@
+"""How a looped model fares on its task: accuracy with all turns and halted, turns, and whether they follow difficulty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adi.decoding.looped.halting import Halted, Rule, run_halting
+from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped
+from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
+from adi.model.looped import LoopedForCausalLM
+from adi.tasks.pointers import NONE
+from adi.tasks.products import Batch
+from adi.tasks.registry import Puzzles, Task, task_named
+
+DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
+
+
+def solving_report(
+    source: Any, count: int, seed: int, price: float | None = None, threshold: float | None = None
+) -> dict[str, Any]:
+    """Test items drawn from ``seed``, as ``adi solve --json`` prints it.
+
+    ``accuracy`` is of places (products) or of whole items; ``by_turn`` that of each fixed number of turns of the same network;
+    ``rank_correlation`` is Spearman's between turns and the logarithm of difficulty, partial given the place for products.
+    ``controls`` has what random halting with the same turns and the oracle reach, and the area under accuracy over mean turns
+    of the gate and of other signals. Intervals are of 95%, bootstrapped over items.
+    """
+    model = load_looped(source)
+    task = task_named(model.config.task)
+    drawn = task.batch(count, (seed,), test=True)
+    ids_BT = torch.tensor(drawn.ids_BT)
+    rule = halting_rule(model, True, price, threshold=threshold)
+    halted = _run(model, ids_BT, rule)
+    fixed = [_run(model, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
+    good = right(task, drawn, halted)
+    return {
+        "task": task.name,
+        "seed": seed,
+        "items": count,
+        "threshold": rule.threshold,
+        "turns": rule.most,
+        "accuracy_all_turns": accuracy(task, drawn, fixed[-1]),
+        "accuracy_all_turns_interval": interval(_by_item(right(task, drawn, fixed[-1]))),
+        "accuracy_halted": accuracy(task, drawn, halted),
+        "accuracy_halted_interval": interval(_by_item(good)),
+        "mean_turns": float(halted.turns_BT.float().mean()),
+        "mean_turns_interval": interval(_by_item(halted.turns_BT.numpy())),
+        "rank_correlation": rank_correlation(task, drawn, halted),
+        "by_turn": [accuracy(task, drawn, each) for each in fixed],
+        "by_difficulty": by_difficulty(task, drawn, halted),
+        "controls": controls(model, task, drawn, halted, price),
+    }
+
+
+def _run(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
+    parts = [run_halting(model, part, rule) for part in ids_BT.split(ITEMS_AT_ONCE)]
+    return Halted(torch.cat([p.logits_BTV for p in parts]), torch.cat([p.turns_BT for p in parts]))
+
+
+def _by_item(values: np.ndarray) -> np.ndarray:
+    """The mean over the places of each item."""
+    return np.asarray(values.reshape(len(values), -1).mean(1))
+
+
+def controls(model: LoopedForCausalLM, task: Task, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
+    """Random halting with the same turns, the oracle, and the areas of the gate and of other signals."""
+    answers_RBT, found = signals(model, torch.tensor(drawn.ids_BT), price)
+    right_RBT = (answers_RBT == drawn.labels_BT) | _given(task, drawn)
+    turns = halted.turns_BT.numpy() - 1
+    if task.unit == "item":
+        right_RN, turns_N = right_RBT.all(-1), turns[:, 0]
+        by_place = {name: (s.mean(-1) if name == "gate" else s.min(-1)) for name, s in found.items()}
+    else:
+        right_RN, turns_N = right_RBT.reshape(len(right_RBT), -1), turns.reshape(-1)
+        by_place = {name: s.reshape(len(s), -1) for name, s in found.items()}
+    turns_oracle, accuracy_oracle = oracle(right_RN)
+    return {
+        "random_same_turns": shuffled(right_RN, turns_N, 0),
+        "oracle_turns": turns_oracle,
+        "oracle_accuracy": accuracy_oracle,
+        "area": {name: area(curve(right_RN, signal), len(right_RN)) for name, signal in by_place.items()},
+    }
+
+
+def right(task: Task, drawn: Batch, found: Halted) -> np.ndarray:
+    """Which places are right, or which items, ``[B]``, where these halt as a whole (blanks only count)."""
+    same_BT = found.logits_BTV.argmax(-1).numpy() == drawn.labels_BT
+    return np.asarray(same_BT if task.unit == "place" else np.all(same_BT | _given(task, drawn), -1))
+
+
+def _given(task: Task, drawn: Batch) -> np.ndarray:
+    """Places of an item that nobody asks about: a puzzle's clues, and those without an answer."""
+    return np.asarray((drawn.labels_BT == NONE) | (isinstance(task, Puzzles) & (drawn.ids_BT > 0)))
+
+
+def accuracy(task: Task, drawn: Batch, found: Halted) -> float:
+    """The share of places, or of items, that are right."""
+    return float(right(task, drawn, found).mean())
+
+
+def rank_correlation(task: Task, drawn: Batch, found: Halted) -> float:
+    """Between turns and log difficulty: partial given the place, or plain over items."""
+    if task.unit == "item":
+        return _spearman(found.turns_BT[:, 0].numpy(), drawn.difficulty_BT[:, 0])
+    place_BT = np.broadcast_to(np.arange(drawn.ids_BT.shape[1]), drawn.ids_BT.shape)
+    turns, hard, place = (a.ravel() for a in (found.turns_BT.numpy(), np.log1p(drawn.difficulty_BT), place_BT))
+    th, tp, hp = _spearman(turns, hard), _spearman(turns, place), _spearman(hard, place)
+    return float((th - tp * hp) / np.sqrt((1 - tp**2) * (1 - hp**2)))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return 0.0 if a.min() == a.max() or b.min() == b.max() else float(spearmanr(a, b).statistic)
+
+
+def by_difficulty(task: Task, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
+    """Mean turns and accuracy by distance to the last RESET, or by level of technique."""
+    turns, good = found.turns_BT.numpy(), right(task, drawn, found)
+    hard = drawn.difficulty_BT
+    bounds = DISTANCES
+    if task.unit == "item":
+        turns, hard = turns[:, 0], hard[:, 0]
+        bounds = (
+            ((0, 8), (9, 14), (15, 20), (21, 24), (25, 36))
+            if isinstance(task, Puzzles)
+            else tuple((n, n) for n in range(1, 13))
+        )
+    rows = []
+    for low, high in bounds:
+        chosen = (hard >= low) & (hard <= high)
+        if chosen.any():
+            rows.append({"from": low, "to": high, "turns": float(turns[chosen].mean()), "accuracy": float(good[chosen].mean())})
+    return rows

@@ -1,0 +1,341 @@
+"""``LoopedForCausalLM``: a transformers model whose core blocks run again and again (a turn), with a halting gate.
+
+``state <- norm(core(inject(state, input)))``, ``turns`` times, between a prelude and a coda of ordinary blocks; one head reads
+the state after any turn. With ``states=2`` it is the recursion of TRM (Jolicoeur-Martineau 2025): ``z <- core(z + y + x)``,
+``inner_turns`` times, then ``y <- core(y + z)``. The injection by concatenation is Huginn's (Geiping et al. 2025), the norm
+that closes a turn and the gate after each are Ouro's (Zhu et al. 2025). Without ``causal`` all places see each other: puzzles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from adi.errors import UsageError
+
+INJECTIONS = ("none", "add", "concat")
+GATE_BIAS = -3.0  # a gate that starts at one half stops most runs early for good (UT with ACT on Sudoku, 2604.21999)
+
+
+class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Sizes and form of a looped model.
+
+    ``core_layers`` blocks are one turn. ``causal`` False lets every place see all others. ``shifted_labels`` says whether a
+    label is the next token (a language model) or the answer at its own place. ``positions`` is "rope" or "learned".
+    ``gate_price`` gives the gate the logarithm of the price beside the state; it halts where its chance passes
+    ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
+    """
+
+    model_type = "adi_looped"
+
+    def __init__(
+        self,
+        vocab_size: int = 16,
+        hidden_size: int = 96,
+        intermediate_size: int = 192,
+        num_attention_heads: int = 4,
+        prelude_layers: int = 0,
+        core_layers: int = 1,
+        coda_layers: int = 0,
+        turns: int = 8,
+        states: int = 1,
+        inner_turns: int = 1,
+        injection: str = "concat",
+        turn_norm: bool = True,
+        gate_price: bool = False,
+        halt_threshold: float = 0.5,
+        task: str | None = None,
+        causal: bool = True,
+        shifted_labels: bool = True,
+        positions: str = "rope",
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 512,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_attention_heads = self.num_key_value_heads = num_attention_heads
+        self.prelude_layers, self.core_layers, self.coda_layers = prelude_layers, core_layers, coda_layers
+        self.turns, self.states, self.inner_turns = turns, states, inner_turns
+        self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
+        self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
+        self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
+        self.initializer_range, self.task = initializer_range, task
+        self.attention_bias, self.attention_dropout, self.mlp_bias, self.hidden_act = False, 0.0, False, "silu"
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        self.num_hidden_layers = prelude_layers + self.turn_layers * turns + coda_layers
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+        if injection not in INJECTIONS:
+            raise UsageError(f"injection is {injection!r}; choose one of {', '.join(INJECTIONS)}.")
+        if positions not in ("rope", "learned"):
+            raise UsageError(f"positions are {positions!r}; choose rope or learned.")
+        if states not in (1, 2) or min(turns, core_layers, inner_turns) < 1:
+            raise UsageError(
+                f"states={states}, turns={turns}, core_layers={core_layers}: one or two states, the others at least 1."
+            )
+        if hidden_size % num_attention_heads:
+            raise UsageError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}.")
+
+    @property
+    def turn_layers(self) -> int:
+        """Blocks that run in one turn, each with keys and values of its own."""
+        return self.core_layers * (1 if self.states == 1 else self.inner_turns + 1)
+
+
+class Block(nn.Module):
+    """A Llama block whose place in the KV cache is given with each call."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, 0)
+        self.self_attn.is_causal = config.causal
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_BTD: Tensor, slot: int, past_key_values: Any = None, **attention: Any) -> Tensor:
+        cache = None if past_key_values is None else _Slot(past_key_values, slot)
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_BTD), past_key_values=cache, **attention)
+        hidden_BTD = hidden_BTD + mixed
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One layer of a cache, whatever layer the attention takes itself for: its weights run in many."""
+
+    cache: Any
+    slot: int
+
+    def update(self, keys: Tensor, values: Tensor, _: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.slot, *args, **kwargs)
+        return found
+
+
+class Turn(nn.Module):
+    """The core: one turn takes the state ``[B, T, states * D]`` and what the prelude gave, and returns the next state."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.core_layers))
+        if config.injection == "concat":
+            self.inject = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, given_BTD: Tensor, slot: int, **attention: Any) -> Tensor:
+        if self.config.states == 1:
+            return self._core(self.injected(hidden_states, given_BTD), slot, attention)
+        y_BTD, z_BTD = hidden_states.chunk(2, -1)
+        for _ in range(self.config.inner_turns):
+            z_BTD = self._core(self.injected(z_BTD + y_BTD, given_BTD), slot, attention)
+            slot += self.config.core_layers
+        return torch.cat([self._core(y_BTD + z_BTD, slot, attention), z_BTD], -1)
+
+    def injected(self, state_BTD: Tensor, given_BTD: Tensor) -> Tensor:
+        """The state with the input put in: what the first block of a turn reads."""
+        if self.config.injection == "concat":
+            return self.inject(torch.cat([state_BTD, given_BTD], -1))  # type: ignore[no-any-return]
+        return state_BTD + given_BTD if self.config.injection == "add" else state_BTD
+
+    def _core(self, hidden_BTD: Tensor, slot: int, attention: dict[str, Any]) -> Tensor:
+        for i, block in enumerate(self.layers):
+            hidden_BTD = block(hidden_BTD, slot + i, **attention)
+        return self.closed(hidden_BTD)
+
+    def closed(self, hidden_BTD: Tensor) -> Tensor:
+        """The norm without weights that ends a turn, so that no scale grows from turn to turn."""
+        return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:]) if self.config.turn_norm else hidden_BTD
+
+
+class LoopedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    config_class = LoopedConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ("Block", "Turn")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, _Stop):
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, GATE_BIAS)
+
+
+class LoopedModel(LoopedPreTrainedModel):
+    """Embedding, prelude, turns, coda; without the head."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
+        self.turn = Turn(config)
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        turns: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Tensor], Any]:
+        """States read after each turn, ``[B, T, D]`` through coda and final norm, and the KV cache."""
+        given_BTD = self.embed(input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + given_BTD.shape[1], device=given_BTD.device)[None]
+        if self.config.positions == "learned":
+            given_BTD = given_BTD + self.embed_positions(position_ids)
+        make_mask = create_causal_mask if self.config.causal else create_bidirectional_mask
+        attention = {
+            "attention_mask": make_mask(
+                config=self.config,
+                inputs_embeds=given_BTD,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **({"position_ids": position_ids} if self.config.causal else {}),
+            ),
+            "position_embeddings": self.positions(given_BTD, position_ids),
+            "past_key_values": past_key_values,
+        }
+        for i, block in enumerate(self.prelude):
+            given_BTD = block(given_BTD, i, **attention)
+        state, read, wanted = self.first_state(given_BTD), [], self.config.turns if turns is None else turns
+        slot, per_turn = self.config.prelude_layers, self.config.turn_layers
+        for turn in range(wanted):
+            state = self.turn(state, given_BTD, slot + turn * per_turn, **attention)
+            if turn == wanted - 1 or not self.config.coda_layers:
+                read.append(self._read(state, slot + wanted * per_turn, attention))
+        return read, past_key_values
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("give either input_ids or inputs_embeds.")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def positions(self, hidden_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines; of angle nought everywhere where positions are learned."""
+        rotary = position_ids if self.config.positions == "rope" else torch.zeros_like(position_ids)
+        found: tuple[Tensor, Tensor] = self.rotary_emb(hidden_BTD, position_ids=rotary)
+        return found
+
+    def first_state(self, given_BTD: Tensor) -> Tensor:
+        """What enters the first turn: nothing where the input is injected, else the input."""
+        first = given_BTD if self.config.injection == "none" else torch.zeros_like(given_BTD)
+        return first if self.config.states == 1 else torch.cat([first, torch.zeros_like(first)], -1)
+
+    def read(self, state: Tensor) -> Tensor:
+        """The answering half of a state through the final norm, for a model without a coda."""
+        return self.norm(state.chunk(self.config.states, -1)[0])  # type: ignore[no-any-return]
+
+    def _read(self, state: Tensor, slot: int, attention: dict[str, Any]) -> Tensor:
+        hidden_BTD = state.chunk(self.config.states, -1)[0]
+        for i, block in enumerate(self.coda):
+            hidden_BTD = block(hidden_BTD, slot + i, **attention)
+        return self.norm(hidden_BTD)  # type: ignore[no-any-return]
+
+
+class _Stop(nn.Linear):
+    """The last layer of a gate, which starts at ``GATE_BIAS``."""
+
+
+class HaltingGate(nn.Module):
+    """The logit of stopping after a turn, from the state that was read there; with ``gate_price`` also from the price."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.priced = config.gate_price
+        self.hidden = nn.Linear(config.hidden_size + self.priced, config.hidden_size)
+        self.stop = _Stop(config.hidden_size, 1)
+
+    def forward(self, read_BTD: Tensor, price: float | Tensor | None = None) -> Tensor:
+        if self.priced:
+            if price is None:
+                raise UsageError("this model's gate was trained over a range of prices: give price=... in nats per full pass.")
+            logs = torch.as_tensor(price, dtype=read_BTD.dtype).log().expand(read_BTD.shape[:-1])
+            read_BTD = torch.cat([read_BTD, logs[..., None]], -1)
+        return self.stop(F.silu(self.hidden(read_BTD)))[..., 0]  # type: ignore[no-any-return]
+
+
+@dataclass
+class LoopedOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """With ``turn_logits`` ``[R, B, T, V]`` and ``halt_logits`` ``[R, B, T]`` where all turns were asked for."""
+
+    turn_logits: Tensor | None = None
+    halt_logits: Tensor | None = None
+
+
+class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A looped model with a head over the vocabulary and a halting gate.
+
+    ``forward(..., turns=n)`` runs n turns instead of ``config.turns``; ``output_turns=True`` reads head and gate after each.
+    The loss of ``labels`` is that of the last turn: training under a price is ``adi.training``'s.
+    """
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__(config)
+        self.model = LoopedModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gate = HaltingGate(config)
+        self.post_init()
+
+    def get_decoder(self) -> LoopedModel:
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_turns: bool = False,
+        price: float | Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> LoopedOutput:
+        read, cache = self.model(input_ids=input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(read[-1][:, kept])
+        out = LoopedOutput(logits=logits, past_key_values=cache)
+        if labels is not None:
+            out.loss = self.losses(logits, labels).mean()
+        if output_turns:
+            every_RBTD = torch.stack(read)
+            out.turn_logits = self.lm_head(every_RBTD)
+            out.halt_logits = self.gate(every_RBTD.detach(), price)
+        return out
+
+    def losses(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross entropy in nats, ``[..., N]``, of logits ``[..., B, T, V]`` where there is a label (-100: none)."""
+        if self.config.shifted_labels:
+            logits, labels_BT = logits[..., :-1, :], labels_BT[:, 1:]
+        known = labels_BT != -100
+        chosen = logits[..., known, :].log_softmax(-1)
+        index = labels_BT[known].expand(chosen.shape[:-1])[..., None]
+        return -chosen.gather(-1, index)[..., 0]
+
+
+def register() -> None:
+    """Make ``AutoModelForCausalLM`` know the model type; done on importing this."""
+    AutoConfig.register(LoopedConfig.model_type, LoopedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LoopedConfig, LoopedForCausalLM, exist_ok=True)
+
+
+register()

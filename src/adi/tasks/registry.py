@@ -1,0 +1,141 @@
+"""The tasks by name, as training and ``adi solve`` draw from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from adi.errors import UsageError
+from adi.tasks.pointers import Pointers
+from adi.tasks.products import GROUPS, Batch, Group
+from adi.tasks.sudoku import GAMES, Sudoku
+
+
+class Task(Protocol):
+    """Items with known answers. ``unit``: whether a place halts on its own, or an item as a whole."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> Literal["place", "item"]: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def causal(self) -> bool: ...
+
+    @property
+    def length(self) -> int:
+        """Places of an item while training."""
+        ...
+
+    def batch(self, count: int, seed: Sequence[int], *, test: bool = False) -> Batch:
+        """``count`` items; those of the test never appear in training."""
+        ...
+
+    def parse(self, item: Any) -> tuple[int, ...]:
+        """A user's item as ids; UsageError for what is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Products:
+    """``products-GROUP``: texts of ``length`` ids."""
+
+    group: Group
+    length: int = 32
+    unit: Literal["place"] = "place"
+    causal: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"products-{self.group.name}"
+
+    @property
+    def vocabulary(self) -> int:
+        return self.group.size + 1
+
+    def batch(self, count: int, seed: Sequence[int], *, test: bool = False) -> Batch:
+        """Training and test differ by seed: of 7 ** 32 texts none comes twice."""
+        return self.group.batch(count, self.length, (int(test), *seed))
+
+    def parse(self, item: Any) -> tuple[int, ...]:
+        """The ids of an item."""
+        return self.group.check(_ids(self.name, item))
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """``sudoku4`` and ``sudoku6``."""
+
+    game: Sudoku
+    unit: Literal["item"] = "item"
+    causal: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.game.name
+
+    @property
+    def vocabulary(self) -> int:
+        return self.game.size + 1
+
+    @property
+    def length(self) -> int:
+        return self.game.cells
+
+    def batch(self, count: int, seed: Sequence[int], *, test: bool = False) -> Batch:
+        """Training and test differ by solution."""
+        return self.game.batch(count, (int(test), *seed), test=test)
+
+    def parse(self, item: Any) -> tuple[int, ...]:
+        """The board of an item."""
+        if not isinstance(item, str):
+            raise UsageError(f"an item of {self.name} is a text of {self.length} characters, not {type(item).__name__}.")
+        return self.game.parse(item)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """``pointers``: only the last place of an item has an answer."""
+
+    game: Pointers = field(default_factory=Pointers)
+    name: str = "pointers"
+    unit: Literal["item"] = "item"
+    causal: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.game.vocabulary
+
+    @property
+    def length(self) -> int:
+        return self.game.length
+
+    def batch(self, count: int, seed: Sequence[int], *, test: bool = False) -> Batch:
+        """Training and test differ by seed."""
+        return self.game.batch(count, (int(test), *seed))
+
+    def parse(self, item: Any) -> tuple[int, ...]:
+        """The ids of an item."""
+        return self.game.check(_ids(self.name, item))
+
+
+def _ids(name: str, item: Any) -> list[Any]:
+    if isinstance(item, str) or not hasattr(item, "__iter__"):
+        raise UsageError(f"an item of {name} is a list of ids, not {type(item).__name__}.")
+    return list(item)
+
+
+_ALL: list[Task] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains()]
+TASKS = {task.name: task for task in _ALL}
+
+
+def task_named(name: str) -> Task:
+    """The task of that name; UsageError names those that exist."""
+    if name not in TASKS:
+        raise UsageError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}.")
+    return TASKS[name]

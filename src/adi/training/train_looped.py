@@ -1,0 +1,263 @@
+"""``train_looped``: a looped model on a task, under a price on depth, by transformers' Trainer; what ``adi train`` runs.
+
+A run that was stopped resumes from its last checkpoint, to the bit: batches are drawn by their number. Being a ``Trainer``, it
+runs on a GPU, on several, or under FSDP by Accelerate's configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from msgspec import Meta, field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from adi.errors import AdiError, FileError, UsageError
+from adi.files import write_json
+from adi.model.looped import LoopedConfig, LoopedForCausalLM
+from adi.progress import Progress, no_progress
+from adi.schema import NonNegative, Positive, Record, Share, read_json_as
+from adi.tasks.registry import Task, task_named
+from adi.training.price import OBJECTIVES, Price, costs
+
+EMA = "ema.safetensors"
+SETTINGS = "train.json"
+
+
+class TrainSettings(Record, frozen=True):
+    """What ``adi train`` reads: the task, the model's form (fields of ``LoopedConfig``), the objective and its schedule.
+
+    The first ``even`` of the steps weigh all turns alike at price 0, so that each learns to answer; then, over ``ramp``,
+    price and floor go to their values; the last ``gate_only`` train the gate alone. ``price`` and ``tau`` are in nats; with
+    ``highest_price`` each step draws one log-uniformly between the two, for a gate that takes the price (``gate_price``).
+    ``ema`` 0 keeps no average of the weights.
+    """
+
+    task: str
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: Literal["price", "plsd", "ouro", "pondernet", "act", "trm"] = "price"
+    steps: Positive = 3000
+    batch: Positive = 64
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-3
+    weight_decay: NonNegative = 0.05
+    warmup: Positive = 100
+    price: Annotated[float, Meta(ge=0, le=100)] = 0.05
+    highest_price: Annotated[float, Meta(gt=0, le=100)] | None = None
+    tau: Annotated[float, Meta(gt=0)] = 0.05
+    gate_tau: Annotated[float, Meta(gt=0)] = 0.005
+    floor: Share = 0.2
+    prior: NonNegative = 0.2
+    even: Share = 0.4
+    ramp: Share = 0.2
+    gate_only: Share = 0.05
+    gradient_turns: Positive | None = None
+    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.995
+    seed: int = 0
+    save_every: Positive = 250
+
+    def at(self, step: int) -> tuple[float, float, bool]:
+        """How far the ramp is, 0 to 1, the floor, and whether the gate learns alone, at a step."""
+        done = step / self.steps
+        ramp = min(1.0, max(0.0, (done - self.even) / self.ramp)) if self.ramp else float(done >= self.even)
+        return ramp, 1 - (1 - self.floor) * ramp, done >= 1 - self.gate_only
+
+    def config(self, task: Task) -> LoopedConfig:
+        """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
+        shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
+        shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
+        shape |= {} if task.causal else {"positions": "learned"}
+        known = LoopedConfig().to_dict()
+        if unknown := [name for name in self.model if name not in known]:
+            raise UsageError(f"model.{unknown[0]} is no field of a looped model; it has {', '.join(sorted(known))}.")
+        return LoopedConfig(**{**shape, **self.model})
+
+
+@dataclass(frozen=True)
+class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Batch number n of a run, the same whenever it is asked for."""
+
+    task: Task
+    settings: TrainSettings
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        drawn = self.task.batch(self.settings.batch, (self.settings.seed, n))
+        return {"input_ids": torch.tensor(drawn.ids_BT), "labels": torch.tensor(drawn.labels_BT)}
+
+
+class PriceTrainer(Trainer):  # type: ignore[misc]
+    """A ``Trainer`` whose loss is an objective of ``training.price`` over the turns of a looped model."""
+
+    def __init__(self, task: Task, settings: TrainSettings, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task, self.settings = task, settings
+        self.latest: dict[str, float] = {}
+
+    optimizer: Any
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW, without decay of gains, biases and embeddings of places."""
+        if self.optimizer is None:
+            parameters = list(self.model.parameters())
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in parameters if p.dim() > 1]},
+                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            ]
+            options: Any = {"lr": self.settings.learning_rate, "betas": (0.9, 0.98), "weight_decay": self.settings.weight_decay}
+            self.optimizer = torch.optim.AdamW(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        """The trunk's loss and the gate's, at this step's price; AdiError where it is no number."""
+        at, settings = self.state.global_step, self.settings
+        ramp, floor, gate_only = settings.at(at)
+        price = drawn_price(settings, at)
+        out = model(inputs["input_ids"], output_turns=True, price=price)
+        loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
+        halt_RN = out.halt_logits.flatten(1)
+        if self.task.unit == "item":
+            count = len(inputs["labels"])
+            loss_RN = loss_RN.unflatten(1, (count, -1)).sum(-1)
+            halt_RN = out.halt_logits.mean(-1)
+        settled = Price(price * ramp, settings.tau, settings.gate_tau, floor, settings.prior)
+        cost_R = costs(len(loss_RN)).to(loss_RN)
+        terms = OBJECTIVES[settings.objective](loss_RN, halt_RN, cost_R, settled)
+        scale = 1.0 if self.task.unit == "place" else len(inputs["labels"]) / int((inputs["labels"] != -100).sum())
+        loss = terms.gate if gate_only else terms.loss * scale + terms.gate
+        if not bool(torch.isfinite(loss)):
+            raise AdiError(f"the loss of step {at} is {loss.item()}; the last good checkpoint is in {self.args.output_dir}.")
+        self.latest = {"loss": float(terms.loss.detach()), "gate": float(terms.gate.detach())}
+        return (loss, out) if return_outputs else loss
+
+
+def drawn_price(settings: TrainSettings, step: int) -> float:
+    """The price of a step: the one, or log-uniform up to the highest."""
+    if settings.highest_price is None:
+        return settings.price
+    share = torch.rand((), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + step)).item()
+    return float(settings.price ** (1 - share) * settings.highest_price**share)
+
+
+class _Average(TrainerCallback):  # type: ignore[misc]
+    """Keeps the exponential average of the weights (all published recursions lose much without), saves it beside each
+    checkpoint."""
+
+    def __init__(self, model: LoopedForCausalLM, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                self.weights[name].lerp_(p.to(self.weights[name]), 1 - decay)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(self.weights, folder / f"{EMA}.tmp")
+        (folder / f"{EMA}.tmp").replace(folder / EMA)
+
+    def resume(self, folder: str) -> None:
+        path = Path(folder) / EMA
+        if not path.exists():
+            raise FileError(f"the checkpoint {folder} lacks {EMA}; delete that folder to resume from the one before.")
+        self.weights = load_file(path)
+
+
+class _Reports(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        latest = self.trainer.latest
+        self.progress(state.global_step, state.max_steps, f"loss {latest['loss']:.3f}, gate {latest['gate']:.3f}")
+
+
+def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_progress) -> LoopedForCausalLM:
+    """Train, or resume, in ``out/work``; the averaged model is saved to ``out`` with ``train.json``, and given back in
+    evaluation mode.
+
+    UsageError where ``out`` was begun with other settings.
+    """
+    task = task_named(settings.task)
+    config, work = settings.config(task), out / "work"
+    _same_settings(settings, out)
+    torch.manual_seed(settings.seed)
+    model = LoopedForCausalLM(config)
+    average, reports = _Average(model, settings.ema), _Reports(progress)
+    trainer = PriceTrainer(
+        task,
+        settings,
+        model=model,
+        args=_arguments(settings, work),
+        train_dataset=Batches(task, settings),
+        data_collator=lambda items: items[0],
+        callbacks=[average, reports],
+    )
+    reports.trainer = trainer
+    trainer.remove_callback(_printer(trainer))
+    last = get_last_checkpoint(str(work)) if work.is_dir() else None
+    if last is not None:
+        average.resume(last)
+    trainer.train(resume_from_checkpoint=last)
+    if settings.ema:
+        model.load_state_dict(average.weights, strict=False)
+    model.eval().save_pretrained(out)
+    return model
+
+
+def _same_settings(settings: TrainSettings, out: Path) -> None:
+    path = out / SETTINGS
+    if path.exists():
+        before = read_json_as(path, TrainSettings, "training settings")
+        changed = [f for f in TrainSettings.__struct_fields__ if getattr(before, f) != getattr(settings, f)]
+        if changed:
+            name = changed[0]
+            raise UsageError(
+                f"{out} was begun with {name} = {getattr(before, name)!r}, not {getattr(settings, name)!r}; "
+                "choose another folder, or delete it."
+            )
+    write_json(path, settings.to_json())
+
+
+def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=settings.warmup,
+        max_grad_norm=1.0,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=100,
+        report_to=_reporters(),
+        seed=settings.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )
+
+
+def _reporters() -> list[str]:
+    from transformers.integrations import is_tensorboard_available
+
+    return ["tensorboard"] if is_tensorboard_available() else []
+
+
+def _printer(trainer: Trainer) -> Any:
+    from transformers import PrinterCallback
+
+    return PrinterCallback

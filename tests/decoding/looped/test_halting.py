@@ -1,0 +1,73 @@
+"""What halts leaves the pass, and the answers are those of the slow twin that runs all rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adi.decoding.looped.halting import Rule, run_halting, run_masked
+from adi.errors import UsageError
+from adi.model.looped import LoopedConfig, LoopedForCausalLM
+from adi.tasks.products import GROUPS
+
+
+def gated(causal: bool, seed: int = 0, **form: object) -> LoopedForCausalLM:
+    """A tiny model whose gate halts at every turn about as often."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 7, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 6}
+    model = LoopedForCausalLM(LoopedConfig(**{**sizes, "causal": causal, **form})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+        model.gate.stop.bias.zero_()
+    return model
+
+
+def ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.tensor(GROUPS["S3"].batch(count, length, seed).ids_BT)
+
+
+@settings(max_examples=25)
+@given(st.booleans(), st.integers(0, 9), st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.3, 0.5, 0.6, 0.99]))
+def test_leaving_the_pass_changes_nothing(causal: bool, seed: int, count: int, length: int, threshold: float) -> None:
+    model, ids_BT, rule = gated(causal, seed), ids(count, length, seed), Rule(threshold, 6)
+    fast, slow = run_halting(model, ids_BT, rule), run_masked(model, ids_BT, rule)
+    assert torch.equal(fast.turns_BT, slow.turns_BT)
+    assert torch.allclose(fast.logits_BTV, slow.logits_BTV, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_items_are_each_alone(causal: bool) -> None:
+    model, ids_BT, rule = gated(causal, 2), ids(16, 10), Rule(0.6, 6)
+    together = run_halting(model, ids_BT, rule)
+    for i in range(16):
+        alone = run_halting(model, ids_BT[i : i + 1], rule)
+        assert torch.equal(alone.turns_BT[0], together.turns_BT[i])
+        assert torch.allclose(alone.logits_BTV[0], together.logits_BTV[i], atol=1e-4)
+    assert len(together.turns_BT.unique()) > 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_gate_that_never_halts_runs_all_turns(causal: bool) -> None:
+    model, ids_BT = gated(causal), ids(3, 8)
+    never = run_halting(model, ids_BT, Rule(1.0, 6))
+    assert (never.turns_BT == 6).all()
+    assert torch.allclose(never.logits_BTV, model(ids_BT).logits, atol=1e-4)
+    assert torch.equal(run_halting(model, ids_BT, Rule(None, 6)).logits_BTV, model(ids_BT).logits)
+
+
+def test_halted_places_cost_nothing_more() -> None:
+    model = gated(True)
+    rows: list[int] = []
+    model.model.turn.layers[0].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    found = run_halting(model, ids(4, 10), Rule(0.5, 6))
+    assert sum(rows) == int(found.turns_BT.sum())
+
+
+@pytest.mark.parametrize("form", [{"coda_layers": 1}, {"core_layers": 2}, {"states": 2}, {"prelude_layers": 1}])
+def test_forms_of_which_no_place_can_leave_are_refused(form: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="halt=False"):
+        run_halting(gated(True, **form), ids(1, 4), Rule(0.5, 6))

@@ -1,0 +1,109 @@
+"""``adi.solve``: one result per item, whatever their lengths and order; what is no item or option is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adi.decoding.looped.solve import Solved, load_looped, solve
+from adi.errors import AdiError, FileError, ModelError, UsageError
+from adi.model.looped import LoopedConfig, LoopedForCausalLM
+from adi.tasks.registry import task_named
+
+
+def made(name: str, **form: Any) -> LoopedForCausalLM:
+    torch.manual_seed(0)
+    known = task_named(name)
+    sizes = {"vocab_size": known.vocabulary, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 4}
+    return LoopedForCausalLM(LoopedConfig(**{**sizes, "causal": known.causal, "task": name, **form})).eval()
+
+
+PRODUCTS = made("products-S3", halt_threshold=0.0)
+SUDOKU = made("sudoku6", positions="learned", max_position_embeddings=36)
+PUZZLE = "12" + "." * 34
+
+
+def test_results_are_one_per_item_in_their_order() -> None:
+    items = [[0, 1, 2], [3], [4, 5], [6, 1, 1], [2]]
+    found = solve(PRODUCTS, items)
+    assert [len(each.answers) for each in found] == [3, 1, 2, 3, 1]
+    for item, each in zip(items, found, strict=True):
+        assert isinstance(each.turns, list)
+        assert each.turns == [1] * len(item)  # a threshold of 0 halts at once
+        assert solve(PRODUCTS, [item])[0].answers == each.answers
+    assert [each.turns for each in solve(PRODUCTS, items, halt=False)] == [[4] * len(item) for item in items]
+    assert solve(PRODUCTS, []) == []
+
+
+def test_ids_come_as_arrays_and_tensors_too() -> None:
+    import numpy as np
+
+    plain = solve(PRODUCTS, [[0, 1, 2]])
+    for item in (np.array([0, 1, 2]), torch.tensor([0, 1, 2]), (0, 1, 2)):
+        assert solve(PRODUCTS, [item])[0].answers == plain[0].answers
+
+
+def test_a_puzzle_keeps_its_clues_and_has_one_number_of_turns() -> None:
+    (found,) = solve(SUDOKU, [PUZZLE])
+    assert isinstance(found, Solved)
+    assert isinstance(found.answers, str)
+    assert (len(found.answers), found.answers[:2], found.turns) == (36, "12", 4)
+    assert isinstance(found.sure, float)
+
+
+def test_turns_end_where_the_model_was_trained_unless_asked_for() -> None:
+    assert solve(PRODUCTS, [[1]], halt=False, most=2)[0].turns == [2]
+    assert solve(PRODUCTS, [[1]], halt=False, most=9)[0].turns == [4]
+    assert solve(PRODUCTS, [[1]], halt=False, most=9, beyond_trained=True)[0].turns == [9]
+
+
+def test_a_folder_is_a_model_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    PRODUCTS.save_pretrained(tmp_path)
+    assert solve(tmp_path, [[1, 2]])[0].answers == solve(PRODUCTS, [[1, 2]])[0].answers
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_looped(tmp_path)
+
+
+def test_missing_weights_are_counted(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    PRODUCTS.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("gate.hidden.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, among them gate\.hidden\.weight"):
+        load_looped(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "items", "options", "match"),
+    [
+        (PRODUCTS, [[9]], {}, "9 is no id of S3"),
+        (PRODUCTS, ["12"], {}, "a list of ids, not str"),
+        (SUDOKU, ["12"], {}, "has 2 characters"),
+        (SUDOKU, [[1]], {}, "a text of 36 characters, not list"),
+        (PRODUCTS, [[1]], {"price": 0.1}, "knows no price"),
+        (PRODUCTS, [[1]], {"price": -1}, "price is -1"),
+        (PRODUCTS, [[1]], {"most": 0}, "most is 0"),
+        (PRODUCTS, [[1]], {"threshold": 2}, "threshold is 2"),
+        (made("products-S3", gate_price=True), [[1]], {}, "give price="),
+        (made("products-S3", task=None), [[1]], {}, "no 'task'"),
+        (made("products-S3").train(), [[1]], {}, "training mode"),
+        (3, [[1]], {}, "not int"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(model: Any, items: Any, options: Any, match: str) -> None:
+    with pytest.raises(AdiError, match=match):
+        solve(model, items, **options)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(FileError, match="no looped model 'sudoku9'"):
+        solve("sudoku9", [])
+    with pytest.raises(UsageError, match="knows no price"):
+        solve(PRODUCTS, [], price=1.0)

@@ -1,0 +1,105 @@
+"""Training a looped model: resumed to the bit, what was begun otherwise is refused, a loss that is no number stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from adi.errors import AdiError, FileError, UsageError
+from adi.training.train_looped import PriceTrainer, TrainSettings, drawn_price, train_looped
+
+TINY = TrainSettings(
+    task="products-S3",
+    model={"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 3},
+    steps=9,
+    batch=4,
+    warmup=2,
+    save_every=3,
+    ema=0.5,
+)
+
+
+def values(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(values(a), values(b), strict=True))
+
+
+@pytest.mark.parametrize("objective", ["price", "plsd", "ouro", "pondernet", "act", "trm"])
+def test_every_objective_trains(objective: Any, tmp_path: Path) -> None:
+    model = train_looped(replace(TINY, objective=objective, steps=4), tmp_path)
+    assert not model.training
+    assert model.config.task == "products-S3"
+    assert all(torch.isfinite(p).all() for p in values(model))
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    whole = train_looped(TINY, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_looped(TINY, tmp_path / "stopped", stop)
+    assert (tmp_path / "stopped" / "work" / "checkpoint-3").is_dir()
+    assert same(train_looped(TINY, tmp_path / "stopped"), whole)
+
+
+def test_the_average_is_kept_beside_every_checkpoint(tmp_path: Path) -> None:
+    train_looped(TINY, tmp_path)
+    kept = sorted(path.parent.name for path in tmp_path.glob("work/*/ema.safetensors"))
+    assert kept == ["checkpoint-6", "checkpoint-9"]
+    (tmp_path / "work" / "checkpoint-9" / "ema.safetensors").unlink()
+    with pytest.raises(FileError, match=r"lacks ema\.safetensors; delete that folder"):
+        train_looped(TINY, tmp_path)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    train_looped(replace(TINY, steps=2), tmp_path)
+    with pytest.raises(UsageError, match=r"was begun with steps = 2, not 9"):
+        train_looped(TINY, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_at_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PriceTrainer.compute_loss
+
+    def broken(self: Any, model: Any, inputs: Any, **more: Any) -> Any:
+        if self.state.global_step == 4:
+            with torch.no_grad():
+                self.model.lm_head.weight.fill_(float("nan"))
+        return plain(self, model, inputs, **more)
+
+    monkeypatch.setattr(PriceTrainer, "compute_loss", broken)
+    with pytest.raises(AdiError, match=r"the loss of step 4 is nan; the last good checkpoint is in .*work"):
+        train_looped(TINY, tmp_path)
+    assert (tmp_path / "work" / "checkpoint-3").is_dir()
+
+
+def test_unknown_fields_of_the_model_and_tasks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.width is no field"):
+        train_looped(replace(TINY, model={"width": 3}), tmp_path)
+    with pytest.raises(UsageError, match="no task 'chess'"):
+        train_looped(replace(TINY, task="chess"), tmp_path)
+
+
+def test_the_schedule_goes_from_even_weights_to_the_price() -> None:
+    settings = replace(TINY, steps=100)
+    assert settings.at(0) == (0.0, 1.0, False)
+    ramp, floor, alone = settings.at(50)
+    assert (ramp, floor, alone) == (pytest.approx(0.5), pytest.approx(0.6), False)
+    assert settings.at(60)[:2] == (pytest.approx(1.0), pytest.approx(0.2))
+    assert settings.at(95) == (pytest.approx(1.0), pytest.approx(0.2), True)
+
+
+def test_a_range_of_prices_is_drawn_from_and_given_to_the_gate(tmp_path: Path) -> None:
+    settings = replace(TINY, price=0.01, highest_price=1.0, steps=3, model={**TINY.model, "gate_price": True})
+    drawn = [drawn_price(settings, step) for step in range(200)]
+    assert 0.01 <= min(drawn) < 0.03
+    assert 0.3 < max(drawn) <= 1.0
+    assert train_looped(settings, tmp_path).config.gate_price
