@@ -28,6 +28,16 @@ TensorFunction = Callable[..., "tuple[Tensor, ...]"]
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Blocks that run again and again: ``first + turn * period + i`` has the same weights in each of ``turns`` turns. To the
+    frontier a turn is so many more blocks."""
+
+    first: int
+    period: int
+    turns: int
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a model is and where it can stop.
 
@@ -36,7 +46,7 @@ class Spec:
     the weights, whatever precision they run in. ``row_invariant`` says whether a row's bits were found not to depend on how
     many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked. Of several texts at
     most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads``
-    are the processor threads that it runs on, None where others decide.
+    are the processor threads that it runs on, None where others decide. ``loop`` says which blocks share their weights.
     """
 
     name: str
@@ -50,6 +60,7 @@ class Spec:
     backend: str
     precision: str
     device: str
+    loop: Loop | None = None
     row_invariant: bool | None = None
     merged_rows: int = MERGED_ROWS
     threads: int | None = None

@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adi.errors import ModelError
 
 
 def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
-    """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several)."""
+    """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several); of a looped
+    model the calls of the modules that run again and again, with what runs before and after them."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not lists:
-        raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}")
-    return list(lists[0])
+    if lists:
+        return list(lists[0])
+    calls = _watched(decoder)
+    if len(calls) == len(set(map(id, calls))):
+        raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}, and nothing runs again and again")
+    return calls
+
+
+@torch.no_grad()
+def _watched(decoder: nn.Module) -> list[nn.Module]:
+    """The outermost modules that turn a state into a state and are called more than once in a pass, or are blocks of a list
+    beside them, in the order of their calls."""
+    entered: list[nn.Module] = []
+    calls: list[tuple[nn.Module, tuple[nn.Module, ...], bool]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(module)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        entered.pop()
+        given, state = args[0] if args else None, out[0] if isinstance(out, tuple) else out
+        turns = isinstance(given, Tensor) and isinstance(state, Tensor) and given.shape == state.shape and given.dim() == 3
+        calls.append((module, tuple(entered), turns))
+
+    inner = [m for m in decoder.modules() if m is not decoder]
+    handles = [m.register_forward_pre_hook(enter) for m in inner] + [m.register_forward_hook(leave) for m in inner]
+    try:
+        decoder(input_ids=torch.tensor([[0, 1]], device=next(decoder.parameters()).device), use_cache=False)
+    except Exception:  # foreign code raises what it likes, and then nothing was found
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(id(module) for module, _, turns in calls if turns and _attending(module))
+    again = {module for module, times in times.items() if times > 1}
+    listed = {id(block) for m in decoder.modules() if isinstance(m, nn.ModuleList) for block in m} & times.keys()
+    return [m for m, outer, _ in calls if id(m) in again | listed and not any(id(o) in again | listed for o in outer)]
+
+
+def _attending(module: nn.Module) -> bool:
+    return any(_attends(inner) for inner in module.modules())
 
 
 def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Module] | None:

@@ -51,6 +51,7 @@ class HfBackbone:
             width=text.hidden_size,
             vocabulary=split.vocabulary,
             stops=tuple(range(1, len(split.blocks) + 1)),
+            loop=split.loop,
             context=split.context,
             fingerprint=weights or fingerprint(self.model),
             backend="hf",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
         """Keys and values of the first ``length`` positions in one block, where it has that many."""
         if self.far is not None and length > self.edge:
             return self.far.peek(block, length)
-        layer = self.layers[block] if block < len(self.layers) else None
+        layer = next(iter(self._layers_of([block])), None) if block < len(self.model.blocks) else None
         if not isinstance(layer, GrowingLayer) or layer.keys is None or layer.values is None or layer.length < length:
             return None
         if layer.keys.shape != layer.values.shape:
@@ -112,7 +113,8 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
 
     def write_only(self, wanted: bool) -> bool:
         """Whether blocks are to be left once their keys and values are written; False where some layer cannot do that."""
-        able = all(isinstance(layer, GrowingLayer) for layer in self.layers)
+        single = self.model.slots is None or all(len(slots) == 1 for slots in self.model.slots)
+        able = single and all(isinstance(layer, GrowingLayer) for layer in self.layers)
         for layer in self.layers if able else ():
             layer.write_only = wanted
         return able
@@ -120,12 +122,17 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     def rewind(self, lo: int, hi: int, start: int) -> None:
         """Forget, in blocks [lo, hi), everything from position ``start`` on."""
         self.start = start
-        for layer in self.layers[lo:hi]:
+        for layer in self._layers_of(range(lo, min(hi, len(self.model.blocks)))):
             if isinstance(layer, GrowingLayer):
                 assert layer.length >= start, "a layer is asked to skip positions"
                 layer.length = start
             elif isinstance(layer, LinearAttentionLayer):
                 _rewind_convolution(layer, start)
+
+    def _layers_of(self, blocks: Iterable[int]) -> list[Any]:
+        """What these blocks write; of a looped model a block may write several layers."""
+        slots = self.model.slots
+        return [self.layers[slot] for block in blocks for slot in ((block,) if slots is None else slots[block])]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start

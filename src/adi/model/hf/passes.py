@@ -1,7 +1,8 @@
 """Skip, enter and leave at any block: passes through the twin of a model, whose blocks do what a ``Run`` says.
 
 Blocks below ``lo`` pass their input through, block ``lo`` gets the stored state instead of its input, and ``Reached``
-leaves the decoder's own forward as soon as block ``hi - 1`` has run. Masks, rotary tables, embedding scales and caches stay
+leaves the decoder's own forward as soon as block ``hi - 1`` has run. Of a looped model the same module is block after block: a
+block's number is that of the call in a pass. Masks, rotary tables, embedding scales and caches stay
 the business of transformers, so no family needs code of its own. What hangs on a block, such as a steering hook, belongs to
 the block.
 """
@@ -40,6 +41,7 @@ class Run:
     mlp: Tensor | None = field(default=None)
     chain: list[tuple[int, Any, Any]] | None = None
     skipped: Callable[[], object] = lambda: None
+    calls: int = 0
 
 
 class Steps:
@@ -50,10 +52,10 @@ class Steps:
         self.extra_outputs = [0] * len(blocks)
         self._lock = threading.RLock()
         self._run: Run | None = None
-        for i, block in enumerate(blocks):
+        for block in {id(block): block for block in blocks}.values():
             kind: Any = type(block)
             block.__class__ = _steered(kind)
-            vars(block)["_adi"] = self, i
+            vars(block)["_adi"] = self
 
     @contextmanager
     def running(self, run: Run, down: nn.Module | None = None) -> Iterator[None]:
@@ -70,10 +72,16 @@ class Steps:
                 if hook is not None:
                     hook.remove()
 
-    def step(self, i: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Block ``i`` is called; ``forward`` is what it would do by itself."""
+    @property
+    def at(self) -> int:
+        """The number of the block that runs."""
+        return 0 if self._run is None else self._run.calls - 1
+
+    def step(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pass's next block is called; ``forward`` is what it would do by itself."""
         if (run := self._run) is None:
             return forward(*args, **kwargs)
+        i, run.calls = run.calls, run.calls + 1
         hidden = args[0] if args else kwargs["hidden_states"]
         last = i == len(self.extra_outputs) - 1
         if run.inject is not None and (i == run.lo or (i < run.lo and last)):  # the latter: only the head runs
@@ -106,8 +114,7 @@ def _steered(kind: Any) -> type[nn.Module]:
     """The same kind of block, which asks ``Steps`` what to do when it is called."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps, i = vars(self)["_adi"]
-        return steps.step(i, functools.partial(kind.__call__, self), args, kwargs)
+        return vars(self)["_adi"].step(functools.partial(kind.__call__, self), args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 

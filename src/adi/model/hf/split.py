@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adi.model.arrays import as_tensor
-from adi.model.backbone import Rows
+from adi.model.backbone import Loop, Rows
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.passes import Run, Steps
@@ -51,6 +52,7 @@ class SplitModel:
         self._source = source._modules.get("_orig_mod", source)
         self._placed = self._source.device, self.dtype
         self._steps = Steps(self.blocks)
+        self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
         self.vocabulary: int
         self.far: SplitModel | None = None
         self.edge: int | None = None
@@ -101,6 +103,8 @@ class SplitModel:
         run = Run(0, layers + 1, None, chain=[])
         self.decode(run, Rows(None, 0, tokens, None))
         self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], layers, ids)
+        if self.loop is not None:
+            self.slots = self._watched_slots(Rows(None, 0, tokens, None))
         cache = StaircaseCache(self)
         try:
             got = torch.cat(self._in_parts(cache, tokens, layers))
@@ -127,6 +131,28 @@ class SplitModel:
                 hidden = self._part(Rows(cache, rows.start, rows.ids, hidden), half, layers)
             found.append(self.logits(hidden))
         return found
+
+    @property
+    def loop(self) -> Loop | None:
+        """Which blocks have the same weights; None where no two have."""
+        places: dict[int, list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            places.setdefault(id(block), []).append(i)
+        repeated = [numbers for numbers in places.values() if len(numbers) > 1]
+        return Loop(repeated[0][0], len(repeated), len(repeated[0])) if repeated else None
+
+    def _watched_slots(self, rows: Rows) -> list[tuple[int, ...]]:
+        """Which layers of a KV cache each block writes, seen in one pass."""
+        cache, written = StaircaseCache(self), [set[int]() for _ in self.blocks]
+        plain = cache.update
+
+        def update(keys: Tensor, values: Tensor, slot: int, *args: Any, **kwargs: Any) -> Any:
+            written[self._steps.at].add(slot)
+            return plain(keys, values, slot, *args, **kwargs)
+
+        cache.update = update
+        self.decode(Run(0, len(self.blocks) + 1, None), replace(rows, cache=cache))
+        return [tuple(sorted(slots)) for slots in written]
 
     def _part(self, rows: Rows, lo: int, hi: int) -> Tensor:
         """What leaves these blocks of the self-check; a tap of MLP activations that shows nothing is none."""
