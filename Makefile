@@ -9,10 +9,16 @@ READY := $(VENV)/.ready
 # A prompt of the usual gain; questions gain least (README, when it does not help).
 DEMO := Write a short thank-you note to a colleague who helped me move house, and mention the van, the stairs and the pizza.
 
-.PHONY: demo test check format exits clean
+.PHONY: demo demo-loops test check format exits clean
 
 demo: $(READY)
 	$(BIN)/adi run --compare "$(DEMO)"
+
+# Depth that follows difficulty, token by token, on a small looped model that the package ships (docs/loops.md).
+demo-loops: $(READY)
+	$(BIN)/adi solve products --count 512
+	$(BIN)/adi solve products
+	$(BIN)/adi solve sudoku6
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7.4 GiB of memory at once
@@ -70,6 +76,8 @@ results: peers
 	$(BENCH) --limit 8 --modes full --precision int4,int8,fp32 --batch 8 --repeats 3 --json $(RESULTS)/batch.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
+	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --json > $(RESULTS)/loops_products.json
+	$(BIN)/adi solve sudoku6 --count 1024 --seed 1 --time 1,32,256 --json > $(RESULTS)/loops_sudoku6.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

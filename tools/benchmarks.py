@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -270,6 +270,35 @@ def readme_table() -> str:
     return f"{table(head, rows)}\n\n{note}; {origin}."
 
 
+def loops() -> str:
+    """The table of docs/loops.md: one column a model."""
+    found = [load(f"loops_{name}.json") for name in ("products", "sudoku6")]
+    rows = [[label, *map(cell, found)] for label, cell in LOOP_ROWS.items()]
+    commands = " and ".join(f"`{each['command']}`" for each in found)
+    return f"{table(['', *(each['task'] for each in found)], rows)}\n\n{commands}; 95% intervals over items."
+
+
+def _between(value: float, bounds: Sequence[float], form: str = ".2%") -> str:
+    return f"{value:{form}} ({bounds[0]:{form}} to {bounds[1]:{form}})"
+
+
+LOOP_ROWS: dict[str, Callable[[Result], str]] = {
+    "all turns": lambda r: str(r["turns"]),
+    "right with all turns": lambda r: _between(r["accuracy_all_turns"], r["accuracy_all_turns_interval"]),
+    "right halted by the gate": lambda r: _between(r["accuracy_halted"], r["accuracy_halted_interval"]),
+    "mean turns": lambda r: _between(r["mean_turns"], r["mean_turns_interval"], ".2f"),
+    "rank correlation of turns with log difficulty": lambda r: f"{r['rank_correlation']:.3f}",
+    "turns by difficulty": lambda r: ", ".join(f"{d['from']}-{d['to']}: {d['turns']:.1f}" for d in r["by_difficulty"]),
+    "right after each number of turns": lambda r: " ".join(f"{100 * share:.1f}" for share in r["by_turn"]) + " %",
+    "random, same turns": lambda r: f"{r['controls']['random_same_turns']:.2%}",
+    "oracle": lambda r: f"{r['controls']['oracle_accuracy']:.2%} in {r['controls']['oracle_turns']:.2f} turns",
+    "area": lambda r: ", ".join(f"{name} {value:.4f}" for name, value in r["controls"]["area"].items()),
+    "faster than all turns, by batch": lambda r: ", ".join(
+        f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r["speed"]
+    ),
+}
+
+
 def pages() -> dict[Path, str]:
     """The text of every generated page."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
@@ -287,7 +316,11 @@ def pages() -> dict[Path, str]:
     if count != 1:
         raise SystemExit("README.md has no place for its table: <!-- table --> ... <!-- end -->")
     template = environment.from_string((ROOT / "tools" / "benchmarks.md.j2").read_text())
-    return {readme: text, ROOT / "docs" / "benchmarks.md": template.render()}
+    page = ROOT / "docs" / "loops.md"
+    looped = re.sub(
+        r"(<!-- loops -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{loops()}\n{m[2]}", page.read_text(), flags=re.DOTALL
+    )
+    return {readme: text, page: looped, ROOT / "docs" / "benchmarks.md": template.render()}
 
 
 def note_made(files: Sequence[str]) -> None:

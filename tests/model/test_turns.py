@@ -1,4 +1,4 @@
-"""A turn of a looped model is a block to the frontier: it may be split, drafted from, verified, cut back, certified, as any other."""
+"""A turn of a looped model is a block to the frontier: it may be split, drafted from, verified and cut back as any other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import adi
 from adi.decoding.frontier import Frontier
+from adi.errors import AdiError
 from adi.model.backbone import Loop, Rows
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 
@@ -129,11 +130,14 @@ def test_reflex_stops_at_turns_of_its_own() -> None:
         assert len({step.depth for step in found.steps}) > 1
     with pytest.raises(adi.errors.AdiError, match="exact"):
         two = adi.load(network("two blocks a turn"))
-        adi.generate(two, IDS, adi.Reflex(adi.bare_exits(two, (1, 2, 3)), thresholds=0.3, skipped="propagate"), max_new_tokens=9)
+        adi.generate(
+            two, IDS, adi.Reflex(adi.bare_exits(two, (1, 2, 3)), thresholds=0.3, skipped="propagate"), max_new_tokens=9
+        )
 
 
 def test_what_feeds_the_input_into_every_turn_behind_a_prelude_is_refused() -> None:
     """The turn's other input, what the prelude gave, is no part of the state that is stored."""
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 4}
-    with pytest.raises(adi.errors.AdiError, match="something else happens between block 0 and block 1"):
-        adi.load(LoopedForCausalLM(LoopedConfig(**sizes, prelude_layers=1)).eval())
+    model = LoopedForCausalLM(LoopedConfig(**sizes, prelude_layers=1)).eval()
+    with pytest.raises(AdiError, match="something else happens between block 0 and block 1"):
+        adi.load(model)

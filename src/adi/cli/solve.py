@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adi.cli.shared.options import JsonOption, option
-from adi.cli.shared.output import out, percent, say, table
+from adi.cli.shared.options import JsonOption, option, whole_numbers
+from adi.cli.shared.output import command_line, out, percent, say, table
 from adi.errors import UsageError
 from adi.files import require_writable, write_text
 
@@ -26,15 +27,19 @@ def solve(
         option("--threshold", min=0, max=1, help="The gate's chance from which on it halts; by default the model's."),
     ] = None,
     price: Annotated[float | None, option("--price", help="Nats for a full pass, for a gate that takes it.", rare=True)] = None,
+    time: Annotated[
+        str | None, option("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes, such as 1,32.")
+    ] = None,
     json_out: JsonOption = False,
     page: Annotated[Path | None, option("--page", metavar="FILE", help="Write the turns as an HTML page too.")] = None,
 ) -> None:
     """Show an item being solved turn by turn, or judge a model on many: does depth follow difficulty?"""
     require_writable(page)
-    if count is not None or json_out:
+    if count is not None or json_out or time is not None:
         if item is not None or page is not None:
             raise UsageError("--count and --json judge drawn items: leave the item and --page out.")
-        _judge(model, 256 if count is None else count, seed, price, threshold, json_out)
+        sizes = () if time is None else whole_numbers("--time", time)
+        _judge(model, 256 if count is None else count, seed, price, threshold, sizes, json_out)
         return
     from adi.measure.turns import turns_of, turns_page
 
@@ -46,10 +51,14 @@ def solve(
         write_text(page, turns_page(shown))
 
 
-def _judge(model: str, count: int, seed: int, price: float | None, threshold: float | None, as_json: bool) -> None:
-    from adi.measure.solving import solving_report
+def _judge(
+    model: str, count: int, seed: int, price: float | None, threshold: float | None, sizes: Sequence[int], as_json: bool
+) -> None:
+    from adi.measure.solving import solving_report, speed
 
-    found = solving_report(model, count, seed, price, threshold)
+    found = {"command": command_line(), **solving_report(model, count, seed, price, threshold)}
+    if sizes:
+        found["speed"] = speed(model, sizes, seed)
     console = out()
     if as_json:
         typer.echo(json.dumps(found))
@@ -61,5 +70,7 @@ def _judge(model: str, count: int, seed: int, price: float | None, threshold: fl
         f"{percent(found['accuracy_halted'], 2)} in {found['mean_turns']:.2f} turns on average",
     )
     say(console, f"rank correlation of turns with difficulty {found['rank_correlation']:.3f}")
+    for row in found.get("speed", ()):
+        say(console, f"batch of {row['batch']}: {row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})")
     rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
     console.print(table(None, ("difficulty", "mean turns", "right"), rows))

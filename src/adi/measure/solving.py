@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 from adi.decoding.looped.halting import Halted, Rule, run_halting
 from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped
 from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
+from adi.measure.statistics import clustered_median
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.pointers import NONE
 from adi.tasks.products import Batch
@@ -54,6 +57,30 @@ def solving_report(
         "by_difficulty": by_difficulty(task, drawn, halted),
         "controls": controls(model, task, drawn, halted, price),
     }
+
+
+def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15) -> list[dict[str, Any]]:
+    """How many times faster halting is than all turns, by batch size, in wall-clock time: medians of interleaved pairs after a
+    warm-up, with 95% intervals. Let nothing else run meanwhile."""
+    model = load_looped(source)
+    task = task_named(model.config.task)
+    rows = []
+    for size in sizes:
+        ids_BT = torch.tensor(task.batch(size, (seed,), test=True).ids_BT)
+        rules = halting_rule(model), halting_rule(model, False)
+        ratios = []
+        for _ in range(repeats + 1):
+            halted, full = (_seconds(model, ids_BT, rule) for rule in rules)
+            ratios.append(full / halted)
+        ratio = clustered_median([[r] for r in ratios[1:]])
+        rows.append({"batch": size, "median": ratio.median, "low": ratio.low, "high": ratio.high})
+    return rows
+
+
+def _seconds(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> float:
+    start = time.perf_counter()
+    run_halting(model, ids_BT, rule)
+    return time.perf_counter() - start
 
 
 def _run(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
