@@ -128,11 +128,10 @@ def test_reflex_stops_at_turns_of_its_own() -> None:
     for skipped in ("exact", "propagate"):
         found = adi.generate(loaded, IDS, adi.Reflex(exits, thresholds=0.3, skipped=skipped), max_new_tokens=24)
         assert len({step.depth for step in found.steps}) > 1
-    with pytest.raises(adi.errors.AdiError, match="exact"):
-        two = adi.load(network("two blocks a turn"))
-        adi.generate(
-            two, IDS, adi.Reflex(adi.bare_exits(two, (1, 2, 3)), thresholds=0.3, skipped="propagate"), max_new_tokens=9
-        )
+    two = adi.load(network("two blocks a turn"))
+    policy = adi.Reflex(adi.bare_exits(two, (1, 2, 3)), thresholds=0.3, skipped="propagate")
+    with pytest.raises(AdiError, match="exact"):
+        adi.generate(two, IDS, policy, max_new_tokens=9)
 
 
 def test_what_feeds_the_input_into_every_turn_behind_a_prelude_is_refused() -> None:
