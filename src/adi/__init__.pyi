@@ -3,11 +3,12 @@
 from adi.artifact import Exits as Exits
 from adi.artifact import bare_exits as bare_exits
 from adi.artifact import load_exits as load_exits
-from adi.decoding.looped.solve import Solved as Solved, solve as solve
 from adi.decoding.generate import BatchMemoryError as BatchMemoryError
 from adi.decoding.generate import generate as generate
 from adi.decoding.generate import generate_batch as generate_batch
 from adi.decoding.generate import stream as stream
+from adi.decoding.looped.solve import Solved as Solved
+from adi.decoding.looped.solve import solve as solve
 from adi.decoding.policies import FullDepth as FullDepth
 from adi.decoding.policies import Lookup as Lookup
 from adi.decoding.policies import Policy as Policy

@@ -29,7 +29,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     """Sizes and form of a looped model.
 
     ``core_layers`` blocks are one turn. ``causal`` False lets every place see all others. ``shifted_labels`` says whether a
-    label is the next token (a language model) or the answer at its own place. ``positions`` is "rope" or "learned".
+    label is the next token (a language model) or the answer at its own place. Learned places are by ``place_features``, lists
+    of one number per place, or one vector a place. ``positions`` is "rope" or "learned".
     ``gate_price`` gives the gate the logarithm of the price beside the state; it halts where its chance passes
     ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
@@ -56,6 +57,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         causal: bool = True,
         shifted_labels: bool = True,
         positions: str = "rope",
+        place_features: list[list[int]] | None = None,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 512,
         rms_norm_eps: float = 1e-6,
@@ -68,6 +70,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.turns, self.states, self.inner_turns = turns, states, inner_turns
         self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
+        self.place_features = place_features
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
         self.initializer_range, self.task = initializer_range, task
         self.attention_bias, self.attention_dropout, self.mlp_bias, self.hidden_act = False, 0.0, False, "silu"
@@ -157,6 +160,21 @@ class Turn(nn.Module):
         return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:]) if self.config.turn_norm else hidden_BTD
 
 
+class PlaceEmbedding(nn.Module):
+    """Learned places: the sum of one vector for each of a place's features (of a puzzle its row, column and box)."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        features = config.place_features or [list(range(config.max_position_embeddings))]
+        self.tables = nn.ModuleList(nn.Embedding(max(feature) + 1, config.hidden_size) for feature in features)
+        self.of_FT: Tensor
+        self.register_buffer("of_FT", torch.tensor(features), persistent=True)
+
+    def forward(self, places_BT: Tensor) -> Tensor:
+        found = [table(of_T[places_BT]) for table, of_T in zip(self.tables, self.of_FT, strict=True)]
+        return torch.stack(found).sum(0)
+
+
 class LoopedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = LoopedConfig
     base_model_prefix = "model"
@@ -177,7 +195,7 @@ class LoopedModel(LoopedPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = PlaceEmbedding(config)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.turn = Turn(config)
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))

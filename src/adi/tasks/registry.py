@@ -28,6 +28,11 @@ class Task(Protocol):
     def causal(self) -> bool: ...
 
     @property
+    def place_features(self) -> list[list[int]] | None:
+        """What a place of an item is, such as its row, for learned places; None for its number alone."""
+        ...
+
+    @property
     def length(self) -> int:
         """Places of an item while training."""
         ...
@@ -49,6 +54,7 @@ class Products:
     length: int = 32
     unit: Literal["place"] = "place"
     causal: bool = True
+    place_features: None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +93,11 @@ class Puzzles:
     def length(self) -> int:
         return self.game.cells
 
+    @property
+    def place_features(self) -> list[list[int]]:
+        """The row, column and box of each cell."""
+        return self.game.places
+
     def batch(self, count: int, seed: Sequence[int], *, test: bool = False) -> Batch:
         """Training and test differ by solution."""
         return self.game.batch(count, (int(test), *seed), test=test)
@@ -106,6 +117,7 @@ class Chains:
     name: str = "pointers"
     unit: Literal["item"] = "item"
     causal: bool = False
+    place_features: None = None
 
     @property
     def vocabulary(self) -> int:

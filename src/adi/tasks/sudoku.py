@@ -48,6 +48,13 @@ class Sudoku:
                 groups.setdefault(key(r, c), []).append(r * n + c)
         return tuple(map(tuple, groups.values()))
 
+    @property
+    def places(self) -> list[list[int]]:
+        """The row, the column and the box of each cell."""
+        cells = list(np.ndindex(self.size, self.size))
+        boxes = [r // self.rows * self.rows + c // self.columns for r, c in cells]
+        return [[r for r, _ in cells], [c for _, c in cells], boxes]
+
     @cached_property
     def peers(self) -> tuple[tuple[int, ...], ...]:
         """For each cell the others that share a unit with it."""

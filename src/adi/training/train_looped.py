@@ -70,7 +70,7 @@ class TrainSettings(Record, frozen=True):
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
         shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
-        shape |= {} if task.causal else {"positions": "learned"}
+        shape |= {} if task.causal else {"positions": "learned", "place_features": task.place_features}
         known = LoopedConfig().to_dict()
         if unknown := [name for name in self.model if name not in known]:
             raise UsageError(f"model.{unknown[0]} is no field of a looped model; it has {', '.join(sorted(known))}.")
