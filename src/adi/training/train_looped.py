@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from adi.errors import AdiError, FileError, UsageError
-from adi.files import write_json
+from adi.files import whole_file, write_json, write_text
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, read_json_as
@@ -161,8 +161,8 @@ class _Average(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file(self.weights, folder / f"{EMA}.tmp")
-        (folder / f"{EMA}.tmp").replace(folder / EMA)
+        with whole_file(folder / EMA) as fresh:
+            save_file(self.weights, fresh)
 
     def resume(self, folder: str) -> None:
         path = Path(folder) / EMA
@@ -210,7 +210,11 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     trainer.train(resume_from_checkpoint=last)
     if settings.ema:
         model.load_state_dict(average.weights, strict=False)
-    model.eval().save_pretrained(out)
+    model.config.use_cache, model.config.architectures = True, [LoopedForCausalLM.__name__]  # the Trainer turned the first off
+    with whole_file(out / "model.safetensors") as fresh:
+        save_file(model.state_dict(), fresh, {"format": "pt"})
+    write_text(out / "config.json", model.config.to_json_string())
+    model.eval()
     return model
 
 
