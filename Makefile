@@ -18,7 +18,6 @@ demo: $(READY)
 demo-loops: $(READY)
 	$(BIN)/adi solve products --count 512
 	$(BIN)/adi solve products
-	$(BIN)/adi solve sudoku6
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7.4 GiB of memory at once
@@ -77,7 +76,6 @@ results: peers
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --json > $(RESULTS)/loops_products.json
-	$(BIN)/adi solve sudoku6 --count 1024 --seed 1 --time 1,32,256 --json > $(RESULTS)/loops_sudoku6.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

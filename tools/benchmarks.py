@@ -272,7 +272,7 @@ def readme_table() -> str:
 
 def loops() -> str:
     """The table of docs/loops.md: one column a model."""
-    found = [load(f"loops_{name}.json") for name in ("products", "sudoku6")]
+    found = [load(path.name) for path in sorted(RESULTS.glob("loops_*.json"))]
     rows = [[label, *map(cell, found)] for label, cell in LOOP_ROWS.items()]
     commands = " and ".join(f"`{each['command']}`" for each in found)
     return f"{table(['', *(each['task'] for each in found)], rows)}\n\n{commands}; 95% intervals over items."
@@ -294,7 +294,7 @@ LOOP_ROWS: dict[str, Callable[[Result], str]] = {
     "oracle": lambda r: f"{r['controls']['oracle_accuracy']:.2%} in {r['controls']['oracle_turns']:.2f} turns",
     "area": lambda r: ", ".join(f"{name} {value:.4f}" for name, value in r["controls"]["area"].items()),
     "faster than all turns, by batch": lambda r: ", ".join(
-        f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r["speed"]
+        f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r.get("speed", ())
     ),
 }
 
