@@ -26,6 +26,7 @@ COMMANDS = (
     *("run", "chat", "trace", "plot", "inspect", "triggers"),
     *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "train", "solve"),
 )
+HOMES = {"train": "looped.train", "solve": "looped.solve"}
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -176,7 +177,9 @@ def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     program.callback()(options)
     for name in names:
-        program.command(name, cls=_Command)(with_groups(guarded(getattr(import_module(f"adi.cli.{name}"), name))))
+        program.command(name, cls=_Command)(
+            with_groups(guarded(getattr(import_module(f"adi.cli.{HOMES.get(name, name)}"), name)))
+        )
     return program
 
 
