@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from adi.decoding.looped.halting import Halted
+from adi.errors import UsageError
 from adi.measure.halting_controls import area, at_turns, curve, first_turns, interval, oracle, shuffled, signals
-from adi.measure.solving import rank_correlation, solving_report
+from adi.measure.solving import THRESHOLDS, certified, rank_correlation, solving_report
 from adi.measure.turns import turns_of, turns_page
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.tasks.registry import task_named
@@ -94,6 +95,23 @@ def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
     assert "rank correlation of turns with difficulty" in text
 
 
+def test_halting_is_certified_against_all_turns() -> None:
+    found = certified("products", 0.02, 256, 7)
+    assert found is not None
+    assert found["observed"] < 0.02
+    assert 2 < found["mean_turns"] < 4
+    assert found["threshold"] in THRESHOLDS
+    text = adi_("solve", "products", "--certify", 0.05, "--count", 128, "--seed", 7).output
+    assert "certified: at threshold" in text
+
+
+def test_what_cannot_be_certified_is_said() -> None:
+    with pytest.raises(UsageError, match="149 are needed"):
+        certified("products", 0.02, 100, 0)
+    with pytest.raises(UsageError, match="level is 2"):
+        certified("products", 2, 100, 0)
+
+
 def test_an_item_is_shown_turn_by_turn(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "turns.html"
     shown = adi_("solve", folder, "1,2,6,3", "--page", page)
@@ -110,7 +128,8 @@ def test_an_item_is_shown_turn_by_turn(folder: Path, tmp_path: Path) -> None:
     [
         (["1,9"], "9 is no id of S3"),
         (["one"], "'one' is no list of ids"),
-        (["1,2", "--count", 3], "leave the item"),
+        (["1,2", "--count", 3], "leave 1,2 out"),
+        (["--certify", 2], "level is 2"),
         (["--threshold", 2], "threshold"),
         (["--price", 0.1], "knows no price"),
     ],

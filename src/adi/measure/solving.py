@@ -12,13 +12,16 @@ from torch import Tensor
 
 from adi.decoding.looped.halting import Halted, Rule, run_halting
 from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped
+from adi.errors import UsageError
 from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
 from adi.measure.statistics import clustered_median
 from adi.model.looped import LoopedForCausalLM
+from adi.risk.bounds import learn_then_test, sequences_needed
 from adi.tasks.pointers import NONE
 from adi.tasks.products import Batch
 from adi.tasks.registry import Puzzles, Task, task_named
 
+THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # safest first
 DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
 
 
@@ -57,6 +60,33 @@ def solving_report(
         "by_difficulty": by_difficulty(task, drawn, halted),
         "controls": controls(model, task, drawn, halted, price),
     }
+
+
+def certified(source: Any, level: float, count: int, seed: int, delta: float = 0.05) -> dict[str, Any] | None:
+    """The boldest threshold of the gate whose answers differ from those of all turns in at most ``level`` of an item's places
+    (of a puzzle: of the puzzles), with probability 1 - ``delta`` over the draw of ``count`` items: Learn then Test
+    (Angelopoulos et al. 2021), thresholds from safe to bold. None where not even the safest could be shown; UsageError where
+    no number could."""
+    if not 0 < level < 1:
+        raise UsageError(f"the level is {level!r}; it is a share of answers, above 0 and below 1.")
+    if count < (fewest := sequences_needed(level, delta)):
+        raise UsageError(f"{count} items cannot certify {level:g}: at least {fewest} are needed, all without a difference.")
+    model = load_looped(source)
+    task = task_named(model.config.task)
+    drawn = task.batch(count, (seed,), test=True)
+    ids_BT = torch.tensor(drawn.ids_BT)
+    full_BT = _run(model, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
+    losses, turns = [], []
+    for threshold in THRESHOLDS:
+        found = _run(model, ids_BT, halting_rule(model, threshold=threshold))
+        differ_BT = (found.logits_BTV.argmax(-1).numpy() != full_BT) & ~_given(task, drawn)
+        losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else _by_item(differ_BT))
+        turns.append(float(found.turns_BT.float().mean()))
+    at = learn_then_test(np.array(losses), level, delta)
+    if at is None:
+        return None
+    kept = {"level": level, "delta": delta, "items": count, "seed": seed}
+    return {**kept, "threshold": THRESHOLDS[at], "observed": float(losses[at].mean()), "mean_turns": turns[at]}
 
 
 def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15) -> list[dict[str, Any]]:

@@ -247,7 +247,7 @@ class LoopedModel(LoopedPreTrainedModel):
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("give either input_ids or inputs_embeds.")
+            raise UsageError(f"give either input_ids or inputs_embeds, not {0 if input_ids is None else 2} of the two.")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def positions(self, hidden_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +288,9 @@ class HaltingGate(nn.Module):
     def forward(self, read_BTD: Tensor, price: float | Tensor | None = None) -> Tensor:
         if self.priced:
             if price is None:
-                raise UsageError("this model's gate was trained over a range of prices: give price=... in nats per full pass.")
+                raise UsageError(
+                    f"price is {price}, but this gate was trained over a range of prices; give price=..., nats for a full pass."
+                )
             logs = torch.as_tensor(price, dtype=read_BTD.dtype).log().expand(read_BTD.shape[:-1])
             read_BTD = torch.cat([read_BTD, logs[..., None]], -1)
         return self.stop(F.silu(self.hidden(read_BTD)))[..., 0]  # type: ignore[no-any-return]

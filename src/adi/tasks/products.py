@@ -66,7 +66,7 @@ class Group:
         """The ids as integers; UsageError for one that is no element and no RESET, and for none at all."""
         found = tuple(int(i) for i in ids)
         if not found:
-            raise UsageError("an item of products holds no ids; give at least one.")
+            raise UsageError(f"an item of {self.name} holds no ids; give at least one.")
         if bad := [i for i in found if not 0 <= i <= self.reset]:
             raise UsageError(f"{bad[0]} is no id of {self.name}; elements are 0 to {self.size - 1}, RESET is {self.reset}.")
         return found

@@ -91,7 +91,7 @@ def test_missing_weights_are_counted(tmp_path: Path) -> None:
         (PRODUCTS, [[1]], {"price": -1}, "price is -1"),
         (PRODUCTS, [[1]], {"most": 0}, "most is 0"),
         (PRODUCTS, [[1]], {"threshold": 2}, "threshold is 2"),
-        (made("products-S3", gate_price=True), [[1]], {}, "give price="),
+        (made("products-S3", gate_price=True), [[1]], {}, "give price=0.05"),
         (made("products-S3", task=None), [[1]], {}, "no 'task'"),
         (made("products-S3").train(), [[1]], {}, "training mode"),
         (3, [[1]], {}, "not int"),

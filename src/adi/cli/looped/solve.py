@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,16 +30,19 @@ def solve(
     time: Annotated[
         str | None, option("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes, such as 1,32.")
     ] = None,
+    certify: Annotated[
+        float | None, option("--certify", help="Bound how often halted answers differ from all turns, such as 0.02, at 95%.")
+    ] = None,
     json_out: JsonOption = False,
     page: Annotated[Path | None, option("--page", metavar="FILE", help="Write the turns as an HTML page too.")] = None,
 ) -> None:
     """Show an item being solved turn by turn, or judge a model on many: does depth follow difficulty?"""
     require_writable(page)
-    if count is not None or json_out or time is not None:
+    if count is not None or json_out or time is not None or certify is not None:
         if item is not None or page is not None:
-            raise UsageError("--count and --json judge drawn items: leave the item and --page out.")
+            raise UsageError(f"--count, --time, --certify and --json judge drawn items: leave {item or page} out.")
         sizes = () if time is None else whole_numbers("--time", time)
-        _judge(model, 256 if count is None else count, seed, price, threshold, sizes, json_out)
+        _judge(_judged(model, count or 256, seed, price, threshold, sizes, certify), json_out)
         return
     from adi.measure.turns import turns_of, turns_page
 
@@ -51,26 +54,46 @@ def solve(
         write_text(page, turns_page(shown))
 
 
-def _judge(
-    model: str, count: int, seed: int, price: float | None, threshold: float | None, sizes: Sequence[int], as_json: bool
-) -> None:
-    from adi.measure.solving import solving_report, speed
+def _judged(
+    model: str,
+    count: int,
+    seed: int,
+    price: float | None,
+    threshold: float | None,
+    sizes: Sequence[int],
+    level: float | None,
+) -> dict[str, Any]:
+    from adi.measure.solving import certified, solving_report, speed
 
-    found = {"command": command_line(), **solving_report(model, count, seed, price, threshold)}
-    if sizes:
-        found["speed"] = speed(model, sizes, seed)
+    found: dict[str, Any] = {} if level is None else {"certified": certified(model, level, count, seed)}
+    found |= {"command": command_line(), **solving_report(model, count, seed, price, threshold)}
+    return found | ({"speed": speed(model, sizes, seed)} if sizes else {})
+
+
+def _judge(found: dict[str, Any], as_json: bool) -> None:
     console = out()
     if as_json:
         typer.echo(json.dumps(found))
         return
-    say(console, f"{found['task']}: {count} test items, seed {seed}")
+    say(console, f"{found['task']}: {found['items']} test items, seed {found['seed']}")
     say(
         console,
         f"accuracy with all {found['turns']} turns {percent(found['accuracy_all_turns'], 2)}; halted by the gate "
         f"{percent(found['accuracy_halted'], 2)} in {found['mean_turns']:.2f} turns on average",
     )
     say(console, f"rank correlation of turns with difficulty {found['rank_correlation']:.3f}")
+    if "certified" in found:
+        say(console, _certificate(found["certified"]))
     for row in found.get("speed", ()):
         say(console, f"batch of {row['batch']}: {row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})")
     rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
     console.print(table(None, ("difficulty", "mean turns", "right"), rows))
+
+
+def _certificate(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "no threshold could be certified: give more items, or a higher level"
+    return (
+        f"certified: at threshold {found['threshold']} answers differ from all turns in at most {found['level']:g}, with "
+        f"{percent(1 - found['delta'])} confidence ({found['observed']:.4f} seen), in {found['mean_turns']:.2f} turns"
+    )

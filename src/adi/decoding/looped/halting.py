@@ -46,7 +46,9 @@ def require_halting(model: LoopedForCausalLM) -> None:
     """UsageError for a form of which no part can leave a pass."""
     config = model.config
     if config.coda_layers:
-        raise UsageError("this model has a coda, which reads all places at once: it runs all turns (halt=False).")
+        raise UsageError(
+            f"this model has coda_layers={config.coda_layers}, which read all places at once: run all turns (halt=False)."
+        )
     if config.causal and (config.core_layers > 1 or config.states > 1 or config.prelude_layers):
         raise UsageError(
             "places halt one by one only in a causal model of one core block and no prelude; this one has "

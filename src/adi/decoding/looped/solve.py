@@ -49,7 +49,7 @@ def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedFor
     """
     if isinstance(source, LoopedForCausalLM):
         if source.training:
-            raise ModelError("this model is in training mode; call model.eval() first.")
+            raise ModelError(f"{type(source).__name__} is in training mode; call model.eval() first.")
         return source
     if not isinstance(source, str | os.PathLike):
         raise UsageError(f"a looped model is a name, a folder or a LoopedForCausalLM, not {type(source).__name__}.")
@@ -96,7 +96,9 @@ def solve(
     """
     network = load_looped(model)
     if network.config.task is None:
-        raise ModelError("this model's config.json names no 'task', so items have no form; train it with adi train.")
+        raise ModelError(
+            f"the config.json of this {type(network).__name__} names no 'task', so items have no form; train it with adi train."
+        )
     task = task_named(network.config.task)
     rule = halting_rule(network, halt, price, most, threshold, beyond_trained)
     parsed = [task.parse(item) for item in items]
@@ -125,12 +127,10 @@ def halting_rule(
         raise UsageError(f"price is {price!r}; it is nats for a full pass, above 0 and at most 100.")
     if price is not None and not model.config.gate_price:
         raise UsageError(
-            "this model's gate knows no price (gate_price is false); leave price out, or train one with a range of prices."
+            f"price is {price!r}, but this model's gate knows no price; leave it out, or train one with highest_price."
         )
     if price is None and model.config.gate_price and halt:
-        raise UsageError(
-            "this model's gate was trained over a range of prices: give price=..., such as 0.05 nats for a full pass."
-        )
+        raise UsageError(f"price is {price}, but this model's gate was trained over a range of prices; give price=0.05, say.")
     least = model.config.halt_threshold if threshold is None else threshold
     if not 0 <= least <= 1:
         raise UsageError(f"threshold is {threshold!r}; it is a chance, from 0 to 1.")
