@@ -81,7 +81,8 @@ def test_resumed_work_counts_its_own_steps_only() -> None:
     assert out.getvalue() == "answers: 32 of 40, 80 s left\n"
 
 
-def test_a_terminal_gets_a_bar_and_no_lines() -> None:
+def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one gets no bar
     clock, out = Clock(), io.StringIO()
     with Reporter(Console(file=out, force_terminal=True), clock=clock) as progress:
         progress(1, 40, "answers [bold]")

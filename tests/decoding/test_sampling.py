@@ -302,4 +302,4 @@ def test_reflex_draws_from_the_exit_that_decides(llama: adi.Model) -> None:
 def test_looks_and_signals_are_there_when_sampling(llama: adi.Model) -> None:
     policy = policies(llama)[0]
     got = adi.generate(llama, [1, 2, 3], policy, max_new_tokens=12, logprobs=3, seed=1, **HOT)
-    assert all(step.looks[-1].depth == 6 and len(step.looks[-1].candidates) == 3 for step in got.steps)
+    assert all(step.looks[-1].depth == 6 and len(step.looks[-1].candidates) in (3, 4) for step in got.steps)

@@ -78,7 +78,20 @@ def test_a_batch_that_fails_is_a_line_of_its_own(tiny_folder: Path, monkeypatch:
 def test_the_command_prints_a_table(tiny_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"the fox number {i}"}) for i in range(4)))
-    args = ["bench", str(tiny_folder), "--prompts", str(prompts), "--modes", "full", "-n", "4", "--threads", "1"]
+    args = [
+        "bench",
+        str(tiny_folder),
+        "--prompts",
+        str(prompts),
+        "--modes",
+        "full",
+        "-n",
+        "4",
+        "--threads",
+        "1",
+        "--precision",
+        "fp32",
+    ]
     done = CliRunner().invoke(app, [*args, "--batch", "2", "--restarts", "2"])
     assert done.exit_code == 0, done.output
     table = done.stdout[done.stdout.index("batch") :]

@@ -266,7 +266,7 @@ def test_tune_gives_a_drafter_to_exits_that_are_kept(sharp: adi.Model, tmp_path:
     foreign = replace(mine, base="another model")
     with pytest.raises(ValueError, match="belong to"):
         tune(sharp, tmp_path / "c", [PROMPTS], options, keep=foreign)
-    with pytest.raises(ValueError, match="warm start needs"):
+    with pytest.raises(ValueError, match="it needs exits that have a drafter"):
         tune(sharp, tmp_path / "b", [PROMPTS], replace(options, warm_start=True), keep=mine)
     again = tune(sharp, tmp_path / "a", [PROMPTS], replace(options, warm_start=True, drafter_epochs=1), keep=saved)
     assert again.drafter is not None

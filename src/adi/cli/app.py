@@ -46,12 +46,21 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             console = err()
             console.print("error: ", style="bold red", end="")
             say(console, error)
+            _drop_unwritten()
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             say(err(), "\nstopped. Files that were finished are kept; adi tune and adi bench --json resume from them.")
             raise typer.Exit(130) from None
 
     return run_guarded
+
+
+def _drop_unwritten() -> None:
+    """Let go of what standard output could not take, on a full disk: Python would try again at its end, and fail with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

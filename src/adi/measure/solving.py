@@ -19,7 +19,7 @@ from adi.model.looped import LoopedForCausalLM
 from adi.risk.bounds import learn_then_test, sequences_needed
 from adi.tasks.pointers import NONE
 from adi.tasks.products import Batch
-from adi.tasks.registry import Puzzles, Task, task_named
+from adi.tasks.registry import Problem, Puzzles, task_named
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # safest first
 DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
@@ -123,7 +123,7 @@ def _by_item(values: np.ndarray) -> np.ndarray:
     return np.asarray(values.reshape(len(values), -1).mean(1))
 
 
-def controls(model: LoopedForCausalLM, task: Task, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
+def controls(model: LoopedForCausalLM, task: Problem, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
     """Random halting with the same turns, the oracle, and the areas of the gate and of other signals."""
     answers_RBT, found = signals(model, torch.tensor(drawn.ids_BT), price)
     right_RBT = (answers_RBT == drawn.labels_BT) | _given(task, drawn)
@@ -143,23 +143,23 @@ def controls(model: LoopedForCausalLM, task: Task, drawn: Batch, halted: Halted,
     }
 
 
-def right(task: Task, drawn: Batch, found: Halted) -> np.ndarray:
+def right(task: Problem, drawn: Batch, found: Halted) -> np.ndarray:
     """Which places are right, or which items, ``[B]``, where these halt as a whole (blanks only count)."""
     same_BT = found.logits_BTV.argmax(-1).numpy() == drawn.labels_BT
     return np.asarray(same_BT if task.unit == "place" else np.all(same_BT | _given(task, drawn), -1))
 
 
-def _given(task: Task, drawn: Batch) -> np.ndarray:
+def _given(task: Problem, drawn: Batch) -> np.ndarray:
     """Places of an item that nobody asks about: a puzzle's clues, and those without an answer."""
     return np.asarray((drawn.labels_BT == NONE) | (isinstance(task, Puzzles) & (drawn.ids_BT > 0)))
 
 
-def accuracy(task: Task, drawn: Batch, found: Halted) -> float:
+def accuracy(task: Problem, drawn: Batch, found: Halted) -> float:
     """The share of places, or of items, that are right."""
     return float(right(task, drawn, found).mean())
 
 
-def rank_correlation(task: Task, drawn: Batch, found: Halted) -> float:
+def rank_correlation(task: Problem, drawn: Batch, found: Halted) -> float:
     """Between turns and log difficulty: partial given the place, or plain over items."""
     if task.unit == "item":
         return _spearman(found.turns_BT[:, 0].numpy(), drawn.difficulty_BT[:, 0])
@@ -175,7 +175,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return 0.0 if a.min() == a.max() or b.min() == b.max() else float(spearmanr(a, b).statistic)
 
 
-def by_difficulty(task: Task, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
+def by_difficulty(task: Problem, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
     """Mean turns and accuracy by distance to the last RESET, or by level of technique."""
     turns, good = found.turns_BT.numpy(), right(task, drawn, found)
     hard = drawn.difficulty_BT

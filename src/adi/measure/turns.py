@@ -11,7 +11,7 @@ from adi.decoding.looped.halting import Rule, run_halting
 from adi.decoding.looped.solve import halting_rule, load_looped
 from adi.errors import UsageError
 from adi.measure.pages import render
-from adi.tasks.registry import Puzzles, Task, task_named
+from adi.tasks.registry import Problem, Puzzles, task_named
 
 SURE = 0.9  # an answer of at least this probability is shown as sure
 
@@ -21,7 +21,7 @@ class Turns:
     """``answers_RT`` and their probabilities ``sure_RT`` after each turn, up to the last that any place took; ``halted_T`` is
     the turn at which each place halted."""
 
-    task: Task
+    task: Problem
     item: tuple[int, ...]
     answers_RT: list[list[int]]
     sure_RT: list[list[float]]
@@ -93,7 +93,7 @@ def turns_of(source: Any, item: str | None, seed: int = 0, price: float | None =
     return Turns(task, chosen, [f.indices.tolist() for f in found], [f.values.tolist() for f in found], halted_T, rule.most)
 
 
-def _item(task: Task, item: str | None, seed: int) -> tuple[int, ...]:
+def _item(task: Problem, item: str | None, seed: int) -> tuple[int, ...]:
     if item is None:
         return tuple(task.batch(1, (seed,), test=True).ids_BT[0].tolist())
     if isinstance(task, Puzzles):

@@ -12,7 +12,7 @@ from adi.tasks.products import GROUPS, Batch, Group
 from adi.tasks.sudoku import GAMES, Sudoku
 
 
-class Task(Protocol):
+class Problem(Protocol):
     """Items with known answers. ``unit``: whether a place halts on its own, or an item as a whole."""
 
     @property
@@ -142,11 +142,11 @@ def _ids(name: str, item: Any) -> list[Any]:
     return list(item)
 
 
-_ALL: list[Task] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains()]
+_ALL: list[Problem] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains()]
 TASKS = {task.name: task for task in _ALL}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> Problem:
     """The task of that name; UsageError names those that exist."""
     if name not in TASKS:
         raise UsageError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}.")

@@ -22,7 +22,7 @@ from adi.files import whole_file, write_json, write_text
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, read_json_as
-from adi.tasks.registry import Task, task_named
+from adi.tasks.registry import Problem, task_named
 from adi.training.price import OBJECTIVES, Price, costs
 
 EMA = "ema.safetensors"
@@ -66,7 +66,7 @@ class TrainSettings(Record, frozen=True):
         ramp = min(1.0, max(0.0, (done - self.even) / self.ramp)) if self.ramp else float(done >= self.even)
         return ramp, 1 - (1 - self.floor) * ramp, done >= 1 - self.gate_only
 
-    def config(self, task: Task) -> LoopedConfig:
+    def config(self, task: Problem) -> LoopedConfig:
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
         shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
@@ -81,7 +81,7 @@ class TrainSettings(Record, frozen=True):
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Batch number n of a run, the same whenever it is asked for."""
 
-    task: Task
+    task: Problem
     settings: TrainSettings
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
 class PriceTrainer(Trainer):  # type: ignore[misc]
     """A ``Trainer`` whose loss is an objective of ``training.price`` over the turns of a looped model."""
 
-    def __init__(self, task: Task, settings: TrainSettings, **kwargs: Any) -> None:
+    def __init__(self, task: Problem, settings: TrainSettings, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task, self.settings = task, settings
         self.latest: dict[str, float] = {}

@@ -17,7 +17,7 @@ from adi.errors import FileError, ModelError, UsageError
 from adi.files import expanded, package_data
 from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedForCausalLM
-from adi.tasks.registry import Chains, Puzzles, Task, task_named
+from adi.tasks.registry import Chains, Problem, Puzzles, task_named
 
 ITEMS_AT_ONCE = 256  # of one pass
 
@@ -146,7 +146,7 @@ def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
         yield from (numbers[i : i + ITEMS_AT_ONCE] for i in range(0, len(numbers), ITEMS_AT_ONCE))
 
 
-def _solved(task: Task, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor) -> Solved:
+def _solved(task: Problem, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor) -> Solved:
     if isinstance(task, Puzzles):
         filled = [given or int(answer) for given, answer in zip(item, answers_T.tolist(), strict=True)]
         return Solved(task.game.text(filled), int(turns_T[0]), float(sure_T.min()))
