@@ -20,7 +20,7 @@ demo-loops: $(READY)
 	$(BIN)/adi solve products
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7.4 GiB of memory at once
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7 GiB of memory at once
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -75,7 +75,7 @@ results: peers
 	$(BENCH) --limit 8 --modes full --precision int4,int8,fp32 --batch 8 --repeats 3 --json $(RESULTS)/batch.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
-	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --json > $(RESULTS)/loops_products.json
+	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --json > $(RESULTS)/loops_products.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed
