@@ -294,7 +294,8 @@ LOOP_ROWS: dict[str, Callable[[Result], str]] = {
     "oracle": lambda r: f"{r['controls']['oracle_accuracy']:.2%} in {r['controls']['oracle_turns']:.2f} turns",
     "area": lambda r: ", ".join(f"{name} {value:.4f}" for name, value in r["controls"]["area"].items()),
     "certified to differ from all turns in at most 2%": lambda r: (
-        f"{c['mean_turns']:.2f} turns (threshold {c['threshold']}; {c['observed']:.2%} seen)" if (c := r.get("certified")) else ""
+        f"{r['certified']['mean_turns']:.2f} turns (threshold {r['certified']['threshold']}, "
+        f"{r['certified']['observed']:.2%} seen)"
     ),
     "faster than all turns in wall-clock time, by batch": lambda r: ", ".join(
         f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r.get("speed", ())
