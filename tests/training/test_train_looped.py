@@ -9,7 +9,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from adi.decoding.looped.solve import load_looped
 from adi.errors import AdiError, FileError, UsageError
+from adi.model.looped import LoopedForCausalLM
+from adi.tasks.registry import task_named
 from adi.training.train_looped import PriceTrainer, TrainSettings, drawn_price, train_looped
 
 TINY = TrainSettings(
@@ -33,9 +36,29 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("objective", ["price", "plsd", "ouro", "pondernet", "act", "trm"])
 def test_every_objective_trains(objective: Any, tmp_path: Path) -> None:
-    model = train_looped(replace(TINY, objective=objective, steps=4), tmp_path)
+    settings = replace(TINY, objective=objective, steps=4, gate_only=0.0)
+    model = train_looped(settings, tmp_path)
     assert not model.training
     assert model.config.task == "products-S3"
+    torch.manual_seed(settings.seed)
+    fresh = dict(LoopedForCausalLM(model.config).named_parameters())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, fresh[name])}
+    assert "gate.stop.bias" in moved, "the gate learned nothing"
+    assert "model.turn.inject.weight" in moved, "the trunk learned nothing"
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """An element right after a RESET is itself: learned in seconds, where chance is one in six."""
+    model = train_looped(replace(TINY, steps=400, batch=16, learning_rate=1e-2, save_every=400, ema=0.9), tmp_path)
+    drawn = task_named("products-S3").batch(64, (0,), test=True)
+    answers = model(torch.tensor(drawn.ids_BT)).logits.argmax(-1).numpy()
+    near = drawn.difficulty_BT <= 1
+    assert (answers == drawn.labels_BT)[near].mean() > 0.8
+
+
+def test_what_was_trained_is_what_was_saved(tmp_path: Path) -> None:
+    model = train_looped(replace(TINY, steps=2), tmp_path)
+    assert same(load_looped(tmp_path), model)
     assert all(torch.isfinite(p).all() for p in values(model))
 
 

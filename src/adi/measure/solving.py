@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adi.decoding.looped.halting import Halted, Rule, run_halting
-from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped
+from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped, task_of
 from adi.errors import UsageError
 from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
 from adi.measure.statistics import clustered_median
@@ -19,7 +19,7 @@ from adi.model.looped import LoopedForCausalLM
 from adi.risk.bounds import learn_then_test, sequences_needed
 from adi.tasks.pointers import NONE
 from adi.tasks.products import Batch
-from adi.tasks.registry import Problem, Puzzles, task_named
+from adi.tasks.registry import Problem, Puzzles
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # safest first
 DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
@@ -36,7 +36,7 @@ def solving_report(
     of the gate and of other signals. Intervals are of 95%, bootstrapped over items.
     """
     model = load_looped(source)
-    task = task_named(model.config.task)
+    task = task_of(model)
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
     rule = halting_rule(model, True, price, threshold=threshold)
@@ -72,7 +72,7 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
     if count < (fewest := sequences_needed(level, delta)):
         raise UsageError(f"{count} items cannot certify {level:g}: at least {fewest} are needed, all without a difference.")
     model = load_looped(source)
-    task = task_named(model.config.task)
+    task = task_of(model)
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
     full_BT = _run(model, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
@@ -93,7 +93,7 @@ def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15) -> li
     """How many times faster halting is than all turns, by batch size, in wall-clock time: medians of interleaved pairs after a
     warm-up, with 95% intervals. Let nothing else run meanwhile."""
     model = load_looped(source)
-    task = task_named(model.config.task)
+    task = task_of(model)
     rows = []
     for size in sizes:
         ids_BT = torch.tensor(task.batch(size, (seed,), test=True).ids_BT)
@@ -176,7 +176,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def by_difficulty(task: Problem, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
-    """Mean turns and accuracy by distance to the last RESET, or by level of technique."""
+    """Mean turns and accuracy by distance to the last RESET, or by the number of blanks or hops."""
     turns, good = found.turns_BT.numpy(), right(task, drawn, found)
     hard = drawn.difficulty_BT
     bounds = DISTANCES

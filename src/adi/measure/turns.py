@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from adi.decoding.looped.halting import Rule, run_halting
-from adi.decoding.looped.solve import halting_rule, load_looped
+from adi.decoding.looped.solve import halting_rule, load_looped, task_of
 from adi.errors import UsageError
 from adi.measure.pages import render
-from adi.tasks.registry import Problem, Puzzles, task_named
+from adi.tasks.registry import Problem, Puzzles
 
 SURE = 0.9  # an answer of at least this probability is shown as sure
 
@@ -82,7 +82,7 @@ class Turns:
 def turns_of(source: Any, item: str | None, seed: int = 0, price: float | None = None, threshold: float | None = None) -> Turns:
     """An item, by default a test item drawn from ``seed``, turn by turn."""
     model = load_looped(source)
-    task = task_named(model.config.task)
+    task = task_of(model)
     chosen = _item(task, item, seed)
     rule = halting_rule(model, True, price, threshold=threshold)
     ids_BT = torch.tensor([chosen])

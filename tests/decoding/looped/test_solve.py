@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,30 @@ def test_a_folder_is_a_model_and_a_damaged_one_is_named(tmp_path: Path) -> None:
         load_looped(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"hidden_size": "x"}, "cannot be read"),
+        ({"task": "products-D4"}, "no model of products-D4: vocab_size 7 and causal True are not 9 and True"),
+        ({"task": "chess"}, "no task 'chess'"),
+        ({"turns": 0}, "turns=0"),
+    ],
+)
+def test_a_changed_configuration_is_named(changed: dict[str, Any], match: str, tmp_path: Path) -> None:
+    PRODUCTS.save_pretrained(tmp_path)
+    page = tmp_path / "config.json"
+    page.write_text(json.dumps({**json.loads(page.read_text()), **changed}))
+    with pytest.raises(AdiError, match=match):
+        solve(tmp_path, [[1]])
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    import numpy as np
+
+    found = solve(PRODUCTS, [[1, 2]], most=np.int64(2), threshold=np.float32(1.0))
+    assert found[0].turns == [2, 2]
+
+
 def test_missing_weights_are_counted(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -88,8 +113,8 @@ def test_missing_weights_are_counted(tmp_path: Path) -> None:
         (SUDOKU, ["12"], {}, "has 2 characters"),
         (SUDOKU, [[1]], {}, "a text of 36 characters, not list"),
         (PRODUCTS, [[1]], {"price": 0.1}, "knows no price"),
-        (PRODUCTS, [[1]], {"price": -1}, "price is -1"),
-        (PRODUCTS, [[1]], {"most": 0}, "most is 0"),
+        (PRODUCTS, [[1]], {"price": -1}, "price is -1; it must be a number above 0"),
+        (PRODUCTS, [[1]], {"most": 0}, "most is 0; it must be a whole number of at least 1"),
         (PRODUCTS, [[1]], {"threshold": 2}, "threshold is 2"),
         (made("products-S3", gate_price=True), [[1]], {}, "give price=0.05"),
         (made("products-S3", task=None), [[1]], {}, "no 'task'"),

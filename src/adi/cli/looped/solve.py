@@ -16,7 +16,7 @@ from adi.files import require_writable, write_text
 
 
 def solve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="products, sudoku6, or a folder of adi train.")] = "products",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="products, or a folder of adi train.")] = "products",
     item: Annotated[
         str | None, typer.Argument(metavar="ITEM", help="A puzzle, or ids with commas; by default one is drawn.")
     ] = None,

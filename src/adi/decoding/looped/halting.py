@@ -39,7 +39,8 @@ class Rule:
         if self.threshold is None:
             return torch.zeros(read_NTD.shape[: 2 if model.config.causal else 1], dtype=torch.bool)
         halt = model.gate(read_NTD, self.price)
-        return (halt if model.config.causal else halt.mean(-1)).sigmoid() > self.threshold  # type: ignore[no-any-return]
+        chance: Tensor = (halt if model.config.causal else halt.mean(-1)).sigmoid()
+        return chance > self.threshold
 
 
 def require_halting(model: LoopedForCausalLM) -> None:
@@ -85,13 +86,13 @@ def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     return Halted(logits, turns)
 
 
-def _inputs(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, object]]:
+def _inputs(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
     decoder = model.model
     given_BTD = decoder.embed_tokens(ids_BT)
     places = torch.arange(ids_BT.shape[1])[None]
     if model.config.positions == "learned":
         given_BTD = given_BTD + decoder.embed_positions(places)
-    attention: dict[str, object] = {"position_embeddings": decoder.positions(given_BTD, places), "attention_mask": None}
+    attention: dict[str, Any] = {"position_embeddings": decoder.positions(given_BTD, places), "attention_mask": None}
     for i, block in enumerate(decoder.prelude):
         given_BTD = block(given_BTD, i, **attention)
     return given_BTD, attention
@@ -129,8 +130,7 @@ class _Places:
         self.heads: int = model.config.num_attention_heads
         self.size: int = model.config.hidden_size // self.heads
         given_BTD, attention = _inputs(model, ids_BT)
-        cosines_sines: tuple[Tensor, Tensor] = attention["position_embeddings"]  # type: ignore[assignment]
-        self.cos_TD, self.sin_TD = (part[0] for part in cosines_sines)
+        self.cos_TD, self.sin_TD = (part[0] for part in attention["position_embeddings"])
         B, T = ids_BT.shape
         self.keys, self.values = (torch.zeros(B, self.heads, T, self.size) for _ in range(2))
         self.sequence_N, self.place_N = (
@@ -164,12 +164,13 @@ class _Places:
         attention = self.block.self_attn
         cos, sin = self.cos_TD[self.place_N], self.sin_TD[self.place_N]
         heads = (-1, self.heads, self.size)
+        queries: Tensor
         queries, keys = apply_rotary_pos_emb(
             attention.q_proj(normed_ND).view(heads), attention.k_proj(normed_ND).view(heads), cos, sin
         )
         self.keys[self.sequence_N, :, self.place_N] = keys
         self.values[self.sequence_N, :, self.place_N] = attention.v_proj(normed_ND).view(heads)
-        return queries  # type: ignore[no-any-return]
+        return queries
 
     def _keep(self, open_N: Tensor) -> None:
         self.sequence_N, self.place_N, self.given_ND = self.sequence_N[open_N], self.place_N[open_N], self.given_ND[open_N]
@@ -185,4 +186,5 @@ class _Places:
         places[of_N, at_N] = self.place_N
         mask = torch.arange(self.shape[1]) <= places[:, None, :, None]
         found = F.scaled_dot_product_attention(padded, self.keys[sequences], self.values[sequences], attn_mask=mask)
-        return self.block.self_attn.o_proj(found[of_N, :, at_N].flatten(1))  # type: ignore[no-any-return]
+        mixed_ND: Tensor = self.block.self_attn.o_proj(found[of_N, :, at_N].flatten(1))
+        return mixed_ND

@@ -9,13 +9,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from adi.arguments import real, whole
 from adi.decoding.looped.halting import Rule, run_halting
 from adi.errors import FileError, ModelError, UsageError
 from adi.files import expanded, package_data
-from adi.model.hub import quiet_transformers
+from adi.model.hub import first_line, quiet_transformers
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import Chains, Problem, Puzzles, task_named
 
@@ -43,7 +43,7 @@ def shipped_looped() -> list[str]:
 
 
 def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
-    """A looped model by name ("products", "sudoku6"), from a folder, or as it is; in evaluation mode.
+    """A looped model by name ("products"), from a folder, or as it is; in evaluation mode.
 
     FileError for an unknown name and a folder without a model; ModelError for one that is not looped or lacks weights.
     """
@@ -61,12 +61,28 @@ def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedFor
     try:
         with quiet_transformers():
             model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"the looped model in {folder} cannot be read: {first}") from None
+    except Exception as error:  # readers of foreign files raise what they like
+        raise ModelError(f"the looped model in {folder} cannot be read: {first_line(error)}") from None
     if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise ModelError(f"the looped model in {folder} lacks {len(lacks)} weights, among them {lacks[0]}.")
-    return model.eval()  # type: ignore[no-any-return]
+    found: LoopedForCausalLM = model.eval()
+    return found
+
+
+def task_of(model: LoopedForCausalLM) -> Problem:
+    """The task that a model was trained on; ModelError where it names none, or one that does not fit its sizes."""
+    config = model.config
+    if config.task is None:
+        raise ModelError(
+            f"the config.json of this {type(model).__name__} names no 'task', so items have no form; train it with adi train."
+        )
+    task = task_named(config.task)
+    if (config.vocab_size, config.causal) != (task.vocabulary, task.causal):
+        raise ModelError(
+            f"the model is no model of {task.name}: vocab_size {config.vocab_size} and causal {config.causal} are not "
+            f"{task.vocabulary} and {task.causal}."
+        )
+    return task
 
 
 def solve(
@@ -82,10 +98,9 @@ def solve(
     """Answer items of a looped model's task.
 
     Args:
-        model: "products" or "sudoku6" (shipped), a folder of ``adi train``, or a ``LoopedForCausalLM``.
+        model: a shipped one by name ("products"), a folder of ``adi train``, or a ``LoopedForCausalLM``.
         items: of products lists of ids (0 to 5 the permutations of (0, 1, 2) in lexicographic order, 6 RESET); of a sudoku
-        texts
-            of one character per cell, "." for a blank.
+            texts of one character per cell, "." for a blank; of pointers lists of ids.
         halt: whether an answer stands as soon as the gate halts; False runs all turns.
         price: nats for a full pass, for a gate that was trained over a range of prices.
         most: turns at most; those that the model was trained for, if fewer, unless ``beyond_trained``.
@@ -95,11 +110,7 @@ def solve(
         UsageError: an item that is none of the task's, no task, a price or number of turns that the model does not know.
     """
     network = load_looped(model)
-    if network.config.task is None:
-        raise ModelError(
-            f"the config.json of this {type(network).__name__} names no 'task', so items have no form; train it with adi train."
-        )
-    task = task_named(network.config.task)
+    task = task_of(network)
     rule = halting_rule(network, halt, price, most, threshold, beyond_trained)
     parsed = [task.parse(item) for item in items]
     found: dict[int, Solved] = {}
@@ -121,19 +132,17 @@ def halting_rule(
     beyond_trained: bool = False,
 ) -> Rule:
     """The rule of these options; UsageError for one that has no meaning for this model."""
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise UsageError(f"most is {most!r}; it is a number of turns, at least 1.")
-    if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price <= 100):
-        raise UsageError(f"price is {price!r}; it is nats for a full pass, above 0 and at most 100.")
+    most = whole("most", most, 1)
+    if price is not None:
+        price = real("price", price, "above 0 and at most 100, nats for a full pass", lambda p: 0 < p <= 100)
     if price is not None and not model.config.gate_price:
         raise UsageError(
             f"price is {price!r}, but this model's gate knows no price; leave it out, or train one with highest_price."
         )
     if price is None and model.config.gate_price and halt:
         raise UsageError(f"price is {price}, but this model's gate was trained over a range of prices; give price=0.05, say.")
-    least = model.config.halt_threshold if threshold is None else threshold
-    if not 0 <= least <= 1:
-        raise UsageError(f"threshold is {threshold!r}; it is a chance, from 0 to 1.")
+    chance = model.config.halt_threshold if threshold is None else threshold
+    least = real("threshold", chance, "from 0 to 1, a chance", lambda t: 0 <= t <= 1)
     turns = most if beyond_trained else min(most, model.config.turns)
     return Rule(least if halt else None, turns, price)
 
