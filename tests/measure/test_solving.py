@@ -132,6 +132,8 @@ def test_an_item_is_shown_turn_by_turn(folder: Path, tmp_path: Path) -> None:
         (["--certify", 2], "level is 2"),
         (["--threshold", 2], "threshold"),
         (["--price", 0.1], "knows no price"),
+        (["--starts", 3], "--starts 3 races many items"),
+        (["--starts", 3, "--count", 4], "starts is 3, a race"),
     ],
 )
 def test_what_cannot_be_solved_is_refused(folder: Path, arguments: list[object], match: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adi.decoding.looped.halting import Halted, Rule, run_halting
-from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped, task_of
+from adi.decoding.looped.halting import Halted, Rule
+from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped, run_rule, task_of
 from adi.errors import UsageError
 from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
 from adi.measure.statistics import clustered_median
@@ -25,10 +25,8 @@ THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # s
 DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
 
 
-def solving_report(
-    source: Any, count: int, seed: int, price: float | None = None, threshold: float | None = None
-) -> dict[str, Any]:
-    """Test items drawn from ``seed``, as ``adi solve --json`` prints it.
+def solving_report(source: Any, count: int, seed: int, price: float | None = None, **halting: Any) -> dict[str, Any]:
+    """Test items drawn from ``seed``, as ``adi solve --json`` prints it; ``halting`` are options of ``halting_rule``.
 
     ``accuracy`` is of places (products) or of whole items; ``by_turn`` that of each fixed number of turns of the same network;
     ``rank_correlation`` is Spearman's between turns and the logarithm of difficulty, partial given the place for products.
@@ -39,15 +37,17 @@ def solving_report(
     task = task_of(model)
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
-    rule = halting_rule(model, True, price, threshold=threshold)
-    halted = _run(model, ids_BT, rule)
-    fixed = [_run(model, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
+    rule = halting_rule(model, True, price, **halting)
+    halted = _run(model, task, ids_BT, rule)
+    fixed = [_run(model, task, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
     good = right(task, drawn, halted)
     return {
         "task": task.name,
         "seed": seed,
         "items": count,
         "threshold": rule.threshold,
+        "verified": rule.verified,
+        "starts": rule.starts,
         "turns": rule.most,
         "accuracy_all_turns": accuracy(task, drawn, fixed[-1]),
         "accuracy_all_turns_interval": interval(_by_item(right(task, drawn, fixed[-1]))),
@@ -62,7 +62,7 @@ def solving_report(
     }
 
 
-def certified(source: Any, level: float, count: int, seed: int, delta: float = 0.05) -> dict[str, Any] | None:
+def certified(source: Any, level: float, count: int, seed: int, delta: float = 0.05, **halting: Any) -> dict[str, Any] | None:
     """The boldest threshold of the gate whose answers differ from those of all turns in at most ``level`` of an item's places
     (of a puzzle: of the puzzles), with probability 1 - ``delta`` over the draw of ``count`` items: Learn then Test
     (Angelopoulos et al. 2021), thresholds from safe to bold. None where not even the safest could be shown; UsageError where
@@ -75,10 +75,10 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
     task = task_of(model)
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
-    full_BT = _run(model, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
+    full_BT = _run(model, task, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
     losses, turns = [], []
     for threshold in THRESHOLDS:
-        found = _run(model, ids_BT, halting_rule(model, threshold=threshold))
+        found = _run(model, task, ids_BT, halting_rule(model, **{**halting, "threshold": threshold}))
         differ_BT = (found.logits_BTV.argmax(-1).numpy() != full_BT) & ~_given(task, drawn)
         losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else _by_item(differ_BT))
         turns.append(float(found.turns_BT.float().mean()))
@@ -89,7 +89,7 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
     return {**kept, "threshold": THRESHOLDS[at], "observed": float(losses[at].mean()), "mean_turns": turns[at]}
 
 
-def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15) -> list[dict[str, Any]]:
+def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15, **halting: Any) -> list[dict[str, Any]]:
     """How many times faster halting is than all turns, by batch size, in wall-clock time: medians of interleaved pairs after a
     warm-up, with 95% intervals. Let nothing else run meanwhile."""
     model = load_looped(source)
@@ -97,24 +97,24 @@ def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15) -> li
     rows = []
     for size in sizes:
         ids_BT = torch.tensor(task.batch(size, (seed,), test=True).ids_BT)
-        rules = halting_rule(model), halting_rule(model, False)
+        rules = halting_rule(model, **halting), halting_rule(model, False)
         ratios = []
         for _ in range(repeats + 1):
-            halted, full = (_seconds(model, ids_BT, rule) for rule in rules)
+            halted, full = (_seconds(model, task, ids_BT, rule) for rule in rules)
             ratios.append(full / halted)
         ratio = clustered_median([[r] for r in ratios[1:]])
         rows.append({"batch": size, "median": ratio.median, "low": ratio.low, "high": ratio.high})
     return rows
 
 
-def _seconds(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> float:
+def _seconds(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> float:
     start = time.perf_counter()
-    run_halting(model, ids_BT, rule)
+    run_rule(model, task, ids_BT, rule)
     return time.perf_counter() - start
 
 
-def _run(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    parts = [run_halting(model, part, rule) for part in ids_BT.split(ITEMS_AT_ONCE)]
+def _run(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
+    parts = [run_rule(model, task, part, rule) for part in ids_BT.split(ITEMS_AT_ONCE)]
     return Halted(torch.cat([p.logits_BTV for p in parts]), torch.cat([p.turns_BT for p in parts]))
 
 

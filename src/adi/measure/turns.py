@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adi.decoding.looped.halting import Rule, run_halting
-from adi.decoding.looped.solve import halting_rule, load_looped, task_of
+from adi.decoding.looped.solve import halting_rule, load_looped, run_rule, task_of
 from adi.errors import UsageError
 from adi.measure.pages import render
 from adi.tasks.registry import Problem, Puzzles
@@ -79,14 +79,14 @@ class Turns:
         return [*found, self.summary()]
 
 
-def turns_of(source: Any, item: str | None, seed: int = 0, price: float | None = None, threshold: float | None = None) -> Turns:
-    """An item, by default a test item drawn from ``seed``, turn by turn."""
+def turns_of(source: Any, item: str | None, seed: int = 0, **halting: Any) -> Turns:
+    """An item, by default a test item drawn from ``seed``, turn by turn; ``halting`` are options of ``halting_rule``."""
     model = load_looped(source)
     task = task_of(model)
     chosen = _item(task, item, seed)
-    rule = halting_rule(model, True, price, threshold=threshold)
+    rule = halting_rule(model, **halting)
     ids_BT = torch.tensor([chosen])
-    halted_T = run_halting(model, ids_BT, rule).turns_BT[0].tolist()
+    halted_T = run_rule(model, task, ids_BT, rule).turns_BT[0].tolist()
     found = [
         run_halting(model, ids_BT, Rule(None, turn)).logits_BTV[0].softmax(-1).max(-1) for turn in range(1, max(halted_T) + 1)
     ]

@@ -185,7 +185,7 @@ class Sudoku:
         ids, labels = np.empty((0, self.cells), np.int64), np.empty((0, self.cells), np.int64)
         while len(ids) < count:
             chosen = dice.integers(0, len(boards_PC), 2 * count)
-            cells, digits = self._symmetries(2 * count, dice)
+            cells, digits = self.symmetries(2 * count, dice)
             board = np.take_along_axis(digits, np.take_along_axis(boards_PC[chosen], cells, 1), 1)
             solution = np.take_along_axis(digits, np.take_along_axis(solutions_PC[chosen], cells, 1), 1)
             kept = self.is_test(solution) == test
@@ -193,7 +193,7 @@ class Sudoku:
         ids, labels = ids[:count], labels[:count]
         return Batch(ids, labels, np.broadcast_to((ids == 0).sum(1, keepdims=True), ids.shape))
 
-    def _symmetries(self, count: int, dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def symmetries(self, count: int, dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Where each cell's content comes from, ``[count, cells]``, and what each digit becomes, ``[count, size + 1]``."""
 
         def lines(bands: int, inside: int) -> np.ndarray:

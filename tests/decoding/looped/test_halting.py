@@ -31,9 +31,18 @@ def ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @settings(max_examples=25)
-@given(st.booleans(), st.integers(0, 9), st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.3, 0.5, 0.6, 0.99]))
-def test_leaving_the_pass_changes_nothing(causal: bool, seed: int, count: int, length: int, threshold: float) -> None:
-    model, ids_BT, rule = gated(causal, seed), ids(count, length, seed), Rule(threshold, 6)
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 9),
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.sampled_from([0.3, 0.5, 0.6, 0.99]),
+)
+def test_leaving_the_pass_changes_nothing(
+    causal: bool, verified: bool, seed: int, count: int, length: int, threshold: float
+) -> None:
+    model, ids_BT, rule = gated(causal, seed), ids(count, length, seed), Rule(threshold, 6, verified=verified)
     fast, slow = run_halting(model, ids_BT, rule), run_masked(model, ids_BT, rule)
     assert torch.equal(fast.turns_BT, slow.turns_BT)
     assert torch.allclose(fast.logits_BTV, slow.logits_BTV, atol=1e-4)
@@ -48,6 +57,38 @@ def test_many_items_are_each_alone(causal: bool) -> None:
         assert torch.equal(alone.turns_BT[0], together.turns_BT[i])
         assert torch.allclose(alone.logits_BTV[0], together.logits_BTV[i], atol=1e-4)
     assert len(together.turns_BT.unique()) > 1
+
+
+def test_a_verified_item_halts_once_the_turn_after_has_repeated_its_answer() -> None:
+    model, ids_BT, asked_BT = gated(False, 3), ids(24, 3), torch.tensor([[True, True, False]]).expand(24, 3)
+    every = model(ids_BT, output_turns=True)
+    chance_RB = every.halt_logits.mean(-1).sigmoid()
+    answers_RBT = every.turn_logits.argmax(-1) * asked_BT
+    found = run_halting(model, ids_BT, Rule(0.5, 6, verified=True), asked_BT)
+    plain = run_halting(model, ids_BT, Rule(0.5, 6))
+    for item in range(24):
+        fires = [t for t in range(1, 6) if chance_RB[t - 1, item] > 0.5]
+        stands = [t + 1 for t in fires if torch.equal(answers_RBT[t - 1, item], answers_RBT[t, item])]
+        assert found.turns_BT[item].tolist() == [stands[0] if stands else 6] * 3
+    assert (found.turns_BT > plain.turns_BT).any()
+    assert len(found.turns_BT.unique()) > 2
+
+
+def test_the_first_start_to_halt_wins_and_all_of_its_item_leave() -> None:
+    model, starts, noise = gated(False, 5), 4, torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    ids_BT, rule = ids(12, 5), Rule(0.55, 6, starts=starts)
+    rows: list[int] = []
+    model.model.turn.layers[0].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    raced = run_halting(model, ids_BT.repeat_interleave(starts, 0), rule, noise_BTD=noise.repeat(12, 1, 1))
+    assert sum(rows) == starts * int(raced.turns_BT[:, 0].sum())
+    assert raced.start_B is not None
+    for item in range(12):
+        alone = [run_halting(model, ids_BT[item : item + 1], Rule(0.55, 6), noise_BTD=noise[k : k + 1]) for k in range(starts)]
+        turns = [int(each.turns_BT[0, 0]) for each in alone]
+        won = int(raced.start_B[item])
+        assert turns[won] == min(turns) == int(raced.turns_BT[item, 0])
+        assert torch.allclose(alone[won].logits_BTV[0], raced.logits_BTV[item], atol=1e-5)
+    assert len(raced.start_B.unique()) > 1
 
 
 @pytest.mark.parametrize("causal", [True, False])

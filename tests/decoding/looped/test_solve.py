@@ -61,6 +61,46 @@ def test_turns_end_where_the_model_was_trained_unless_asked_for() -> None:
     assert solve(PRODUCTS, [[1]], halt=False, most=9, beyond_trained=True)[0].turns == [9]
 
 
+def test_a_race_is_won_by_the_first_of_the_boards_symmetries_to_halt() -> None:
+    """Against each symmetric board solved alone, its answer carried back by hand."""
+    import numpy as np
+
+    from adi.tasks.sudoku import GAMES
+
+    game, model = GAMES["sudoku6"], made("sudoku6", positions="learned", max_position_embeddings=36, halt_threshold=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+        model.gate.stop.bias.zero_()
+    drawn = [np.array(game.puzzle(np.random.default_rng(n))[0]) for n in range(6)]
+    puzzles = [game.text(board) for board in drawn]
+    cells, digits = game.symmetries(4, np.random.default_rng(7))
+    cells[0], digits[0] = np.arange(36), np.arange(7)
+    raced = solve(model, puzzles, starts=4, seed=7)
+    for board, found in zip(drawn, raced, strict=True):
+        alone = [solve(model, [game.text(digits[k][board[cells[k]]])])[0] for k in range(4)]
+        turns = [each.turns for each in alone]
+        won = alone[found.start]
+        assert won.turns == min(turns) == found.turns  # type: ignore[type-var]
+        back = np.zeros(36, int)
+        back[cells[found.start]] = [digits[found.start].tolist().index(".123456".index(digit)) for digit in won.answers]
+        assert found.answers == game.text(back)
+        assert found.sure == pytest.approx(won.sure, abs=1e-5)
+    assert len({found.start for found in raced}) > 1
+    (one,) = solve(model, puzzles[:1], starts=4, seed=7)
+    assert (one.answers, one.start) == (raced[0].answers, raced[0].start)
+
+
+def test_pointers_start_with_noise_and_the_first_start_without() -> None:
+    model = made("pointers", halt_threshold=0.01)
+    items = task_named("pointers").batch(3, (0,)).ids_BT
+    raced = solve(model, items, starts=3)
+    assert [found.turns for found in raced] == [1, 1, 1]
+    assert {found.start for found in raced} <= {0, 1, 2}
+    assert [found.start for found in solve(model, items)] == [0, 0, 0]
+
+
 def test_a_folder_is_a_model_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     PRODUCTS.save_pretrained(tmp_path)
     assert solve(tmp_path, [[1, 2]])[0].answers == solve(PRODUCTS, [[1, 2]])[0].answers
@@ -116,6 +156,9 @@ def test_missing_weights_are_counted(tmp_path: Path) -> None:
         (PRODUCTS, [[1]], {"price": -1}, "price is -1; it must be a number above 0"),
         (PRODUCTS, [[1]], {"most": 0}, "most is 0; it must be a whole number of at least 1"),
         (PRODUCTS, [[1]], {"threshold": 2}, "threshold is 2"),
+        (PRODUCTS, [[1]], {"starts": 2}, "starts is 2, a race to halt first, but places of a text halt one by one"),
+        (SUDOKU, [PUZZLE], {"starts": 2, "halt": False}, "starts is 2, a race to halt first, but halt=False"),
+        (SUDOKU, [PUZZLE], {"starts": 0}, "starts is 0"),
         (made("products-S3", gate_price=True), [[1]], {}, "give price=0.05"),
         (made("products-S3", task=None), [[1]], {}, "no 'task'"),
         (made("products-S3").train(), [[1]], {}, "training mode"),

@@ -27,6 +27,10 @@ def solve(
         option("--threshold", min=0, max=1, help="The gate's chance from which on it halts; by default the model's."),
     ] = None,
     price: Annotated[float | None, option("--price", help="Nats for a full pass, for a gate that takes it.", rare=True)] = None,
+    verified: Annotated[bool, option("--verified", help="An answer stands only once the turn after has repeated it.")] = False,
+    starts: Annotated[
+        int, option("--starts", min=1, help="With --count: run a puzzle from so many starts; the first to halt wins.")
+    ] = 1,
     time: Annotated[
         str | None, option("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes, such as 1,32.")
     ] = None,
@@ -42,11 +46,14 @@ def solve(
         if item is not None or page is not None:
             raise UsageError(f"--count, --time, --certify and --json judge drawn items: leave {item or page} out.")
         sizes = () if time is None else whole_numbers("--time", time)
-        _judge(_judged(model, count or 256, seed, price, threshold, sizes, certify), json_out)
+        halting = {"price": price, "threshold": threshold, "verified": verified, "starts": starts}
+        _judge(_judged(model, count or 256, seed, halting, sizes, certify), json_out)
         return
     from adi.measure.turns import turns_of, turns_page
 
-    shown = turns_of(model, item, seed, price, threshold)
+    if starts > 1:
+        raise UsageError(f"--starts {starts} races many items, and one is shown turn by turn from one start; give --count.")
+    shown = turns_of(model, item, seed, price=price, threshold=threshold, verified=verified)
     console = out()
     for line in shown.lines():
         console.print(line, soft_wrap=True)
@@ -58,16 +65,15 @@ def _judged(
     model: str,
     count: int,
     seed: int,
-    price: float | None,
-    threshold: float | None,
+    halting: dict[str, Any],
     sizes: Sequence[int],
     level: float | None,
 ) -> dict[str, Any]:
     from adi.measure.solving import certified, solving_report, speed
 
-    found: dict[str, Any] = {} if level is None else {"certified": certified(model, level, count, seed)}
-    found |= {"command": command_line(), **solving_report(model, count, seed, price, threshold)}
-    return found | ({"speed": speed(model, sizes, seed)} if sizes else {})
+    found: dict[str, Any] = {} if level is None else {"certified": certified(model, level, count, seed, **halting)}
+    found |= {"command": command_line(), **solving_report(model, count, seed, **halting)}
+    return found | ({"speed": speed(model, sizes, seed, **halting)} if sizes else {})
 
 
 def _judge(found: dict[str, Any], as_json: bool) -> None:

@@ -1,7 +1,8 @@
 """A looped model that stops where its gate says so: each item of a puzzle as a whole, each place of a text by itself.
 
 What has halted leaves the pass. A place of a text that has halted stays for later places as it was: from then on they attend to
-keys and values made from its last state. ``run_masked`` is the slow twin, which runs all rows and throws away.
+keys and values made from its last state. ``run_masked`` is the slow twin, which runs all rows and throws away. An item may run
+from several starts of which the first to halt wins ("Speed is Confidence", 2601.19085).
 """
 
 from __future__ import annotations
@@ -20,27 +21,57 @@ from adi.model.looped import LoopedForCausalLM
 
 @dataclass(frozen=True)
 class Halted:
-    """``logits_BTV`` at the turn where each place halted, and that turn, from 1 on, ``turns_BT``."""
+    """``logits_BTV`` at the turn where each place halted, and that turn, from 1 on, ``turns_BT``; in a race ``start_B``, the
+    start that won."""
 
     logits_BTV: Tensor
     turns_BT: Tensor
+    start_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When to halt: where the gate's chance passes ``threshold`` (None: never), after ``most`` turns at the latest."""
+    """When to halt: where the gate's chance passes ``threshold`` (None: never) and, ``verified``, the turn after it repeats the
+    answer; after ``most`` turns at the latest. Of an item's ``starts`` the first to halt wins."""
 
     threshold: float | None
     most: int
     price: float | None = None
+    verified: bool = False
+    starts: int = 1
+    seed: int = 0
 
-    def stops(self, model: LoopedForCausalLM, read_NTD: Tensor) -> Tensor:
-        """Which of the items ``[N]`` (puzzles: by the mean of the gate's logits) or places ``[N, T]`` halt now."""
+    def chance(self, model: LoopedForCausalLM, read_NTD: Tensor) -> Tensor:
+        """The gate's, of items ``[N]`` (puzzles: by the mean of its logits) or of places ``[N, T]``; 0 where nothing halts."""
         if self.threshold is None:
-            return torch.zeros(read_NTD.shape[: 2 if model.config.causal else 1], dtype=torch.bool)
+            return torch.zeros(read_NTD.shape[: 2 if model.config.causal else 1])
         halt = model.gate(read_NTD, self.price)
-        chance: Tensor = (halt if model.config.causal else halt.mean(-1)).sigmoid()
-        return chance > self.threshold
+        return (halt if model.config.causal else halt.mean(-1)).sigmoid()  # type: ignore[no-any-return]
+
+
+class _Standing:
+    """Which answers stand, turn after turn, for rows of which some leave on the way."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.fired: Tensor | None = None  # last turn
+        self.before: Tensor
+
+    def now(self, chance: Tensor, answers: Tensor) -> Tensor:
+        """Of the rows of ``chance``; a row may have several ``answers``, along one axis more."""
+        fires = chance > (1.0 if self.rule.threshold is None else self.rule.threshold)
+        if not self.rule.verified:
+            return fires
+        stands = torch.zeros_like(fires)
+        if self.fired is not None:
+            stands = self.fired & (answers == self.before).reshape(*chance.shape, -1).all(-1)
+        self.fired, self.before = fires, answers
+        return stands
+
+    def keep(self, left: Tensor) -> None:
+        """Only these rows go on."""
+        if self.fired is not None:
+            self.fired, self.before = self.fired[left], self.before[left]
 
 
 def require_halting(model: LoopedForCausalLM) -> None:
@@ -59,29 +90,38 @@ def require_halting(model: LoopedForCausalLM) -> None:
 
 
 @torch.no_grad()
-def run_halting(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    """Answers of a batch, each at the turn where it halts; what has halted costs nothing more."""
+def run_halting(
+    model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule, asked_BT: Tensor | None = None, noise_BTD: Tensor | None = None
+) -> Halted:
+    """Answers of a batch, each at the turn where it halts; what has halted costs nothing more.
+
+    Of a race each ``rule.starts`` rows in a row are one item, and the results are one per item. ``asked_BT`` says which of an
+    item's places must repeat their answers (all by default); ``noise_BTD`` is added to the first states.
+    """
     if rule.threshold is None:
         return _all_turns(model, ids_BT, rule)
     require_halting(model)
-    return _Places(model, ids_BT, rule).run() if model.config.causal else _items(model, ids_BT, rule)
+    if model.config.causal:
+        return _Places(model, ids_BT, rule).run()
+    return _items(model, ids_BT, rule, torch.ones_like(ids_BT) if asked_BT is None else asked_BT, noise_BTD)
 
 
 @torch.no_grad()
 def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    """The same by running every row through every turn and keeping the state of what has halted."""
+    """The same, from one start, by running every row through every turn and keeping the state of what has halted."""
     decoder, config = model.model, model.config
     given_BTD, attention = _inputs(model, ids_BT)
     state = decoder.first_state(given_BTD)
     logits = torch.zeros(*ids_BT.shape, config.vocab_size)
     turns, open_BT = torch.zeros_like(ids_BT), torch.ones_like(ids_BT, dtype=torch.bool)
+    standing = _Standing(rule)
     for turn in range(1, rule.most + 1):
         new = decoder.turn(state, given_BTD, 0, **attention)
         state = torch.where(open_BT[..., None], new, state)
         read = decoder.read(state)
         logits = torch.where(open_BT[..., None], model.lm_head(read).float(), logits)
         turns = torch.where(open_BT, turn, turns)
-        stops = rule.stops(model, read)
+        stops = standing.now(rule.chance(model, read), logits.argmax(-1))
         open_BT = open_BT & ~(stops if config.causal else stops[:, None])
     return Halted(logits, turns)
 
@@ -103,29 +143,37 @@ def _all_turns(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     return Halted(model.lm_head(read[-1]).float(), torch.full_like(ids_BT, rule.most))
 
 
-def _items(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    """Items of which all places halt together: those that have halted leave the batch."""
-    decoder = model.model
-    given, attention = _inputs(model, ids_BT)
-    state, item = decoder.first_state(given), torch.arange(len(ids_BT))
-    logits = torch.zeros(*ids_BT.shape, model.config.vocab_size)
-    turns = torch.zeros_like(ids_BT)
+def _items(model: LoopedForCausalLM, ids_NT: Tensor, rule: Rule, asked_NT: Tensor, noise_NTD: Tensor | None) -> Halted:
+    """Items of which all places halt together: those that have halted leave the batch, with all their starts."""
+    decoder, starts, standing = model.model, rule.starts, _Standing(rule)
+    given, attention = _inputs(model, ids_NT)
+    state, item = decoder.first_state(given), torch.arange(len(ids_NT) // starts)
+    if noise_NTD is not None:
+        state = state + noise_NTD
+    logits = torch.zeros(len(item), ids_NT.shape[1], model.config.vocab_size)
+    turns, start = torch.zeros(len(item), ids_NT.shape[1], dtype=torch.long), torch.zeros_like(item)
     for turn in range(1, rule.most + 1):
         state = decoder.turn(state, given, 0, **attention)
         read = decoder.read(state)
-        logits[item], turns[item] = model.lm_head(read).float(), turn
-        left = ~rule.stops(model, read)
-        if not bool(left.any()):
+        found, chance = model.lm_head(read).float(), rule.chance(model, read)
+        stands = standing.now(chance, found.argmax(-1) * asked_NT)
+        best = (chance + 2 * stands).view(-1, starts).argmax(1)  # the surest of those that halt now, or else of all
+        row = torch.arange(len(item)) * starts + best
+        logits[item], turns[item], start[item] = found[row], turn, best
+        open_I = ~stands.view(-1, starts).any(1)
+        if not bool(open_I.any()):
             break
-        state, given, item = state[left], given[left], item[left]
-    return Halted(logits, turns)
+        left = open_I.repeat_interleave(starts)
+        state, given, asked_NT, item = state[left], given[left], asked_NT[left], item[open_I]
+        standing.keep(left)
+    return Halted(logits, turns, start)
 
 
 class _Places:
     """The places of a batch of texts, each until it halts. Shapes: N rows that are open, H heads."""
 
     def __init__(self, model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> None:
-        self.model, self.rule, self.shape = model, rule, ids_BT.shape
+        self.model, self.rule, self.shape, self.standing = model, rule, ids_BT.shape, _Standing(rule)
         self.block: Any = model.model.turn.layers[0]
         self.heads: int = model.config.num_attention_heads
         self.size: int = model.config.hidden_size // self.heads
@@ -146,15 +194,17 @@ class _Places:
         for turn in range(1, self.rule.most + 1):
             entered_ND = self.model.model.turn.injected(self.state_ND, self.given_ND)
             queries_ND = self._write(self.block.input_layernorm(entered_ND))
+            self.standing.keep(open_N)
             self._keep(open_N)  # those that halted last turn have left their keys and values: now they go
             entered_ND, queries_ND = entered_ND[open_N], queries_ND[open_N]
             hidden_ND = entered_ND + self._attended(queries_ND)
             hidden_ND = hidden_ND + self.block.mlp(self.block.post_attention_layernorm(hidden_ND))
             self.state_ND = self.model.model.turn.closed(hidden_ND)
             read_ND = self.model.model.read(self.state_ND)
-            self.logits[self.sequence_N, self.place_N] = self.model.lm_head(read_ND).float()
+            found_NV = self.model.lm_head(read_ND).float()
+            self.logits[self.sequence_N, self.place_N] = found_NV
             self.turns[self.sequence_N, self.place_N] = turn
-            open_N = ~self.rule.stops(self.model, read_ND[:, None])[:, 0]
+            open_N = ~self.standing.now(self.rule.chance(self.model, read_ND[:, None])[:, 0], found_NV.argmax(-1))
             if not bool(open_N.any()):
                 break
         return Halted(self.logits, self.turns)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adi.arguments import real, whole
-from adi.decoding.looped.halting import Rule, run_halting
+from adi.decoding.looped.halting import Halted, Rule, run_halting
 from adi.errors import FileError, ModelError, UsageError
 from adi.files import expanded, package_data
 from adi.model.hub import first_line, quiet_transformers
@@ -20,6 +21,7 @@ from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import Chains, Problem, Puzzles, task_named
 
 ITEMS_AT_ONCE = 256  # of one pass
+NOISE = 1.0  # root mean square of what is added to a further start's first state: as large as a state after a turn
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Solved:
 
     ``answers``: one id per place (of pointers one), or the digits of a puzzle as a text. ``turns``: how many the answer took,
     a number per place, or one for a puzzle. ``sure``: the probability of the answer, per place, or that of a puzzle's least
-    sure cell.
+    sure cell. ``start``: which of several starts won, 0 the item as it is.
     """
 
     answers: list[int] | str
     turns: list[int] | int
     sure: list[float] | float
+    start: int = 0
 
 
 def shipped_looped() -> list[str]:
@@ -94,6 +97,9 @@ def solve(
     *,
     threshold: float | None = None,
     beyond_trained: bool = False,
+    verified: bool = False,
+    starts: int = 1,
+    seed: int = 0,
 ) -> list[Solved]:
     """Answer items of a looped model's task.
 
@@ -105,22 +111,52 @@ def solve(
         price: nats for a full pass, for a gate that was trained over a range of prices.
         most: turns at most; those that the model was trained for, if fewer, unless ``beyond_trained``.
         threshold: the gate's chance from which on it halts, in the place of the model's own.
+        verified: whether the turn after must repeat an answer before it stands.
+        starts: of a puzzle or of pointers, so many runs of which the first to halt wins (2601.19085), the surest of several;
+            where none halts, the surest. A sudoku starts as it is and under symmetries of the grid, drawn by ``seed``;
+            pointers start with noise of root mean square 1 on the first state.
 
     Raises:
         UsageError: an item that is none of the task's, no task, a price or number of turns that the model does not know.
     """
     network = load_looped(model)
     task = task_of(network)
-    rule = halting_rule(network, halt, price, most, threshold, beyond_trained)
+    rule = halting_rule(network, halt, price, most, threshold, beyond_trained, verified, starts, seed)
     parsed = [task.parse(item) for item in items]
     found: dict[int, Solved] = {}
     for chosen in _chunks(parsed):
         ids_BT = torch.tensor([parsed[i] for i in chosen])
-        done = run_halting(network, ids_BT, rule)
+        done = run_rule(network, task, ids_BT, rule)
         sure_BT, answers_BT = done.logits_BTV.softmax(-1).max(-1)
+        won_B = torch.zeros(len(chosen)) if done.start_B is None else done.start_B
         for row, i in enumerate(chosen):
-            found[i] = _solved(task, parsed[i], answers_BT[row], done.turns_BT[row], sure_BT[row])
+            found[i] = _solved(task, parsed[i], answers_BT[row], done.turns_BT[row], sure_BT[row], int(won_B[row]))
     return [found[i] for i in range(len(parsed))]
+
+
+def run_rule(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
+    """Items of a task until they halt, from several starts where the rule says so; results are those of the items as given."""
+    asked_BT = ids_BT == 0 if isinstance(task, Puzzles) else torch.ones_like(ids_BT, dtype=torch.bool)
+    if isinstance(task, Chains):
+        asked_BT[:, :-1] = False
+    if rule.starts == 1:
+        return run_halting(model, ids_BT, rule, asked_BT)
+    if not isinstance(task, Puzzles):
+        shape = (rule.starts, ids_BT.shape[1], model.config.hidden_size * model.config.states)
+        noise_KTD = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(rule.seed))
+        noise_KTD[0] = 0
+        rows, asked = (x.repeat_interleave(rule.starts, 0) for x in (ids_BT, asked_BT))
+        return run_halting(model, rows, rule, asked, noise_KTD.repeat(len(ids_BT), 1, 1))
+    cells_KT, digits_KV = map(torch.tensor, task.game.symmetries(rule.starts, np.random.default_rng(rule.seed)))
+    cells_KT[0], digits_KV[0] = torch.arange(cells_KT.shape[1]), torch.arange(digits_KV.shape[1])
+    boards_BKT = digits_KV[torch.arange(rule.starts)[:, None], ids_BT[:, cells_KT]]
+    boards_NT = boards_BKT.flatten(0, 1)
+    found = run_halting(model, boards_NT, rule, boards_NT == 0)
+    assert found.start_B is not None
+    cells_BT, digits_BV = cells_KT[found.start_B], digits_KV[found.start_B]
+    logits_BTV = found.logits_BTV.gather(-1, digits_BV[:, None].expand_as(found.logits_BTV))
+    index_BTV = cells_BT[..., None].expand_as(logits_BTV)
+    return replace(found, logits_BTV=torch.zeros_like(logits_BTV).scatter(1, index_BTV, logits_BTV))
 
 
 def halting_rule(
@@ -130,9 +166,15 @@ def halting_rule(
     most: int = 64,
     threshold: float | None = None,
     beyond_trained: bool = False,
+    verified: bool = False,
+    starts: int = 1,
+    seed: int = 0,
 ) -> Rule:
     """The rule of these options; UsageError for one that has no meaning for this model."""
-    most = whole("most", most, 1)
+    most, starts, seed = whole("most", most, 1), whole("starts", starts, 1), whole("seed", seed, 0)
+    if starts > 1 and (model.config.causal or not halt):
+        why = "halt=False runs all turns" if not halt else "places of a text halt one by one"
+        raise UsageError(f"starts is {starts}, a race to halt first, but {why}; leave starts out.")
     if price is not None:
         price = real("price", price, "above 0 and at most 100, nats for a full pass", lambda p: 0 < p <= 100)
     if price is not None and not model.config.gate_price:
@@ -144,7 +186,7 @@ def halting_rule(
     chance = model.config.halt_threshold if threshold is None else threshold
     least = real("threshold", chance, "from 0 to 1, a chance", lambda t: 0 <= t <= 1)
     turns = most if beyond_trained else min(most, model.config.turns)
-    return Rule(least if halt else None, turns, price)
+    return Rule(least if halt else None, turns, price, verified, starts, seed)
 
 
 def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
@@ -155,10 +197,10 @@ def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
         yield from (numbers[i : i + ITEMS_AT_ONCE] for i in range(0, len(numbers), ITEMS_AT_ONCE))
 
 
-def _solved(task: Problem, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor) -> Solved:
+def _solved(task: Problem, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor, start: int) -> Solved:
     if isinstance(task, Puzzles):
         filled = [given or int(answer) for given, answer in zip(item, answers_T.tolist(), strict=True)]
-        return Solved(task.game.text(filled), int(turns_T[0]), float(sure_T.min()))
+        return Solved(task.game.text(filled), int(turns_T[0]), float(sure_T.min()), start)
     if isinstance(task, Chains):
-        return Solved([int(answers_T[-1])], int(turns_T[-1]), float(sure_T[-1]))
+        return Solved([int(answers_T[-1])], int(turns_T[-1]), float(sure_T[-1]), start)
     return Solved(answers_T.tolist(), turns_T.tolist(), sure_T.tolist())
