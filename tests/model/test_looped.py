@@ -79,6 +79,48 @@ def test_only_causal_models_hide_what_comes_later() -> None:
         assert torch.allclose(model(IDS).logits[:, 0], model(changed).logits[:, 0], atol=1e-6) == causal
 
 
+def test_a_pass_goes_on_from_the_state_of_another() -> None:
+    model = looped()
+    with torch.no_grad():
+        first = model(IDS, turns=1, output_turns=True)
+        rest = model(IDS, turns=3, output_turns=True, state=first.state)
+        whole = model(IDS, output_turns=True)
+    assert torch.equal(torch.cat([first.turn_logits, rest.turn_logits]), whole.turn_logits)
+
+
+def test_heads_learn_a_bias_for_what_two_places_share(tmp_path: Path) -> None:
+    """By hand: the bias of a pair of places is added to what the head sees between them, before the softmax."""
+    features = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]
+    grid: dict[str, Any] = {"causal": False, "positions": "learned", "place_features": features, "max_position_embeddings": 8}
+    plain, model = looped(**grid), looped(**grid, relation_bias=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    relations = model.model.turn.layers[0].relations
+    with torch.no_grad():
+        relations.bias.zero_()
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+        relations.bias.normal_(0, 2)
+        moved = model(IDS).logits
+        assert not torch.allclose(moved, plain(IDS).logits, atol=1e-3)
+        for head in range(2):
+            for a in range(8):
+                for b in range(8):
+                    shared = sum(2**i for i, feature in enumerate(features) if feature[a] == feature[b])
+                    assert relations(None)[0, head, a, b] == relations.bias[head, shared]
+        first_open = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+        masked = relations(first_open)
+        assert masked.shape == (2, 2, 8, 8)
+        assert bool((masked[~first_open.expand_as(masked)] < -1e30).all())
+        torch.testing.assert_close(relations(torch.where(first_open, 0.0, -1e38))[0].tril(), masked[0].tril())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, moved)
+
+
+def test_embeddings_start_at_their_own_scale() -> None:
+    model = LoopedForCausalLM(LoopedConfig(vocab_size=500, embedding_range=1.0))
+    assert float(model.model.embed_tokens.weight.detach().std()) == pytest.approx(1.0, rel=0.05)
+    assert float(model.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_a_gate_starts_unwilling_and_may_take_the_price() -> None:
     model = looped(gate_price=True)
     fresh = LoopedForCausalLM(LoopedConfig(vocab_size=7))
@@ -107,6 +149,7 @@ def test_labels_are_the_next_token_or_the_answer_at_the_place() -> None:
         ({"positions": "alibi"}, "'alibi'"),
         ({"states": 3}, "states=3"),
         ({"turns": 0}, "turns=0"),
+        ({"relation_bias": True}, "relation_bias=True needs causal=False and place_features"),
         ({"hidden_size": 18, "num_attention_heads": 4}, "18 is no multiple of num_attention_heads 4"),
     ],
 )

@@ -13,7 +13,7 @@ from adi.decoding.looped.solve import load_looped
 from adi.errors import AdiError, FileError, UsageError
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import task_named
-from adi.training.train_looped import PriceTrainer, TrainSettings, drawn_price, train_looped
+from adi.training.train_looped import Batches, Carry, PriceTrainer, TrainSettings, drawn_price, train_looped
 
 TINY = TrainSettings(
     task="products-S3",
@@ -62,16 +62,43 @@ def test_what_was_trained_is_what_was_saved(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in values(model))
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [TINY, replace(TINY, gradient_turns=1, even=1.0, gate_only=0.0)], ids=["whole", "carried"])
+def test_a_stopped_run_ends_as_one_that_was_not(settings: TrainSettings, tmp_path: Path) -> None:
     def stop(done: int, total: int, what: str) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
-    whole = train_looped(TINY, tmp_path / "whole")
+    whole = train_looped(settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_looped(TINY, tmp_path / "stopped", stop)
+        train_looped(settings, tmp_path / "stopped", stop)
     assert (tmp_path / "stopped" / "work" / "checkpoint-3").is_dir()
-    assert same(train_looped(TINY, tmp_path / "stopped"), whole)
+    assert same(train_looped(settings, tmp_path / "stopped"), whole)
+
+
+def test_deep_supervision_goes_on_from_the_last_state_until_an_item_has_had_its_turns() -> None:
+    torch.manual_seed(0)
+    config = TINY.config(task_named("products-S3"))
+    model, carry = LoopedForCausalLM(config).eval(), Carry()
+    had: list[list[int]] = []
+    for step in range(4):
+        fresh = Batches(task_named("products-S3"), TINY)[step]
+        items = dict(carry.enter(fresh, config))
+        had.append(items["had"].tolist())
+        new = items["had"] == 0
+        assert torch.equal(items["input_ids"][new], fresh["input_ids"][: int(new.sum())])
+        with torch.no_grad():
+            out = model(items["input_ids"], state=items["state"], turns=1, output_turns=True)
+            for row, turns in enumerate(items["had"].tolist()):
+                if turns <= step:  # not of those that began at a later age
+                    whole = model(items["input_ids"][row : row + 1], turns=turns + 1, output_turns=True)
+                    torch.testing.assert_close(whole.turn_logits[-1, 0], out.turn_logits[-1, row])
+        carry.leave(out.state, 1)
+    assert had == [[0, 0, 1, 2], [1, 1, 2, 0], [2, 2, 0, 1], [0, 0, 1, 2]]
+
+
+def test_a_carried_state_must_meet_its_input_again() -> None:
+    with pytest.raises(UsageError, match=r"gradient_turns=2 needs an injection, not 'none'"):
+        replace(TINY, gradient_turns=2, model={"injection": "none"}).config(task_named("products-S3"))
 
 
 def test_the_average_is_kept_beside_every_checkpoint(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
 
     ``core_layers`` blocks are one turn. ``causal`` False lets every place see all others. ``shifted_labels`` says whether a
     label is the next token (a language model) or the answer at its own place. Learned places are by ``place_features``, lists
-    of one number per place, or one vector a place. ``positions`` is "rope" or "learned".
+    of one number per place, or one vector a place. ``positions`` is "rope" or "learned". With ``relation_bias`` each head
+    learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid).
+    ``embedding_range`` is the scale at which embeddings start; None: ``initializer_range``.
     ``gate_price`` gives the gate the logarithm of the price beside the state; it halts where its chance passes
     ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
@@ -58,6 +60,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         shifted_labels: bool = True,
         positions: str = "rope",
         place_features: list[list[int]] | None = None,
+        relation_bias: bool = False,
+        embedding_range: float | None = None,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 512,
         rms_norm_eps: float = 1e-6,
@@ -70,7 +74,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.turns, self.states, self.inner_turns = turns, states, inner_turns
         self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
-        self.place_features = place_features
+        self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
         self.initializer_range, self.task = initializer_range, task
         self.attention_bias, self.attention_dropout, self.mlp_bias, self.hidden_act = False, 0.0, False, "silu"
@@ -86,6 +90,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
             raise UsageError(
                 f"states={states}, turns={turns}, core_layers={core_layers}: one or two states, the others at least 1."
             )
+        if relation_bias and (causal or not place_features):
+            raise UsageError(f"relation_bias={relation_bias} needs causal=False and place_features: what relates two places.")
         if hidden_size % num_attention_heads:
             raise UsageError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}.")
 
@@ -105,12 +111,34 @@ class Block(nn.Module):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.relations = _Relations(config) if config.relation_bias else None
 
     def forward(self, hidden_BTD: Tensor, slot: int, past_key_values: Any = None, **attention: Any) -> Tensor:
         cache = None if past_key_values is None else _Slot(past_key_values, slot)
+        if self.relations is not None:
+            attention["attention_mask"] = self.relations(attention["attention_mask"])
         mixed, _ = self.self_attn(self.input_layernorm(hidden_BTD), past_key_values=cache, **attention)
         hidden_BTD = hidden_BTD + mixed
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))  # type: ignore[no-any-return]
+
+
+class _Relations(nn.Module):
+    """A bias on attention per head and relation of two places; the bits of a relation say which features they share."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        features = torch.tensor(config.place_features)
+        same_FTT = features[:, :, None] == features[:, None, :]
+        self.bias = nn.Parameter(torch.zeros(config.num_attention_heads, 2 ** len(features)))
+        self.of_TT: Tensor
+        self.register_buffer("of_TT", (same_FTT * 2 ** torch.arange(len(features))[:, None, None]).sum(0), persistent=True)
+
+    def forward(self, mask: Tensor | None) -> Tensor:
+        """The mask of attention ``[1, H, T, T]`` with the bias in it."""
+        bias_HTT = self.bias[:, self.of_TT][None]
+        if mask is None or mask.dtype != torch.bool:
+            return bias_HTT if mask is None else bias_HTT + mask
+        return bias_HTT.masked_fill(~mask, torch.finfo(bias_HTT.dtype).min)
 
 
 @dataclass(frozen=True)
@@ -186,6 +214,8 @@ class LoopedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if isinstance(module, _Stop):
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, GATE_BIAS)
+        if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
+            nn.init.normal_(module.weight, std=self.config.embedding_range)
 
 
 class LoopedModel(LoopedPreTrainedModel):
@@ -212,9 +242,13 @@ class LoopedModel(LoopedPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         turns: int | None = None,
+        state: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[list[Tensor], Any]:
-        """States read after each turn, ``[B, T, D]`` through coda and final norm, and the KV cache."""
+    ) -> tuple[list[Tensor], Any, Tensor]:
+        """States read after each turn, ``[B, T, D]`` through coda and final norm; the KV cache; the last state itself.
+
+        ``state`` enters the first turn in the place of ``first_state``: to go on from where a pass without cache ended.
+        """
         given_BTD = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -237,13 +271,14 @@ class LoopedModel(LoopedPreTrainedModel):
         }
         for i, block in enumerate(self.prelude):
             given_BTD = block(given_BTD, i, **attention)
-        state, read, wanted = self.first_state(given_BTD), [], self.config.turns if turns is None else turns
+        read, wanted = [], self.config.turns if turns is None else turns
+        state = self.first_state(given_BTD) if state is None else state
         slot, per_turn = self.config.prelude_layers, self.config.turn_layers
         for turn in range(wanted):
             state = self.turn(state, given_BTD, slot + turn * per_turn, **attention)
             if turn == wanted - 1 or not self.config.coda_layers:
                 read.append(self._read(state, slot + wanted * per_turn, attention))
-        return read, past_key_values
+        return read, past_key_values, state
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -298,10 +333,12 @@ class HaltingGate(nn.Module):
 
 @dataclass
 class LoopedOutput(CausalLMOutputWithPast):  # type: ignore[misc]
-    """With ``turn_logits`` ``[R, B, T, V]`` and ``halt_logits`` ``[R, B, T]`` where all turns were asked for."""
+    """With ``turn_logits`` ``[R, B, T, V]``, ``halt_logits`` ``[R, B, T]`` and the last ``state`` ``[B, T, states * D]`` where
+    all turns were asked for."""
 
     turn_logits: Tensor | None = None
     halt_logits: Tensor | None = None
+    state: Tensor | None = None
 
 
 class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -330,7 +367,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LoopedOutput:
-        read, cache = self.model(input_ids=input_ids, **kwargs)
+        read, cache, state = self.model(input_ids=input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(read[-1][:, kept])
         out = LoopedOutput(logits=logits, past_key_values=cache)
@@ -339,7 +376,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore
         if output_turns:
             every_RBTD = torch.stack(read)
             out.turn_logits = self.lm_head(every_RBTD)
-            out.halt_logits = self.gate(every_RBTD.detach(), price)
+            out.halt_logits, out.state = self.gate(every_RBTD.detach(), price), state
         return out
 
     def losses(self, logits: Tensor, labels_BT: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from adi.schema import NonNegative, Positive, Record, Share, read_json_as
 from adi.tasks.registry import Problem, task_named
 from adi.training.price import OBJECTIVES, Price, costs
 
-EMA = "ema.safetensors"
+EMA, CARRY = "ema.safetensors", "carry.safetensors"
 SETTINGS = "train.json"
 
 
@@ -36,6 +36,10 @@ class TrainSettings(Record, frozen=True):
     price and floor go to their values; the last ``gate_only`` train the gate alone. ``price`` and ``tau`` are in nats; with
     ``highest_price`` each step draws one log-uniformly between the two, for a gate that takes the price (``gate_price``).
     ``ema`` 0 keeps no average of the weights.
+
+    With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
+    the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
+    turns give way to new ones. Far more steps for the same compute.
     """
 
     task: str
@@ -74,7 +78,13 @@ class TrainSettings(Record, frozen=True):
         known = LoopedConfig().to_dict()
         if unknown := [name for name in self.model if name not in known]:
             raise UsageError(f"model.{unknown[0]} is no field of a looped model; it has {', '.join(sorted(known))}.")
-        return LoopedConfig(**{**shape, **self.model})
+        config = LoopedConfig(**{**shape, **self.model})
+        if self.gradient_turns and config.injection == "none":
+            raise UsageError(
+                f"gradient_turns={self.gradient_turns} needs an injection, not {config.injection!r}: a state kept between "
+                "steps must meet its input again; set model.injection to concat or add."
+            )
+        return config
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,30 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": torch.tensor(drawn.ids_BT), "labels": torch.tensor(drawn.labels_BT)}
 
 
+class Carry:
+    """The items of deep supervision between two steps: ids, labels, state and the number of turns each has had."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+    def enter(self, fresh: dict[str, Tensor], config: LoopedConfig) -> dict[str, Tensor]:
+        """The items of this step: those that have had all their turns give way to fresh ones, at a state of zeros."""
+        ids_BT = fresh["input_ids"]
+        if not self.parts:
+            state = torch.zeros(*ids_BT.shape, config.hidden_size * config.states, device=ids_BT.device)
+            spread = torch.arange(len(ids_BT), device=ids_BT.device) * config.turns // len(ids_BT)
+            self.parts = {**fresh, "state": state, "had": spread}  # begun at all ages, so that some leave at each step
+        done_B = self.parts["had"] >= config.turns
+        for name, part in self.parts.items():
+            new = fresh[name][: int(done_B.sum())] if name in fresh else torch.zeros_like(part[done_B])
+            self.parts[name] = part.index_put((done_B,), new)
+        return self.parts
+
+    def leave(self, state: Tensor, turns: int) -> None:
+        """Keep what the step ended in."""
+        self.parts["state"], self.parts["had"] = state.detach(), self.parts["had"] + turns
+
+
 class PriceTrainer(Trainer):  # type: ignore[misc]
     """A ``Trainer`` whose loss is an objective of ``training.price`` over the turns of a looped model."""
 
@@ -99,6 +133,7 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.task, self.settings = task, settings
         self.latest: dict[str, float] = {}
+        self.carry = Carry()
 
     optimizer: Any
 
@@ -119,7 +154,10 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         at, settings = self.state.global_step, self.settings
         ramp, floor, gate_only = settings.at(at)
         price = drawn_price(settings, at)
-        out = model(inputs["input_ids"], output_turns=True, price=price)
+        carried = settings.gradient_turns if at < settings.even * settings.steps else None
+        if carried:
+            inputs = self.carry.enter(inputs, model.config)
+        out = model(inputs["input_ids"], state=inputs.get("state"), turns=carried, output_turns=True, price=price)
         loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
         halt_RN = out.halt_logits.flatten(1)
         if self.task.unit == "item":
@@ -131,6 +169,8 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         terms = OBJECTIVES[settings.objective](loss_RN, halt_RN, cost_R, settled)
         scale = 1.0 if self.task.unit == "place" else len(inputs["labels"]) / int((inputs["labels"] != -100).sum())
         loss = terms.gate if gate_only else terms.loss * scale + terms.gate
+        if carried:
+            self.carry.leave(out.state, carried)
         if not bool(torch.isfinite(loss)):
             raise AdiError(f"the loss of step {at} is {loss.item()}; the last good checkpoint is in {self.args.output_dir}.")
         self.latest = {"loss": float(terms.loss.detach()), "gate": float(terms.gate.detach())}
@@ -146,8 +186,10 @@ def drawn_price(settings: TrainSettings, step: int) -> float:
 
 
 class _Average(TrainerCallback):  # type: ignore[misc]
-    """Keeps the exponential average of the weights (all published recursions lose much without), saves it beside each
-    checkpoint."""
+    """Keeps the exponential average of the weights (all published recursions lose much without); saves it, and what deep
+    supervision carries, beside each checkpoint."""
+
+    trainer: PriceTrainer
 
     def __init__(self, model: LoopedForCausalLM, decay: float) -> None:
         self.decay = decay
@@ -163,12 +205,14 @@ class _Average(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with whole_file(folder / EMA) as fresh:
             save_file(self.weights, fresh)
+        with whole_file(folder / CARRY) as fresh:
+            save_file(self.trainer.carry.parts, fresh)
 
     def resume(self, folder: str) -> None:
-        path = Path(folder) / EMA
-        if not path.exists():
-            raise FileError(f"the checkpoint {folder} lacks {EMA}; delete that folder to resume from the one before.")
-        self.weights = load_file(path)
+        for name in (EMA, CARRY):
+            if not (Path(folder) / name).exists():
+                raise FileError(f"the checkpoint {folder} lacks {name}; delete that folder to resume from the one before.")
+        self.weights, self.trainer.carry.parts = load_file(Path(folder) / EMA), load_file(Path(folder) / CARRY)
 
 
 class _Reports(TrainerCallback):  # type: ignore[misc]
@@ -202,7 +246,7 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
         data_collator=lambda items: items[0],
         callbacks=[average, reports],
     )
-    reports.trainer = trainer
+    average.trainer = reports.trainer = trainer
     trainer.remove_callback(_printer(trainer))
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     if last is not None:

@@ -139,7 +139,7 @@ def _inputs(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str,
 
 
 def _all_turns(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    read, _ = model.model(input_ids=ids_BT, turns=rule.most)
+    read, _, _ = model.model(input_ids=ids_BT, turns=rule.most)
     return Halted(model.lm_head(read[-1]).float(), torch.full_like(ids_BT, rule.most))
 
 
