@@ -22,13 +22,13 @@ from adi.drafters.datastore import Datastore
 from adi.drafters.network import Drafter, Drafting, shapes
 from adi.errors import AdiError, FileError, ModelError, UsageError
 from adi.exits.heads import Adapter, ExitHead, Heads
-from adi.exits.probe import KINDS, Net, Probe, network_shapes
+from adi.exits.probe import Net, Probe, gate_probe, network_shapes
 from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
 from adi.files import expanded, package_data, read_json, require_file, whole_file, write_json
 from adi.model.arrays import as_array, as_tensor
 from adi.model.backbone import Backbone, States
-from adi.model.load import Model
+from adi.model.load import Model, looped_network
 from adi.risk.certificate import Certificate, find
 from adi.schema import Positive, Record, Share, from_json
 
@@ -155,7 +155,8 @@ class Exits:
         return from_json(self.report, _Report, "the report of these exits").drafter.acceptance
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the exits to ``folder``; other files there are left alone. UsageError for bare exits, which cannot be saved.
+        """Write the exits to ``folder``; other files there are left alone. UsageError for bare exits without a gate, which have
+        nothing to save.
 
         Each of the two files is replaced whole, and a folder caught between the two is refused on loading.
         """
@@ -171,13 +172,15 @@ class Exits:
 
     def _stored(self) -> Iterator[tuple[str, Any]]:
         """Every array by its name in the file: weights in half precision, those of the probe as they are."""
-        if self.heads is None:
+        if self.heads is None and self.probe is None:
             raise UsageError(
                 f"bare exits, here at depths {list(self.depths)}, have nothing to save; make them again with "
                 "adi.bare_exits(model, depths=...)."
             )
-        yield "ids_S", np.ascontiguousarray(as_array(self.heads.ids_S), np.int32)
-        parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
+        parts: dict[str, Any] = {}
+        if self.heads is not None:
+            yield "ids_S", np.ascontiguousarray(as_array(self.heads.ids_S), np.int32)
+            parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
         parts |= {"drafter.": self.drafter.arrays()} if self.drafter is not None else {}
         parts |= {"answers.": self.answers.arrays()} if self.answers is not None else {}
         parts |= {"probe.": self.probe.tensors()} if self.probe is not None else {}
@@ -206,21 +209,36 @@ def require_exits(given: Any) -> None:
     instance("exits", given, Exits, "adi.load_exits('smollm2-135m'), or of a folder of yours")
 
 
-def bare_exits(model: Model, depths: Sequence[int] | None = None, trigger: Trigger = BARE_TRIGGER) -> Exits:
+def bare_exits(
+    model: Model, depths: Sequence[int] | None = None, trigger: Trigger | None = None, *, price: float | None = None
+) -> Exits:
     """Exits that read the model's own final norm and head at ``depths`` (the logit lens, nostalgebraist 2020): no training.
 
     ``depths`` None takes those after half, three quarters and nine tenths of the blocks. On ordinary checkpoints their drafts
     are seldom accepted. The default trigger fires from a probability of 0.5 on.
+
+    Of a ``LoopedForCausalLM``, each of whose turns was trained to answer, the default depths are the ends of all turns but the
+    last, and the trigger is its halting gate, at the threshold of its config; ``price`` (nats for a full pass) is for a gate
+    that was trained over a range of prices. Such exits can be saved.
     """
     require_model(model)
     spec = model.look()
+    network = looped_network(model)
+    if price is not None and not (network is not None and network.config.gate_price):
+        raise UsageError(f"price is {price!r}, but no gate of this model knows a price; leave it out.")
+    if depths is None and spec.loop is not None:
+        depths = [d for turn in range(spec.loop.turns) if (d := spec.loop.first + spec.loop.period * (turn + 1)) < spec.layers]
     if depths is None:
         depths = [min(max(1, round(spec.layers * share)), spec.layers - 1) for share in (0.5, 0.75, 0.9)]
     chosen = tuple(sorted(set(depths)))
     if not chosen or any(d not in spec.stops or d >= spec.layers for d in chosen):
         allowed = ", ".join(str(d) for d in spec.stops if d < spec.layers)
         raise UsageError(f"depths {tuple(depths)} are not possible; choose among {allowed}.")
-    return Exits(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, tuple(map(int, chosen)), trigger)
+    probe = None if network is None else gate_probe(network, chosen, price)
+    if trigger is None:
+        trigger = BARE_TRIGGER if probe is None or network is None else Threshold("gate", network.config.halt_threshold)
+    about = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
+    return Exits(*about, tuple(map(int, chosen)), trigger, probe=probe)
 
 
 def shipped() -> list[str]:
@@ -287,12 +305,16 @@ def _exits_of(document: _Document, arrays: Arrays) -> Exits:
         probe=_probe(_taken(arrays, "probe."), document.depths, width),
         heads=_heads(document, arrays),
     )
+    if exits.heads is None and exits.probe is None:
+        raise FileError(f"{TENSORS} holds neither heads nor a gate")
     _ = exits.acceptance  # refused here where it is damaged
     return exits
 
 
-def _heads(document: _Document, arrays: Arrays) -> Heads:
-    """The heads out of all arrays that are left."""
+def _heads(document: _Document, arrays: Arrays) -> Heads | None:
+    """The heads out of all arrays that are left; None, the model's own, where none are."""
+    if not arrays:
+        return None
     ids_S, width, adapters = arrays.pop("ids_S", None), document.width, {}
     _check_ids(ids_S, document.vocabulary)
     for depth in document.depths:
@@ -324,7 +346,8 @@ def _probe(own: Arrays, depths: Sequence[int], width: int) -> Probe | None:
         weights = _weights(f"the probe's {kind} network at depth {depth}", mine, wanted)
         return Net(**{name: as_tensor(array) for name, array in weights.items()})
 
-    probe = Probe(**{kind: {depth: network(kind, depth) for depth in depths} for kind in KINDS.values()})
+    kinds = ("gate",) if all(name.startswith("gate.") for name in own) else ("state", "joint")
+    probe = Probe(**{kind: {depth: network(kind, depth) for depth in depths} for kind in kinds})
     if own:
         raise FileError(f"the probe has unknown tensors {sorted(own)[:3]}")
     return probe

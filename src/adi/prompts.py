@@ -1,4 +1,4 @@
-"""Prompt files: JSONL with ``prompt`` (or ``turns``) and, if you like, ``category``; and the sets that the package carries."""
+"""Prompt files: JSONL with ``prompt``, ``turns`` or token ``ids`` and, if you like, ``category``; and the package's sets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from adi.errors import FileError
+from adi.errors import FileError, UsageError
 from adi.files import expanded, package_data, parse_json, read_text
-from adi.schema import Record, from_json
+from adi.schema import Natural, Record, from_json
 
 SETS = {"train": "480 prompts to train on", "bench": "80 to measure with"}
 Text = Annotated[str, Meta(pattern=r"\S")]
@@ -20,19 +20,28 @@ Text = Annotated[str, Meta(pattern=r"\S")]
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One prompt: the user's turns (one, mostly) and what kind of task it is."""
+    """One prompt: the user's turns (one, mostly) and what kind of task it is; or token ids, for a model without a tokenizer."""
 
     turns: tuple[str, ...]
     category: str
+    ids: tuple[int, ...] = ()
 
     @property
     def prompt(self) -> str:
+        """The text; UsageError where it is ids."""
+        if self.ids:
+            raise UsageError(f"a prompt is the token ids {list(self.ids)!s:.40}, and a text is needed here; give 'prompt'.")
         return self.turns[0]
+
+    @property
+    def text_or_ids(self) -> str | tuple[int, ...]:
+        return self.ids or self.turns[0]
 
 
 class _Line(Record, frozen=True):
     prompt: Text | None = None
     turns: Annotated[tuple[Text, ...], Meta(min_length=1)] | None = None
+    ids: tuple[Natural, ...] = ()
     category: str = "other"
 
 
@@ -71,8 +80,8 @@ def _item(text: str, where: str) -> PromptItem:
         raise FileError(f"{where} is not JSON: {error}.") from None
     line = from_json(value, _Line, where)
     turns = line.turns or (() if line.prompt is None else (line.prompt,))
-    if not turns:
-        raise FileError(f"{where} needs 'prompt', a text, or 'turns', a list of texts.")
+    if bool(turns) == bool(line.ids):
+        raise FileError(f"{where} needs 'prompt', a text, or 'turns', a list of texts, or 'ids', token ids: one of them.")
     if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
         raise FileError(f"{where} holds half of a surrogate pair, which is no text; write the character whole.")
-    return PromptItem(turns, line.category)
+    return PromptItem(turns, line.category, line.ids)

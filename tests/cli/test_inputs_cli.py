@@ -30,7 +30,10 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "history": (["run", "hi", "--history", "/proc/no/h.db"], "cannot write /proc/no/h.db"),
     "trace": (["run", "hi", "--trace", "/proc/no/t.json"], "cannot write /proc/no/t.json"),
     "messages": (["run", "--messages", "/none.json"], "cannot read the messages /none.json"),
-    "two prompts": (["run", "hi", "--messages", "/none.json"], "give a prompt or --messages, not both 'hi' and /none.json"),
+    "two prompts": (
+        ["run", "hi", "--messages", "/none.json"],
+        "give a prompt, --messages or --ids, not both 'hi' and /none.json",
+    ),
     "tools": (["run", "hi", "--tools", "/none.json"], "cannot read the tools /none.json"),
     "template": (["chat", "--chat-template", "/none.jinja"], "cannot read the chat template /none.jinja"),
     "template option": (["run", "hi", "--template-option", "x"], "--template-option is NAME=VALUE, such as"),

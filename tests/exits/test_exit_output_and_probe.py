@@ -66,7 +66,7 @@ def test_the_state_is_asked_before_any_head_has_run() -> None:
     assert "state_probe" in list(reading.signals)
     bare = ExitOutput(2, predict, States(hidden, hidden))
     assert "state_probe" not in list(bare.signals)
-    with pytest.raises(ValueError, match="needs exits with a probe"):
+    with pytest.raises(ValueError, match="reads a probe, and these exits have none"):
         bare.signals["state_probe"]
 
 
@@ -94,7 +94,7 @@ def test_a_probe_comes_back_from_disk_and_triggers(llama: adi.Model, tmp_path: P
 def test_a_trigger_without_its_probe_is_refused(llama: adi.Model) -> None:
     exits = replace(probed_exits(llama, (2, 4)), probe=None)
     for policy in (adi.Verified, adi.Reflex):
-        with pytest.raises(ValueError, match=r"'joint_probe'.*no probe.*adi triggers"):
+        with pytest.raises(ValueError, match=r"'joint_probe'.*reads a probe.*adi triggers"):
             policy(exits, trigger=adi.AnyOf((adi.Threshold("entropy", 1.0), adi.Threshold("joint_probe", 0.5))))
 
 

@@ -126,7 +126,9 @@ def test_reflex_stops_at_turns_of_its_own() -> None:
     loaded = adi.load(network("concat"))
     exits = adi.bare_exits(loaded, (1, 2, 3))
     for skipped in ("exact", "propagate"):
-        found = adi.generate(loaded, IDS, adi.Reflex(exits, thresholds=0.3, skipped=skipped), max_new_tokens=24)
+        found = adi.generate(
+            loaded, IDS, adi.Reflex(exits, trigger=adi.Threshold("top_probability", 0.3), skipped=skipped), max_new_tokens=24
+        )
         assert len({step.depth for step in found.steps}) > 1
     two = adi.load(network("two blocks a turn"))
     policy = adi.Reflex(adi.bare_exits(two, (1, 2, 3)), thresholds=0.3, skipped="propagate")

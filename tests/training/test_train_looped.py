@@ -9,8 +9,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from adi.decoding.looped.solve import load_looped
 from adi.errors import AdiError, FileError, UsageError
+from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import task_named
 from adi.training.train_looped import Batches, Carry, PriceTrainer, TrainSettings, drawn_price, train_looped

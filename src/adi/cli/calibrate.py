@@ -65,12 +65,13 @@ def calibrate(
     from adi.risk.certificate import merged
 
     items = [item for source in prompts or ["bench"] for item in chosen_prompts(source, None)]
-    chosen, levels = [item.prompt for item in spread(items, limit)], risk or [0.02]
+    chosen, levels = [item.text_or_ids for item in spread(items, limit)], risk or [0.02]
     RiskTest(kind, method, delta).check(levels)
     named = judged_exits(exits)
     if isinstance(named, str):
         raise UsageError(
-            f"--exits {exits}: bare exits have no file to keep a certificate in; give --exits DIR with trained exits."
+            f"--exits {exits}: bare exits have no file to keep a certificate in; give --exits DIR with trained exits, or leave "
+            "it out for a looped model."
         )
     require_writable(out_dir / "exits.json", json_out)
     loaded = engine.load(model)

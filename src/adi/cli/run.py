@@ -23,6 +23,7 @@ from adi.cli.shared.options import (
     TextOptions,
     TokensOption,
     option,
+    whole_numbers,
 )
 from adi.cli.shared.output import err, out, read_input, say, show_json
 from adi.errors import UsageError
@@ -45,6 +46,7 @@ def run(
     max_new_tokens: TokensOption = 128,
     compare: Annotated[bool, option("--compare", help="Run full depth too: identical or not, and the ratio.")] = False,
     messages: MessagesOption = None,
+    ids: Annotated[str | None, option("--ids", help="Token ids as the prompt, such as 1,4,6.", rare=True)] = None,
     json_out: JsonOption = False,
     logprobs: Annotated[
         int | None,
@@ -63,9 +65,7 @@ def run(
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens or None, "sampling": sampling.sampling().settled()}
     options |= {**text.settings(), **chat.settings()}
-    if messages is not None and prompt != DEMO_PROMPT:
-        raise UsageError(f"give a prompt or --messages, not both {prompt!r:.40} and {messages}.")
-    content = read_messages(messages) if messages is not None else read_input() if prompt == "-" else prompt
+    content = _content(prompt, messages, ids)
     require_writable(trace)
     loaded, policy = decoding.load(engine, model)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
@@ -84,6 +84,16 @@ def run(
         show_json(document(generation, full, loaded.backbone.spec.row_invariant))
     else:
         _closing(out(), generation, full)
+
+
+def _content(prompt: str, messages: Path | None, ids: str | None) -> Prompt:
+    """The one prompt of three that was given."""
+    given = [str(each) for each in (prompt if prompt != DEMO_PROMPT else None, messages, ids) if each is not None]
+    if len(given) > 1:
+        raise UsageError(f"give a prompt, --messages or --ids, not both {given[0]!r:.40} and {given[1]}.")
+    if ids is not None:
+        return whole_numbers("--ids", ids)
+    return read_messages(messages) if messages is not None else read_input() if prompt == "-" else prompt
 
 
 TIES = (

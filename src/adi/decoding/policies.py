@@ -31,6 +31,7 @@ from adi.drafters.history import History
 from adi.drafters.ngram import NgramIndex
 from adi.errors import AdiError, UsageError
 from adi.exits.exit_output import ExitOutput
+from adi.exits.probe import require_network
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Always, Trigger, with_thresholds
 from adi.model.load import Model
@@ -415,10 +416,10 @@ def _by_exits(request: Request, exits: Exits, trigger: Trigger, draft_tokens: in
 
 
 def _fitting(exits: Exits, trigger: Trigger) -> None:
-    """UsageError where a trigger names a depth that is no exit, where it would never be asked, or asks a probe not there."""
+    """UsageError where a trigger names a depth that is no exit, where it would never be asked, or asks a network not there."""
     if not hasattr(trigger, "fires") or isinstance(trigger, type):
         raise UsageError(f"trigger is {trigger!r:.60}; give a rule such as adi.Threshold('entropy', 0.3).")
     if stray := sorted(trigger.depths - set(exits.depths)):
         raise UsageError(f"the trigger has thresholds at depths {stray}, but the exits are at {list(exits.depths)}.")
-    if exits.probe is None and (asked := [name for name in trigger.needs if SIGNALS[name].reads == "probe"]):
-        raise UsageError(f"the trigger reads {asked[0]!r}, but these exits have no probe; adi triggers --save DIR fits one.")
+    for name in trigger.needs:
+        require_network(name, exits.probe)

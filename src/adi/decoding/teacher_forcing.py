@@ -19,6 +19,7 @@ from adi.decoding.generate import generate_batch
 from adi.decoding.policies import FullDepth
 from adi.decoding.records import Generation
 from adi.decoding.scheduler import sharing
+from adi.exits.probe import networks_of
 from adi.exits.signals import Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States
 from adi.model.load import Model
@@ -160,8 +161,8 @@ class ForcedReading:
     """An answer of T tokens and what E exits predict at each.
 
     ``answer_T`` are the answer's own tokens, ``full_T`` full depth's in the same contexts, ``exit_ET`` the exits'.
-    ``signals`` are each exit's top probability and entropy, ``[E, T]``. ``regret_T`` and ``regret_ET`` are by how much less
-    likely than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0.
+    ``signals`` are each exit's top probability, entropy and, where it has one, gate, ``[E, T]``. ``regret_T`` and ``regret_ET``
+    are by how much less likely than ``full_T`` the answer's and the exits' tokens are to the full model, in nats, at least 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -187,13 +188,16 @@ def _reading(
 ) -> ForcedReading:
     answer_T, depths = torch.tensor(answer), () if exits is None else exits.depths
     exit_ET = torch.zeros((len(depths), len(answer)), dtype=torch.long)
-    signals = {name: torch.zeros((len(depths), len(answer))) for name in READ}
+    gated = exits is not None and "gate" in networks_of(exits.probe)
+    signals = {name: torch.zeros((len(depths), len(answer))) for name in (*READ, *(["gate"] if gated else []))}
     for e, depth in enumerate(depths):
         assert exits is not None
         head = exits.reader(backbone)(depth, seen.hidden[depth])
         exit_ET[e] = head.tokens_T.cpu()
         for name, measure in READ.items():
             signals[name][e] = measure(head).float().cpu()
+        if exits.probe is not None and gated:
+            signals["gate"][e] = exits.probe.chance("gate", depth, seen.hidden[depth]).cpu()
     full, regrets = list[Tensor](), list[Tensor]()
     tokens_RT = torch.cat([answer_T[None], exit_ET]).split(backbone.spec.merged_rows, 1)
     for logits_TV, wanted_RT in zip(full_logits(backbone, seen.deep_ND), tokens_RT, strict=True):

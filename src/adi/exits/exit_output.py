@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from adi.errors import ModelError, NoDistributionError, UsageError
+from adi.errors import ModelError, NoDistributionError
+from adi.exits.probe import NETWORKS, networks_of, require_network
 from adi.exits.signals import SIGNALS, Prediction, require_signal
 from adi.model.backbone import States
 
@@ -33,8 +34,8 @@ class Signals(Mapping[str, float]):
         return self.seen[name]
 
     def __iter__(self) -> Iterator[str]:
-        there = {"mlp": self._states.mlp_TF is not None, "probe": self._probe is not None}
-        return (name for name, signal in SIGNALS.items() if there.get(signal.reads, True))
+        there = {"head", "states", *(["mlp"] if self._states.mlp_TF is not None else []), *networks_of(self._probe)}
+        return (name for name, signal in SIGNALS.items() if signal.reads in there)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -45,9 +46,8 @@ class Signals(Mapping[str, float]):
             return float(signal.measure(self._predict()))
         if signal.reads == "states":
             return float(signal.measure(states.before_TD, states.hidden_TD))
-        if signal.reads == "probe":
-            if self._probe is None:
-                raise UsageError(f"signal {name!r} needs exits with a probe; adi triggers --save DIR makes some.")
+        if signal.reads in NETWORKS:
+            require_network(name, self._probe)
             return float(signal.measure(self._probe, self._depth, states.hidden_TD, self._predict))
         if states.mlp_TF is None:
             raise ModelError(f"signal {name!r} needs MLP activations, which this model does not show (experts, or no MLP).")

@@ -158,7 +158,7 @@ def _probed(name: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Signal:
-    """One measure: what it reads ("head", "states", "mlp" or "probe"), and whether sure means a high or a low value."""
+    """One measure: what it reads ("head", "states", "mlp", "probe" or "gate"), and whether sure means a high or a low value."""
 
     measure: Callable[..., Tensor]
     reads: str
@@ -179,6 +179,7 @@ SIGNALS: dict[str, Signal] = {
     "top_energy": Signal(top_energy, "mlp", True, "share of MLP energy in the top 2% of units"),
     "state_probe": Signal(_probed("state_probe"), "probe", True, "chance of being right, learned from the state"),
     "joint_probe": Signal(_probed("joint_probe"), "probe", True, "chance of being right, learned from the state and the head"),
+    "gate": Signal(_probed("gate"), "gate", True, "chance of halting, of a looped model's own gate"),
 }
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from adi.decoding.looped.halting import Halted, Rule
-from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, load_looped, run_rule, task_of
+from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, run_rule, task_of
 from adi.errors import UsageError
 from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
 from adi.measure.statistics import clustered_median
+from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.risk.bounds import learn_then_test, sequences_needed
 from adi.tasks.pointers import NONE

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from adi.decoding.looped.halting import Rule, run_halting
-from adi.decoding.looped.solve import halting_rule, load_looped, run_rule, task_of
+from adi.decoding.looped.solve import halting_rule, run_rule, task_of
 from adi.errors import UsageError
 from adi.measure.pages import render
+from adi.model.load import load_looped
 from adi.tasks.registry import Problem, Puzzles
 
 SURE = 0.9  # an answer of at least this probability is shown as sure

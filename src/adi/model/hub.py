@@ -14,7 +14,7 @@ from typing import Any
 
 from adi.cache import cache_folder, identity, usable_cache, whole_folder
 from adi.errors import ModelError
-from adi.files import expanded, read_json, require_readable
+from adi.files import expanded, package_data, read_json, require_readable
 from adi.model.stored import is_adapter
 
 DEFAULT = "smollm2-135m"
@@ -26,8 +26,16 @@ CONVERTING = threading.Lock()
 READING = threading.Lock()  # from_pretrained switches functions of the whole process, and two at once leave some switched
 
 
+def shipped_looped() -> list[str]:
+    """Names of the looped models that come with the package."""
+    folder = package_data("looped")
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
 def source_folder(source: str, notice: Notice) -> str:
     """A folder or hub id that transformers reads; GGUF files are converted once and kept in the cache."""
+    if source in shipped_looped():
+        return str(package_data("looped") / source)
     if (gguf := gguf_file(source)) is not None:
         return str(_converted(gguf, notice))
     require_readable(path := expanded(source))

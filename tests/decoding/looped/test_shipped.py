@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import adi
-from adi.decoding.looped.solve import shipped_looped
 from adi.measure.solving import solving_report
+from adi.model.hub import shipped_looped
 from adi.tasks.products import GROUPS
 
 

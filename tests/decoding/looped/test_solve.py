@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from adi.decoding.looped.solve import Solved, load_looped, solve
+from adi.decoding.looped.solve import Solved, solve
 from adi.errors import AdiError, FileError, ModelError, UsageError
+from adi.model.load import load_looped
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.tasks.registry import task_named
 

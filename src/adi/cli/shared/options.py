@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adi.model.load import Model
     from adi.prompts import PromptItem
 
-MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file."
+MODEL_HELP = "smollm2-135m, a Hugging Face hub id, a folder, or a .gguf file; products, a looped model."
 DEMO_PROMPT = "Why is the sky blue?"
 
 
@@ -41,7 +41,7 @@ ExitsOption = Annotated[
         "-e",
         metavar="DIR",
         help="Folder of trained exits and drafter; 'bare' or 'bare:8,16' for the model's own head at those depths. By default "
-        "those shipped for the model.",
+        "those shipped for the model; of a looped model its own head and gate after each turn.",
         panel="Decoding",
     ),
 ]
@@ -308,6 +308,7 @@ def judged_exits(given: str | None) -> Exits | str | None:
 def exits_for(model: Model, given: Exits | str | None) -> Exits:
     """The exits as ``judged_exits`` gives them, those shipped for the model by default; ModelError says how to get some."""
     from adi.artifact import Exits, bare_exits, shipped_for
+    from adi.model.load import LOOPED
 
     if isinstance(given, Exits):
         exits = given
@@ -316,6 +317,8 @@ def exits_for(model: Model, given: Exits | str | None) -> Exits:
         exits = bare_exits(model, whole_numbers("depths", depths) if depths else None)
     elif (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
         exits = found
+    elif model.backbone.spec.family == LOOPED:
+        exits = bare_exits(model)  # each turn was trained to answer
     else:
         raise ModelError(
             f"no exits are shipped for {model.source!r}. Train some with 'adi tune {model.source} --out DIR' and give "

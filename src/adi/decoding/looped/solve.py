@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from adi.arguments import real, whole
 from adi.decoding.looped.halting import Halted, Rule, run_halting
-from adi.errors import FileError, ModelError, UsageError
-from adi.files import expanded, package_data
-from adi.model.hub import first_line, quiet_transformers
+from adi.errors import ModelError, UsageError
+from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import Chains, Problem, Puzzles, task_named
 
@@ -37,39 +35,6 @@ class Solved:
     turns: list[int] | int
     sure: list[float] | float
     start: int = 0
-
-
-def shipped_looped() -> list[str]:
-    """Names of the looped models that come with the package."""
-    folder = package_data("looped")
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-
-
-def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
-    """A looped model by name ("products"), from a folder, or as it is; in evaluation mode.
-
-    FileError for an unknown name and a folder without a model; ModelError for one that is not looped or lacks weights.
-    """
-    if isinstance(source, LoopedForCausalLM):
-        if source.training:
-            raise ModelError(f"{type(source).__name__} is in training mode; call model.eval() first.")
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise UsageError(f"a looped model is a name, a folder or a LoopedForCausalLM, not {type(source).__name__}.")
-    name = str(source)
-    folder = package_data("looped") / name if name in shipped_looped() else expanded(name)
-    if not (folder / "config.json").is_file():
-        there = ", ".join(shipped_looped())
-        raise FileError(f"there is no looped model {name!r}: neither a folder with a config.json nor shipped ({there}).")
-    try:
-        with quiet_transformers():
-            model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # readers of foreign files raise what they like
-        raise ModelError(f"the looped model in {folder} cannot be read: {first_line(error)}") from None
-    if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise ModelError(f"the looped model in {folder} lacks {len(lacks)} weights, among them {lacks[0]}.")
-    found: LoopedForCausalLM = model.eval()
-    return found
 
 
 def task_of(model: LoopedForCausalLM) -> Problem:

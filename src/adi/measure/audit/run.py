@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,7 @@ from adi.model.load import Model, check_engine, load
 from adi.prompts import read_prompts, spread
 
 FORMAT, VERSION = "adi-audit", 2
+RANDOM_IDS = 24  # of a prompt where no tokenizer could read a text
 BARE = (0.5, 0.75)  # shares of the depth at which exits are put where a model has none
 Given = Exits | str | os.PathLike[str] | Callable[[Model], Exits] | None
 
@@ -50,7 +52,8 @@ def audit(
     Args:
         source: as for ``load``, once for each of ``precisions``; or a ``Model``, checked as it is.
         exits: trained exits or their folder, or a function of the model; None takes those shipped for it, else bare ones.
-        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts. What the context cannot hold is cut.
+        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts, or of random ids where there is no
+            tokenizer. What the context cannot hold is cut.
         max_new_tokens, draws: how long the texts are, and how many draws each way of drafting makes.
 
     Raises:
@@ -61,7 +64,7 @@ def audit(
     _check_precisions(backend, precisions)
     exits = load_exits(exits) if isinstance(exits, (str, os.PathLike)) else exits  # judged before a model is read
     items = spread(read_prompts("bench"), limit) if prompts is None else []
-    chosen = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
+    chosen: list[Any] = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
         raise UsageError(f"prompts is {prompts!r:.40}; give at least one.")
     size, engines = Size(max_new_tokens, draws, seed), []
@@ -69,6 +72,8 @@ def audit(
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
         found = _exits(model, exits)
         found.check(model.backbone)
+        if prompts is None and model.tokenizer is None:
+            items, chosen = [], _random_ids(model.backbone.spec.vocabulary, limit, seed)
         engines.append(check(model, found, _encoded(model, chosen, max_new_tokens), size, notice))
         name, base = model.backbone.spec.name, found.base_name
         del model, found
@@ -114,10 +119,15 @@ def _exits(model: Model, given: Given) -> Exits:
         return load_exits(given)
     if model.source in shipped():
         return load_exits(model.source)
-    layers = model.backbone.spec.layers
+    layers, looped = model.backbone.spec.layers, model.backbone.spec.loop is not None
     if layers < 2:
         raise UsageError(f"{model.source} has one block and nowhere to stop early, so there is nothing to audit.")
-    return bare_exits(model, sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
+    return bare_exits(model, None if looped else sorted({min(max(1, round(layers * share)), layers - 1) for share in BARE}))
+
+
+def _random_ids(vocabulary: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    dice = random.Random(seed)
+    return [tuple(dice.randrange(vocabulary) for _ in range(RANDOM_IDS)) for _ in range(count)]
 
 
 def _encoded(model: Model, prompts: Sequence[Any], new: int) -> list[tuple[int, ...]]:

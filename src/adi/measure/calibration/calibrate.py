@@ -19,6 +19,7 @@ from adi.exits.triggers import Never, Threshold
 from adi.measure.calibration.losses import NATS, AnswerLoss, own_text_losses, replayed_loss
 from adi.measure.calibration.risk_path import risk_path
 from adi.model.load import Model
+from adi.model.prompt import Prompt
 from adi.progress import Progress, no_progress
 from adi.risk.bounds import Losses, conformal, learn_then_test, sequences_needed
 from adi.risk.certificate import KINDS, METHODS, Certificate, Kind, Method
@@ -102,7 +103,7 @@ class RiskTest:
 def calibrate(
     model: Model,
     exits: Exits,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     levels: Sequence[float],
     *,
     delta: float = 0.05,
@@ -116,9 +117,9 @@ def calibrate(
 
     Args:
         model, exits: which the certificates will hold for, in the precision that is loaded.
-        prompts: a sample, drawn as the prompts of use will be; one that is given again counts once, or it would be taken for
-            more evidence than it is. A fifth, chosen at random, decides in which order thresholds are tried; the others are
-            calibrated on.
+        prompts: texts or token ids, a sample, drawn as the prompts of use will be; one that is given again counts once, or it
+            would be taken for more evidence than it is. A fifth, chosen at random, decides in which order thresholds are tried;
+            the others are calibrated on.
         levels: shares of tokens (of kind "disagreement") or nats per token ("log_loss").
         delta: the chance, over the draw of prompts, that a level does not hold. It is given per level.
         kind: which risk; ``adi.measure.calibration.losses`` defines both.
@@ -138,7 +139,8 @@ def calibrate(
     readings = _readings(model, exits, order, max_new_tokens, progress)
     layers = model.backbone.spec.layers
     units = sorted(level / test.scale for level in levels)
-    rules = risk_path(readings[:learning], exits.depths, layers, units, kind)
+    signal = "gate" if exits.trigger.needs == ("gate",) else "top_probability"
+    rules = risk_path(readings[:learning], exits.depths, layers, units, kind, signal)
     tested: list[TestedRule] = []
     for place, rule in enumerate(rules):
         progress(place, len(rules), "rules")

@@ -2,7 +2,8 @@
 
 A rule exits where the error that its top probability implies there (isotonic regression on these answers) is at most a price
 times the share of blocks that stopping saves: what stopping is worth against what it risks, at the margin. The price orders
-the rules. Depths at which a check does not pay are left out.
+the rules. Depths at which a check does not pay are left out. A looped model's gate takes the place of the top probability where
+the exits' own trigger reads it.
 """
 
 from __future__ import annotations
@@ -46,14 +47,20 @@ def risks_wanted(levels: Sequence[float]) -> list[float]:
 
 
 def risk_path(
-    readings: Sequence[ForcedReading], depths: Sequence[int], layers: int, levels: Sequence[float], kind: str
+    readings: Sequence[ForcedReading],
+    depths: Sequence[int],
+    layers: int,
+    levels: Sequence[float],
+    kind: str,
+    signal: str = "top_probability",
 ) -> list[RiskRule]:
-    """Rules from safe to bold, the cheapest found for each wanted risk of ``kind`` (levels in [0, 1])."""
-    rows = _joined(readings, kind)
+    """Rules from safe to bold, the cheapest found for each wanted risk of ``kind`` (levels in [0, 1]), by a signal that is high
+    where an exit is sure."""
+    rows = _joined(readings, kind, signal)
     curves = [isotonic_curve(sure_N, 1 - loss_N) for sure_N, loss_N in zip(rows.sure_EN, rows.loss_EN, strict=True)]
     unique: dict[tuple[tuple[int, float], ...], None] = {}
-    counts = range(1, min(MOST_DEPTHS, len(depths)) + 1)
-    chosen = itertools.chain.from_iterable(itertools.combinations(range(len(depths)), count) for count in counts)
+    counts = {*range(1, min(MOST_DEPTHS, len(depths)) + 1), *([len(depths)] if signal == "gate" else [])}
+    chosen = itertools.chain.from_iterable(itertools.combinations(range(len(depths)), count) for count in sorted(counts))
     for exits, price in itertools.product(chosen, PRICES.tolist()):
         least = {depths[e]: curves[e].least(1 - 1e-9 - price * (layers - depths[e]) / layers) for e in exits}
         if at := {depth: math.floor(known * 1e6) / 1e6 for depth, known in least.items() if known is not None}:
@@ -69,20 +76,22 @@ def risk_path(
 
 @dataclass(frozen=True)
 class _Rows:
-    """All rows of all answers but the first of each, N in all: how sure each exit is and what its token would lose."""
+    """All rows of all answers but the first of each, N in all: how sure each exit is by ``signal`` and what its token would
+    lose."""
 
     sure_EN: np.ndarray
     loss_EN: np.ndarray
     answers: int
+    signal: str
 
 
-def _joined(readings: Sequence[ForcedReading], kind: str) -> _Rows:
-    sure = torch.cat([one.signals["top_probability"][:, 1:] for one in readings], 1).double().numpy()
+def _joined(readings: Sequence[ForcedReading], kind: str, signal: str) -> _Rows:
+    sure = torch.cat([one.signals[signal][:, 1:] for one in readings], 1).double().numpy()
     if kind == "disagreement":
         loss = torch.cat([one.exit_ET[:, 1:] != one.full_T[1:] for one in readings], 1).double().numpy()
     else:
         loss = torch.cat([one.regret_ET[:, 1:] for one in readings], 1).double().clamp(0, NATS).numpy() / NATS
-    return _Rows(sure, loss, len(readings))
+    return _Rows(sure, loss, len(readings), signal)
 
 
 def _tried(rows: _Rows, depths: Sequence[int], layers: int, at: dict[int, float]) -> RiskRule:
@@ -99,4 +108,4 @@ def _tried(rows: _Rows, depths: Sequence[int], layers: int, at: dict[int, float]
             left &= ~fires
     depth += float(layers * left.sum())
     count = rows.answers + len(left)
-    return RiskRule(Threshold("top_probability", at), lost / count, depth / count, (depth + CHECK_BLOCKS * checks) / count)
+    return RiskRule(Threshold(rows.signal, at), lost / count, depth / count, (depth + CHECK_BLOCKS * checks) / count)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adi.artifact import Exits
 from adi.decoding.teacher_forcing import ForcedPass, KnownText, forced_pass, full_tokens
-from adi.exits.probe import Probe
+from adi.exits.probe import Probe, networks_of
 from adi.exits.signals import SIGNALS, Prediction, lumped_entropy
 from adi.measure.trigger_study.pass_seconds import median_seconds
 from adi.model.load import Model
@@ -76,9 +76,7 @@ def _inputs(head: Prediction, seen: ForcedPass, depth: int, probe: Probe | None)
     given: dict[str, tuple[Any, ...]] = {"head": (head,), "states": (seen.before[depth], hidden_ND)}
     if depth in seen.mlp:
         given["mlp"] = (seen.mlp[depth],)
-    if probe is not None:
-        given["probe"] = (probe, depth, hidden_ND, lambda: head)
-    return given
+    return given | dict.fromkeys(networks_of(probe), (probe, depth, hidden_ND, lambda: head))
 
 
 def reads_head(name: str) -> bool:
