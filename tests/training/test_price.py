@@ -128,6 +128,14 @@ def test_trm_learns_every_turn_and_whether_it_is_right(loss_RN: Tensor) -> None:
     assert float(found.gate) < 1e-6
 
 
+def test_a_fixed_depth_learns_its_last_turn_alone(loss_RN: Tensor) -> None:
+    given = loss_RN.clone().requires_grad_()
+    OBJECTIVES["last"](given, torch.zeros(TURNS, PLACES), COST_R, Price()).loss.backward()
+    assert given.grad is not None
+    assert not given.grad[:-1].any()
+    assert float(given.grad[-1].sum()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_trunk_never_learns_from_the_gates_part(name: str, loss_RN: Tensor) -> None:
     losses, halt = loss_RN.clone().requires_grad_(), torch.randn(TURNS, PLACES).requires_grad_()

@@ -148,8 +148,21 @@ def test_the_schedule_goes_from_even_weights_to_the_price() -> None:
 
 
 def test_a_range_of_prices_is_drawn_from_and_given_to_the_gate(tmp_path: Path) -> None:
-    settings = replace(TINY, price=0.01, highest_price=1.0, steps=3, model={**TINY.model, "gate_price": True})
+    settings = replace(TINY, price=0.01, highest_price=1.0, steps=3)
     drawn = [drawn_price(settings, step) for step in range(200)]
     assert 0.01 <= min(drawn) < 0.03
     assert 0.3 < max(drawn) <= 1.0
     assert train_looped(settings, tmp_path).config.gate_price
+    for wrong in ({"price": 0.0}, {"price": 2.0}, {"highest_price": None, "model": {**TINY.model, "gate_price": True}}):
+        with pytest.raises(UsageError, match="learns from a range"):
+            train_looped(replace(settings, **wrong), tmp_path / "wrong")
+
+
+def test_a_network_of_a_fixed_depth_learns_from_its_last_turn_alone(tmp_path: Path) -> None:
+    settings = replace(TINY, objective="last", steps=4, gate_only=0.0, ema=0.0)
+    model = train_looped(settings, tmp_path)
+    torch.manual_seed(settings.seed)
+    fresh = dict(LoopedForCausalLM(model.config).named_parameters())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, fresh[name])}
+    assert "gate.stop.bias" not in moved
+    assert "model.turn.inject.weight" in moved

@@ -129,6 +129,11 @@ def trm(loss_RN: Tensor, halt_RN: Tensor, cost_R: Tensor, at: Price) -> Terms:
     return Terms(loss_RN.mean(), 0.5 * F.binary_cross_entropy_with_logits(halt_RN, right_RN))
 
 
+def last(loss_RN: Tensor, halt_RN: Tensor, cost_R: Tensor, at: Price) -> Terms:
+    """Loss of the last turn alone, and no gate: a network of a fixed depth, which others are compared with."""
+    return Terms(loss_RN[-1].mean(), 0.0 * halt_RN.sum())
+
+
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Price], Terms]] = {
     "price": priced,
     "plsd": plsd,
@@ -136,4 +141,5 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Price], Terms]] = {
     "pondernet": pondernet,
     "act": act,
     "trm": trm,
+    "last": last,
 }

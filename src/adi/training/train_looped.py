@@ -34,7 +34,8 @@ class TrainSettings(Record, frozen=True):
 
     The first ``even`` of the steps weigh all turns alike at price 0, so that each learns to answer; then, over ``ramp``,
     price and floor go to their values; the last ``gate_only`` train the gate alone. ``price`` and ``tau`` are in nats; with
-    ``highest_price`` each step draws one log-uniformly between the two, for a gate that takes the price (``gate_price``).
+    ``highest_price`` each step draws one log-uniformly between the two, and the gate takes it (``gate_price``). Objective
+    "last" has a loss at the last turn only and no gate: with ``gate_only`` 0, a network of a fixed depth to compare with.
     ``ema`` 0 keeps no average of the weights.
 
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
@@ -44,7 +45,7 @@ class TrainSettings(Record, frozen=True):
 
     task: str
     model: dict[str, Any] = field(default_factory=dict)
-    objective: Literal["price", "plsd", "ouro", "pondernet", "act", "trm"] = "price"
+    objective: Literal["price", "plsd", "ouro", "pondernet", "act", "trm", "last"] = "price"
     steps: Positive = 3000
     batch: Positive = 64
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-3
@@ -74,11 +75,17 @@ class TrainSettings(Record, frozen=True):
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
         shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
+        shape |= {"gate_price": True} if self.highest_price is not None else {}
         shape |= {} if task.causal else {"positions": "learned", "place_features": task.place_features}
         known = LoopedConfig().to_dict()
         if unknown := [name for name in self.model if name not in known]:
             raise UsageError(f"model.{unknown[0]} is no field of a looped model; it has {', '.join(sorted(known))}.")
         config = LoopedConfig(**{**shape, **self.model})
+        if config.gate_price and not 0 < self.price < (self.highest_price or 0):
+            raise UsageError(
+                f"price is {self.price:g} and highest_price {self.highest_price}; a gate that takes the price learns from a "
+                "range: a price above 0, and a highest_price above that."
+            )
         if self.gradient_turns and config.injection == "none":
             raise UsageError(
                 f"gradient_turns={self.gradient_turns} needs an injection, not {config.injection!r}: a state kept between "
