@@ -2,57 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.looped_shapes import SIZES, hrm_text, huginn, ouro, randomised, routed
 
 import adi
 from adi.decoding.frontier import Frontier
 from adi.errors import AdiError
+from adi.model.arrays import normalise
 from adi.model.backbone import Loop, Rows
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 
-FORMS: dict[str, dict[str, Any]] = {
-    "concat": {},
-    "add": {"injection": "add"},
-    "two blocks a turn": {"injection": "add", "core_layers": 2},
-    "shaped like Ouro": {"injection": "none", "core_layers": 3},
-    "two states, as in TRM": {"states": 2, "inner_turns": 2, "injection": "add"},
-    "a prelude before": {"prelude_layers": 2, "injection": "none"},
-    "a coda behind": {"coda_layers": 1},
-}
 IDS = (1, 2, 3, 4, 5, 6, 1, 2)
 
 
-def network(form: str) -> LoopedForCausalLM:
+def own(**form: Any) -> LoopedForCausalLM:
+    found: LoopedForCausalLM = randomised(LoopedForCausalLM(LoopedConfig(**{**SIZES, **form})))
+    return found
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "concat": own,
+    "add": partial(own, injection="add"),
+    "two blocks a turn": partial(own, injection="add", core_layers=2),
+    "none": partial(own, injection="none", core_layers=3),
+    "two states, as in TRM": partial(own, states=2, inner_turns=2, injection="add"),
+    "a prelude before": partial(own, prelude_layers=2, injection="none"),
+    "a coda behind": partial(own, coda_layers=1),
+    "a prelude that enters every turn": partial(own, prelude_layers=2),
+    "prelude, two states and coda": partial(own, prelude_layers=1, states=2, injection="add", coda_layers=2),
+    "shaped like Ouro": ouro,
+    "shaped like Huginn": huginn,
+    "shaped like Huginn, from noise by position": partial(huginn, "position"),
+    "HRM-Text": hrm_text,
+    "HRM-Text of one cycle": partial(hrm_text, H_cycles=1, num_hidden_layers=2),
+}
+LOOPS = {  # others have one block a turn, four turns, no prelude and no coda: first, period, turns, layers
+    "a prelude before": (2, 1, 4, 6),
+    "a coda behind": (0, 1, 4, 5),
+    "a prelude that enters every turn": (2, 1, 4, 6),
+    "prelude, two states and coda": (1, 1, 4, 7),
+    "shaped like Ouro": (0, 2, 4, 8),
+    "shaped like Huginn": (2, 2, 4, 12),
+    "shaped like Huginn, from noise by position": (2, 2, 4, 12),
+    "HRM-Text": (0, 4, 2, 8),
+    "HRM-Text of one cycle": (0, 1, 3, 5),
+}
+
+
+def network(form: str) -> Any:
     torch.manual_seed(1)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 4}
-    model = LoopedForCausalLM(LoopedConfig(**{**sizes, **FORMS[form]})).eval()
+    return MAKERS[form]()
+
+
+def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
+        found: torch.Tensor = model(input_ids=torch.tensor([tuple(ids)]), use_cache=False).logits[0]
+    return found
 
 
-def greedy(model: LoopedForCausalLM, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return tuple(model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist())
+def greedy(model: Any, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The slow twin: the whole text is read again for each token."""
+    text = list(ids)
+    for _ in range(count):
+        text.append(int(logits(model, text)[-1].argmax()))
+    return tuple(text[len(ids) :])
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=MAKERS)
 def form(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def test_turns_are_found_by_watching(form: str) -> None:
-    config, spec = network(form).config, adi.load(network(form)).backbone.spec
-    assert spec.loop == Loop(config.prelude_layers, 1, 4)
-    assert spec.layers == config.prelude_layers + 4 + config.coda_layers
-    assert spec.stops == tuple(range(1, spec.layers + 1))
+    spec = adi.load(network(form)).backbone.spec
+    first, period, turns, layers = LOOPS.get(form, (0, 1, 4, 4))
+    assert spec.loop == Loop(first, period, turns)
+    assert spec.layers == layers
+    assert spec.stops == tuple(range(1, layers + 1))
 
 
 def test_any_split_gives_the_models_own_logits(form: str) -> None:
@@ -62,7 +95,7 @@ def test_any_split_gives_the_models_own_logits(form: str) -> None:
         with backbone.new_cache() as cache:
             (early,) = backbone.forward([Rows(cache, 0, IDS, None)], 0, split)
             (late,) = backbone.forward([Rows(cache, 0, IDS, early)], split, backbone.spec.layers)
-        assert torch.allclose(backbone.logits(late), model(torch.tensor([IDS])).logits[0], atol=1e-4)
+        assert torch.allclose(backbone.logits(late), logits(model, IDS), atol=1e-4)
 
 
 def test_logits_at_a_turn_are_the_heads_of_that_turn() -> None:
@@ -74,8 +107,8 @@ def test_logits_at_a_turn_are_the_heads_of_that_turn() -> None:
             assert torch.allclose(backbone.logits(states), every.turn_logits[turn - 1, 0], atol=1e-4)
 
 
-@settings(max_examples=12)
-@given(st.sampled_from(sorted(FORMS)), st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 4)), max_size=12))
+@settings(max_examples=24)
+@given(st.sampled_from(sorted(MAKERS)), st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 4)), max_size=12))
 def test_random_orders_are_one_full_pass(form: str, orders: list[tuple[str, int]]) -> None:
     """Append, roll back and look at any turn in any order: the last states are those of one pass over the text."""
     model = network(form)
@@ -92,7 +125,7 @@ def test_random_orders_are_one_full_pass(form: str, orders: list[tuple[str, int]
         else:
             frontier.advance(min(n, backbone.spec.layers))
     frontier.advance(backbone.spec.layers)
-    wanted = model(torch.tensor([text])).logits[0, -1]
+    wanted = logits(model, text)[-1]
     assert torch.allclose(backbone.logits(frontier.last_state(len(text) - 1))[-1], wanted, atol=1e-3)
 
 
@@ -112,11 +145,12 @@ def test_drafts_from_a_turn_are_verified_at_all(form: str) -> None:
         assert adi.generate(loaded, IDS, policy, max_new_tokens=24).token_ids == wanted, policy
 
 
-def test_a_batch_is_each_alone() -> None:
-    loaded = adi.load(network("concat"))
+@pytest.mark.parametrize("form", ["concat", "shaped like Huginn", "HRM-Text"])
+def test_a_batch_is_each_alone(form: str) -> None:
+    loaded = adi.load(network(form))
     exits = adi.bare_exits(loaded, (1, 2, 3))
     policy = adi.Verified(exits, trigger=adi.Always((1,)), draft_tokens=3)
-    prompts = [tuple((i * k + 1) % 32 for i in range(5)) for k in range(12)]
+    prompts = [tuple((i * k + 1) % 32 for i in range(5)) for k in range(6)]
     together = adi.generate_batch(loaded, prompts, policy, max_new_tokens=10)
     for prompt, found in zip(prompts, together, strict=True):
         assert found.token_ids == adi.generate(loaded, prompt, adi.FullDepth(), max_new_tokens=10).token_ids
@@ -136,9 +170,38 @@ def test_reflex_stops_at_turns_of_its_own() -> None:
         adi.generate(two, IDS, policy, max_new_tokens=9)
 
 
-def test_what_feeds_the_input_into_every_turn_behind_a_prelude_is_refused() -> None:
-    """The turn's other input, what the prelude gave, is no part of the state that is stored."""
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 4}
-    model = LoopedForCausalLM(LoopedConfig(**sizes, prelude_layers=1)).eval()
-    with pytest.raises(AdiError, match="something else happens between block 0 and block 1"):
-        adi.load(model)
+def test_what_is_stored_is_what_is_read_later() -> None:
+    """Of HRM both stacks' states, of Huginn what its prelude gave, of a stack in turns nothing more; heads see one of them."""
+    wide = {form: adi.load(network(form)).backbone for form in ("HRM-Text", "shaped like Huginn", "shaped like Ouro")}
+    found = {}
+    for form, backbone in wide.items():
+        with backbone.new_cache() as cache:
+            states = backbone.forward([Rows(cache, 0, IDS, None)], 0, 4)[0]
+            found[form] = tuple(states.raw_TD.shape)
+            assert states.hidden_TD.shape == states.before_TD.shape == (8, 16)
+    assert found == {"HRM-Text": (8, 32), "shaped like Huginn": (8, 32), "shaped like Ouro": (8, 16)}
+
+
+def test_the_head_is_taken_apart_and_reads_what_it_can_of_a_wide_state(form: str) -> None:
+    backbone = adi.load(network(form)).backbone
+    readout = backbone.readout()
+    with backbone.new_cache() as cache:
+        (states,) = backbone.forward([Rows(cache, 0, IDS, None)], 0, backbone.spec.layers)
+
+    def head(hidden_TD: torch.Tensor) -> tuple[torch.Tensor]:
+        normed = normalise(hidden_TD, readout.norm, readout.eps) * readout.gain_D + readout.shift_D
+        return (readout.scale * normed @ readout.weight_VD.T,)
+
+    (got,) = backbone.compile("head", lambda: head, [backbone.spec.width])(states.raw_TD)
+    assert torch.allclose(got, backbone.logits(states), atol=1e-4)
+    assert torch.allclose(got, backbone.logits(states.hidden_TD), atol=1e-4)
+    assert (readout.norm == "none") == (form == "HRM-Text")
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(routed, "block 1 runs over 2 of 4 tokens"), (partial(huginn, "noise"), "two passes over the same text differ")],
+)
+def test_what_cannot_be_stored_is_refused_with_its_reason(model: Callable[[], Any], why: str) -> None:
+    with pytest.raises(AdiError, match=why):
+        adi.load(model())

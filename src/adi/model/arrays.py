@@ -56,7 +56,9 @@ def digest(arrays: Iterable[Array], *code: str) -> str:
 
 
 def normalise(hidden_TD: Array, norm: str, eps: float) -> Array:
-    """RMS or layer normalisation over the last axis, without gain, of arrays and of tensors."""
+    """RMS ("rms") or layer normalisation over the last axis, without gain, of arrays and of tensors; "none": as they are."""
+    if norm == "none":
+        return hidden_TD
     if norm == "layer":
         hidden_TD = hidden_TD - hidden_TD.mean(-1, keepdims=True)
     return hidden_TD * ((hidden_TD * hidden_TD).mean(-1, keepdims=True) + eps) ** -0.5

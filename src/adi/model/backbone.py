@@ -99,20 +99,31 @@ class States:
 
     ``hidden_TD`` left block ``hi - 1`` and ``before_TD`` entered it; ``mlp_TF`` are that block's MLP activations (what its
     down projection reads), present when they were asked for. They become tensors when somebody asks, which most rounds of
-    decoding never do; ``raw_TD`` is ``hidden_TD`` in the engine's own kind of array. Nobody writes to any of them.
+    decoding never do; ``raw_TD`` is what is stored, in the engine's own kind of array. Nobody writes to any of them. Of a
+    looped model more may be stored than ``hidden_TD``, which are its first ``width`` columns then: what stands behind them
+    depends on the ``depth`` where the pass stopped.
     """
 
-    def __init__(self, hidden_TD: Array, before_TD: Array = None, mlp_TF: Array = None) -> None:
+    def __init__(
+        self,
+        hidden_TD: Array,
+        before_TD: Array = None,
+        mlp_TF: Array = None,
+        *,
+        width: int | None = None,
+        depth: int | None = None,
+    ) -> None:
         self.raw_TD = hidden_TD
         self._before_TD, self._mlp_TF = before_TD, mlp_TF
+        self.width, self.depth = width, depth
 
     @property
     def hidden_TD(self) -> Tensor:  # noqa: N802, a shape
-        return as_tensor(self.raw_TD)
+        return as_tensor(self.raw_TD)[:, : self.width]
 
     @property
     def before_TD(self) -> Tensor:  # noqa: N802, a shape
-        return as_tensor(self._before_TD)
+        return as_tensor(self._before_TD)[:, : self.width]
 
     @property
     def mlp_TF(self) -> Tensor | None:  # noqa: N802, a shape
@@ -123,19 +134,22 @@ class States:
 
     def __getitem__(self, rows: slice) -> States:
         """These rows of it, over the same memory."""
-        return States(*(None if a is None else a[rows] for a in (self.raw_TD, self._before_TD, self._mlp_TF)))
+        return self._like(*(None if a is None else a[rows] for a in (self.raw_TD, self._before_TD, self._mlp_TF)))
+
+    def _like(self, hidden_TD: Array, before_TD: Array = None, mlp_TF: Array = None) -> States:
+        return States(hidden_TD, before_TD, mlp_TF, width=self.width, depth=self.depth)
 
     @staticmethod
     def joined(parts: Sequence[States]) -> States:
         """The rows of several passes of one engine, one after the other; only what left the last block."""
-        return parts[0] if len(parts) == 1 else States(joined([part.raw_TD for part in parts]))
+        return parts[0] if len(parts) == 1 else parts[0]._like(joined([part.raw_TD for part in parts]))
 
     @staticmethod
     def stacked(parts: Sequence[States]) -> States:
         """The same with all that they hold, in tensors."""
         mlps = [part.mlp_TF for part in parts]
-        return States(
-            joined([part.hidden_TD for part in parts]),
+        return parts[0]._like(
+            joined([as_tensor(part.raw_TD) for part in parts]),
             joined([part.before_TD for part in parts]),
             None if any(mlp is None for mlp in mlps) else joined(mlps),
         )
@@ -150,9 +164,9 @@ def raw_of(given: States | Tensor) -> Array:
 class ReadOut:
     """The model's own head taken apart: ``logits_V = scale * (weight_VD @ norm(h) + bias_V)``, up to a soft cap.
 
-    ``norm`` is "rms" or "layer" with ``gain_D``, ``shift_D`` and ``eps``. Exit heads start from these values. A soft cap,
-    where a family has one, is left out: it is monotone, and exit heads are trained to the capped distribution anyway.
-    The numbers are as the engine has them, arrays or tensors.
+    ``norm`` is "rms", "layer" or "none" with ``gain_D``, ``shift_D`` and ``eps``. Exit heads start from these values. A soft
+    cap, where a family has one, is left out: it is monotone, and exit heads are trained to the capped distribution anyway. The
+    numbers are as the engine has them, arrays or tensors.
     """
 
     norm: str

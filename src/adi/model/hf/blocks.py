@@ -17,9 +17,9 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several); of a looped
     model the calls of the modules that run again and again, with what runs before and after them."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if lists:
-        return list(lists[0])
     calls = _watched(decoder)
+    if lists and max(map(calls.count, lists[0])) < 2:
+        return list(lists[0])
     if len(calls) == len(set(map(id, calls))):
         raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}, and nothing runs again and again")
     return calls

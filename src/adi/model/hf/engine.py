@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adi.errors import UsageError
 from adi.model.arrays import Array, as_tensor
-from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
+from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, require_number
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.passes import Run
@@ -104,11 +104,7 @@ class HfBackbone:
 
     def _part(self, rows: Rows, lo: int, hi: int, mlp: bool = False) -> States:
         rows.cache.rewind(lo, hi, rows.start)
-        run = Run(lo, hi, None if rows.states is None else as_tensor(raw_of(rows.states))[None])
-        rows.cache.model.decode(run, rows, mlp=mlp)
-        assert run.hidden is not None
-        assert run.before is not None
-        return States(run.hidden[0], run.before[0], None if run.mlp is None else run.mlp.reshape(len(rows.ids), -1))
+        return rows.cache.model.part(rows, lo, hi, mlp)  # type: ignore[no-any-return]
 
     def propagate(self, rows: Rows, lo: int) -> None:
         """Give blocks [lo, layers) keys and values of these rows made from ``rows.states`` alone, as if it entered each.
@@ -121,13 +117,13 @@ class HfBackbone:
             if not side.cache.write_only(True):
                 raise UsageError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
             try:
-                side.cache.model.decode(Run(lo, self.spec.layers, as_tensor(raw_of(side.states))[None]), side)
+                side.cache.model.decode(side.cache.model.run_from(side, lo, self.spec.layers), side)
             finally:
                 side.cache.write_only(False)
 
     def logits(self, states: States | Tensor) -> Tensor:
         """The model's own forward with every block skipped, so norm, projection, scale and soft cap are its own."""
-        return self._split.logits(as_tensor(raw_of(states)))
+        return self._split.logits(states)
 
     def greedy(self, states: States | Tensor) -> list[int]:
         logits_TV = self.logits(states)
@@ -140,13 +136,13 @@ class HfBackbone:
 
         def run(*rows_TD: Array) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return made(*(as_tensor(rows) for rows in rows_TD))
+                return made(*(as_tensor(rows)[..., :width] for rows, width in zip(rows_TD, widths, strict=True)))
 
         return run
 
     def embed(self, ids: Sequence[int]) -> States:
         """What the first block is given; it runs once for nothing."""
-        run = Run(0, 1, None)
+        run = Run(0, 1)
         self._split.decode(run, Rows(None, 0, tuple(ids), None), all_first=True)
         assert run.before is not None
         return States(run.before[0])

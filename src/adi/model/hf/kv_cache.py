@@ -77,6 +77,12 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 self.layers[i] = GrowingLayer(sliding=layer.is_sliding)
         self.activate_past_recording()
+        self.make_room(max((slot for slots in model.slots or () for slot in slots), default=0))
+
+    def make_room(self, slot: int) -> None:
+        """Have a layer of this number: a looped model may write more of them than its configuration says."""
+        while self.model.loop is not None and len(self.layers) <= slot:
+            self.layers.append(GrowingLayer(sliding=False))
 
     def fork(self, length: int) -> StaircaseCache:
         """Another cache with the first ``length`` positions of this one."""

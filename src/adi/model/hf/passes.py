@@ -1,17 +1,16 @@
 """Skip, enter and leave at any block: passes through the twin of a model, whose blocks do what a ``Run`` says.
 
-Blocks below ``lo`` pass their input through, block ``lo`` gets the stored state instead of its input, and ``Reached``
-leaves the decoder's own forward as soon as block ``hi - 1`` has run. Of a looped model the same module is block after block: a
-block's number is that of the call in a pass. Masks, rotary tables, embedding scales and caches stay
-the business of transformers, so no family needs code of its own. What hangs on a block, such as a steering hook, belongs to
-the block.
+Blocks below ``lo`` do not run: they give what was stored of them, or pass their input through, and ``Reached`` leaves the
+decoder's own forward as soon as block ``hi - 1`` has run. Of a looped model the same module is block after block: a block's
+number is that of the call in a pass. Masks, rotary tables, embedding scales and caches stay the business of transformers, so
+no family needs code of its own. What hangs on a block, such as a steering hook, belongs to the block.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,17 +28,21 @@ class Written(Exception):  # noqa: N818
 
 @dataclass
 class Run:
-    """One pass through blocks ``[lo, hi)``; ``inject`` replaces what enters block ``lo``. Blocks that are left once they have
-    written their keys and values (``Written``) pass on what entered them. ``chain``, where it is a list, is given each block's
-    number, input and output; ``skipped`` is called where the last block was passed by."""
+    """One pass through blocks ``[lo, hi)``; ``given`` are the outputs of blocks below ``lo`` that are read later. Those of
+    ``kept`` go to ``outs``, what entered the last block to ``before``. Blocks that are left once they have written their keys
+    and values (``Written``) pass on what entered them. ``chain``, where it is a list, is given each block's number, input and
+    output; ``entered`` each block's number and all that it is called with, and ``skipped`` is called where the last block was
+    passed by."""
 
     lo: int
     hi: int
-    inject: Tensor | None
-    hidden: Tensor | None = None
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+    kept: Container[int] = ()
+    outs: dict[int, Tensor] = field(default_factory=dict)
     before: Tensor | None = None
-    mlp: Tensor | None = field(default=None)
+    mlp: Tensor | None = None
     chain: list[tuple[int, Any, Any]] | None = None
+    entered: Callable[[int, Any], object] = lambda i, given: None
     skipped: Callable[[], object] = lambda: None
     calls: int = 0
 
@@ -83,25 +86,21 @@ class Steps:
             return forward(*args, **kwargs)
         i, run.calls = run.calls, run.calls + 1
         hidden = args[0] if args else kwargs["hidden_states"]
-        last = i == len(self.extra_outputs) - 1
-        if run.inject is not None and (i == run.lo or (i < run.lo and last)):  # the latter: only the head runs
-            hidden = run.inject
+        run.entered(i, (args, kwargs))
         if i < run.lo:
-            if last:
+            if i == len(self.extra_outputs) - 1:
                 run.skipped()
-            return self._passed_on(i, hidden)
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs["hidden_states"] = hidden
+            return self._passed_on(i, run.given.get(i, hidden))
         try:
             out = forward(*args, **kwargs)
         except Written:
             out = self._passed_on(i, hidden)
         if run.chain is not None:
             run.chain.append((i, hidden, out))
+        if i in run.kept:
+            run.outs[i] = out[0] if isinstance(out, tuple) else out
         if i == run.hi - 1:
-            run.before, run.hidden = hidden, out[0] if isinstance(out, tuple) else out
+            run.before = hidden
             raise Reached
         return out
 

@@ -28,12 +28,14 @@ def take_apart(model: Any, logits_of: Tail, width: int, device: torch.device) ->
     norms = [step for step in tail if _weight_dim(step[0]) < 2]
     maps = [m for m, _, _ in tail if _weight_dim(m) == 2]
     head = model.get_output_embeddings()
-    if len(norms) != 1 or len(norms) + len(maps) != len(tail) or tail[0] is not norms[0] or maps[-1:] != [head]:
+    first = not norms or (len(norms) == 1 and tail[0] is norms[0])
+    if not first or len(norms) + len(maps) != len(tail) or maps[-1:] != [head]:
         names = ", ".join(type(m).__name__ for m, _, _ in tail)
         raise ModelError(f"the head of {type(model).__name__} is not a norm and matrices but {names}: {NO_START}")
     if head.weight.is_meta:
         raise ModelError(f"the head of {type(model).__name__} is offloaded: {NO_START}")
-    kind, gain, shift, eps = norm_of(*norms[0])
+    plain_head = ("none", torch.ones(width, device=device), torch.zeros(width, device=device), 0.0)
+    kind, gain, shift, eps = norm_of(*norms[0]) if norms else plain_head
     weight = maps[-1].weight.detach().float()
     for inner in reversed(maps[:-1]):
         if getattr(inner, "bias", None) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.model.arrays import as_tensor
-from adi.model.backbone import Loop, Rows
+from adi.errors import ModelError
+from adi.model.backbone import Rows, States
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
+from adi.model.hf.layout import Layout, kinds_of, loop_of, watched_layout
 from adi.model.hf.passes import Run, Steps
 from adi.model.hf.rope import always_far, edge_of, turns_again
 from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, extra_outputs, refuse, require_evaluation, require_numbers
@@ -34,6 +36,8 @@ ACAUSAL = (
     "its logits for a token change with the tokens that follow in the same pass: it looks ahead, or rounds activations by pass "
     "as quantize_dynamic does (torchao and the compiled engine's int8 round by token)"
 )
+NOISY = "two passes over the same text differ: it draws noise; let it begin at zeros, or at noise that is fixed by position"
+UNEVEN = "how many turns it takes must not depend on the text"
 WEIGHTS = ("_modules", "_parameters")
 
 
@@ -47,11 +51,15 @@ class SplitModel:
         self.model = self._twin.model
         self.config = self.model.config
         self.decoder, self.blocks = decoder_of(self.model)
-        self.downs = find_down_projections(self.blocks, self.config.get_text_config(decoder=True).hidden_size)
+        self.width: int = self.config.get_text_config(decoder=True).hidden_size
+        self.downs = find_down_projections(self.blocks, self.width)
         self.device, self.dtype = device_of(self.model), self.model.dtype
         self._source = source._modules.get("_orig_mod", source)
         self._placed = self._source.device, self.dtype
         self._steps = Steps(self.blocks)
+        self._kinds = kinds_of(self.blocks)
+        self.loop = loop_of(self._kinds)
+        self.layout: Layout
         self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
         self.vocabulary: int
         self.far: SplitModel | None = None
@@ -59,6 +67,7 @@ class SplitModel:
         self.context = context_of(self.config)
         if near is not None:
             self._steps.extra_outputs, self.vocabulary = near._steps.extra_outputs, near.vocabulary
+            self.layout, self.slots = near.layout, near.slots
             self.downs = None if near.downs is None else self.downs
             always_far(self.decoder, self.context or 0)
             return
@@ -82,15 +91,32 @@ class SplitModel:
         with self._steps.running(run, self.downs[run.hi - 1] if mlp and self.downs is not None else None):
             self.decoder(input_ids=ids, position_ids=torch.zeros_like(ids) if all_first else positions, **past)
 
+    def part(self, rows: Rows, lo: int, hi: int, mlp: bool = False) -> States:
+        """Blocks ``[lo, hi)`` over these rows."""
+        run = self.run_from(rows, lo, hi)
+        self.decode(run, rows, mlp=mlp)
+        if run.before is None:
+            raise ModelError(f"{type(self.model).__name__} ran {run.calls} of {len(self.blocks)} blocks; {UNEVEN}.")
+        stored = self.layout.joined({**run.given, **run.outs}, hi)[0]
+        seen = None if run.mlp is None else run.mlp.reshape(len(rows.ids), -1)
+        more = {} if self.loop is None else {"width": self.width, "depth": hi}
+        return States(stored, run.before[0], seen, **more)
+
+    def run_from(self, rows: Rows, lo: int, hi: int) -> Run:
+        """A pass that begins with what is stored of these rows."""
+        return Run(lo, hi, {} if rows.states is None else self.layout.parts(rows.states, lo), self.layout.at[hi])
+
     @torch.no_grad()
-    def logits(self, hidden_TD: Tensor, begun: Callable[[], object] = lambda: None) -> Tensor:
+    def logits(self, states: States | Tensor, begun: Callable[[], object] = lambda: None) -> Tensor:
         """The model's own forward with every block skipped; ``begun`` is called where its tail begins."""
         layers = len(self.blocks)
-        run = Run(layers, layers + 1, hidden_TD.to(self.device, self.dtype)[None], skipped=begun)
-        ids = torch.zeros((1, hidden_TD.shape[0]), dtype=torch.long, device=self.device)
+        given = {i: part.to(self.device, self.dtype) for i, part in self.layout.parts(states, layers).items()}
+        ids = torch.zeros((1, len(states)), dtype=torch.long, device=self.device)
+        return self._dry(Run(layers, layers + 1, given, skipped=begun), ids, torch.zeros_like(ids))[0].float()
+
+    def _dry(self, run: Run, ids: Tensor, positions: Tensor) -> Tensor:
         with self._steps.running(run):
-            out = self.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-        return out.logits[0].float()  # type: ignore[no-any-return]
+            return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _self_check(self, layers: int) -> int:
@@ -100,10 +126,14 @@ class SplitModel:
         ids = torch.tensor([tokens], device=self.device)
         wanted = self._source(input_ids=ids, use_cache=False).logits[0].float()
         require_numbers(self._source, wanted)
-        run = Run(0, layers + 1, None, chain=[])
+        run = Run(0, layers + 1, kept=range(layers), chain=[])
         self.decode(run, Rows(None, 0, tokens, None))
-        self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], layers, ids)
-        if self.loop is not None:
+        self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], self.blocks, ids)
+        if self.loop is None:
+            self.layout = Layout.of_stack(run.chain or [])
+        else:
+            positions = torch.arange(len(tokens), device=self.device)[None]
+            self.layout = watched_layout(self._kinds, run.outs, lambda run: self._dry(run, ids, positions))
             self.slots = self._watched_slots(Rows(None, 0, tokens, None))
         cache = StaircaseCache(self)
         try:
@@ -114,6 +144,8 @@ class SplitModel:
             raise refuse(self.model, f"{reason}; {RECURRENT_HINT}")
         tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.abs().max()))
         if not (error_ := float((got - torch.cat([wanted, wanted[2:3]])).abs().max())) <= tolerance:
+            if not torch.equal(self._source(input_ids=ids, use_cache=False).logits[0].float(), wanted):
+                raise refuse(self.model, NOISY)
             alone = self._source(input_ids=ids[:, :2], use_cache=False).logits[0].float()
             if not float((alone - wanted[:2]).abs().max()) <= tolerance:
                 raise refuse(self.model, ACAUSAL)
@@ -123,23 +155,14 @@ class SplitModel:
     def _in_parts(self, cache: StaircaseCache, tokens: tuple[int, ...], layers: int) -> list[Tensor]:
         """Logits of four tokens in two strands, and of the third alone: a hook may not look at what is beside it."""
         half = max(1, layers // 2)
-        shallow = torch.cat([self._part(Rows(cache, i, tokens[i : i + 2], None), 0, half) for i in (0, 2)])
+        shallow = States.joined([self._part(Rows(cache, i, tokens[i : i + 2], None), 0, half) for i in (0, 2)])
         found = []
         for rows in (Rows(cache, 0, tokens, shallow), Rows(cache, 2, tokens[2:3], None)):
-            hidden = self._part(rows, 0, half) if rows.states is None else shallow
+            states = self._part(rows, 0, half) if rows.states is None else shallow
             if half < layers:
-                hidden = self._part(Rows(cache, rows.start, rows.ids, hidden), half, layers)
-            found.append(self.logits(hidden))
+                states = self._part(Rows(cache, rows.start, rows.ids, states), half, layers)
+            found.append(self.logits(states))
         return found
-
-    @property
-    def loop(self) -> Loop | None:
-        """Which blocks have the same weights; None where no two have."""
-        places: dict[int, list[int]] = {}
-        for i, block in enumerate(self.blocks):
-            places.setdefault(id(block), []).append(i)
-        repeated = [numbers for numbers in places.values() if len(numbers) > 1]
-        return Loop(repeated[0][0], len(repeated), len(repeated[0])) if repeated else None
 
     def _watched_slots(self, rows: Rows) -> list[tuple[int, ...]]:
         """Which layers of a KV cache each block writes, seen in one pass."""
@@ -148,21 +171,23 @@ class SplitModel:
 
         def update(keys: Tensor, values: Tensor, slot: int, *args: Any, **kwargs: Any) -> Any:
             written[self._steps.at].add(slot)
+            cache.make_room(slot)
             return plain(keys, values, slot, *args, **kwargs)
 
         cache.update = update
-        self.decode(Run(0, len(self.blocks) + 1, None), replace(rows, cache=cache))
+        self.decode(Run(0, len(self.blocks) + 1), replace(rows, cache=cache))
+        for slot, times in Counter(slot for slots in written for slot in slots).items():
+            if times > 1:
+                raise refuse(self.model, f"{times} of its blocks write layer {slot} of the KV cache, and each needs its own")
         return [tuple(sorted(slots)) for slots in written]
 
-    def _part(self, rows: Rows, lo: int, hi: int) -> Tensor:
+    def _part(self, rows: Rows, lo: int, hi: int) -> States:
         """What leaves these blocks of the self-check; a tap of MLP activations that shows nothing is none."""
         rows.cache.rewind(lo, hi, rows.start)
-        run = Run(lo, hi, None if rows.states is None else as_tensor(rows.states)[None])
-        self.decode(run, rows, mlp=True)
-        if run.mlp is None:
+        states = self.part(rows, lo, hi, mlp=True)
+        if states.mlp_TF is None:
             self.downs = None
-        assert run.hidden is not None
-        return run.hidden[0]
+        return states
 
 
 def context_of(config: Any) -> int | None:

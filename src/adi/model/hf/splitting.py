@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_blocks
+from adi.model.hf.layout import state_of
 
+ROUTED = "a router sends only some of them deeper (mixture of recursions), and a block's keys and values must be of all tokens"
 RECURRENT_HINT = "adi needs a decoder whose memory of the past can be cut back (attention, or short convolutions)"
 
 
@@ -74,21 +76,24 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
         raise refuse(model, str(error)) from None
 
 
-def extra_outputs(model: Any, chain: Sequence[tuple[int, Any, Any]], layers: int, ids: Tensor) -> list[int]:
+def extra_outputs(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Sequence[nn.Module], ids: Tensor) -> list[int]:
     """How many values each block gives beside the state, by what the blocks were given and gave in a pass over ``ids``.
 
-    The states must form one chain: every block is called once, in order, and takes what the block before it gave.
+    Every block is called once, in order. The states of a stack form one chain: each takes what the block before it gave.
     """
-    if [i for i, _, _ in chain] != list(range(layers)):
+    looped = len(set(map(id, blocks))) < len(blocks)
+    if [i for i, _, _ in chain] != list(range(len(blocks))):
         raise refuse(model, "its blocks are not each called once and in order")
     extras, last = [], None
     for i, given, out in chain:
-        state = out[0] if isinstance(out, tuple) else out
+        state = state_of(out)
         if not isinstance(given, Tensor) or not isinstance(state, Tensor) or given.shape != state.shape:
             raise refuse(model, f"block {i} does not turn one state into another of the same shape")
+        if looped and given.shape[:1] == ids.shape[:1] and given.shape[1] < ids.shape[1]:
+            raise refuse(model, f"block {i} runs over {given.shape[1]} of {ids.shape[1]} tokens; {ROUTED}")
         if given.shape[:2] != ids.shape:
             raise refuse(model, f"block {i} gives a state of shape {tuple(state.shape)} for {ids.shape[1]} tokens")
-        if last is not None and not torch.equal(given, last):
+        if last is not None and not looped and not torch.equal(given, last):
             raise refuse(model, f"something else happens between block {i - 1} and block {i}")
         extras.append(len(out) - 1 if isinstance(out, tuple) else 0)
         last = state

@@ -35,7 +35,7 @@ NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
 class NormAndScale(Record, frozen=True):
     """The numbers of a ``ReadOut`` that are no arrays."""
 
-    norm: Annotated[str, Meta(pattern="^(rms|layer)$")]
+    norm: Annotated[str, Meta(pattern="^(rms|layer|none)$")]
     eps: float
     scale: float
 
