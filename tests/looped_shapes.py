@@ -51,7 +51,7 @@ class Shape(PreTrainedModel):
     def forward(
         self, input_ids: Any = None, position_ids: Any = None, past_key_values: Any = None, use_cache: Any = None
     ) -> Any:
-        given = self.embed_tokens(input_ids)
+        self.ids, given = input_ids, self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(given.shape[1])[None]
         cache = {"past_key_values": past_key_values}
@@ -66,11 +66,14 @@ class Shape(PreTrainedModel):
 class Ouro(Shape):
     """A list of blocks that runs again and again, with a norm behind each turn."""
 
-    def build(self, config: LoopedConfig) -> None:
+    def build(self, config: LoopedConfig, shared: bool = False, stops_at: int | None = None) -> None:
+        """``shared``: all turns write the same layers of the KV cache. A text that begins with ``stops_at`` has a turn less."""
         self.layers = nn.ModuleList(Block(config) for _ in range(config.core_layers))
+        self.shared, self.stops_at = shared, stops_at
 
     def recur(self, hidden_BTD: Tensor, position_ids: Tensor) -> Tensor:
-        for turn in range(self.config.turns):
+        for turn in range(self.config.turns - (self.stops_at == int(self.ids[0, 0]))):
+            self.slot = -1 if self.shared else self.slot
             for block in self.layers:
                 hidden_BTD = self.run(block, hidden_BTD if turn == 0 or block is not self.layers[0] else self.norm(hidden_BTD))
         return hidden_BTD
@@ -143,12 +146,12 @@ def randomised(model: Any, scale: float = 0.3) -> Any:
     return model.eval()
 
 
-def ouro(**sizes: Any) -> Any:
-    return randomised(WithHead(Ouro(LoopedConfig(**{**SIZES, "core_layers": 2, **sizes}))))
+def ouro(**options: Any) -> Any:
+    return randomised(WithHead(Ouro(LoopedConfig(**SIZES, core_layers=2), **options)))
 
 
-def huginn(start: str = "zeros", **sizes: Any) -> Any:
-    return randomised(WithHead(Huginn(LoopedConfig(**{**SIZES, **sizes}), start=start)))
+def huginn(start: str = "zeros") -> Any:
+    return randomised(WithHead(Huginn(LoopedConfig(**SIZES), start=start)))
 
 
 def routed() -> Any:

@@ -200,8 +200,19 @@ def test_the_head_is_taken_apart_and_reads_what_it_can_of_a_wide_state(form: str
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(routed, "block 1 runs over 2 of 4 tokens"), (partial(huginn, "noise"), "two passes over the same text differ")],
+    [
+        (routed, "block 1 runs over 2 of 4 tokens"),
+        (partial(huginn, "noise"), "two passes over the same text differ"),
+        (partial(ouro, shared=True), "blocks 0 and 2 write the same layer of the KV cache, 0"),
+    ],
 )
 def test_what_cannot_be_stored_is_refused_with_its_reason(model: Callable[[], Any], why: str) -> None:
     with pytest.raises(AdiError, match=why):
         adi.load(model())
+
+
+def test_a_text_with_fewer_turns_ends_in_a_sentence() -> None:
+    loaded = adi.load(ouro(stops_at=9))
+    assert adi.generate(loaded, (8, 1), adi.FullDepth(), max_new_tokens=2).token_ids
+    with pytest.raises(AdiError, match="ran 6 of 8 blocks; how many turns it takes must not depend on the text"):
+        adi.generate(loaded, (9, 1), adi.FullDepth(), max_new_tokens=2)

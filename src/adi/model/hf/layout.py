@@ -23,7 +23,7 @@ from adi.model.hf.passes import Run
 
 
 @dataclass(frozen=True)
-class Layout:
+class StateLayout:
     """``at[d]``: the calls whose outputs, side by side, are the state after ``d`` blocks; first what a head can read.
 
     ``kinds`` has the same number for calls of the same module, ``sizes`` the width of each call's output.
@@ -34,7 +34,7 @@ class Layout:
     sizes: Sequence[int]
 
     @classmethod
-    def of_stack(cls, chain: Sequence[tuple[int, Any, Any]]) -> Layout:
+    def of_stack(cls, chain: Sequence[tuple[int, Any, Any]]) -> StateLayout:
         """Of a pass in which each block takes what the one before it gave: only that is stored."""
         layers = range(len(chain))
         return cls([(), *((i,) for i in layers)], layers, [state_of(out).shape[-1] for _, _, out in chain])
@@ -66,7 +66,7 @@ def _as_wide(state_BTD: Tensor, width: int) -> Tensor:
     return pad(state_BTD, (0, width - state_BTD.shape[-1])) if state_BTD.shape[-1] != width else state_BTD
 
 
-def watched_layout(kinds: Sequence[int], outs: Mapping[int, Tensor], dry: Callable[[Run], Tensor]) -> Layout:
+def watched_layout(kinds: Sequence[int], outs: Mapping[int, Tensor], dry: Callable[[Run], Tensor]) -> StateLayout:
     """The layout of a looped model. ``dry(run)`` gives the logits of its forward with every block skipped: what call ``j``
     gives is made NaN, and shows in the inputs of the calls that read it."""
     layers, last_read = len(kinds), []
@@ -86,7 +86,7 @@ def watched_layout(kinds: Sequence[int], outs: Mapping[int, Tensor], dry: Callab
 
     at = [tuple(sorted((j for j in range(d) if last_read[j] >= d), key=order, reverse=True)) for d in range(layers + 1)]
     newest = [calls or ((d - 1,) if d else ()) for d, calls in enumerate(at)]
-    return Layout(newest, kinds, [outs[i].shape[-1] for i in range(layers)])
+    return StateLayout(newest, kinds, [outs[i].shape[-1] for i in range(layers)])
 
 
 def _holds_nan(given: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from adi.errors import ModelError
 from adi.model.backbone import Rows, States
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
-from adi.model.hf.layout import Layout, kinds_of, loop_of, watched_layout
+from adi.model.hf.layout import StateLayout, kinds_of, loop_of, watched_layout
 from adi.model.hf.passes import Run, Steps
 from adi.model.hf.rope import always_far, edge_of, turns_again
 from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, extra_outputs, refuse, require_evaluation, require_numbers
@@ -59,7 +58,7 @@ class SplitModel:
         self._steps = Steps(self.blocks)
         self._kinds = kinds_of(self.blocks)
         self.loop = loop_of(self._kinds)
-        self.layout: Layout
+        self.layout: StateLayout
         self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
         self.vocabulary: int
         self.far: SplitModel | None = None
@@ -130,7 +129,7 @@ class SplitModel:
         self.decode(run, Rows(None, 0, tokens, None))
         self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], self.blocks, ids)
         if self.loop is None:
-            self.layout = Layout.of_stack(run.chain or [])
+            self.layout = StateLayout.of_stack(run.chain or [])
         else:
             positions = torch.arange(len(tokens), device=self.device)[None]
             self.layout = watched_layout(self._kinds, run.outs, lambda run: self._dry(run, ids, positions))
@@ -170,15 +169,14 @@ class SplitModel:
         plain = cache.update
 
         def update(keys: Tensor, values: Tensor, slot: int, *args: Any, **kwargs: Any) -> Any:
+            if (other := next((i for i, slots in enumerate(written) if slot in slots), None)) is not None:
+                raise refuse(self.model, f"blocks {other} and {self._steps.at} write the same layer of the KV cache, {slot}")
             written[self._steps.at].add(slot)
             cache.make_room(slot)
             return plain(keys, values, slot, *args, **kwargs)
 
         cache.update = update
         self.decode(Run(0, len(self.blocks) + 1), replace(rows, cache=cache))
-        for slot, times in Counter(slot for slots in written for slot in slots).items():
-            if times > 1:
-                raise refuse(self.model, f"{times} of its blocks write layer {slot} of the KV cache, and each needs its own")
         return [tuple(sorted(slots)) for slots in written]
 
     def _part(self, rows: Rows, lo: int, hi: int) -> States:
