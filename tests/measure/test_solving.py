@@ -10,7 +10,7 @@ import torch
 
 from adi.decoding.looped.halting import Halted
 from adi.errors import UsageError
-from adi.measure.halting_controls import area, at_turns, curve, first_turns, interval, oracle, shuffled, signals
+from adi.measure.halting_controls import area, at_turns, curve, first_turns, interval, oracle, shuffled, signals, sweep
 from adi.measure.solving import THRESHOLDS, certified, rank_correlation, solving_report
 from adi.measure.turns import turns_of, turns_page
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
@@ -41,10 +41,10 @@ def test_the_oracle_stops_at_the_first_right_answer() -> None:
 
 
 def test_a_curve_ends_at_all_turns_and_a_perfect_signal_has_the_larger_area() -> None:
-    points = curve(RIGHT, SIGNAL)
+    points = curve(*sweep(RIGHT, SIGNAL))
     assert points[0] == (1.0, 0.25)
     assert points[-1] == (3.0, 0.75)
-    points, blind = (curve(RIGHT, signal.astype(float)) for signal in (RIGHT, RIGHT[:, ::-1]))
+    points, blind = (curve(*sweep(RIGHT, signal.astype(float))) for signal in (RIGHT, RIGHT[:, ::-1]))
     assert area(points, 3) > area(blind, 3)
     assert area([(1.0, 0.5), (3.0, 0.5)], 3) == pytest.approx(0.5)
 
@@ -78,7 +78,7 @@ def test_signals_are_of_every_turn(folder: Path) -> None:
     answers, found = signals(model, ids)
     assert answers.shape == (3, 3, 32)
     assert {name: signal.shape for name, signal in found.items()} == dict.fromkeys(found, (3, 3, 32))
-    assert sorted(found) == ["entropy", "gate", "stability", "top_probability"]
+    assert sorted(found) == ["entropy", "gate", "stability", "state_change", "top_probability"]
 
 
 def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
     assert json.loads(shown.output).items() >= json.loads(json.dumps(found)).items()
     assert found["by_turn"][-1] == found["accuracy_all_turns"]
     assert found["accuracy_halted_interval"][0] <= found["accuracy_halted"] <= found["accuracy_halted_interval"][1]
-    assert set(found["controls"]["area"]) == {"gate", "top_probability", "entropy", "stability"}
+    assert set(found["controls"]["area"]) == {"gate", "top_probability", "entropy", "stability", "state_change"}
     text = adi_("solve", folder, "--count", 12, "--time", "1,2").output
     assert "batch of 2: " in text
     assert "rank correlation of turns with difficulty" in text
@@ -132,7 +132,10 @@ def test_an_item_is_shown_turn_by_turn(folder: Path, tmp_path: Path) -> None:
         (["--certify", 2], "level is 2"),
         (["--threshold", 2], "threshold"),
         (["--price", 0.1], "knows no price"),
-        (["--starts", 3], "--starts 3 races many items"),
+        (["1,2", "--starts", 3], "--starts is of many drawn items: leave 1,2 out"),
+        (["--prices", "a"], "--prices are numbers with commas, such as 0.01,0.1, not 'a'"),
+        (["--prices", "0.1"], "knows no price"),
+        (["--against", "/none", "--count", 3], "no looped model '/none'"),
         (["--starts", 3, "--count", 4], "starts is 3, a race"),
     ],
 )

@@ -5,7 +5,7 @@ All is read from one run of all turns, so it compares *choices*: what a place wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,19 +18,25 @@ Curve = list[tuple[float, float]]  # mean turns and accuracy, by rising threshol
 
 @torch.no_grad()
 def signals(model: LoopedForCausalLM, ids_BT: Tensor, price: float | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """``answers_RBT`` and signals ``[R, B, T]`` that are higher where the answer is surer: the gate's chance, the likeliest
-    answer's probability, negative entropy, and how little the distribution changed since the turn before (negative total
-    variation)."""
-    out = model(ids_BT, output_turns=True, price=price)
-    chance_RBTV = out.turn_logits.softmax(-1)
-    moved = 0.5 * (chance_RBTV[1:] - chance_RBTV[:-1]).abs().sum(-1)
+    """``answers_RBT`` and signals ``[R, B, T]`` that are higher where the answer is surer: the gate's logit, the likeliest
+    answer's probability, negative entropy, and how little the distribution (negative total variation) and the state that is
+    read (negative root mean square) changed since the turn before."""
+    read_RBTD = torch.stack(model.model(input_ids=ids_BT)[0])
+    chance_RBTV = model.lm_head(read_RBTD).softmax(-1)
     found = {
-        "gate": out.halt_logits.sigmoid(),
+        "gate": model.gate(read_RBTD, price),
         "top_probability": chance_RBTV.amax(-1),
         "entropy": torch.xlogy(chance_RBTV, chance_RBTV).sum(-1),
-        "stability": -torch.cat([torch.ones_like(moved[:1]), moved]),
+        "stability": -_changes(chance_RBTV, lambda moved: 0.5 * moved.abs().sum(-1)),
+        "state_change": -_changes(read_RBTD, lambda moved: moved.square().mean(-1).sqrt()),
     }
     return chance_RBTV.argmax(-1).numpy(), {name: signal.numpy() for name, signal in found.items()}
+
+
+def _changes(values_R: Tensor, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """The size of the change to each turn from the one before; beyond all others at the first."""
+    moved = size(values_R[1:] - values_R[:-1])
+    return torch.cat([torch.full_like(size(values_R[:1]), float(moved.amax()) + 1 if len(moved) else 1.0), moved])
 
 
 def first_turns(signal_RN: np.ndarray, threshold: float) -> np.ndarray:
@@ -46,14 +52,25 @@ def at_turns(right_RN: np.ndarray, turns_N: np.ndarray) -> float:
     return float(np.take_along_axis(right_RN, turns_N[None], 0).mean())
 
 
-def curve(right_RN: np.ndarray, signal_RN: np.ndarray, points: int = 41) -> Curve:
-    """Accuracy over mean turns as the threshold goes through the signal's own quantiles."""
-    levels = np.unique(np.quantile(signal_RN, np.linspace(0, 1, points)))
-    found = []
-    for level in (-np.inf, *levels):
-        turns_N = first_turns(signal_RN, level)
-        found.append((float(turns_N.mean()) + 1, at_turns(right_RN, turns_N)))
-    return sorted(found)
+def sweep(right_RN: np.ndarray, signal_RN: np.ndarray, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
+    """Turns and accuracy of each item, ``[L, B]``, as the threshold goes through the signal's own quantiles; means over the
+    places of items ``[R, B, T]``."""
+    turns, found = [], []
+    for level in (-np.inf, *np.unique(np.quantile(signal_RN, np.linspace(0, 1, points)))):
+        at_N = first_turns(signal_RN, level)
+        turns.append(by_item(at_N) + 1)
+        found.append(by_item(np.take_along_axis(right_RN, at_N[None], 0)[0]))
+    return np.array(turns), np.array(found)
+
+
+def by_item(values: np.ndarray) -> np.ndarray:
+    """The mean over the places of each item."""
+    return np.asarray(values.reshape(len(values), -1).mean(1))
+
+
+def curve(turns_LB: np.ndarray, right_LB: np.ndarray) -> Curve:
+    """Accuracy over mean turns, of what ``sweep`` found."""
+    return sorted(zip(turns_LB.mean(1).tolist(), right_LB.mean(1).tolist(), strict=True))
 
 
 def area(points: Curve, most: int) -> float:

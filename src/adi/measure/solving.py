@@ -13,7 +13,7 @@ from torch import Tensor
 from adi.decoding.looped.halting import Halted, Rule
 from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, run_rule, task_of
 from adi.errors import UsageError
-from adi.measure.halting_controls import area, curve, interval, oracle, shuffled, signals
+from adi.measure.halting_controls import area, by_item, curve, interval, oracle, shuffled, signals, sweep
 from adi.measure.statistics import clustered_median
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
@@ -39,8 +39,8 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
     rule = halting_rule(model, True, price, **halting)
-    halted = _run(model, task, ids_BT, rule)
-    fixed = [_run(model, task, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
+    halted = run_items(model, task, ids_BT, rule)
+    fixed = [run_items(model, task, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
     good = right(task, drawn, halted)
     return {
         "task": task.name,
@@ -51,11 +51,11 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
         "starts": rule.starts,
         "turns": rule.most,
         "accuracy_all_turns": accuracy(task, drawn, fixed[-1]),
-        "accuracy_all_turns_interval": interval(_by_item(right(task, drawn, fixed[-1]))),
+        "accuracy_all_turns_interval": interval(by_item(right(task, drawn, fixed[-1]))),
         "accuracy_halted": accuracy(task, drawn, halted),
-        "accuracy_halted_interval": interval(_by_item(good)),
+        "accuracy_halted_interval": interval(by_item(good)),
         "mean_turns": float(halted.turns_BT.float().mean()),
-        "mean_turns_interval": interval(_by_item(halted.turns_BT.numpy())),
+        "mean_turns_interval": interval(by_item(halted.turns_BT.numpy())),
         "rank_correlation": rank_correlation(task, drawn, halted),
         "by_turn": [accuracy(task, drawn, each) for each in fixed],
         "by_difficulty": by_difficulty(task, drawn, halted),
@@ -76,12 +76,12 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
     task = task_of(model)
     drawn = task.batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
-    full_BT = _run(model, task, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
+    full_BT = run_items(model, task, ids_BT, halting_rule(model, False)).logits_BTV.argmax(-1).numpy()
     losses, turns = [], []
     for threshold in THRESHOLDS:
-        found = _run(model, task, ids_BT, halting_rule(model, **{**halting, "threshold": threshold}))
-        differ_BT = (found.logits_BTV.argmax(-1).numpy() != full_BT) & ~_given(task, drawn)
-        losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else _by_item(differ_BT))
+        found = run_items(model, task, ids_BT, halting_rule(model, **{**halting, "threshold": threshold}))
+        differ_BT = (found.logits_BTV.argmax(-1).numpy() != full_BT) & ~given_places(task, drawn)
+        losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else by_item(differ_BT))
         turns.append(float(found.turns_BT.float().mean()))
     at = learn_then_test(np.array(losses), level, delta)
     if at is None:
@@ -114,43 +114,44 @@ def _seconds(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule
     return time.perf_counter() - start
 
 
-def _run(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
+def run_items(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
     parts = [run_rule(model, task, part, rule) for part in ids_BT.split(ITEMS_AT_ONCE)]
     return Halted(torch.cat([p.logits_BTV for p in parts]), torch.cat([p.turns_BT for p in parts]))
 
 
-def _by_item(values: np.ndarray) -> np.ndarray:
-    """The mean over the places of each item."""
-    return np.asarray(values.reshape(len(values), -1).mean(1))
-
-
 def controls(model: LoopedForCausalLM, task: Problem, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
     """Random halting with the same turns, the oracle, and the areas of the gate and of other signals."""
-    answers_RBT, found = signals(model, torch.tensor(drawn.ids_BT), price)
-    right_RBT = (answers_RBT == drawn.labels_BT) | _given(task, drawn)
-    turns = halted.turns_BT.numpy() - 1
-    if task.unit == "item":
-        right_RN, turns_N = right_RBT.all(-1), turns[:, 0]
-        by_place = {name: (s.mean(-1) if name == "gate" else s.min(-1)) for name, s in found.items()}
-    else:
-        right_RN, turns_N = right_RBT.reshape(len(right_RBT), -1), turns.reshape(-1)
-        by_place = {name: s.reshape(len(s), -1) for name, s in found.items()}
+    right_RN, found = readings(model, task, drawn, price)
+    turns_N = halted.turns_BT.numpy()[:, 0] - 1 if task.unit == "item" else halted.turns_BT.numpy() - 1
     turns_oracle, accuracy_oracle = oracle(right_RN)
     return {
-        "random_same_turns": shuffled(right_RN, turns_N, 0),
+        "random_same_turns": shuffled(right_RN.reshape(len(right_RN), -1), turns_N.reshape(-1), 0),
         "oracle_turns": turns_oracle,
         "oracle_accuracy": accuracy_oracle,
-        "area": {name: area(curve(right_RN, signal), len(right_RN)) for name, signal in by_place.items()},
+        "area": {name: area(curve(*sweep(right_RN, signal)), len(right_RN)) for name, signal in found.items()},
     }
+
+
+def readings(
+    model: LoopedForCausalLM, task: Problem, drawn: Batch, price: float | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What is right after each turn and the signals there: of items ``[R, B]`` or of their places ``[R, B, T]``."""
+    parts = [signals(model, ids_BT, price) for ids_BT in torch.tensor(drawn.ids_BT).split(ITEMS_AT_ONCE)]
+    answers_RBT = np.concatenate([answers for answers, _ in parts], 1)
+    found = {name: np.concatenate([signal[name] for _, signal in parts], 1) for name in parts[0][1]}
+    right_RBT = (answers_RBT == drawn.labels_BT) | given_places(task, drawn)
+    if task.unit == "place":
+        return right_RBT, found
+    return right_RBT.all(-1), {name: s.mean(-1) if name == "gate" else s.min(-1) for name, s in found.items()}
 
 
 def right(task: Problem, drawn: Batch, found: Halted) -> np.ndarray:
     """Which places are right, or which items, ``[B]``, where these halt as a whole (blanks only count)."""
     same_BT = found.logits_BTV.argmax(-1).numpy() == drawn.labels_BT
-    return np.asarray(same_BT if task.unit == "place" else np.all(same_BT | _given(task, drawn), -1))
+    return np.asarray(same_BT if task.unit == "place" else np.all(same_BT | given_places(task, drawn), -1))
 
 
-def _given(task: Problem, drawn: Batch) -> np.ndarray:
+def given_places(task: Problem, drawn: Batch) -> np.ndarray:
     """Places of an item that nobody asks about: a puzzle's clues, and those without an answer."""
     return np.asarray((drawn.labels_BT == NONE) | (isinstance(task, Puzzles) & (drawn.ids_BT > 0)))
 

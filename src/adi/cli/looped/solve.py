@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from adi.cli.shared.options import JsonOption, option, whole_numbers
+from adi.cli.shared.options import JsonOption, listed, numbers, option, whole_numbers
 from adi.cli.shared.output import command_line, out, percent, say, table
 from adi.errors import UsageError
 from adi.files import require_writable, write_text
+
+_judging = partial(option, panel="Judging many test items")
+
+
+@dataclass(frozen=True)
+class JudgingOptions:
+    """What is measured on many test items."""
+
+    count: Annotated[int | None, _judging("--count", min=1, help="Judge on so many test items instead.")] = None
+    starts: Annotated[int, _judging("--starts", min=1, help="Run a puzzle from so many starts; the first to halt wins.")] = 1
+    time: Annotated[
+        str | None, _judging("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes: 1,32.")
+    ] = None
+    certify: Annotated[
+        float | None, _judging("--certify", help="Bound how often halted answers differ from all turns, such as 0.02, at 95%.")
+    ] = None
+    prices: Annotated[
+        str | None, _judging("--prices", metavar="PRICES", help="Turns and accuracy at each of these prices: 0.01,0.1.")
+    ] = None
+    against: Annotated[
+        str | None, _judging("--against", metavar="DIRS", help="Compare with the looped models of these folders, with commas.")
+    ] = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The options that were given."""
+        return [f"--{f.name}" for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def judged(self, model: str, seed: int, halting: dict[str, Any]) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        from adi.measure.comparing import at_prices, compared
+        from adi.measure.solving import certified, solving_report, speed
+
+        count, found = self.count or 256, dict[str, Any]()
+        sizes = () if self.time is None else whole_numbers("--time", self.time)
+        prices = () if self.prices is None else numbers("--prices", self.prices)
+        if prices and halting["price"] is None:
+            halting = {**halting, "price": prices[0]}
+        if self.certify is not None:
+            found["certified"] = certified(model, self.certify, count, seed, **halting)
+        found |= {"command": command_line(), **solving_report(model, count, seed, **halting)}
+        if prices:
+            found["prices"] = at_prices(model, prices, count, seed, **halting)
+        if self.against is not None:
+            found["compared"] = compared([model, *listed(self.against)], count, seed, halting["price"])
+        return found | ({"speed": speed(model, sizes, seed, **halting)} if sizes else {})
 
 
 def solve(
@@ -20,7 +68,6 @@ def solve(
     item: Annotated[
         str | None, typer.Argument(metavar="ITEM", help="A puzzle, or ids with commas; by default one is drawn.")
     ] = None,
-    count: Annotated[int | None, option("--count", min=1, help="Judge on so many test items instead.")] = None,
     seed: Annotated[int, option("--seed", min=0, help="Of the items that are drawn.")] = 0,
     threshold: Annotated[
         float | None,
@@ -28,52 +75,28 @@ def solve(
     ] = None,
     price: Annotated[float | None, option("--price", help="Nats for a full pass, for a gate that takes it.", rare=True)] = None,
     verified: Annotated[bool, option("--verified", help="An answer stands only once the turn after has repeated it.")] = False,
-    starts: Annotated[
-        int, option("--starts", min=1, help="With --count: run a puzzle from so many starts; the first to halt wins.")
-    ] = 1,
-    time: Annotated[
-        str | None, option("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes, such as 1,32.")
-    ] = None,
-    certify: Annotated[
-        float | None, option("--certify", help="Bound how often halted answers differ from all turns, such as 0.02, at 95%.")
-    ] = None,
     json_out: JsonOption = False,
     page: Annotated[Path | None, option("--page", metavar="FILE", help="Write the turns as an HTML page too.")] = None,
+    *,
+    judging: JudgingOptions,
 ) -> None:
     """Show an item being solved turn by turn, or judge a model on many: does depth follow difficulty?"""
     require_writable(page)
-    if count is not None or json_out or time is not None or certify is not None:
+    halting = {"price": price, "threshold": threshold, "verified": verified}
+    if judging.asked or json_out:
         if item is not None or page is not None:
-            raise UsageError(f"--count, --time, --certify and --json judge drawn items: leave {item or page} out.")
-        sizes = () if time is None else whole_numbers("--time", time)
-        halting = {"price": price, "threshold": threshold, "verified": verified, "starts": starts}
-        _judge(_judged(model, count or 256, seed, halting, sizes, certify), json_out)
+            what = ", ".join(judging.asked or ["--json"])
+            raise UsageError(f"{what} is of many drawn items: leave {item or page} out.")
+        _judge(judging.judged(model, seed, {**halting, "starts": judging.starts}), json_out)
         return
     from adi.measure.turns import turns_of, turns_page
 
-    if starts > 1:
-        raise UsageError(f"--starts {starts} races many items, and one is shown turn by turn from one start; give --count.")
-    shown = turns_of(model, item, seed, price=price, threshold=threshold, verified=verified)
+    shown = turns_of(model, item, seed, **halting)
     console = out()
     for line in shown.lines():
         console.print(line, soft_wrap=True)
     if page is not None:
         write_text(page, turns_page(shown))
-
-
-def _judged(
-    model: str,
-    count: int,
-    seed: int,
-    halting: dict[str, Any],
-    sizes: Sequence[int],
-    level: float | None,
-) -> dict[str, Any]:
-    from adi.measure.solving import certified, solving_report, speed
-
-    found: dict[str, Any] = {} if level is None else {"certified": certified(model, level, count, seed, **halting)}
-    found |= {"command": command_line(), **solving_report(model, count, seed, **halting)}
-    return found | ({"speed": speed(model, sizes, seed, **halting)} if sizes else {})
 
 
 def _judge(found: dict[str, Any], as_json: bool) -> None:
@@ -94,6 +117,24 @@ def _judge(found: dict[str, Any], as_json: bool) -> None:
         say(console, f"batch of {row['batch']}: {row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})")
     rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
     console.print(table(None, ("difficulty", "mean turns", "right"), rows))
+    if "prices" in found:
+        rows = [(f"{r['price']:g}", f"{r['mean_turns']:.2f}", percent(r["accuracy"], 2)) for r in found["prices"]]
+        console.print(table(None, ("price", "mean turns", "right"), rows))
+    if "compared" in found:
+        console.print(_comparison(found["compared"]))
+
+
+def _comparison(compared: list[dict[str, Any]]) -> Table:
+    rows = []
+    for r in compared:
+        halted: tuple[str, ...] = ("",) * 4
+        if "area" in r:
+            (low, high), (behind, ahead) = r["area_interval"], r["ahead_interval"]
+            shown = f"{r['area']:.4f} ({low:.4f} to {high:.4f})", f"{behind:+.4f} to {ahead:+.4f}"
+            halted = (percent(r["accuracy_halted"], 2), f"{r['mean_turns']:.2f}", *shown)
+        rows.append((r["model"], r["objective"] or "", r["turns"], percent(r["accuracy"], 2), *halted))
+    columns = ("model", "objective", "turns", "right with all", "right halted", "mean turns", "area", "first ahead by")
+    return table("On the same items", columns, rows, left=("model", "objective"), wrap=False)
 
 
 def _certificate(found: dict[str, Any] | None) -> str:

@@ -371,6 +371,14 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{name} are whole numbers with commas, such as 8,16,24, not {text!r}.") from None
 
 
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers from "0.01,0.1"."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(f"{name} are numbers with commas, such as 0.01,0.1, not {text!r}.") from None
+
+
 def listed(text: str) -> list[str]:
     """The parts of "a,b"."""
     return [part.strip() for part in text.split(",") if part.strip()]
