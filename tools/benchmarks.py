@@ -275,7 +275,38 @@ def loops() -> str:
     found = [load(path.name) for path in sorted(RESULTS.glob("loops_*.json"))]
     rows = [[label, *map(cell, found)] for label, cell in LOOP_ROWS.items()]
     commands = " and ".join(f"`{each['command']}`" for each in found)
-    return f"{table(['', *(each['task'] for each in found)], rows)}\n\n{commands}; 95% intervals over items."
+    more = "".join(f"\n\n{part}" for each in found for part in (_compared(each), _prices(each)) if part)
+    return f"{table(['', *(each['task'] for each in found)], rows)}\n\n{commands}; 95% intervals over items.{more}"
+
+
+def _compared(found: Result) -> str:
+    """Models of the same task on the same items; nothing where there are none."""
+    rows = []
+    for r in found.get("compared", ()):
+        halted = [""] * 4
+        if "area" in r:
+            halted = [
+                f"{r['accuracy_halted']:.2%}",
+                f"{r['mean_turns']:.2f}",
+                _between(r["area"], r["area_interval"], ".4f"),
+                f"{r['ahead_interval'][0]:+.4f} to {r['ahead_interval'][1]:+.4f}",
+            ]
+        rows.append([Path(r["model"]).name, r["objective"] or "", str(r["turns"]), f"{r['accuracy']:.2%}", *halted])
+    columns = ["objective", "turns", "right with all", "right halted", "mean turns", "area", "the first is ahead by"]
+    return table([found["task"], *columns], rows) if rows else ""
+
+
+def _prices(found: Result) -> str:
+    """Turns and accuracy over prices; nothing where none were asked."""
+    rows = [
+        [
+            f"{r['price']:g}",
+            _between(r["mean_turns"], r["mean_turns_interval"], ".2f"),
+            _between(r["accuracy"], r["accuracy_interval"]),
+        ]
+        for r in found.get("prices", ())
+    ]
+    return table([f"{found['task']}: price, nats for a full pass", "mean turns", "right"], rows) if rows else ""
 
 
 def _between(value: float, bounds: Sequence[float], form: str = ".2%") -> str:
@@ -294,8 +325,9 @@ LOOP_ROWS: dict[str, Callable[[Result], str]] = {
     "oracle": lambda r: f"{r['controls']['oracle_accuracy']:.2%} in {r['controls']['oracle_turns']:.2f} turns",
     "area": lambda r: ", ".join(f"{name} {value:.4f}" for name, value in r["controls"]["area"].items()),
     "certified to differ from all turns in at most 2%": lambda r: (
-        f"{r['certified']['mean_turns']:.2f} turns (threshold {r['certified']['threshold']}, "
-        f"{r['certified']['observed']:.2%} seen)"
+        f"{c['mean_turns']:.2f} turns (threshold {c['threshold']}, {c['observed']:.2%} seen)"
+        if (c := r.get("certified")) is not None
+        else "none"
     ),
     "faster than all turns in wall-clock time, by batch": lambda r: ", ".join(
         f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r.get("speed", ())

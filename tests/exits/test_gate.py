@@ -41,24 +41,37 @@ def loaded() -> adi.Model:
     return adi.load(network())
 
 
-@pytest.mark.parametrize("form", [{}, {"gate_price": True}, {"core_layers": 2, "injection": "none"}])
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "priced": {"gate_price": True},
+    "two blocks a turn": {"core_layers": 2, "injection": "none"},
+    "a prelude that is injected": {"prelude_layers": 1},
+    "two states": {"states": 2, "inner_turns": 2, "injection": "add", "turn_norm": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_gate_between_turns_is_the_models_own(form: dict[str, Any]) -> None:
     model, price = network(**form), 0.05 if "gate_price" in form else None
     every = model(torch.tensor([IDS]), output_turns=True, price=price)
     backbone = adi.load(model).backbone
     exits = adi.bare_exits(adi.load(model), price=price)
-    assert exits.depths == (1, 2, 3)
+    first = model.config.prelude_layers
+    assert exits.depths == (first + 1, first + 2, first + 3)
     assert exits.trigger == adi.Threshold("gate", 0.5)
     assert exits.probe is not None
-    for turn in exits.depths:
+    for turn, depth in enumerate(exits.depths):
         with backbone.new_cache() as cache:
-            (states,) = backbone.forward([Rows(cache, 0, IDS, None)], 0, turn)
-        chance_T = exits.probe.chance("gate", turn, torch.as_tensor(states.hidden_TD))
-        assert torch.allclose(chance_T, every.halt_logits[turn - 1, 0].sigmoid(), atol=1e-5)
+            (states,) = backbone.forward([Rows(cache, 0, IDS, None)], 0, depth)
+        chance_T = exits.probe.chance("gate", depth, torch.as_tensor(states.hidden_TD))
+        assert torch.allclose(chance_T, every.halt_logits[turn, 0].sigmoid(), atol=1e-5)
+        assert torch.allclose(
+            exits.reader(backbone)(depth, states).log_probs_TS, every.turn_logits[turn, 0].log_softmax(-1), atol=1e-4
+        )
 
 
 def test_where_no_gate_can_be_read_there_is_none() -> None:
-    for form in ({"coda_layers": 1}, {"states": 2}, {"gate_price": True}):
+    for form in ({"coda_layers": 1}, {"gate_price": True}):
         assert gate_probe(network(**form), (1,), None) is None
     exits = adi.bare_exits(adi.load(network(gate_price=True)))
     assert (exits.probe, exits.trigger) == (None, adi.Threshold("top_probability", 0.5))
