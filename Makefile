@@ -20,7 +20,7 @@ demo-loops: $(READY)
 	$(BIN)/adi solve products
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # two workers: up to 7 GiB at once, shared pages counted once
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder  # two workers: up to 6 GiB at once
 
 check: $(READY)
 	$(BIN)/ruff check .

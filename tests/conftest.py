@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +39,31 @@ CHAT_TEMPLATE = (
 SAMPLE = "the quick brown fox jumps over the lazy dog and then the dog sleeps; 12 plus 30 is 42. é 日本 😀 " * 4
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under xdist a file's tests share a worker, and those of the real model one that begins with them: so one worker holds it,
+    before other tests' memory is there, and it is exported once."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        real = item.get_closest_marker("real") is not None
+        item.add_marker(pytest.mark.xdist_group("real" if real else item.nodeid.split("::")[0]))
+    many = Counter(item.nodeid.split("::")[0] for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("real") is None, -many[item.nodeid.split("::")[0]]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _given_back() -> Iterator[None]:
+    """What a file's tests held goes back to the system before those of the next."""
+    yield
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model() -> adi.Model:
-    torch.set_num_threads(2)
     return adi.load("smollm2-135m", backend="hf")
 
 

@@ -1,6 +1,6 @@
 """The default model on the compiled engine: exactness in every precision, the start without torch, the report.
 
-Apart from ``test_real``, so that two workers share the real model's tests and neither holds all its engines.
+Apart from ``test_real``, so that the modules' engines are given back in between.
 """
 
 from __future__ import annotations
