@@ -23,6 +23,7 @@ from adi.tasks.products import Batch
 from adi.tasks.registry import Problem, Puzzles
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # safest first
+TIMED_ITEMS = 64  # at least
 DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
 
 
@@ -49,6 +50,7 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
         "threshold": rule.threshold,
         "verified": rule.verified,
         "starts": rule.starts,
+        "backend": rule.backend,
         "turns": rule.most,
         "accuracy_all_turns": accuracy(task, drawn, fixed[-1]),
         "accuracy_all_turns_interval": interval(by_item(right(task, drawn, fixed[-1]))),
@@ -92,25 +94,27 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
 
 def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15, **halting: Any) -> list[dict[str, Any]]:
     """How many times faster halting is than all turns, by batch size, in wall-clock time: medians of interleaved pairs after a
-    warm-up, with 95% intervals. Let nothing else run meanwhile."""
+    warm-up, with 95% intervals; and milliseconds of a batch. Small batches are timed one after the other, ``TIMED_ITEMS`` items
+    in all, since each stops elsewhere. Let nothing else run meanwhile."""
     model = load_looped(source)
     task = task_of(model)
     rows = []
     for size in sizes:
-        ids_BT = torch.tensor(task.batch(size, (seed,), test=True).ids_BT)
-        rules = halting_rule(model, **halting), halting_rule(model, False)
-        ratios = []
-        for _ in range(repeats + 1):
-            halted, full = (_seconds(model, task, ids_BT, rule) for rule in rules)
-            ratios.append(full / halted)
-        ratio = clustered_median([[r] for r in ratios[1:]])
-        rows.append({"batch": size, "median": ratio.median, "low": ratio.low, "high": ratio.high})
+        ids_BT = torch.tensor(task.batch(max(size, TIMED_ITEMS), (seed,), test=True).ids_BT)
+        parts = [part for part in ids_BT.split(size) if len(part) == size]
+        rules = halting_rule(model, **halting), halting_rule(model, False, backend=halting.get("backend", "hf"))
+        seconds = [[_seconds(model, task, parts, rule) for rule in rules] for _ in range(repeats + 1)][1:]
+        ratio = clustered_median([[full / halted] for halted, full in seconds])
+        halted_ms, full_ms = (1000 * float(np.median(column)) / len(parts) for column in zip(*seconds, strict=True))
+        row = {"batch": size, "median": ratio.median, "low": ratio.low, "high": ratio.high}
+        rows.append({**row, "halted_ms": halted_ms, "all_turns_ms": full_ms})
     return rows
 
 
-def _seconds(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> float:
+def _seconds(model: LoopedForCausalLM, task: Problem, parts: Sequence[Tensor], rule: Rule) -> float:
     start = time.perf_counter()
-    run_rule(model, task, ids_BT, rule)
+    for ids_BT in parts:
+        run_rule(model, task, ids_BT, rule)
     return time.perf_counter() - start
 
 

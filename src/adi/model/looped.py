@@ -277,7 +277,7 @@ class LoopedModel(LoopedPreTrainedModel):
         for turn in range(wanted):
             state = self.turn(state, given_BTD, slot + turn * per_turn, **attention)
             if turn == wanted - 1 or not self.config.coda_layers:
-                read.append(self._read(state, slot + wanted * per_turn, attention))
+                read.append(self.read_out(state, slot + wanted * per_turn, attention))
         return read, past_key_values, state
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
@@ -300,7 +300,8 @@ class LoopedModel(LoopedPreTrainedModel):
         """The answering half of a state through the final norm, for a model without a coda."""
         return self.norm(state.chunk(self.config.states, -1)[0])  # type: ignore[no-any-return]
 
-    def _read(self, state: Tensor, slot: int, attention: dict[str, Any]) -> Tensor:
+    def read_out(self, state: Tensor, slot: int, attention: dict[str, Any]) -> Tensor:
+        """The answering half of a state through the coda, whose place in the KV cache begins at ``slot``, and the norm."""
         hidden_BTD = state.chunk(self.config.states, -1)[0]
         for i, block in enumerate(self.coda):
             hidden_BTD = block(hidden_BTD, slot + i, **attention)

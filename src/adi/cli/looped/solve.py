@@ -28,6 +28,7 @@ class JudgingOptions:
     time: Annotated[
         str | None, _judging("--time", metavar="SIZES", help="Time halting against all turns at these batch sizes: 1,32.")
     ] = None
+    backend: Annotated[str, _judging("--backend", help="hf (torch) or openvino (compiled graphs).")] = "hf"
     certify: Annotated[
         float | None, _judging("--certify", help="Bound how often halted answers differ from all turns, such as 0.02, at 95%.")
     ] = None
@@ -60,6 +61,8 @@ class JudgingOptions:
             found["prices"] = at_prices(model, prices, count, seed, **halting)
         if self.against is not None:
             found["compared"] = compared([model, *listed(self.against)], count, seed, halting["price"])
+        if found.get("certified") is not None:
+            halting = {**halting, "threshold": found["certified"]["threshold"]}
         return found | ({"speed": speed(model, sizes, seed, **halting)} if sizes else {})
 
 
@@ -87,7 +90,7 @@ def solve(
         if item is not None or page is not None:
             what = ", ".join(judging.asked or ["--json"])
             raise UsageError(f"{what} is of many drawn items: leave {item or page} out.")
-        _judge(judging.judged(model, seed, {**halting, "starts": judging.starts}), json_out)
+        _judge(judging.judged(model, seed, {**halting, "starts": judging.starts, "backend": judging.backend}), json_out)
         return
     from adi.measure.turns import turns_of, turns_page
 
@@ -114,7 +117,8 @@ def _judge(found: dict[str, Any], as_json: bool) -> None:
     if "certified" in found:
         say(console, _certificate(found["certified"]))
     for row in found.get("speed", ()):
-        say(console, f"batch of {row['batch']}: {row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})")
+        ratio = f"{row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})"
+        say(console, f"batch of {row['batch']}: {ratio}, {row['halted_ms']:.2f} ms for {row['all_turns_ms']:.2f}")
     rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
     console.print(table(None, ("difficulty", "mean turns", "right"), rows))
     if "prices" in found:

@@ -7,6 +7,7 @@ from several starts of which the first to halt wins ("Speed is Confidence", 2601
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class Halted:
 @dataclass(frozen=True)
 class Rule:
     """When to halt: where the gate's chance passes ``threshold`` (None: never) and, ``verified``, the turn after it repeats the
-    answer; after ``most`` turns at the latest. Of an item's ``starts`` the first to halt wins."""
+    answer; after ``most`` turns at the latest. Of an item's ``starts`` the first to halt wins. ``backend``: torch ("hf") or
+    compiled graphs ("openvino")."""
 
     threshold: float | None
     most: int
@@ -40,6 +42,7 @@ class Rule:
     verified: bool = False
     starts: int = 1
     seed: int = 0
+    backend: str = "hf"
 
     def chance(self, model: LoopedForCausalLM, read_NTD: Tensor) -> Tensor:
         """The gate's, of items ``[N]`` (puzzles: by the mean of its logits) or of places ``[N, T]``; 0 where nothing halts."""
@@ -49,7 +52,7 @@ class Rule:
         return (halt if model.config.causal else halt.mean(-1)).sigmoid()  # type: ignore[no-any-return]
 
 
-class _Standing:
+class Standing:
     """Which answers stand, turn after turn, for rows of which some leave on the way."""
 
     def __init__(self, rule: Rule) -> None:
@@ -98,23 +101,35 @@ def run_halting(
     Of a race each ``rule.starts`` rows in a row are one item, and the results are one per item. ``asked_BT`` says which of an
     item's places must repeat their answers (all by default); ``noise_BTD`` is added to the first states.
     """
+    asked_BT = torch.ones_like(ids_BT) if asked_BT is None else asked_BT
+    if rule.backend == "openvino":
+        from adi.decoding.looped.compiled import compiled  # which is an extra
+
+        return compiled(model).run(ids_BT, rule, asked_BT, noise_BTD)
     if rule.threshold is None:
         return _all_turns(model, ids_BT, rule)
     require_halting(model)
     if model.config.causal:
         return _Places(model, ids_BT, rule).run()
-    return _items(model, ids_BT, rule, torch.ones_like(ids_BT) if asked_BT is None else asked_BT, noise_BTD)
+    _, attention = inputs_of(model, ids_BT[:1])
+
+    def turn(state: Tensor, given_NTD: Tensor) -> tuple[Tensor, ...]:
+        state = model.model.turn(state, given_NTD, 0, **attention)
+        read_NTD = model.model.read(state)
+        return state, model.lm_head(read_NTD).float(), model.gate(read_NTD, rule.price).mean(-1)
+
+    return items_until_halt(model, ids_BT, rule, asked_BT, noise_BTD, turn)
 
 
 @torch.no_grad()
 def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     """The same, from one start, by running every row through every turn and keeping the state of what has halted."""
     decoder, config = model.model, model.config
-    given_BTD, attention = _inputs(model, ids_BT)
+    given_BTD, attention = inputs_of(model, ids_BT)
     state = decoder.first_state(given_BTD)
     logits = torch.zeros(*ids_BT.shape, config.vocab_size)
     turns, open_BT = torch.zeros_like(ids_BT), torch.ones_like(ids_BT, dtype=torch.bool)
-    standing = _Standing(rule)
+    standing = Standing(rule)
     for turn in range(1, rule.most + 1):
         new = decoder.turn(state, given_BTD, 0, **attention)
         state = torch.where(open_BT[..., None], new, state)
@@ -126,7 +141,8 @@ def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     return Halted(logits, turns)
 
 
-def _inputs(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def inputs_of(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What is fed into every turn, and what attention is given beside."""
     decoder = model.model
     given_BTD = decoder.embed_tokens(ids_BT)
     places = torch.arange(ids_BT.shape[1])[None]
@@ -143,19 +159,26 @@ def _all_turns(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     return Halted(model.lm_head(read[-1]).float(), torch.full_like(ids_BT, rule.most))
 
 
-def _items(model: LoopedForCausalLM, ids_NT: Tensor, rule: Rule, asked_NT: Tensor, noise_NTD: Tensor | None) -> Halted:
-    """Items of which all places halt together: those that have halted leave the batch, with all their starts."""
-    decoder, starts, standing = model.model, rule.starts, _Standing(rule)
-    given, attention = _inputs(model, ids_NT)
+def items_until_halt(
+    model: LoopedForCausalLM,
+    ids_NT: Tensor,
+    rule: Rule,
+    asked_NT: Tensor,
+    noise_NTD: Tensor | None,
+    turn_of: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> Halted:
+    """Items of which all places halt together: those that have halted leave the batch, with all their starts. ``turn_of``
+    takes states and inputs to states, logits and the gate's mean logit."""
+    decoder, starts, standing = model.model, rule.starts, Standing(rule)
+    given, _ = inputs_of(model, ids_NT)
     state, item = decoder.first_state(given), torch.arange(len(ids_NT) // starts)
     if noise_NTD is not None:
         state = state + noise_NTD
     logits = torch.zeros(len(item), ids_NT.shape[1], model.config.vocab_size)
     turns, start = torch.zeros(len(item), ids_NT.shape[1], dtype=torch.long), torch.zeros_like(item)
     for turn in range(1, rule.most + 1):
-        state = decoder.turn(state, given, 0, **attention)
-        read = decoder.read(state)
-        found, chance = model.lm_head(read).float(), rule.chance(model, read)
+        state, found, halt = turn_of(state, given)
+        chance = halt.sigmoid()
         stands = standing.now(chance, found.argmax(-1) * asked_NT)
         best = (chance + 2 * stands).view(-1, starts).argmax(1)  # the surest of those that halt now, or else of all
         row = torch.arange(len(item)) * starts + best
@@ -173,11 +196,11 @@ class _Places:
     """The places of a batch of texts, each until it halts. Shapes: N rows that are open, H heads."""
 
     def __init__(self, model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> None:
-        self.model, self.rule, self.shape, self.standing = model, rule, ids_BT.shape, _Standing(rule)
+        self.model, self.rule, self.shape, self.standing = model, rule, ids_BT.shape, Standing(rule)
         self.block: Any = model.model.turn.layers[0]
         self.heads: int = model.config.num_attention_heads
         self.size: int = model.config.hidden_size // self.heads
-        given_BTD, attention = _inputs(model, ids_BT)
+        given_BTD, attention = inputs_of(model, ids_BT)
         self.cos_TD, self.sin_TD = (part[0] for part in attention["position_embeddings"])
         B, T = ids_BT.shape
         self.keys, self.values = (torch.zeros(B, self.heads, T, self.size) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,6 +19,7 @@ from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import Chains, Problem, Puzzles, task_named
 
+BACKENDS = ("hf", "openvino")
 ITEMS_AT_ONCE = 256  # of one pass
 NOISE = 1.0  # root mean square of what is added to a further start's first state: as large as a state after a turn
 
@@ -65,6 +67,7 @@ def solve(
     verified: bool = False,
     starts: int = 1,
     seed: int = 0,
+    backend: str = "hf",
 ) -> list[Solved]:
     """Answer items of a looped model's task.
 
@@ -80,13 +83,15 @@ def solve(
         starts: of a puzzle or of pointers, so many runs of which the first to halt wins (2601.19085), the surest of several;
             where none halts, the surest. A sudoku starts as it is and under symmetries of the grid, drawn by ``seed``;
             pointers start with noise of root mean square 1 on the first state.
+        backend: "hf" (torch) or "openvino" (compiled graphs, which take a second or two before the first answer; they are kept
+            with a model that is given as it is, and pay for many items).
 
     Raises:
         UsageError: an item that is none of the task's, no task, a price or number of turns that the model does not know.
     """
     network = load_looped(model)
     task = task_of(network)
-    rule = halting_rule(network, halt, price, most, threshold, beyond_trained, verified, starts, seed)
+    rule = halting_rule(network, halt, price, most, threshold, beyond_trained, verified, starts, seed, backend)
     parsed = [task.parse(item) for item in items]
     found: dict[int, Solved] = {}
     for chosen in _chunks(parsed):
@@ -134,6 +139,7 @@ def halting_rule(
     verified: bool = False,
     starts: int = 1,
     seed: int = 0,
+    backend: str = "hf",
 ) -> Rule:
     """The rule of these options; UsageError for one that has no meaning for this model."""
     most, starts, seed = whole("most", most, 1), whole("starts", starts, 1), whole("seed", seed, 0)
@@ -151,7 +157,11 @@ def halting_rule(
     chance = model.config.halt_threshold if threshold is None else threshold
     least = real("threshold", chance, "from 0 to 1, a chance", lambda t: 0 <= t <= 1)
     turns = most if beyond_trained else min(most, model.config.turns)
-    return Rule(least if halt else None, turns, price, verified, starts, seed)
+    if backend not in BACKENDS:
+        raise UsageError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise ModelError(f"backend {backend!r} is an extra that is not installed: pip install 'adi-lm[openvino]'.")
+    return Rule(least if halt else None, turns, price, verified, starts, seed, backend)
 
 
 def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
