@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("openvino")
 
+from adi.decoding.looped.compiled import compiled
 from adi.decoding.looped.halting import Rule, run_halting
 from adi.decoding.looped.solve import solve
 from adi.errors import AdiError, UsageError
@@ -32,7 +33,8 @@ def model(request: pytest.FixtureRequest) -> LoopedForCausalLM:
 
 def both(model: LoopedForCausalLM, ids_BT: torch.Tensor, **rule: Any) -> torch.Tensor:
     price = 0.1 if model.config.gate_price else None
-    slow, fast = (run_halting(model, ids_BT, Rule(price=price, **rule, backend=name)) for name in ("hf", "openvino"))
+    given = Rule(price=price, **rule)
+    slow, fast = run_halting(model, ids_BT, given), compiled(model).run(ids_BT, given, torch.ones_like(ids_BT), None)
     assert torch.equal(fast.turns_BT, slow.turns_BT)
     torch.testing.assert_close(fast.logits_BTV, slow.logits_BTV, atol=1e-4, rtol=1e-4)
     return fast.turns_BT

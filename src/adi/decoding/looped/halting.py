@@ -33,8 +33,8 @@ class Halted:
 @dataclass(frozen=True)
 class Rule:
     """When to halt: where the gate's chance passes ``threshold`` (None: never) and, ``verified``, the turn after it repeats the
-    answer; after ``most`` turns at the latest. Of an item's ``starts`` the first to halt wins. ``backend``: torch ("hf") or
-    compiled graphs ("openvino")."""
+    answer; after ``most`` turns at the latest. Of an item's ``starts`` the first to halt wins. ``backend`` says who
+    runs it."""
 
     threshold: float | None
     most: int
@@ -102,10 +102,6 @@ def run_halting(
     item's places must repeat their answers (all by default); ``noise_BTD`` is added to the first states.
     """
     asked_BT = torch.ones_like(ids_BT) if asked_BT is None else asked_BT
-    if rule.backend == "openvino":
-        from adi.decoding.looped.compiled import compiled  # which is an extra
-
-        return compiled(model).run(ids_BT, rule, asked_BT, noise_BTD)
     if rule.threshold is None:
         return _all_turns(model, ids_BT, rule)
     require_halting(model)

@@ -110,23 +110,31 @@ def run_rule(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule
     if isinstance(task, Chains):
         asked_BT[:, :-1] = False
     if rule.starts == 1:
-        return run_halting(model, ids_BT, rule, asked_BT)
+        return _halted(model, ids_BT, rule, asked_BT)
     if not isinstance(task, Puzzles):
         shape = (rule.starts, ids_BT.shape[1], model.config.hidden_size * model.config.states)
         noise_KTD = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(rule.seed))
         noise_KTD[0] = 0
         rows, asked = (x.repeat_interleave(rule.starts, 0) for x in (ids_BT, asked_BT))
-        return run_halting(model, rows, rule, asked, noise_KTD.repeat(len(ids_BT), 1, 1))
+        return _halted(model, rows, rule, asked, noise_KTD.repeat(len(ids_BT), 1, 1))
     cells_KT, digits_KV = map(torch.tensor, task.game.symmetries(rule.starts, np.random.default_rng(rule.seed)))
     cells_KT[0], digits_KV[0] = torch.arange(cells_KT.shape[1]), torch.arange(digits_KV.shape[1])
     boards_BKT = digits_KV[torch.arange(rule.starts)[:, None], ids_BT[:, cells_KT]]
     boards_NT = boards_BKT.flatten(0, 1)
-    found = run_halting(model, boards_NT, rule, boards_NT == 0)
+    found = _halted(model, boards_NT, rule, boards_NT == 0)
     assert found.start_B is not None
     cells_BT, digits_BV = cells_KT[found.start_B], digits_KV[found.start_B]
     logits_BTV = found.logits_BTV.gather(-1, digits_BV[:, None].expand_as(found.logits_BTV))
     index_BTV = cells_BT[..., None].expand_as(logits_BTV)
     return replace(found, logits_BTV=torch.zeros_like(logits_BTV).scatter(1, index_BTV, logits_BTV))
+
+
+def _halted(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule, asked_BT: Tensor, noise_BTD: Tensor | None = None) -> Halted:
+    if rule.backend == "hf":
+        return run_halting(model, ids_BT, rule, asked_BT, noise_BTD)
+    from adi.decoding.looped.compiled import compiled  # of an extra
+
+    return compiled(model).run(ids_BT, rule, asked_BT, noise_BTD)
 
 
 def halting_rule(
