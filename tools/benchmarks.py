@@ -324,6 +324,9 @@ LOOP_ROWS: dict[str, Callable[[Result], str]] = {
     "random, same turns": lambda r: f"{r['controls']['random_same_turns']:.2%}",
     "oracle": lambda r: f"{r['controls']['oracle_accuracy']:.2%} in {r['controls']['oracle_turns']:.2f} turns",
     "area": lambda r: ", ".join(f"{name} {value:.4f}" for name, value in r["controls"]["area"].items()),
+    "the gate's area is ahead by": lambda r: ", ".join(
+        f"{name} {low:+.4f} to {high:+.4f}" for name, (low, high) in r["controls"].get("gate_ahead_interval", {}).items()
+    ),
     "certified to differ from all turns in at most 2%": lambda r: (
         f"{c['mean_turns']:.2f} turns (threshold {c['threshold']}, {c['observed']:.2%} seen)"
         if (c := r.get("certified")) is not None

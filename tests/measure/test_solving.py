@@ -90,6 +90,8 @@ def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
     assert found["by_turn"][-1] == found["accuracy_all_turns"]
     assert found["accuracy_halted_interval"][0] <= found["accuracy_halted"] <= found["accuracy_halted_interval"][1]
     assert set(found["controls"]["area"]) == {"gate", "top_probability", "entropy", "stability", "state_change"}
+    for name, (low, high) in found["controls"]["gate_ahead_interval"].items():
+        assert low <= found["controls"]["area"]["gate"] - found["controls"]["area"][name] <= high
     text = adi_("solve", folder, "--count", 12, "--time", "1,2").output
     assert "batch of 2: " in text
     assert "rank correlation of turns with difficulty" in text

@@ -12,12 +12,10 @@ import torch
 from adi.decoding.looped.solve import halting_rule, task_of
 from adi.errors import ModelError
 from adi.files import read_json
-from adi.measure.halting_controls import area, by_item, curve, interval, sweep
+from adi.measure.halting_controls import areas, by_item, interval, middle, resamples
 from adi.measure.solving import readings, right, run_items
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
-
-RESAMPLES = 1000
 
 
 def compared(sources: Sequence[Any], count: int, seed: int, price: float | None = None) -> list[dict[str, Any]]:
@@ -37,7 +35,7 @@ def compared(sources: Sequence[Any], count: int, seed: int, price: float | None 
         )
     drawn = tasks[0].batch(count, (seed,), test=True)
     ids_BT = torch.tensor(drawn.ids_BT)
-    chosen_SB = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    chosen_SB = resamples(count)
     rows: list[dict[str, Any]] = []
     first_S: np.ndarray | None = None
     for source, model in zip(sources, models, strict=True):
@@ -50,10 +48,10 @@ def compared(sources: Sequence[Any], count: int, seed: int, price: float | None 
             halted = run_items(model, tasks[0], ids_BT, halting_rule(model, price=its))
             row |= _share("accuracy_halted", right(tasks[0], drawn, halted)) | _share("mean_turns", halted.turns_BT.numpy())
             right_RN, found = readings(model, tasks[0], drawn, its)
-            whole, area_S = _areas(right_RN, found["gate"], models[0].config.turns, chosen_SB)
-            row |= {"area": whole, "area_interval": _middle(area_S)}
+            whole, area_S = areas(right_RN, found["gate"], models[0].config.turns, chosen_SB)
+            row |= {"area": whole, "area_interval": middle(area_S)}
             first_S = area_S if first_S is None else first_S
-            row |= {"ahead_interval": _middle(first_S - area_S)}
+            row |= {"ahead_interval": middle(first_S - area_S)}
         rows.append(row)
     return rows
 
@@ -74,17 +72,6 @@ def at_prices(source: Any, prices: Sequence[float], count: int, seed: int, **hal
 
 def _share(name: str, values: np.ndarray) -> dict[str, Any]:
     return {name: float(values.mean()), f"{name}_interval": interval(by_item(values))}
-
-
-def _areas(right_RN: np.ndarray, signal_RN: np.ndarray, most: int, chosen_SB: np.ndarray) -> tuple[float, np.ndarray]:
-    """The area of a signal on all items, and on each choice of items."""
-    turns_LB, right_LB = sweep(right_RN, signal_RN)
-    every = [area(curve(turns_LB[:, items], right_LB[:, items]), most) for items in chosen_SB]
-    return area(curve(turns_LB, right_LB), most), np.array(every)
-
-
-def _middle(values_S: np.ndarray) -> list[float]:
-    return [float(q) for q in np.quantile(values_S, (0.025, 0.975))]
 
 
 def _objective(model: LoopedForCausalLM) -> str | None:

@@ -92,9 +92,24 @@ def oracle(right_RN: np.ndarray) -> tuple[float, float]:
     return float(turns_N.mean()) + 1, float(ever.mean())
 
 
-def interval(values_B: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000) -> list[float]:
-    """The 95% bootstrap interval of a mean over items (Efron 1979), places of one item staying together."""
+def resamples(items: int, seed: int = 0, count: int = 1000) -> np.ndarray:
+    """Choices of items with replacement, ``[S, B]``, for a bootstrap over them (Efron 1979)."""
+    return np.random.default_rng(seed).integers(0, items, (count, items))
+
+
+def middle(values_S: np.ndarray) -> list[float]:
+    """The 95% interval of what resamples gave."""
+    return [float(q) for q in np.quantile(values_S, (0.025, 0.975))]
+
+
+def interval(values_B: Sequence[float] | np.ndarray, seed: int = 0, count: int = 1000) -> list[float]:
+    """The 95% bootstrap interval of a mean over items, places of one item staying together."""
     values_B = np.asarray(values_B, np.float64)
-    dice = np.random.default_rng(seed)
-    means = [values_B[dice.integers(0, len(values_B), len(values_B))].mean() for _ in range(resamples)]
-    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+    return middle(values_B[resamples(len(values_B), seed, count)].mean(1))
+
+
+def areas(right_RN: np.ndarray, signal_RN: np.ndarray, most: int, chosen_SB: np.ndarray) -> tuple[float, np.ndarray]:
+    """The area of a signal on all items, and on each choice of items."""
+    turns_LB, right_LB = sweep(right_RN, signal_RN)
+    every = [area(curve(turns_LB[:, items], right_LB[:, items]), most) for items in chosen_SB]
+    return area(curve(turns_LB, right_LB), most), np.array(every)

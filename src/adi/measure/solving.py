@@ -13,7 +13,7 @@ from torch import Tensor
 from adi.decoding.looped.halting import Halted, Rule
 from adi.decoding.looped.solve import ITEMS_AT_ONCE, halting_rule, run_rule, task_of
 from adi.errors import UsageError
-from adi.measure.halting_controls import area, by_item, curve, interval, oracle, shuffled, signals, sweep
+from adi.measure.halting_controls import areas, by_item, interval, middle, oracle, resamples, shuffled, signals
 from adi.measure.statistics import clustered_median
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
@@ -33,7 +33,8 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
     ``accuracy`` is of places (products) or of whole items; ``by_turn`` that of each fixed number of turns of the same network;
     ``rank_correlation`` is Spearman's between turns and the logarithm of difficulty, partial given the place for products.
     ``controls`` has what random halting with the same turns and the oracle reach, and the area under accuracy over mean turns
-    of the gate and of other signals. Intervals are of 95%, bootstrapped over items.
+    of the gate and of other signals, with how far the gate is ahead of each on the same items. Intervals are of 95%,
+    bootstrapped over items.
     """
     model = load_looped(source)
     task = task_of(model)
@@ -120,7 +121,9 @@ def _seconds(model: LoopedForCausalLM, task: Problem, parts: Sequence[Tensor], r
 
 def run_items(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
     parts = [run_rule(model, task, part, rule) for part in ids_BT.split(ITEMS_AT_ONCE)]
-    return Halted(torch.cat([p.logits_BTV for p in parts]), torch.cat([p.turns_BT for p in parts]))
+    starts = [p.start_B for p in parts if p.start_B is not None]
+    logits_BTV, turns_BT = (torch.cat([getattr(p, name) for p in parts]) for name in ("logits_BTV", "turns_BT"))
+    return Halted(logits_BTV, turns_BT, torch.cat(starts) if starts else None)
 
 
 def controls(model: LoopedForCausalLM, task: Problem, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
@@ -128,11 +131,16 @@ def controls(model: LoopedForCausalLM, task: Problem, drawn: Batch, halted: Halt
     right_RN, found = readings(model, task, drawn, price)
     turns_N = halted.turns_BT.numpy()[:, 0] - 1 if task.unit == "item" else halted.turns_BT.numpy() - 1
     turns_oracle, accuracy_oracle = oracle(right_RN)
+    chosen_SB = resamples(right_RN.shape[1])
+    known = {name: areas(right_RN, signal, len(right_RN), chosen_SB) for name, signal in found.items()}
     return {
         "random_same_turns": shuffled(right_RN.reshape(len(right_RN), -1), turns_N.reshape(-1), 0),
         "oracle_turns": turns_oracle,
         "oracle_accuracy": accuracy_oracle,
-        "area": {name: area(curve(*sweep(right_RN, signal)), len(right_RN)) for name, signal in found.items()},
+        "area": {name: whole for name, (whole, _) in known.items()},
+        "gate_ahead_interval": {
+            name: middle(known["gate"][1] - every_S) for name, (_, every_S) in known.items() if name != "gate"
+        },
     }
 
 
