@@ -14,10 +14,11 @@ DEMO := Write a short thank-you note to a colleague who helped me move house, an
 demo: $(READY)
 	$(BIN)/adi run --compare "$(DEMO)"
 
-# Depth that follows difficulty, token by token, on a small looped model that the package ships (docs/loops.md).
+# Depth that follows difficulty on two small looped models that the package ships (docs/loops.md).
 demo-loops: $(READY)
 	$(BIN)/adi solve products --count 512
 	$(BIN)/adi solve products
+	$(BIN)/adi solve sudoku6
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder  # two workers: up to 6 GiB at once
@@ -76,6 +77,7 @@ results: peers
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --json > $(RESULTS)/loops_products.json
+	$(BIN)/adi solve sudoku6 --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --json > $(RESULTS)/loops_sudoku6.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

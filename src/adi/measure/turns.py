@@ -96,7 +96,8 @@ def turns_of(source: Any, item: str | None, seed: int = 0, **halting: Any) -> Tu
 
 def _item(task: Problem, item: str | None, seed: int) -> tuple[int, ...]:
     if item is None:
-        return tuple(task.batch(1, (seed,), test=True).ids_BT[0].tolist())
+        drawn = task.batch(8 if isinstance(task, Puzzles) else 1, (seed,), test=True)
+        return tuple(drawn.ids_BT[drawn.difficulty_BT[:, 0].argmax()].tolist())  # of puzzles one with many blanks
     if isinstance(task, Puzzles):
         return task.parse(item)
     try:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import numpy as np
 
 import adi
+from adi.files import package_data
 from adi.measure.solving import solving_report
 from adi.model.hub import shipped_looped
+from adi.schema import read_json_as
 from adi.tasks.products import GROUPS
+from adi.tasks.sudoku import GAMES
+from adi.training.train_looped import TrainSettings
 
 
 def test_products_are_right_at_the_depth_that_they_need() -> None:
@@ -33,11 +40,25 @@ def test_solve_gives_a_number_of_turns_for_every_place() -> None:
     assert [each.turns for each in full] == [[8] * len(item) for item in items]
 
 
-def test_shipped_models_are_small_and_say_how_they_were_made() -> None:
-    from adi.files import package_data
+def test_puzzles_of_unseen_grids_are_solved_and_hard_ones_take_longer() -> None:
+    game = GAMES["sudoku6"]
+    drawn = [game.puzzle(np.random.default_rng((5, n))) for n in range(160)]
+    unseen = [(board, found) for board, found in drawn if game.is_test(np.array([found]))[0]]
+    assert len(unseen) >= 10
+    puzzles = [game.text(board) for board, _ in unseen]
+    halted = adi.solve("sudoku6", puzzles, verified=True)
+    solved = [each.answers == game.text(wanted) for each, (_, wanted) in zip(halted, unseen, strict=True)]
+    assert sum(solved) >= len(solved) - 1
+    turns, blanks = np.array([each.turns for each in halted]), np.array([board.count(0) for board, _ in unseen])
+    assert turns[blanks <= 12].mean() + 2 < turns[blanks >= 20].mean()
+    assert [each.turns for each in adi.solve("sudoku6", puzzles, halt=False)] == [16] * len(puzzles)
 
+
+def test_shipped_models_are_small_and_the_examples_made_them() -> None:
     folder = package_data("looped")
-    assert "products" in shipped_looped()
+    assert shipped_looped() == ["products", "sudoku6"]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 8 << 20
     for name in shipped_looped():
-        assert (folder / name / "train.json").exists()
+        made_by = read_json_as(folder / name / "train.json", TrainSettings, "training settings")
+        example = Path(__file__).parents[3] / "examples" / "train" / f"{name}.toml"
+        assert TrainSettings.from_json(tomllib.loads(example.read_text())) == made_by
