@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adi.errors import ModelError, UsageError
-from adi.model.arrays import as_array
+from adi.model.arrays import as_array, joined
 from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
@@ -20,6 +20,7 @@ from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import Embedding, OpenVinoModule, converted
 from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
+from adi.model.openvino.turns import block_in_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,7 @@ class OpenVinoBackbone:
             backend="openvino",
             precision=manifest.precision,
             device="cpu",
+            loop=manifest.loop,
         )
         self._manifest, self._folder = manifest, folder
         self._inputs: dict[tuple[int, int, int], PassInputs] = {}
@@ -136,7 +138,10 @@ class OpenVinoBackbone:
 
     def peek(self, cache: PagedCache, block: int, length: int) -> Tensor | None:
         """Keys and values of the first positions as the plugin stores them; None where it packs them otherwise."""
-        return self.pool.peek(cache, block, length)  # type: ignore[no-any-return]
+        at, turn = block_in_graph(self._manifest.turns, block)
+        first = sum(self._manifest.holes[:at])
+        found = [self.pool.peek(cache, i, turn, length) for i in range(first, first + self._manifest.holes[at])]
+        return None if any(part is None for part in found) else joined(found)
 
     def forward(self, rows: Sequence[Rows], lo: int, hi: int, *, mlp: bool = False) -> list[States]:
         """Blocks [lo, hi) for all ``rows`` in one pass; ValueError for blocks that do not exist, MemoryFullError, before
@@ -217,7 +222,7 @@ class OpenVinoBackbone:
         """Arrays for the inputs of passes of this shape; the oldest go when there are too many."""
         inputs = self._inputs.get(key)
         if inputs is None:
-            inputs = PassInputs(*key, self.spec.width)
+            inputs = self._segments.inputs(key)
             if inputs.rows <= KEPT_ROWS:
                 if len(self._inputs) >= KEPT_INPUTS:
                     del self._inputs[next(iter(self._inputs))]

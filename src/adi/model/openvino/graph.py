@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,8 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
 
 
 def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
-    """The filled graph as one segment for each stop, each with its own input ``hidden`` where it does not embed.
+    """The filled graph as one segment for each stop, each with its own input ``hidden`` where it does not embed. A stop at 0
+    cuts the embedding off.
 
     The segments share nodes (positions, rotary angles) with each other and with ``graph``, which is of no use afterwards.
     """
@@ -91,9 +93,9 @@ def cut(graph: Any, stops: Sequence[int], width: int) -> list[SegmentGraph]:
     for stop in stops[:-1]:
         inject(results[f"state.{stop}"], width)
     parts = []
-    for lo, hi in zip((0, *stops), stops, strict=False):
+    for lo, hi in pairwise((0, *stops)):
         wanted = {"hidden": f"state.{hi}", "before": f"state.{hi - 1}", "mlp": f"mlp.{hi - 1}"}
-        if lo and hi - 1 == lo:
+        if hi - 1 == lo and (lo or 0 in stops):
             del wanted["before"]  # it is the input
         outputs = {name: sources[key] for name, key in wanted.items() if key in sources}
         ends = [ops.result(source) for source in outputs.values()]

@@ -51,8 +51,8 @@ class Layout:
 class PassInputs:
     """The inputs of a pass as numpy arrays, and tensors over the same memory; ``states`` holds each stop's output."""
 
-    def __init__(self, rows: int, sequences: int, blocks: int, width: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: int, sequences: int, blocks: int, width: int, turns: int = 0) -> None:
+        self.rows, self.turns = rows, turns
         self.arrays: dict[str, Any] = {
             "input_ids": np.zeros((1, rows), np.int64),
             "position_ids": np.zeros((1, rows), np.int64),
@@ -63,6 +63,7 @@ class PassInputs:
             "max_context_len": np.zeros((), np.int32),
             "state.0": np.zeros((1, rows, width), np.float32),
         }
+        self.arrays |= {f"block_indices.{turn}": np.zeros(blocks, np.int32) for turn in range(turns)}
         self.tensors = {name: _shared(array) for name, array in self.arrays.items()}
 
     def room(self, name: str, shape: Sequence[int]) -> Any:
@@ -87,6 +88,8 @@ class PassInputs:
             a["block_indices"][block : block + blocks] = rows[i].cache.blocks[:blocks]
             at, block, longest = at + n, block + blocks, max(longest, past + n)
             a["subsequence_begins"][j + 1], a["block_indices_begins"][j + 1] = at, block
+        for turn in range(self.turns):
+            np.add(a["block_indices"] * self.turns, turn, out=a[f"block_indices.{turn}"])
         used = len(layout.spans)
         a["past_lens"][used:] = 0
         a["subsequence_begins"][used + 1 :] = at

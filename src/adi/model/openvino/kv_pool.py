@@ -44,7 +44,7 @@ class KVPool:
         self.blocks = 0
         self._owners: dict[int, tuple[weakref.ref[PagedCache], list[int]]] = {}  # by the list's id
         self._free: list[int] = []
-        self._ports: dict[str, tuple[Any, list[int]]] = {}
+        self._ports: dict[str, tuple[Any, list[int], int]] = {}
 
     @property
     def capacity(self) -> int:
@@ -61,17 +61,18 @@ class KVPool:
         """How many blocks sequences hold."""
         return self.blocks - len(self._free)
 
-    def add(self, name: str, port: Any) -> None:
+    def add(self, name: str, port: Any, turns: int = 1) -> None:
         """Room for one compiled input ``key_cache.i`` or ``value_cache.i``, whose type and shape the plugin has chosen.
 
-        Pieces that share a block of the model share its memory.
+        Pieces that share a block of the model share its memory. A block that runs so many ``turns`` has room for each of them,
+        a sequence's block b in turn t at ``b * turns + t``.
         """
         if name in self._ports:
             return
         assert not self.blocks, "the pool is in use"
         kind, shape = port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]]
-        self._ports[name] = (kind, shape)
-        self.block_bytes += _bytes(kind, shape)
+        self._ports[name] = (kind, shape, turns)
+        self.block_bytes += turns * _bytes(kind, shape)
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether ``reserve`` would succeed."""
@@ -95,17 +96,17 @@ class KVPool:
             taken, left = self._free[rest:][::-1], self._free[:rest]
             cache.blocks[len(cache.blocks) :], self._free = taken, left  # in one: an interruption must not come between
 
-    def peek(self, cache: PagedCache, block: int, length: int) -> Any:
-        """A copy of what one block of the model holds of the first ``length`` positions, as a flat float32 torch tensor; None
-        where the plugin's layout does not go position by position."""
+    def peek(self, cache: PagedCache, attention: int, turn: int, length: int) -> Any:
+        """A copy of what one attention of the model holds, in one turn, of the first ``length`` positions, as a flat float32
+        torch tensor; None where the plugin's layout does not go position by position."""
         import numpy as np
         import torch
 
         found = []
-        for name in (f"key_cache.{block}", f"value_cache.{block}"):
+        for name in (f"key_cache.{attention}", f"value_cache.{attention}"):
             if name not in self.tensors or self._ports[name][1][1] != BLOCK_TOKENS:
                 return None
-            pages = self.tensors[name].data[cache.blocks].astype(np.float32)  # [blocks, heads, 32, size]
+            pages = self._by_block(name)[cache.blocks, turn].astype(np.float32)  # [blocks, heads, 32, size]
             rows = pages.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1] * pages.shape[3])
             found.append(rows[:length].ravel())
         return torch.from_numpy(np.concatenate(found))
@@ -114,9 +115,14 @@ class KVPool:
         """Another sequence with the same first ``length`` positions; MemoryFullError where there are no blocks for them."""
         made = PagedCache(self)
         self.reserve([(made, length)])
-        for tensor in self.tensors.values():
-            tensor.data[made.blocks] = tensor.data[cache.blocks[: len(made.blocks)]]
+        for name in self.tensors:
+            self._by_block(name)[made.blocks] = self._by_block(name)[cache.blocks[: len(made.blocks)]]
         return made
+
+    def _by_block(self, name: str) -> Any:
+        """The memory itself, ``[blocks, turns, heads, ...]``."""
+        data, (_, shape, turns) = self.tensors[name].data, self._ports[name]
+        return data.reshape(-1, turns, *shape)
 
     def give_back(self, blocks: list[int]) -> None:
         """Take blocks back from a sequence that has ended."""
@@ -153,11 +159,13 @@ class KVPool:
         size = min(self.capacity, max(FIRST_BLOCKS, 2 * self.blocks))
         used = self.blocks + 1 if self.blocks else 0  # numbers begin after the spare one
         tensors: dict[str, Any] = {}
-        for name, (kind, shape) in self._ports.items():
-            tensors[name] = ov.Tensor(kind, ov.Shape([size + 1, *shape]))
-            tensors[name].data[used:] = 0  # attention multiplies what lies beyond a text by zero, which must not be NaN
+        for name, (kind, shape, turns) in self._ports.items():
+            tensors[name] = ov.Tensor(kind, ov.Shape([(size + 1) * turns, *shape]))
+            tensors[name].data[used * turns :] = (
+                0  # attention multiplies what lies beyond a text by zero, which must not be NaN
+            )
             if used:
-                tensors[name].data[:used] = self.tensors[name].data
+                tensors[name].data[: used * turns] = self.tensors[name].data
         free = [*self._free, *range(size, self.blocks, -1)]
         self.tensors, self._free, self.blocks, self.version = tensors, free, size, self.version + 1
 

@@ -20,12 +20,12 @@ from adi.cache import cache_folder, identity, whole_folder
 from adi.errors import FileError, ModelError
 from adi.files import require_readable, write_json
 from adi.model.arrays import as_array, digest
-from adi.model.backbone import READOUT_ARRAYS, ReadOut
+from adi.model.backbone import READOUT_ARRAYS, Loop, ReadOut
 from adi.model.hub import first_line
 from adi.model.openvino.graph import Attention
 from adi.schema import Positive, Record, read_json_as
 
-FORMAT = 6
+FORMAT = 7
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 EXPORTER = ("openvino/export", "openvino/graph.py", "hf/blocks.py", "hf/readout.py", "hf/splitting.py")  # beside this package
@@ -41,7 +41,8 @@ class NormAndScale(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none."""
+    """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none. ``loop`` says which
+    blocks share weights, ``turns`` which of them the graph has once. ``holes`` counts each block's ``attentions``."""
 
     name: str
     family: str
@@ -53,6 +54,9 @@ class Manifest(Record, frozen=True):
     precision: str
     has_mlp: bool
     attentions: tuple[Attention, ...]
+    holes: tuple[Positive, ...]
+    loop: Loop | None
+    turns: Loop | None
     readout: NormAndScale | str
     format: Annotated[int, Meta(ge=FORMAT, le=FORMAT)] = FORMAT
 

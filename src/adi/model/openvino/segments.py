@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from adi.model.openvino.huge_pages import HugePages
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest
+from adi.model.openvino.turns import cuts, spans
 
 ANY = 0  # the bucket of segments that take any number of rows
 BUCKETS = (1, 3, 8)
@@ -30,19 +30,20 @@ Span = tuple[int, int, int]
 class Segment:
     """Blocks [lo, hi) with a single request, reading states from the inputs' ``state.lo`` and leaving them in ``state.hi``.
 
+    Of a looped model there is one for each turn, all of one compiled graph, which differ in the KV blocks that they see.
     It also leaves ``before.hi``, what entered block ``hi - 1`` (``state.lo`` itself for a single block), and ``mlp.hi``.
     Tensors are bound only when they change.
     """
 
-    def __init__(self, core: Any, part: SegmentGraph, config: Config) -> None:
-        self.lo, self.hi = part.lo, part.hi
-        compiled = core.compile_model(part.graph, "CPU", config)
+    def __init__(self, compiled: Any, outputs: Sequence[str], span: tuple[int, int], turn: int | None, turns: int) -> None:
+        (self.lo, self.hi), self._turns = span, turns
         self._request = compiled.create_infer_request()
         names = [_name(port) for port in compiled.inputs]
-        self._inputs = {name: f"state.{self.lo}" if name == "hidden" else name for name in names if "_cache." not in name}
+        arrays = {"hidden": f"state.{self.lo}"} | ({} if turn is None else {"block_indices": f"block_indices.{turn}"})
+        self._inputs = {name: arrays.get(name, name) for name in names if "_cache." not in name}
         renamed = {"hidden": f"state.{self.hi}", "before": f"before.{self.hi}", "mlp": f"mlp.{self.hi}"}
-        self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(part.outputs, compiled.outputs, strict=True)]
-        self.before = f"before.{self.hi}" if "before" in part.outputs else f"state.{self.lo}"
+        self._outputs = [(renamed[name], _sizes(port)) for name, port in zip(outputs, compiled.outputs, strict=True)]
+        self.before = f"before.{self.hi}" if "before" in outputs else f"state.{self.lo}"
         self._bound: PassInputs | None = None
         self._version = -1
         self._ports = {name: port for name, port in zip(names, compiled.inputs, strict=True) if "_cache." in name}
@@ -50,7 +51,7 @@ class Segment:
     def add_to(self, pool: KVPool) -> None:
         """Ask the pool for room for these blocks' keys and values."""
         for name, port in self._ports.items():
-            pool.add(name, port)
+            pool.add(name, port, self._turns)
         self._version = -1
 
     def run(self, inputs: PassInputs, pool: KVPool) -> None:
@@ -198,18 +199,23 @@ class Segments:
         with self._pages.noting():
             self._publish(self._compiled(stops, bucket), bucket)
 
-    def _ends(self, stops: Sequence[int], bucket: int) -> tuple[int, ...]:
-        """Where segments end. What would be one segment for any number of rows is made in two halves: a compiler works on one
-        with one thread, so two take half the time before the first token, and cost a call of 0.3 ms in long passes."""
-        layers = self._manifest.layers
-        ends = {*stops, layers}
-        return tuple(sorted(ends if bucket or len(ends) > 1 or layers == 1 else {layers // 2, layers}))
+    def _cuts(self, stops: Sequence[int], bucket: int) -> tuple[int, ...]:
+        """Where the graph is cut. What would be one segment for any number of rows is made in two halves: a compiler works on
+        one with one thread, so two take half the time before the first token, and cost a call of 0.3 ms in long passes."""
+        layers = len(self._manifest.holes)
+        ends = cuts(self._manifest.turns, layers, stops)
+        return ends if bucket or len(ends) > 1 or layers == 1 else (layers // 2, layers)
 
     def _missing(self, stops: Sequence[int], bucket: int) -> bool:
         """Whether this bucket lacks a segment between two of these depths."""
         if bad := [depth for depth in stops if not 0 < depth <= self._manifest.layers]:
             raise UsageError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
-        return any((*span, bucket) not in self._segments for span in pairwise((0, *self._ends(stops, bucket))))
+        return any(self._lacks(*part, bucket) for part in pairwise((0, *self._cuts(stops, bucket))))
+
+    def _lacks(self, lo: int, hi: int, bucket: int) -> bool:
+        """Whether a part of the graph is not there, for all turns if need be."""
+        needed = spans(self._manifest.turns, lo, hi)[: None if hi else 1]  # the embedding runs once
+        return any((*span[:2], bucket) not in self._segments for span in needed)
 
     def _compiled(self, stops: Sequence[int], bucket: int) -> list[Segment]:
         """The segments between these depths that this bucket lacks."""
@@ -217,15 +223,23 @@ class Segments:
             return []
         graph = self._blocks.clone()  # cutting leaves a graph in parts
         fill_holes(graph, self._manifest.attentions)
-        parts = cut(graph, self._ends(stops, bucket), self._manifest.width)
-        missing = [part for part in parts if (part.lo, part.hi, bucket) not in self._segments]
-        made = functools.partial(Segment, self._core, config=self._config)
+        parts = cut(graph, self._cuts(stops, bucket), self._manifest.width)
+        missing = [part for part in parts if self._lacks(part.lo, part.hi, bucket)]
         if bucket:  # in the background, where a program that ends lets no new threads begin
             for part in missing:
                 fix_rows(part.graph, bucket, max(self.threads, bucket), self._manifest.width)
-            return [made(part) for part in missing]
+            return [segment for part in missing for segment in self._made(part)]
         with ThreadPoolExecutor(COMPILING) as threads:
-            return list(threads.map(made, missing))
+            return [segment for made in threads.map(self._made, missing) for segment in made]
+
+    def _made(self, part: SegmentGraph) -> list[Segment]:
+        """A part of the graph, compiled once, as a segment for each turn."""
+        compiled = self._core.compile_model(part.graph, "CPU", self._config)
+        turns = self._manifest.turns
+        return [
+            Segment(compiled, part.outputs, (lo, hi), turn, 1 if turn is None or turns is None else turns.turns)
+            for lo, hi, turn in spans(turns, part.lo, part.hi)[: None if part.hi else 1]
+        ]
 
     def _publish(self, made: Sequence[Segment], bucket: int) -> None:
         for segment in made:
@@ -248,11 +262,15 @@ class Segments:
             given = Rows(nobody, 0, (0,) * rows, None)
             layout = Layout.of([given], self.threads)
             self._pool.begin()
-            inputs = PassInputs(*layout.key, self._manifest.width)
+            inputs = self.inputs(layout.key)
             inputs.fill([given], layout)
             for segment in segments:
                 inputs.room(f"state.{segment.lo}", (1, rows, self._manifest.width))
                 segment.run(inputs, self._pool)
+
+    def inputs(self, key: tuple[int, int, int]) -> PassInputs:
+        """New arrays for the inputs of a pass."""
+        return PassInputs(*key, self._manifest.width, 0 if self._manifest.turns is None else self._manifest.turns.turns)
 
     def path(self, lo: int, hi: int, bucket: int) -> list[Segment]:
         """The longest segments of this bucket from ``lo`` to ``hi``; compiled where there are none. Holds the lock."""
@@ -266,9 +284,9 @@ class Segments:
     def _assembled(self, lo: int, hi: int, bucket: int) -> list[Segment] | None:
         """The longest segments, one after the other, or None where one is missing."""
         if (lo, hi, bucket) not in self._paths:
-            path: list[Segment] = []
+            path = [begin] if lo == 0 and (begin := self._segments.get((0, 0, bucket))) is not None else []
             while (at := path[-1].hi if path else lo) < hi:
-                ends = [end for begin, end, mine in self._segments if mine == bucket and begin == at and end <= hi]
+                ends = [end for begin, end, mine in self._segments if mine == bucket and at == begin < end <= hi]
                 if not ends:
                     return None
                 path.append(self._segments[at, max(ends), bucket])

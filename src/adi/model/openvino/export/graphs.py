@@ -8,23 +8,27 @@ from typing import Any
 import numpy as np
 
 from adi.errors import ModelError
+from adi.model.backbone import Loop
 from adi.model.openvino.export.fuse_qkv import fuse_matrices
 from adi.model.openvino.graph import Attention, by_name, inject, inputs_of, partial_shape
 
 
-def name_ports(graph: Any, attentions: Sequence[Attention], mlps: int) -> None:
+def name_ports(graph: Any, attentions: Sequence[Attention], layers: int, mlps: int) -> None:
     """Give a freshly traced graph the names above, by position alone."""
-    layers = len(attentions)
-    results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, mlps))]
+    results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, len(attentions), mlps))]
     for node, name in zip(graph.get_results(), (name for part in results for name in part), strict=True):
         node.set_friendly_name(name)
-    names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(layers))]
+    names = ["input_ids", "position_ids", *(f"attended.{i}" for i in range(len(attentions)))]
     shapes = [[1, -1]] * 2 + [[1, -1, a.heads, a.value_width] for a in attentions]
     for node, name, shape in zip(graph.get_parameters(), names, shapes, strict=True):
         node.set_friendly_name(name)
         node.output(0).get_tensor().set_names({name})
         node.set_partial_shape(partial_shape(shape))
     graph.validate_nodes_and_infer_types()
+
+
+def tidy(graph: Any) -> None:
+    """Rows are counted by positions, and what makes query, key and value of one input is one product."""
     _count_rows_by_positions(graph)
     kinds = ("query.", "key.", "value.")
     fuse_matrices(graph, [node for node in graph.get_results() if node.get_friendly_name().startswith(kinds)])
@@ -52,8 +56,58 @@ def _count_rows_by_positions(graph: Any) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def _outputs(layers: int, mlps: int) -> tuple[tuple[str, int], ...]:
-    return ("state", layers + 1), ("query", layers), ("key", layers), ("value", layers), ("mlp", mlps)
+def _outputs(layers: int, holes: int, mlps: int) -> tuple[tuple[str, int], ...]:
+    return ("state", layers + 1), ("query", holes), ("key", holes), ("value", holes), ("mlp", mlps), ("entered", layers)
+
+
+def rolled(graph: Any, loop: Loop | None, places: Sequence[int], layers: int) -> tuple[Any, list[int]]:
+    """The graph with one turn in the place of all, the second, which takes what entered the first; and which attentions are
+    left. ``places`` says of which block each is."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    blocks = list(range(layers))
+    results, inputs = by_name(graph.get_results()), by_name(graph.get_parameters())
+    if loop is not None:
+        second, end = loop.first + loop.period, loop.first + loop.period * loop.turns
+        blocks = [*range(loop.first), *range(second, second + loop.period), *range(end, layers)]
+        before = results[f"state.{loop.first}"]
+        entering = ops.reshape(before.input_value(0), np.array([0, 0, -1], np.int64), special_zero=True)
+        for state, by in ((end, results[f"state.{second + loop.period}"].input_value(0)), (second, entering.output(0))):
+            for user in results[f"state.{state}"].input_value(0).get_target_inputs():
+                if user.get_node().get_type_name() != "Result":
+                    user.replace_source_output(by)
+        before.input(0).replace_source_output(entering.output(0))
+    holes = [i for block in blocks for i, place in enumerate(places) if place == block]
+    kept = {"logits": results["logits"], "state.0": results["state.0"]}
+    kept |= {f"state.{at + 1}": results[f"state.{block + 1}"] for at, block in enumerate(blocks)}
+    if loop is not None and loop.first:
+        kept[f"state.{loop.first}"] = before
+    kept |= {f"{kind}.{at}": results[f"{kind}.{i}"] for kind in ("query", "key", "value") for at, i in enumerate(holes)}
+    kept |= {f"mlp.{at}": results[f"mlp.{block}"] for at, block in enumerate(blocks) if f"mlp.{block}" in results}
+    given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"]}
+    given |= {f"attended.{at}": inputs[f"attended.{i}"] for at, i in enumerate(holes)}
+    for name, node in (kept | given).items():
+        node.set_friendly_name(name)
+    for name, node in given.items():
+        node.output(0).get_tensor().set_names({name})
+    return ov.Model(list(kept.values()), list(given.values()), "rolled"), holes
+
+
+def compiled_loop(graph: Any, loop: Loop | None) -> Loop | None:
+    """The turns that one graph can run. Where something lies between turns (a norm) that does not lie before the first, that
+    is the turns after the first, which is compiled by itself."""
+    if loop is None:
+        return None
+    results, second = by_name(graph.get_results()), loop.first + loop.period
+    if _same(results[f"state.{second}"], results[f"entered.{second}"]):
+        return loop
+    return Loop(second, loop.period, loop.turns - 1) if loop.turns > 2 else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    a, b = one.input_value(0), other.input_value(0)
+    return bool(a.get_node().get_name() == b.get_node().get_name() and a.get_index() == b.get_index())
 
 
 def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:

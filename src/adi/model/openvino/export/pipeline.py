@@ -12,12 +12,15 @@ from msgspec.structs import replace
 from adi.errors import AdiError, ModelError, NotExportableError
 from adi.model.backbone import ReadOut, Rows
 from adi.model.hf import HfBackbone
+from adi.model.hf.splitting import decoder_of
 from adi.model.hub import Notice
 from adi.model.openvino.engine import OpenVinoBackbone
-from adi.model.openvino.export.graphs import name_ports, split_head
+from adi.model.openvino.export.graphs import compiled_loop, name_ports, rolled, split_head, tidy
 from adi.model.openvino.export.quantize import quantize
 from adi.model.openvino.export.trace import attentions, foreign, trace
+from adi.model.openvino.graph import cut, fill_holes
 from adi.model.openvino.manifest import Manifest, NormAndScale, write_export
+from adi.model.openvino.turns import cuts
 
 CHECK_TOKENS = 40  # past the first block of KV memory
 CHECK_WINDOW = 1100  # windows up to here are left behind in the check
@@ -48,10 +51,16 @@ def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Seque
 
 def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
     spec = hf.spec
-    found, given, mlps = attentions(hf.model, spec.layers)
-    graph = trace(hf.model, given)
-    name_ports(graph, found, mlps)
-    blocks, head = split_head(graph, spec.layers, spec.width)
+    _, modules = decoder_of(hf.model)
+    found, given, places, mlps = attentions(hf.model, modules)
+    traced = trace(hf.model, modules, given)
+    name_ports(traced, found, spec.layers, mlps)
+    loop = compiled_loop(traced, spec.loop)
+    graph, holes = rolled(traced, loop, places, spec.layers)
+    tidy(graph)
+    kept = [places[i] for i in holes]
+    made = list(dict.fromkeys(kept))
+    blocks, head = split_head(graph, len(made), spec.width)
     manifest = Manifest(
         name=spec.name,
         family=spec.family,
@@ -62,10 +71,30 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
         fingerprint=spec.fingerprint,
         precision=precision,
         has_mlp=mlps == spec.layers,
-        attentions=tuple(found),
+        attentions=tuple(found[i] for i in holes),
+        holes=tuple(kept.count(block) for block in made),
+        loop=spec.loop,
+        turns=loop,
         readout="",
     )
+    if spec.loop is not None:
+        _require_one_state(manifest, blocks.clone())
     return manifest, blocks, head
+
+
+def _require_one_state(manifest: Manifest, blocks: Any) -> None:
+    """ModelError where a block of a looped model reads what others than the one before it gave, but for ids and positions."""
+    layers = len(manifest.holes)
+    fill_holes(blocks, manifest.attentions)
+    for part in cut(blocks, cuts(manifest.turns, layers, range(1, layers + 1)), manifest.width):
+        names = [port.get_any_name() for port in part.graph.inputs]
+        attended = {int(name.split(".")[1]) for name in names if name.startswith("key_cache.")}
+        own = set(range(sum(manifest.holes[: part.lo]), sum(manifest.holes[: part.hi])))
+        if names.count("hidden") > 1 or attended - own:
+            raise ModelError(
+                f"block {part.lo} reads more than what the one before it gave, as where a prelude enters every turn or two "
+                "stacks feed each other, and one state is stored between blocks"
+            )
 
 
 def _with_readout(hf: HfBackbone, manifest: Manifest) -> tuple[Manifest, ReadOut | None]:

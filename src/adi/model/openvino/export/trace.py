@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_down_projections
-from adi.model.hf.splitting import decoder_of
 from adi.model.openvino.graph import Attention
 
 HOLE = "adi_hole_{}"  # the name of our attention function while a model is traced; of each tracing its own
@@ -39,6 +38,8 @@ class Tape:
     scales: list[float] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
 
     def attend(
@@ -59,6 +60,7 @@ class Tape:
             if options.get(name) is not None:
                 raise ModelError(f"its attention uses {name}, which paged attention is not given")
         i = len(self.queries)
+        self.places.append(len(self.entered) - 1)
         self.queries.append(query)
         self.keys.append(key)
         self.values.append(value)
@@ -73,17 +75,21 @@ class Tape:
 
 
 @contextmanager
-def holes(model: Any, tape: Tape) -> Iterator[None]:
+def holes(model: Any, tape: Tape, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """The model's attention goes to ``tape``; afterwards every configuration and hook is what it was."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    _, blocks = decoder_of(model)
     downs = find_down_projections(blocks, model.config.get_text_config(decoder=True).hidden_size)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     saved = {key: config._attn_implementation_internal for key, config in configs.items()}
-    handles = [block.register_forward_hook(lambda _, args, out: _note_state(tape, out)) for block in blocks]
-    handles += [blocks[0].register_forward_pre_hook(lambda _, *given: _note_first(tape, *given), with_kwargs=True)]
-    handles += [down.register_forward_pre_hook(lambda _, args: tape.mlps.append(args[0])) for down in downs or ()]
+    handles = [block.register_forward_hook(lambda _, args, out: _note_state(tape, out)) for block in dict.fromkeys(blocks)]
+    handles += [
+        block.register_forward_pre_hook(lambda _, *given: _note_entered(tape, *given), with_kwargs=True)
+        for block in dict.fromkeys(blocks)
+    ]
+    handles += [
+        down.register_forward_pre_hook(lambda _, args: tape.mlps.append(args[0])) for down in dict.fromkeys(downs or ())
+    ]
     name = HOLE.format(id(tape))
     ALL_ATTENTION_FUNCTIONS[name] = tape.attend
     try:
@@ -98,8 +104,9 @@ def holes(model: Any, tape: Tape) -> Iterator[None]:
             handle.remove()
 
 
-def _note_first(tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tape.states.append(args[0] if args else kwargs["hidden_states"])
+def _note_entered(tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tape.entered.append(args[0] if args else kwargs["hidden_states"])
+    tape.states += [] if tape.states else tape.entered
 
 
 def _note_state(tape: Tape, out: Any) -> None:
@@ -109,26 +116,29 @@ def _note_state(tape: Tape, out: Any) -> None:
 class Traced(nn.Module):
     """The model as a function of ids, positions and what attention gave; it returns all that the tape notes."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.blocks = model, list(blocks)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *attended: Tensor) -> tuple[Tensor, ...]:
         tape = Tape(attended)
-        with holes(self.model, tape):
+        with holes(self.model, tape, self.blocks):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return (logits, *tape.states, *tape.queries, *tape.keys, *tape.values, *tape.mlps)
+        return (logits, *tape.states, *tape.queries, *tape.keys, *tape.values, *tape.mlps, *tape.entered)
 
 
-def attentions(model: Any, layers: int) -> tuple[list[Attention], list[Tensor], int]:
-    """Each block's attention, what it gave for a few tokens, and how many blocks show their MLP. ValueError says why not."""
+def attentions(model: Any, blocks: Sequence[nn.Module]) -> tuple[list[Attention], list[Tensor], list[int], int]:
+    """Each attention, what it gave for a few tokens, which block it is of, and how many blocks show their MLP. ValueError says
+    why not."""
     _check_config(model)
     ids, positions = example(model)
-    tape = Tape()
-    with foreign(Exception), torch.no_grad(), holes(model, tape):
+    tape, width = Tape(), model.config.get_text_config(decoder=True).hidden_size
+    with foreign(Exception), torch.no_grad(), holes(model, tape, blocks):
         model(input_ids=ids, position_ids=positions, use_cache=False)
-    if len(tape.queries) != layers or len(tape.states) != layers + 1:
-        raise ModelError(f"{len(tape.queries)} of its {layers} blocks use the attention interface of transformers")
+    if set(tape.places) != set(range(len(blocks))) or len(tape.states) != len(blocks) + 1:
+        raise ModelError(f"{len(set(tape.places))} of its {len(blocks)} blocks use the attention interface of transformers")
+    if odd := {state.shape[-1] for state in tape.states} - {width}:
+        raise ModelError(f"it has states of width {odd.pop()}, and its head reads {width}")
     windows = _windows(model, tape.windows)
     found, given = [], []
     for q, k, v, scale, window in zip(tape.queries, tape.keys, tape.values, tape.scales, windows, strict=True):
@@ -136,7 +146,7 @@ def attentions(model: Any, layers: int) -> tuple[list[Attention], list[Tensor], 
             raise ModelError(f"its attention has shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
         found.append(Attention(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], scale, window))
         given.append(torch.zeros((1, ids.shape[1], q.shape[1], v.shape[-1])))
-    return found, given, len(tape.mlps)
+    return found, given, tape.places, len(tape.mlps)
 
 
 def example(model: Any) -> tuple[Tensor, Tensor]:
@@ -163,14 +173,15 @@ def _windows(model: Any, given: Sequence[int]) -> list[int]:
     from transformers.cache_utils import DynamicCache
 
     layers = DynamicCache(config=model.config).layers
-    kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers] if layers else list(given)
+    kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers]
+    kept = kept if len(kept) == len(given) else list(given)  # a cache that grows as it is used, or a looped model's
     for i, (own, other) in enumerate(zip(kept, given, strict=True)):
         if other and other != own:
             raise ModelError(f"block {i} has a window of {own} or of {other} positions")
     return kept
 
 
-def trace(model: Any, given: Sequence[Tensor]) -> Any:
+def trace(model: Any, blocks: Sequence[nn.Module], given: Sequence[Tensor]) -> Any:
     """The traced graph: inputs ids, positions, one per hole; outputs as ``Traced`` returns them, in that order.
 
     Raises AdiError for a model that the tracer or the converter cannot follow.
@@ -180,7 +191,7 @@ def trace(model: Any, given: Sequence[Tensor]) -> Any:
     ids, positions = example(model)
     with foreign(Exception), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer points at every Python branch; the self-check judges the outcome
-        traced = torch.jit.trace(Traced(model).eval(), (ids, positions, *given), check_trace=False, strict=False)
+        traced = torch.jit.trace(Traced(model, blocks).eval(), (ids, positions, *given), check_trace=False, strict=False)
         return ov.convert_model(traced, example_input=(ids, positions, *given))
 
 

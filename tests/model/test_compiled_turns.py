@@ -1,0 +1,161 @@
+"""Looped models on the compiled engine: one turn is compiled once, and every law of a block holds for a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.looped_shapes import SIZES, huginn, ouro, randomised
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+import adi
+from adi.decoding.frontier import Frontier
+from adi.errors import AdiError
+from adi.model.backbone import Loop, Rows
+from adi.model.looped import LoopedConfig, LoopedForCausalLM
+from adi.model.openvino import export_and_open
+
+IDS = tuple(int(i) for i in torch.randint(0, 32, (41,), generator=torch.Generator().manual_seed(5)))  # two blocks of KV memory
+
+
+def own(**form: Any) -> LoopedForCausalLM:
+    torch.manual_seed(1)
+    found: LoopedForCausalLM = randomised(LoopedForCausalLM(LoopedConfig(**{**SIZES, **form})))
+    return found
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(1)
+    return make()
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "two blocks a turn": partial(own, core_layers=2),
+    "prelude and coda": partial(own, injection="none", prelude_layers=1, coda_layers=1),
+    "shaped like Ouro": partial(seeded, ouro),  # with a norm between turns, which none precedes
+}
+
+
+def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A looped model as it is saved, without a tokenizer."""
+    made = tmp_path_factory.mktemp("looped")
+    own().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> adi.Model:
+    return adi.load(folder, backend="openvino", precision="fp32")
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_any_split_gives_the_models_own_logits(form: str) -> None:
+    model = MAKERS[form]()
+    backbone = export_and_open(model, name=form, precision="fp32")
+    assert backbone.spec.loop == adi.load(model).backbone.spec.loop
+    assert backbone.spec.row_invariant
+    for split in backbone.spec.stops[:-1]:
+        with backbone.new_cache() as cache:
+            (early,) = backbone.forward([Rows(cache, 0, IDS, None)], 0, split)
+            (late,) = backbone.forward([Rows(cache, 0, IDS, early)], split, backbone.spec.layers)
+        torch.testing.assert_close(backbone.logits(late), logits(model, IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_a_turn_is_compiled_once_and_has_kv_memory_of_its_own_in_each(loaded: adi.Model) -> None:
+    backbone: Any = loaded.backbone
+    assert backbone.spec.loop == Loop(0, 1, 4)
+    assert len(backbone._manifest.attentions) == 1
+    with backbone.new_cache() as cache:
+        backbone.forward([Rows(cache, 0, IDS, None)], 0, 4)
+        assert set(backbone.pool.tensors) == {"key_cache.0", "value_cache.0"}
+        held = [backbone.peek(cache, block, len(IDS)) for block in range(4)]
+        assert all(not torch.equal(one, other) for i, one in enumerate(held) for other in held[:i])
+        with backbone.fork(cache, 33) as copy:
+            assert all(torch.equal(backbone.peek(copy, i, 33), backbone.peek(cache, i, 33)) for i in range(4))
+
+
+@settings(max_examples=12)
+@given(orders=st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 4)), max_size=12))
+def test_random_orders_are_one_full_pass(loaded: adi.Model, orders: list[tuple[str, int]]) -> None:
+    backbone, text = loaded.backbone, list(IDS)
+    frontier = Frontier(backbone)
+    frontier.append(tuple(IDS))
+    for what, n in orders:
+        if what == "a":
+            text += range(n)
+            frontier.append(tuple(range(n)))
+        elif what == "r" and len(text) > n:
+            del text[-n:]
+            frontier.rollback(len(text))
+        else:
+            frontier.advance(min(n, backbone.spec.layers))
+    frontier.advance(backbone.spec.layers)
+    got = backbone.logits(frontier.last_state(len(text) - 1))[-1]
+    torch.testing.assert_close(got, logits(own(), tuple(text))[-1], atol=1e-3, rtol=1e-3)
+
+
+def test_rows_beside_others_are_each_alone_bit_for_bit(loaded: adi.Model) -> None:
+    backbone = loaded.backbone
+
+    def through(*texts: tuple[int, ...]) -> list[np.ndarray]:
+        caches = [backbone.new_cache() for _ in texts]
+        early = backbone.forward([Rows(cache, 0, text, None) for cache, text in zip(caches, texts, strict=True)], 0, 2)
+        rows = [Rows(cache, 0, text, states) for cache, text, states in zip(caches, texts, early, strict=True)]
+        return [states.raw_TD for states in backbone.forward(rows, 2, 4)]
+
+    texts = [IDS[i : i + 1 + i % 5] for i in range(16)]
+    for text, found in zip(texts, through(*texts), strict=True):
+        assert np.array_equal(through(text)[0], found)
+
+
+def test_drafts_from_a_turn_are_verified_and_a_batch_is_each_alone(loaded: adi.Model) -> None:
+    exits = adi.bare_exits(loaded, (1, 2, 3))
+    prompts = [tuple((i * k + 1) % 32 for i in range(5)) for k in range(6)]
+    wanted = [adi.generate(loaded, prompt, adi.FullDepth(), max_new_tokens=12).token_ids for prompt in prompts]
+    text = list(prompts[1])
+    for token in wanted[1]:
+        assert token == int(logits(own(), tuple(text))[-1].argmax())
+        text.append(token)
+    for policy in (adi.Verified(), adi.Verified(exits, trigger=adi.Always((1,)), draft_tokens=4), adi.Lookup()):
+        assert [found.token_ids for found in adi.generate_batch(loaded, prompts, policy, max_new_tokens=12)] == wanted
+    found = adi.generate(
+        loaded, prompts[1], adi.Reflex(exits, trigger=adi.Threshold("top_probability", 0.3)), max_new_tokens=12
+    )
+    assert len({step.depth for step in found.steps}) > 1
+
+
+def test_an_export_is_found_again_and_rounds_to_eight_bits(folder: Path, loaded: adi.Model) -> None:
+    again = adi.load(folder, backend="openvino", precision="fp32")
+    assert adi.generate(again, IDS, max_new_tokens=4).token_ids == adi.generate(loaded, IDS, max_new_tokens=4).token_ids
+    rounded = adi.load(folder, backend="openvino")
+    assert (rounded.backbone.spec.precision, rounded.backbone.spec.loop) == ("int8", Loop(0, 1, 4))
+    assert len(adi.generate(rounded, IDS, adi.Verified(), max_new_tokens=4).token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (partial(own, prelude_layers=1), "block 1 reads more than what the one before it gave"),
+        (partial(own, states=2), "states of width 32, and its head reads 16"),
+        (partial(seeded, huginn), "reads more than what the one before it gave"),
+    ],
+)
+def test_what_one_turn_cannot_be_is_refused_by_name(make: Callable[[], Any], why: str) -> None:
+    with pytest.raises(AdiError, match=why):
+        export_and_open(make(), name="x", precision="fp32")
