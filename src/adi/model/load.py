@@ -207,7 +207,9 @@ def looped_network(model: Model) -> LoopedForCausalLM | None:
     from adi.model.looped import LoopedForCausalLM
 
     network = getattr(model.backbone, "model", None)
-    return network if isinstance(network, LoopedForCausalLM) else load_looped(model.source)
+    if network is None:
+        return load_looped(model.source)
+    return network if isinstance(network, LoopedForCausalLM) else None
 
 
 def _require_as_is(model: Model, precision: str, device: str) -> None:
