@@ -78,8 +78,9 @@ def gate_probe(model: LoopedForCausalLM, depths: Sequence[int], price: float | N
     import torch
 
     config, gate = model.config, model.gate
-    if config.coda_layers or (gate.priced and price is None):
+    if config.coda_layers or (gate.priced and price is None and config.price_range is None):
         return None
+    price = config.judged_price(price)
     weights = (model.model.norm.weight, gate.hidden.weight, gate.hidden.bias, gate.stop.weight, gate.stop.bias)
     gain_D, in_HF, inner_H, out_1H, bias = (w.detach().float().cpu() for w in weights)
     if gate.priced:

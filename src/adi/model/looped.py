@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from adi.arguments import real
 from adi.errors import UsageError
 
 INJECTIONS = ("none", "add", "concat")
@@ -33,8 +34,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     of one number per place, or one vector a place. ``positions`` is "rope" or "learned". With ``relation_bias`` each head
     learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid).
     ``embedding_range`` is the scale at which embeddings start; None: ``initializer_range``.
-    ``gate_price`` gives the gate the logarithm of the price beside the state; it halts where its chance passes
-    ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
+    ``gate_price`` gives the gate the logarithm of the price beside the state, as trained over ``price_range``; it halts where
+    its chance passes ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
 
     model_type = "adi_looped"
@@ -54,6 +55,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         injection: str = "concat",
         turn_norm: bool = True,
         gate_price: bool = False,
+        price_range: list[float] | None = None,
         halt_threshold: float = 0.5,
         task: str | None = None,
         causal: bool = True,
@@ -74,6 +76,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.turns, self.states, self.inner_turns = turns, states, inner_turns
         self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
+        self.price_range = price_range
         self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
         self.initializer_range, self.task = initializer_range, task
@@ -94,6 +97,23 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
             raise UsageError(f"relation_bias={relation_bias} needs causal=False and place_features: what relates two places.")
         if hidden_size % num_attention_heads:
             raise UsageError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}.")
+
+    def judged_price(self, price: Any) -> float | None:
+        """The price at which the gate is read, nats for a full pass: the geometric middle of its range where none is given,
+        None for a gate without; UsageError for one that the gate does not know."""
+        if not self.gate_price:
+            if price is None:
+                return None
+            raise UsageError(
+                f"price is {price!r}, but this model's gate knows no price; leave it out, or train one with highest_price."
+            )
+        if price is None:
+            if self.price_range is None:
+                raise UsageError(f"price is {price}, but this gate was trained over a range of prices; give price=0.05, say.")
+            return float((self.price_range[0] * self.price_range[1]) ** 0.5)
+        low, high = self.price_range or (1e-9, 100.0)
+        allowed = f"from {low:g} to {high:g}, nats for a full pass: what the gate was trained over"
+        return real("price", price, allowed, lambda p: low <= p <= high)
 
     @property
     def turn_layers(self) -> int:
@@ -317,16 +337,13 @@ class HaltingGate(nn.Module):
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
-        self.priced = config.gate_price
+        self.priced, self.config = config.gate_price, config
         self.hidden = nn.Linear(config.hidden_size + self.priced, config.hidden_size)
         self.stop = _Stop(config.hidden_size, 1)
 
     def forward(self, read_BTD: Tensor, price: float | Tensor | None = None) -> Tensor:
         if self.priced:
-            if price is None:
-                raise UsageError(
-                    f"price is {price}, but this gate was trained over a range of prices; give price=..., nats for a full pass."
-                )
+            price = self.config.judged_price(price) if price is None else price
             logs = torch.as_tensor(price, dtype=read_BTD.dtype).log().expand(read_BTD.shape[:-1])
             read_BTD = torch.cat([read_BTD, logs[..., None]], -1)
         return self.stop(F.silu(self.hidden(read_BTD)))[..., 0]  # type: ignore[no-any-return]

@@ -75,7 +75,8 @@ class TrainSettings(Record, frozen=True):
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
         shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
-        shape |= {"gate_price": True} if self.highest_price is not None else {}
+        if self.highest_price is not None:
+            shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
         shape |= {} if task.causal else {"positions": "learned", "place_features": task.place_features}
         known = LoopedConfig().to_dict()
         if unknown := [name for name in self.model if name not in known]:

@@ -25,6 +25,7 @@ def made(name: str, **form: Any) -> LoopedForCausalLM:
 
 PRODUCTS = made("products-S3", halt_threshold=0.0)
 SUDOKU = made("sudoku6", positions="learned", max_position_embeddings=36)
+DIAL = made("products-S3", gate_price=True, price_range=[0.01, 1.0])
 PUZZLE = "12" + "." * 34
 
 
@@ -154,7 +155,8 @@ def test_missing_weights_are_counted(tmp_path: Path) -> None:
         (SUDOKU, ["12"], {}, "has 2 characters"),
         (SUDOKU, [[1]], {}, "a text of 36 characters, not list"),
         (PRODUCTS, [[1]], {"price": 0.1}, "knows no price"),
-        (PRODUCTS, [[1]], {"price": -1}, "price is -1; it must be a number above 0"),
+        (DIAL, [[1]], {"price": -1}, "price is -1; it must be a number from 0.01 to 1, nats for a full pass"),
+        (DIAL, [[1]], {"price": 1.5}, "price is 1.5; it must be a number from 0.01 to 1, nats for a full pass"),
         (PRODUCTS, [[1]], {"most": 0}, "most is 0; it must be a whole number of at least 1"),
         (PRODUCTS, [[1]], {"threshold": 2}, "threshold is 2"),
         (PRODUCTS, [[1]], {"starts": 2}, "starts is 2, a race to halt first, but places of a text halt one by one"),
@@ -169,6 +171,18 @@ def test_missing_weights_are_counted(tmp_path: Path) -> None:
 def test_what_has_no_meaning_is_refused(model: Any, items: Any, options: Any, match: str) -> None:
     with pytest.raises(AdiError, match=match):
         solve(model, items, **options)
+
+
+def test_no_price_is_the_middle_of_those_that_a_gate_was_trained_over() -> None:
+    with torch.no_grad():
+        DIAL.gate.hidden.weight.normal_(0, 1)
+        DIAL.gate.stop.weight.normal_(0, 1)
+    items = [[0, 1, 2, 3, 4, 5]]
+    middle = DIAL(torch.tensor(items), output_turns=True, price=0.1).halt_logits
+    assert torch.equal(DIAL(torch.tensor(items), output_turns=True).halt_logits, middle)
+    assert not torch.allclose(DIAL(torch.tensor(items), output_turns=True, price=1.0).halt_logits, middle)
+    threshold = float(middle[1].sigmoid().median())
+    assert solve(DIAL, items, threshold=threshold) == solve(DIAL, items, threshold=threshold, price=0.1)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -154,14 +154,7 @@ def halting_rule(
     if starts > 1 and (model.config.causal or not halt):
         why = "halt=False runs all turns" if not halt else "places of a text halt one by one"
         raise UsageError(f"starts is {starts}, a race to halt first, but {why}; leave starts out.")
-    if price is not None:
-        price = real("price", price, "above 0 and at most 100, nats for a full pass", lambda p: 0 < p <= 100)
-    if price is not None and not model.config.gate_price:
-        raise UsageError(
-            f"price is {price!r}, but this model's gate knows no price; leave it out, or train one with highest_price."
-        )
-    if price is None and model.config.gate_price and halt:
-        raise UsageError(f"price is {price}, but this model's gate was trained over a range of prices; give price=0.05, say.")
+    price = model.config.judged_price(price) if halt or price is not None else None
     chance = model.config.halt_threshold if threshold is None else threshold
     least = real("threshold", chance, "from 0 to 1, a chance", lambda t: 0 <= t <= 1)
     turns = most if beyond_trained else min(most, model.config.turns)
