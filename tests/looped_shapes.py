@@ -16,10 +16,17 @@ from adi.model.looped import Block, LoopedConfig
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 4}
 
 
+class ShapeConfig(LoopedConfig):
+    model_type = "shape"
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+
+
 class Shape(PreTrainedModel):
     """A decoder whose blocks are called one after the other, each with the next layer of the KV cache."""
 
-    config_class = LoopedConfig
+    config_class = ShapeConfig
 
     def __init__(self, config: LoopedConfig, **options: Any) -> None:
         super().__init__(config)
@@ -124,7 +131,7 @@ class Routed(Shape):
 
 
 class WithHead(PreTrainedModel):
-    config_class = LoopedConfig
+    config_class = ShapeConfig
 
     def __init__(self, decoder: Shape) -> None:
         super().__init__(decoder.config)
@@ -147,15 +154,15 @@ def randomised(model: Any, scale: float = 0.3) -> Any:
 
 
 def ouro(**options: Any) -> Any:
-    return randomised(WithHead(Ouro(LoopedConfig(**SIZES, core_layers=2), **options)))
+    return randomised(WithHead(Ouro(ShapeConfig(**SIZES, core_layers=2), **options)))
 
 
 def huginn(start: str = "zeros") -> Any:
-    return randomised(WithHead(Huginn(LoopedConfig(**SIZES), start=start)))
+    return randomised(WithHead(Huginn(ShapeConfig(**SIZES), start=start)))
 
 
 def routed() -> Any:
-    return randomised(WithHead(Routed(LoopedConfig(**SIZES))))
+    return randomised(WithHead(Routed(ShapeConfig(**SIZES))))
 
 
 def hrm_text(**sizes: Any) -> Any:

@@ -227,7 +227,7 @@ def bare_exits(
     if price is not None and not (network is not None and network.config.gate_price):
         raise UsageError(f"price is {price!r}, but no gate of this model knows a price; leave it out.")
     if depths is None and spec.loop is not None:
-        depths = [d for turn in range(spec.loop.turns) if (d := spec.loop.first + spec.loop.period * (turn + 1)) < spec.layers]
+        depths = [spec.loop.first + spec.loop.period * turn for turn in range(1, spec.loop.turns)]
     if depths is None:
         depths = [min(max(1, round(spec.layers * share)), spec.layers - 1) for share in (0.5, 0.75, 0.9)]
     chosen = tuple(sorted(set(depths)))

@@ -71,8 +71,7 @@ def test_the_gate_between_turns_is_the_models_own(form: dict[str, Any]) -> None:
 
 
 def test_where_no_gate_can_be_read_there_is_none() -> None:
-    for form in ({"coda_layers": 1}, {"gate_price": True}):
-        assert gate_probe(network(**form), (1,), None) is None
+    assert gate_probe(network(gate_price=True), (1,), None) is None
     exits = adi.bare_exits(adi.load(network(gate_price=True)))
     assert (exits.probe, exits.trigger) == (None, adi.Threshold("top_probability", 0.5))
     with pytest.raises(UsageError, match="no gate of this model knows a price"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from tests.looped_shapes import SIZES, hrm_text, huginn, ouro, randomised, route
 
 import adi
 from adi.decoding.frontier import Frontier
-from adi.errors import AdiError
+from adi.errors import AdiError, UsageError
 from adi.model.arrays import normalise
-from adi.model.backbone import Loop, Rows
+from adi.model.backbone import Loop, Rows, States
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 
 IDS = (1, 2, 3, 4, 5, 6, 1, 2)
@@ -51,7 +52,7 @@ LOOPS = {  # others have one block a turn, four turns, no prelude and no coda: f
     "shaped like Ouro": (0, 2, 4, 8),
     "shaped like Huginn": (2, 2, 4, 12),
     "shaped like Huginn, from noise by position": (2, 2, 4, 12),
-    "HRM-Text": (0, 4, 2, 8),
+    "HRM-Text": (0, 4, 2, 8),  # with an inner loop
     "HRM-Text of one cycle": (0, 1, 3, 5),
 }
 
@@ -83,7 +84,7 @@ def form(request: pytest.FixtureRequest) -> str:
 def test_turns_are_found_by_watching(form: str) -> None:
     spec = adi.load(network(form)).backbone.spec
     first, period, turns, layers = LOOPS.get(form, (0, 1, 4, 4))
-    assert spec.loop == Loop(first, period, turns)
+    assert spec.loop == Loop(first, period, turns, Loop(0, 1, 3) if form == "HRM-Text" else None)
     assert spec.layers == layers
     assert spec.stops == tuple(range(1, layers + 1))
 
@@ -127,6 +128,85 @@ def test_random_orders_are_one_full_pass(form: str, orders: list[tuple[str, int]
     frontier.advance(backbone.spec.layers)
     wanted = logits(model, text)[-1]
     assert torch.allclose(backbone.logits(frontier.last_state(len(text) - 1))[-1], wanted, atol=1e-3)
+
+
+def look(frontier: Frontier, depth: int) -> States:
+    """What a head reads at ``depth``, with no scheduler between."""
+    looking, reply = frontier.look(depth), None
+    while True:
+        try:
+            ahead = looking.send(reply)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        (states,) = frontier.backbone.forward([ahead.rows], ahead.lo, ahead.hi)
+        reply = SimpleNamespace(result=(ahead, states))
+
+
+@settings(max_examples=24)
+@given(
+    st.sampled_from([form for form in MAKERS if "coda" in form or "Huginn" in form or "HRM" in form]),
+    st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 7), st.booleans()), max_size=12),
+)
+def test_looks_change_no_later_result(form: str, orders: list[tuple[str, int, bool]]) -> None:
+    """A look runs blocks ahead of their time: whenever there were looks, what comes later has the same bits as without."""
+    backbone = adi.load(network(form)).backbone
+    found = []
+    for looks in (False, True):
+        frontier = Frontier(backbone)
+        frontier.append(IDS)
+        states = []
+        for what, n, looked in orders:
+            if what == "a":
+                frontier.append(tuple(range(n)))
+            elif what == "r" and frontier.length > n:
+                frontier.rollback(frontier.length - n)
+            else:
+                frontier.advance(depth := min(n, backbone.spec.layers))
+                states.append(frontier.last_state(frontier.length - 1).raw_TD)
+                if looks and looked and frontier.filled[depth - 1] == frontier.length > frontier.filled[-1]:
+                    look(frontier, depth)
+        frontier.advance(backbone.spec.layers)
+        found.append([*states, frontier.last_state(frontier.length - 1).raw_TD])
+        frontier.close()
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("form", ["a coda behind", "prelude, two states and coda"])
+def test_a_turn_is_read_through_the_coda(form: str) -> None:
+    """A look after turn t gives the logits of a model of only t turns, and of ``output_turns``; its gate reads the same."""
+    model = network(form)
+    loaded, every = adi.load(model), model(torch.tensor([IDS]), output_turns=True)
+    spec, probe = loaded.backbone.spec, adi.bare_exits(loaded).probe
+    for turn, depth in enumerate(adi.bare_exits(loaded).depths, 1):
+        assert spec.tail(depth) == ((model.config.prelude_layers + 4, spec.layers),)
+        frontier = Frontier(loaded.backbone)
+        frontier.append(IDS)
+        frontier.advance(depth)
+        states, wanted = look(frontier, depth), model(torch.tensor([IDS]), turns=turn).logits[0]
+        assert torch.allclose(loaded.backbone.logits(states), wanted, atol=1e-4)
+        assert torch.allclose(every.turn_logits[turn - 1, 0], wanted, atol=1e-4)
+        assert probe is not None
+        assert torch.allclose(
+            probe.chance("gate", depth, states.hidden_TD), every.halt_logits[turn - 1, 0].sigmoid(), atol=1e-5
+        )
+        frontier.close()
+    with pytest.raises(UsageError, match=r"coda_layers=.*use_cache=False"):
+        model(torch.tensor([IDS]), output_turns=True, use_cache=True)
+
+
+def test_an_inner_step_of_hrm_is_read_by_a_call_of_the_slow_stack() -> None:
+    """A look after l steps of the fast stack gives the logits of a model of one cycle of l steps."""
+    model = network("HRM-Text")
+    backbone = adi.load(model).backbone
+    assert [backbone.spec.tail(d) for d in range(1, 9)] == [((3, 4),)] * 3 + [()] + [((7, 8),)] * 3 + [()]
+    for steps in (1, 2, 3):
+        small = hrm_text(H_cycles=1, L_cycles=steps)
+        small.load_state_dict(model.state_dict())
+        frontier = Frontier(backbone)
+        frontier.append(IDS)
+        frontier.advance(steps)
+        assert torch.allclose(backbone.logits(look(frontier, steps)), logits(small, IDS), atol=1e-4)
+        frontier.close()
 
 
 def test_drafts_from_a_turn_are_verified_at_all(form: str) -> None:

@@ -7,7 +7,7 @@ ever computed twice and nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from adi.model.backbone import Backbone, Rows, States
 
 @dataclass(frozen=True)
 class BlockPass:
-    """Blocks [lo, hi), which all stand at the same position, over the rows that they have not seen."""
+    """Blocks [lo, hi), which all stand at the same position, over the rows that they have not seen. One that is
+    ``provisional`` is not absorbed: the true pass over these rows writes the same keys and values anew."""
 
     rows: Rows
     lo: int
     hi: int
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,28 @@ class Frontier:
             (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi, mlp=self.mlp)
             self.absorb(ahead, states)
             on_pass(ahead, states)
+
+    def look(self, depth: int) -> Generator[BlockPass, Any, States]:
+        """What a head reads at ``depth``, which all rows have reached: the states of the last rows, from the ``Spec.tail`` of
+        this depth where it has one. Its passes are provisional; each is answered with a reply whose ``result`` is the pass, or
+        a lower part of it, and its states."""
+        assert self.last is not None
+        states, tail = self.last, self.backbone.spec.tail(depth)
+        for reached in range(tail[-1][1] - 1 if tail else 0, 0, -1):  # the rows of each depth, deepest first
+            start, end = self.filled[reached], self.filled[reached - 1]
+            if start == end:
+                continue
+            states = self.states(start, end)
+            for lo, hi in tail:
+                while (at := max(lo, reached)) < hi:
+                    reply = yield BlockPass(
+                        Rows(self.cache, start, tuple(self.ids[start:end]), states), at, hi, provisional=True
+                    )
+                    done, states = reply.result
+                    lo = done.hi
+                    self.row_blocks += (end - start) * (done.hi - done.lo)
+                    self.block_passes += done.hi - done.lo
+        return states
 
     def begin_as(self, other: Frontier, length: int, last: States) -> None:
         """Take over the first ``length`` positions of another sequence, which every block of it has processed, instead of

@@ -89,7 +89,7 @@ class Observer(Generic[S]):
     """Sees what the network computes for each sequence of a ``Scheduler``. Override what you need."""
 
     def on_pass(self, sequence: S, done: BlockPass, states: States) -> None:
-        """Blocks ``[done.lo, done.hi)`` ran over ``done.rows``; ``states`` are theirs."""
+        """Blocks ``[done.lo, done.hi)`` ran over ``done.rows``; ``states`` are theirs. Not called for provisional passes."""
 
     def on_scores(self, sequence: S, head: HeadPass, scores: Any) -> None:
         """The head scored ``head.states``: a token per row, or ``logits_TV`` where ``head.logits``."""
@@ -354,7 +354,8 @@ class Scheduler(Generic[S]):
         replies = []
         for (entry, need), states in zip(chosen, found, strict=True):
             done = replace(need, hi=hi)
-            self.observer.on_pass(entry.sequence, done, states)
+            if not done.provisional:
+                self.observer.on_pass(entry.sequence, done, states)
             replies.append((entry, Served((done, states), seconds, len(chosen) > 1)))
         return replies
 

@@ -246,6 +246,7 @@ class Session:
         if request.to < self.request.layers:
             assert self._read is not None
             assert self.strategy.exits is not None
+            states = (yield from frontier.look(request.to))[-request.read :]
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=not self._plain)))

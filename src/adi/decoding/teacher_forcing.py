@@ -90,7 +90,8 @@ def forced_pass(
             together = sharing([one.end - one.start for one in unfinished], spec.merged_rows)
             chosen = [unfinished[i] for i in together]
             for depth, states in run_to_stops(backbone, [one.rows for one in chosen], stops, mlp=mlp):
-                for one, left in zip(chosen, states, strict=True):
+                looked = _look(backbone, [one.rows for one in chosen], depth, states, mlp)
+                for one, left in zip(chosen, looked, strict=True):
                     one.keep(depth, left, details)
             for one in chosen:
                 one.advance(spec.merged_rows)
@@ -109,6 +110,14 @@ def run_to_stops(
         states = backbone.forward(rows, lo, hi, mlp=mlp)
         yield hi, states
         rows = [replace(row, states=left) for row, left in zip(rows, states, strict=True)]
+
+
+def _look(backbone: Backbone, rows: Sequence[Rows], depth: int, states: list[States], mlp: bool) -> list[States]:
+    """What a head reads at this depth; ``Frontier.look`` of rows that are all there."""
+    for lo, hi in backbone.spec.tail(depth):
+        entering = [replace(row, states=left) for row, left in zip(rows, states, strict=True)]
+        states = backbone.forward(entering, lo, hi, mlp=mlp)
+    return states
 
 
 class _RunningText:

@@ -74,11 +74,11 @@ class Probe:
 
 def gate_probe(model: LoopedForCausalLM, depths: Sequence[int], price: float | None) -> Probe | None:
     """The halting gate of a looped model as a probe at these depths, its final norm and the price folded into the weights;
-    None where a coda stands between turn and gate, or the gate needs a price and there is none."""
+    None where the gate needs a price and there is none."""
     import torch
 
     config, gate = model.config, model.gate
-    if config.coda_layers or (gate.priced and price is None and config.price_range is None):
+    if gate.priced and price is None and config.price_range is None:
         return None
     price = config.judged_price(price)
     weights = (model.model.norm.weight, gate.hidden.weight, gate.hidden.bias, gate.stop.weight, gate.stop.bias)

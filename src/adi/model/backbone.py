@@ -30,11 +30,24 @@ TensorFunction = Callable[..., "tuple[Tensor, ...]"]
 @dataclass(frozen=True)
 class Loop:
     """Blocks that run again and again: ``first + turn * period + i`` has the same weights in each of ``turns`` turns. To the
-    frontier a turn is so many more blocks."""
+    frontier a turn is so many more blocks. ``inner`` is a loop within each turn, counted from its first block (HRM's)."""
 
     first: int
     period: int
     turns: int
+    inner: Loop | None = None
+
+    def tail(self, depth: int, layers: int) -> tuple[tuple[int, int], ...]:
+        """The blocks behind a stop and outside the loops that it leaves: an inner loop's, then the coda."""
+        end = self.first + self.period * self.turns
+        if depth > end:
+            return ()
+        behind = ((end, layers),) if end < layers else ()
+        within = (depth - self.first) % self.period if depth > self.first else 0
+        if self.inner is None or not within:
+            return behind
+        start = depth - within
+        return (*((start + lo, start + hi) for lo, hi in self.inner.tail(within, self.period)), *behind)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,11 @@ class Spec:
     row_invariant: bool | None = None
     merged_rows: int = MERGED_ROWS
     threads: int | None = None
+
+    def tail(self, depth: int) -> tuple[tuple[int, int], ...]:
+        """Blocks ``[lo, hi)`` that must run to read a stop, because the head was never shown what a turn leaves: a coda
+        (Huginn), or the slow stack after a turn of the fast one (HRM). The true pass runs them again later."""
+        return () if self.loop is None or depth == self.layers else self.loop.tail(depth, self.layers)
 
 
 class KVCache(ABC):

@@ -263,11 +263,14 @@ class LoopedModel(LoopedPreTrainedModel):
         use_cache: bool | None = None,
         turns: int | None = None,
         state: Tensor | None = None,
+        read_turns: bool = False,
         **kwargs: Any,
     ) -> tuple[list[Tensor], Any, Tensor]:
-        """States read after each turn, ``[B, T, D]`` through coda and final norm; the KV cache; the last state itself.
+        """States read after each turn, ``[B, T, D]`` through coda and final norm (where there is a coda only if ``read_turns``,
+        else after the last); the KV cache; the last state itself.
 
         ``state`` enters the first turn in the place of ``first_state``: to go on from where a pass without cache ended.
+        UsageError for ``read_turns`` of a model with a coda and a KV cache, which holds one coda's keys and values.
         """
         given_BTD = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -294,9 +297,14 @@ class LoopedModel(LoopedPreTrainedModel):
         read, wanted = [], self.config.turns if turns is None else turns
         state = self.first_state(given_BTD) if state is None else state
         slot, per_turn = self.config.prelude_layers, self.config.turn_layers
+        if read_turns and self.config.coda_layers and past_key_values is not None:
+            raise UsageError(
+                f"output_turns=True runs the coda (coda_layers={self.config.coda_layers}) after each turn, and a KV cache "
+                "holds it once; give use_cache=False."
+            )
         for turn in range(wanted):
             state = self.turn(state, given_BTD, slot + turn * per_turn, **attention)
-            if turn == wanted - 1 or not self.config.coda_layers:
+            if turn == wanted - 1 or read_turns or not self.config.coda_layers:
                 read.append(self.read_out(state, slot + wanted * per_turn, attention))
         return read, past_key_values, state
 
@@ -385,7 +393,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LoopedOutput:
-        read, cache, state = self.model(input_ids=input_ids, **kwargs)
+        read, cache, state = self.model(input_ids=input_ids, read_turns=output_turns, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(read[-1][:, kept])
         out = LoopedOutput(logits=logits, past_key_values=cache)

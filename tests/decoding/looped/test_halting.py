@@ -16,15 +16,17 @@ from looped import gated, ids
 @given(
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 9),
     st.integers(1, 5),
     st.integers(1, 12),
     st.sampled_from([0.3, 0.5, 0.6, 0.99]),
 )
 def test_leaving_the_pass_changes_nothing(
-    causal: bool, verified: bool, seed: int, count: int, length: int, threshold: float
+    causal: bool, verified: bool, coda: bool, seed: int, count: int, length: int, threshold: float
 ) -> None:
-    model, ids_BT, rule = gated(causal, seed), ids(count, length, seed), Rule(threshold, 6, verified=verified)
+    model = gated(causal, seed, coda_layers=int(coda and not causal))
+    ids_BT, rule = ids(count, length, seed), Rule(threshold, 6, verified=verified)
     fast, slow = run_halting(model, ids_BT, rule), run_masked(model, ids_BT, rule)
     assert torch.equal(fast.turns_BT, slow.turns_BT)
     assert torch.allclose(fast.logits_BTV, slow.logits_BTV, atol=1e-4)

@@ -77,7 +77,7 @@ class _ItemTurn(nn.Module):
 
     def forward(self, state: Tensor, given_GTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = self.model.model.turn(state, given_GTD, 0, **self.attention)
-        read_GTD = self.model.model.read(state)
+        read_GTD = self.model.model.read_out(state, 0, self.attention)
         return state, self.model.lm_head(read_GTD), self.model.gate(read_GTD, self.price).mean(-1)
 
 

@@ -80,15 +80,11 @@ class Standing:
 def require_halting(model: LoopedForCausalLM) -> None:
     """UsageError for a form of which no part can leave a pass."""
     config = model.config
-    if config.coda_layers:
+    if config.causal and (config.core_layers > 1 or config.states > 1 or config.prelude_layers or config.coda_layers):
         raise UsageError(
-            f"this model has coda_layers={config.coda_layers}, which read all places at once: run all turns (halt=False)."
-        )
-    if config.causal and (config.core_layers > 1 or config.states > 1 or config.prelude_layers):
-        raise UsageError(
-            "places halt one by one only in a causal model of one core block and no prelude; this one has "
-            f"core_layers={config.core_layers}, states={config.states}, prelude_layers={config.prelude_layers}: "
-            "run all turns (halt=False)."
+            "places halt one by one only in a causal model of one core block and neither prelude nor coda; this one has "
+            f"core_layers={config.core_layers}, states={config.states}, prelude_layers={config.prelude_layers}, "
+            f"coda_layers={config.coda_layers}: run all turns (halt=False)."
         )
 
 
@@ -111,7 +107,7 @@ def run_halting(
 
     def turn(state: Tensor, given_NTD: Tensor) -> tuple[Tensor, ...]:
         state = model.model.turn(state, given_NTD, 0, **attention)
-        read_NTD = model.model.read(state)
+        read_NTD = model.model.read_out(state, 0, attention)
         return state, model.lm_head(read_NTD).float(), model.gate(read_NTD, rule.price).mean(-1)
 
     return items_until_halt(model, ids_BT, rule, asked_BT, noise_BTD, turn)
@@ -129,7 +125,7 @@ def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
     for turn in range(1, rule.most + 1):
         new = decoder.turn(state, given_BTD, 0, **attention)
         state = torch.where(open_BT[..., None], new, state)
-        read = decoder.read(state)
+        read = decoder.read_out(state, 0, attention)
         logits = torch.where(open_BT[..., None], model.lm_head(read).float(), logits)
         turns = torch.where(open_BT, turn, turns)
         stops = standing.now(rule.chance(model, read), logits.argmax(-1))

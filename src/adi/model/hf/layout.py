@@ -9,7 +9,7 @@ worked out anew. In a stack of blocks only the last call is read later; a looped
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,4 +114,6 @@ def loop_of(kinds: Sequence[int]) -> Loop | None:
                 turns += 1
             if turns > 1 and (found is None or period * turns > found.period * found.turns):
                 found = Loop(first, period, turns)
-    return found
+    if found is None or found.period == 1:
+        return found
+    return replace(found, inner=loop_of(kinds[found.first : found.first + found.period]))
