@@ -197,13 +197,16 @@ class Compiled:
         shapes = ((size, length, width * config.hidden_size) for width in (config.states, 1))
         graph = self._graph(("items", rule.price), lambda: _ItemTurn(self._model, length, rule.price), *shapes)
 
+        def part(*rows: Tensor) -> list[Tensor]:
+            for array, some in zip(graph.inputs, rows, strict=True):
+                array[: len(some)] = some.numpy()
+            graph.run()
+            return [torch.from_numpy(array[: len(rows[0])].copy()) for array in graph.outputs]
+
         def turn(state: Tensor, given_NTD: Tensor) -> tuple[Tensor, ...]:
-            found = []
-            for parts in zip(state.split(size), given_NTD.split(size), strict=True):
-                for array, part in zip(graph.inputs, parts, strict=True):
-                    array[: len(part)] = part
-                graph.run()
-                found.append([torch.from_numpy(array[: len(parts[0])].copy()) for array in graph.outputs])
+            if len(state) <= size:
+                return tuple(part(state, given_NTD))
+            found = [part(*rows) for rows in zip(state.split(size), given_NTD.split(size), strict=True)]
             return tuple(map(torch.cat, zip(*found, strict=True)))
 
         return turn

@@ -171,15 +171,17 @@ def items_until_halt(
     for turn in range(1, rule.most + 1):
         state, found, halt = turn_of(state, given)
         chance = halt.sigmoid()
-        stands = standing.now(chance, found.argmax(-1) * asked_NT)
+        stands = standing.now(chance, found.argmax(-1) * asked_NT if rule.verified else chance)
+        ends_I = stands.view(-1, starts).any(1) | (turn == rule.most)
+        if not bool(ends_I.any()):
+            continue
         best = (chance + 2 * stands).view(-1, starts).argmax(1)  # the surest of those that halt now, or else of all
-        row = torch.arange(len(item)) * starts + best
-        logits[item], turns[item], start[item] = found[row], turn, best
-        open_I = ~stands.view(-1, starts).any(1)
-        if not bool(open_I.any()):
+        row, at = torch.arange(len(item)) * starts + best, item[ends_I]
+        logits[at], turns[at], start[at] = found[row[ends_I]], turn, best[ends_I]
+        if bool(ends_I.all()):
             break
-        left = open_I.repeat_interleave(starts)
-        state, given, asked_NT, item = state[left], given[left], asked_NT[left], item[open_I]
+        left = (~ends_I).repeat_interleave(starts)
+        state, given, asked_NT, item = state[left], given[left], asked_NT[left], item[~ends_I]
         standing.keep(left)
     return Halted(logits, turns, start)
 
