@@ -22,6 +22,7 @@ from adi.training.price import (
     posterior,
     priced,
     trm,
+    watch,
 )
 
 TURNS, PLACES = 5, 7
@@ -44,6 +45,18 @@ def gradient(objective, halt_RN: Tensor, loss_RN: Tensor, at: Price, cost_R: Ten
     objective(loss_RN, halt_RN, cost_R, at).gate.backward()
     assert halt_RN.grad is not None
     return halt_RN.grad
+
+
+def test_a_collapsed_gate_is_told_from_one_that_differs_by_place() -> None:
+    """Two places, three turns; by hand."""
+    never, always = -40.0, 40.0
+    differs = watch(torch.tensor([[always, never], [never, never], [never, never]]))
+    assert differs == pytest.approx(
+        {"turns": 2, "turns_spread": 1, "stop_first": 0.5, "stop_last": 0.5, "entropy_of_mean": math.log(2), "mean_entropy": 0},
+        abs=1e-6,
+    )
+    collapsed = watch(torch.tensor([[always, always], [never, never], [never, never]]))
+    assert (collapsed["turns"], collapsed["turns_spread"], collapsed["stop_first"]) == pytest.approx((1, 0, 1))
 
 
 def test_the_posterior_has_the_least_free_energy(loss_RN: Tensor) -> None:

@@ -75,6 +75,29 @@ def test_a_stopped_run_ends_as_one_that_was_not(settings: TrainSettings, tmp_pat
     assert same(train_looped(settings, tmp_path / "stopped"), whole)
 
 
+def test_training_ends_early_where_held_out_loss_no_longer_falls(tmp_path: Path) -> None:
+    """At a learning rate of almost nothing no evaluation is better than the one before by more than noise of the last digit."""
+    seen: list[int] = []
+    still = replace(TINY, steps=60, even=0.1, ramp=0.0, gate_only=0.0, learning_rate=1e-30, warmup=1, patience=2, save_every=5)
+    train_looped(still, tmp_path / "still", lambda done, total, what: seen.append(done))
+    assert seen[-1] == 20, "evaluated at 10 first, then no better at 15 and at 20"
+    moving = replace(still, learning_rate=1e-2, steps=30)
+    train_looped(moving, tmp_path / "moving", lambda done, total, what: seen.append(done))
+    assert seen[-1] == 30
+
+
+def test_what_tells_of_a_collapse_is_logged(tmp_path: Path) -> None:
+    import json
+
+    said: list[str] = []
+    train_looped(TINY, tmp_path, lambda done, total, what: said.append(what))
+    assert all("turns " in each for each in said)
+    state = json.loads((tmp_path / "work" / "checkpoint-9" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "turns_spread" in entry]
+    assert logged
+    assert 1 <= logged[0]["turns"] <= 3
+
+
 def test_deep_supervision_goes_on_from_the_last_state_until_an_item_has_had_its_turns() -> None:
     torch.manual_seed(0)
     config = TINY.config(task_named("products-S3"))

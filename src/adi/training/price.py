@@ -70,6 +70,23 @@ def log_halting(halt_RN: Tensor) -> Tensor:
     return before_RN + stop_RN
 
 
+def watch(halt_RN: Tensor) -> dict[str, float]:
+    """What tells that a gate collapses: mean and spread over places of the expected turn, the shares that stop at the first and
+    at the last turn, the entropy of the mean distribution and the mean entropy (alike where no place differs from another)."""
+    q_RN = log_halting(halt_RN.detach()).exp()
+    turn_N = (q_RN * (torch.arange(len(q_RN), device=q_RN.device)[:, None] + 1)).sum(0)
+    mean_R = q_RN.mean(1)
+    found = {
+        "turns": turn_N.mean(),
+        "turns_spread": turn_N.std(correction=0),
+        "stop_first": mean_R[0],
+        "stop_last": mean_R[-1],
+        "entropy_of_mean": -torch.xlogy(mean_R, mean_R).sum(),
+        "mean_entropy": -torch.xlogy(q_RN, q_RN).sum(0).mean(),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
 def priced(loss_RN: Tensor, halt_RN: Tensor, cost_R: Tensor, at: Price) -> Terms:
     """The objective of this package: losses weighed by q* over an even floor; KL(q* || gate), which cannot collapse unless q*
     does."""

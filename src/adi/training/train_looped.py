@@ -14,7 +14,7 @@ import torch
 from msgspec import Meta, field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from adi.errors import AdiError, FileError, UsageError
@@ -23,7 +23,7 @@ from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, read_json_as
 from adi.tasks.registry import Problem, task_named
-from adi.training.price import OBJECTIVES, Price, costs
+from adi.training.price import OBJECTIVES, Price, costs, watch
 
 EMA, CARRY = "ema.safetensors", "carry.safetensors"
 SETTINGS = "train.json"
@@ -36,7 +36,8 @@ class TrainSettings(Record, frozen=True):
     price and floor go to their values; the last ``gate_only`` train the gate alone. ``price`` and ``tau`` are in nats; with
     ``highest_price`` each step draws one log-uniformly between the two, and the gate takes it (``gate_price``). Objective
     "last" has a loss at the last turn only and no gate: with ``gate_only`` 0, a network of a fixed depth to compare with.
-    ``ema`` 0 keeps no average of the weights.
+    ``ema`` 0 keeps no average of the weights. With ``patience`` the loss at the final price of 256 held-out items is taken
+    every ``save_every`` steps once the ramp is over, and training ends where so many in a row were no better.
 
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
@@ -61,6 +62,7 @@ class TrainSettings(Record, frozen=True):
     ramp: Share = 0.2
     gate_only: Share = 0.05
     gradient_turns: Positive | None = None
+    patience: Positive | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.995
     seed: int = 0
     save_every: Positive = 250
@@ -159,7 +161,8 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """The trunk's loss and the gate's, at this step's price; AdiError where it is no number."""
-        at, settings = self.state.global_step, self.settings
+        settings = self.settings
+        at = self.state.global_step if model.training else settings.steps  # held-out items: at the final price
         ramp, floor, gate_only = settings.at(at)
         price = drawn_price(settings, at)
         carried = settings.gradient_turns if at < settings.even * settings.steps else None
@@ -176,12 +179,17 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         cost_R = costs(len(loss_RN)).to(loss_RN)
         terms = OBJECTIVES[settings.objective](loss_RN, halt_RN, cost_R, settled)
         scale = 1.0 if self.task.unit == "place" else len(inputs["labels"]) / int((inputs["labels"] != -100).sum())
-        loss = terms.gate if gate_only else terms.loss * scale + terms.gate
+        loss = terms.gate if gate_only and model.training else terms.loss * scale + terms.gate
         if carried:
             self.carry.leave(out.state, carried)
         if not bool(torch.isfinite(loss)):
             raise AdiError(f"the loss of step {at} is {loss.item()}; the last good checkpoint is in {self.args.output_dir}.")
-        self.latest = {"loss": float(terms.loss.detach()), "gate": float(terms.gate.detach())}
+        if not model.training:
+            return (loss, out) if return_outputs else loss
+        self.latest |= {"loss": float(terms.loss.detach()), "gate": float(terms.gate.detach())}
+        if "turns" not in self.latest or at % self.args.logging_steps == 0:
+            self.latest |= watch(halt_RN)
+            self.log(self.latest.copy())
         return (loss, out) if return_outputs else loss
 
 
@@ -230,7 +238,8 @@ class _Reports(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         latest = self.trainer.latest
-        self.progress(state.global_step, state.max_steps, f"loss {latest['loss']:.3f}, gate {latest['gate']:.3f}")
+        turns = f"turns {latest['turns']:.2f} +- {latest['turns_spread']:.2f}"
+        self.progress(state.global_step, state.max_steps, f"loss {latest['loss']:.3f}, gate {latest['gate']:.3f}, {turns}")
 
 
 def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_progress) -> LoopedForCausalLM:
@@ -252,7 +261,8 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
         args=_arguments(settings, work),
         train_dataset=Batches(task, settings),
         data_collator=lambda items: items[0],
-        callbacks=[average, reports],
+        eval_dataset=_held_out(task, settings) if settings.patience else None,
+        callbacks=[average, reports, *([EarlyStoppingCallback(settings.patience)] if settings.patience else ())],
     )
     average.trainer = reports.trainer = trainer
     trainer.remove_callback(_printer(trainer))
@@ -303,8 +313,20 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
+        eval_strategy="steps" if settings.patience else "no",
+        eval_steps=settings.save_every,
+        eval_delay=min(settings.steps, round((settings.even + settings.ramp) * settings.steps)),
+        per_device_eval_batch_size=1,
+        prediction_loss_only=True,
+        metric_for_best_model="loss" if settings.patience else None,
+        greater_is_better=False,
         train_sampling_strategy="sequential",
     )
+
+
+def _held_out(task: Problem, settings: TrainSettings) -> list[dict[str, Tensor]]:
+    drawn = [task.batch(64, (settings.seed, n), test=True) for n in range(4)]
+    return [{"input_ids": torch.tensor(each.ids_BT), "labels": torch.tensor(each.labels_BT)} for each in drawn]
 
 
 def _reporters() -> list[str]:
