@@ -50,6 +50,16 @@ def test_levels_are_what_singles_reach() -> None:
     levels = {SIX.level(SIX.puzzle(np.random.default_rng((0, n)))[0]) for n in range(120)}
     assert levels == {1, 2, 3}
     assert SIX.level([0] * 36) == 3
+    assert SIX.level(np.zeros(36, np.int64)) == 3
+    assert SIX.unique(np.array(SIX.parse(solution)))
+
+
+def test_clues_that_go_are_those_without_which_the_solution_stays_the_only_one() -> None:
+    board, solution = SIX.puzzle(np.random.default_rng(4))
+    for cell in (c for c in range(36) if board[c]):
+        fewer = [*board[:cell], 0, *board[cell + 1 :]]
+        assert SIX._needed(list(board), cell) != SIX.unique(fewer)
+    assert list(SIX.solutions(board)) == [solution]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from adi.decoding.looped.solve import halting_rule, task_of
 from adi.errors import ModelError
 from adi.files import read_json
 from adi.measure.halting_controls import areas, by_item, interval, middle, resamples
-from adi.measure.solving import readings, right, run_items
+from adi.measure.solving import asked, readings, right, run_items
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 
@@ -46,7 +46,8 @@ def compared(sources: Sequence[Any], count: int, seed: int, price: float | None 
         row |= _share("accuracy", right(tasks[0], drawn, full))
         if objective != "last":
             halted = run_items(model, tasks[0], ids_BT, halting_rule(model, price=its))
-            row |= _share("accuracy_halted", right(tasks[0], drawn, halted)) | _share("mean_turns", halted.turns_BT.numpy())
+            row |= _share("accuracy_halted", right(tasks[0], drawn, halted))
+            row |= _share("mean_turns", asked(tasks[0], drawn, halted.turns_BT.numpy()))
             right_RN, found = readings(model, tasks[0], drawn, its)
             whole, area_S = areas(right_RN, found["gate"], models[0].config.turns, chosen_SB)
             row |= {"area": whole, "area_interval": middle(area_S)}
@@ -65,7 +66,11 @@ def at_prices(source: Any, prices: Sequence[float], count: int, seed: int, **hal
     for price in sorted(prices):
         found = run_items(model, task, ids_BT, halting_rule(model, **{**halting, "price": price}))
         rows.append(
-            {"price": price, **_share("accuracy", right(task, drawn, found)), **_share("mean_turns", found.turns_BT.numpy())}
+            {
+                "price": price,
+                **_share("accuracy", right(task, drawn, found)),
+                **_share("mean_turns", asked(task, drawn, found.turns_BT.numpy())),
+            }
         )
     return rows
 

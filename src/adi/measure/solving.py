@@ -24,7 +24,6 @@ from adi.tasks.registry import Problem, Puzzles
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # safest first
 TIMED_ITEMS = 64  # at least
-DISTANCES: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
 
 
 def solving_report(source: Any, count: int, seed: int, price: float | None = None, **halting: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
     rule = halting_rule(model, True, price, **halting)
     halted = run_items(model, task, ids_BT, rule)
     fixed = [run_items(model, task, ids_BT, Rule(None, n)) for n in range(1, rule.most + 1)]
-    good = right(task, drawn, halted)
+    good, turns = right(task, drawn, halted), asked(task, drawn, halted.turns_BT.numpy())
     return {
         "task": task.name,
         "seed": seed,
@@ -57,11 +56,12 @@ def solving_report(source: Any, count: int, seed: int, price: float | None = Non
         "accuracy_all_turns_interval": interval(by_item(right(task, drawn, fixed[-1]))),
         "accuracy_halted": accuracy(task, drawn, halted),
         "accuracy_halted_interval": interval(by_item(good)),
-        "mean_turns": float(halted.turns_BT.float().mean()),
-        "mean_turns_interval": interval(by_item(halted.turns_BT.numpy())),
+        "mean_turns": float(turns.mean()),
+        "mean_turns_interval": interval(by_item(turns)),
         "rank_correlation": rank_correlation(task, drawn, halted),
         "by_turn": [accuracy(task, drawn, each) for each in fixed],
         "by_difficulty": by_difficulty(task, drawn, halted),
+        **({"by_level": by_level(task, drawn, halted)} if isinstance(task, Puzzles) else {}),
         "controls": controls(model, task, drawn, halted, price),
     }
 
@@ -84,8 +84,8 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
     for threshold in THRESHOLDS:
         found = run_items(model, task, ids_BT, halting_rule(model, **{**halting, "threshold": threshold}))
         differ_BT = (found.logits_BTV.argmax(-1).numpy() != full_BT) & ~given_places(task, drawn)
-        losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else by_item(differ_BT))
-        turns.append(float(found.turns_BT.float().mean()))
+        losses.append(differ_BT.any(-1).astype(float) if task.unit == "item" else by_item(asked(task, drawn, differ_BT)))
+        turns.append(float(asked(task, drawn, found.turns_BT.numpy()).mean()))
     at = learn_then_test(np.array(losses), level, delta)
     if at is None:
         return None
@@ -129,7 +129,7 @@ def run_items(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rul
 def controls(model: LoopedForCausalLM, task: Problem, drawn: Batch, halted: Halted, price: float | None) -> dict[str, Any]:
     """Random halting with the same turns, the oracle, and the areas of the gate and of other signals."""
     right_RN, found = readings(model, task, drawn, price)
-    turns_N = halted.turns_BT.numpy()[:, 0] - 1 if task.unit == "item" else halted.turns_BT.numpy() - 1
+    turns_N = asked(task, drawn, halted.turns_BT.numpy()) - 1
     turns_oracle, accuracy_oracle = oracle(right_RN)
     chosen_SB = resamples(right_RN.shape[1])
     known = {name: areas(right_RN, signal, len(right_RN), chosen_SB) for name, signal in found.items()}
@@ -151,21 +151,31 @@ def readings(
     parts = [signals(model, ids_BT, price) for ids_BT in torch.tensor(drawn.ids_BT).split(ITEMS_AT_ONCE)]
     answers_RBT = np.concatenate([answers for answers, _ in parts], 1)
     found = {name: np.concatenate([signal[name] for _, signal in parts], 1) for name in parts[0][1]}
-    right_RBT = (answers_RBT == drawn.labels_BT) | given_places(task, drawn)
     if task.unit == "place":
-        return right_RBT, found
+        every = {name: asked(task, drawn, signal) for name, signal in found.items()}
+        return asked(task, drawn, answers_RBT == drawn.labels_BT), every
+    right_RBT = (answers_RBT == drawn.labels_BT) | given_places(task, drawn)
     return right_RBT.all(-1), {name: s.mean(-1) if name == "gate" else s.min(-1) for name, s in found.items()}
 
 
 def right(task: Problem, drawn: Batch, found: Halted) -> np.ndarray:
     """Which places are right, or which items, ``[B]``, where these halt as a whole (blanks only count)."""
     same_BT = found.logits_BTV.argmax(-1).numpy() == drawn.labels_BT
-    return np.asarray(same_BT if task.unit == "place" else np.all(same_BT | given_places(task, drawn), -1))
+    return asked(task, drawn, same_BT | (given_places(task, drawn) if task.unit == "item" else False))
+
+
+def asked(task: Problem, drawn: Batch, values: np.ndarray) -> np.ndarray:
+    """Of values ``[..., B, T]`` those of the places that are asked for, as many of each item; of items one value, ``[..., B]``:
+    whether all, or the first."""
+    if task.unit == "item":
+        return np.asarray(values.all(-1) if values.dtype == bool else values[..., 0])
+    known_BT = ~given_places(task, drawn)
+    return values if known_BT.all() else values[..., known_BT].reshape(*values.shape[:-1], -1)
 
 
 def given_places(task: Problem, drawn: Batch) -> np.ndarray:
     """Places of an item that nobody asks about: a puzzle's clues, and those without an answer."""
-    return np.asarray((drawn.labels_BT == NONE) | (isinstance(task, Puzzles) & (drawn.ids_BT > 0)))
+    return np.asarray((drawn.labels_BT == NONE) | ~task.asked(drawn.ids_BT))
 
 
 def accuracy(task: Problem, drawn: Batch, found: Halted) -> float:
@@ -175,10 +185,11 @@ def accuracy(task: Problem, drawn: Batch, found: Halted) -> float:
 
 def rank_correlation(task: Problem, drawn: Batch, found: Halted) -> float:
     """Between turns and log difficulty: partial given the place, or plain over items."""
-    if task.unit == "item":
-        return _spearman(found.turns_BT[:, 0].numpy(), drawn.difficulty_BT[:, 0])
     place_BT = np.broadcast_to(np.arange(drawn.ids_BT.shape[1]), drawn.ids_BT.shape)
-    turns, hard, place = (a.ravel() for a in (found.turns_BT.numpy(), np.log1p(drawn.difficulty_BT), place_BT))
+    every = found.turns_BT.numpy(), np.log1p(drawn.difficulty_BT), place_BT
+    turns, hard, place = (asked(task, drawn, values).ravel() for values in every)
+    if task.unit == "item":
+        return _spearman(turns, hard)
     th, tp, hp = _spearman(turns, hard), _spearman(turns, place), _spearman(hard, place)
     return float((th - tp * hp) / np.sqrt((1 - tp**2) * (1 - hp**2)))
 
@@ -190,20 +201,21 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def by_difficulty(task: Problem, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
-    """Mean turns and accuracy by distance to the last RESET, or by the number of blanks or hops."""
-    turns, good = found.turns_BT.numpy(), right(task, drawn, found)
-    hard = drawn.difficulty_BT
-    bounds = DISTANCES
-    if task.unit == "item":
-        turns, hard = turns[:, 0], hard[:, 0]
-        bounds = (
-            ((0, 8), (9, 14), (15, 20), (21, 24), (25, 36))
-            if isinstance(task, Puzzles)
-            else tuple((n, n) for n in range(1, 13))
-        )
-    rows = []
-    for low, high in bounds:
-        chosen = (hard >= low) & (hard <= high)
-        if chosen.any():
-            rows.append({"from": low, "to": high, "turns": float(turns[chosen].mean()), "accuracy": float(good[chosen].mean())})
-    return rows
+    """Mean turns and accuracy by the task's own difficulty: distance to the last RESET, number of blanks or hops."""
+    hard = asked(task, drawn, drawn.difficulty_BT)
+    parts = {(low, high): (hard >= low) & (hard <= high) for low, high in task.bins}
+    return [{"from": low, "to": high, **row} for (low, high), row in _rows(task, drawn, found, parts)]
+
+
+def by_level(task: Puzzles, drawn: Batch, found: Halted) -> list[dict[str, Any]]:
+    """Mean turns and accuracy by the technique that a sudoku needs: 1 naked singles, 2 hidden singles, 3 a guess."""
+    levels = np.array([task.game.level(board) for board in drawn.ids_BT])
+    return [
+        {"level": level, **row} for level, row in _rows(task, drawn, found, {level: levels == level for level in (1, 2, 3)})
+    ]
+
+
+def _rows(task: Problem, drawn: Batch, found: Halted, parts: dict[Any, np.ndarray]) -> list[tuple[Any, dict[str, Any]]]:
+    turns, good = asked(task, drawn, found.turns_BT.numpy()), right(task, drawn, found)
+    every = {key: (int(part.sum()), turns[part].mean(), good[part].mean()) for key, part in parts.items() if part.any()}
+    return [(key, {"count": n, "turns": float(t), "accuracy": float(a)}) for key, (n, t, a) in every.items()]

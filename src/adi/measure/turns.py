@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from adi.decoding.looped.halting import Rule, run_halting
@@ -12,7 +13,8 @@ from adi.decoding.looped.solve import halting_rule, run_rule, task_of
 from adi.errors import UsageError
 from adi.measure.pages import render
 from adi.model.load import load_looped
-from adi.tasks.registry import Problem, Puzzles
+from adi.tasks.hops import Hops
+from adi.tasks.registry import Chains, Grid, Problem, Products, Puzzles
 
 SURE = 0.9  # an answer of at least this probability is shown as sure
 
@@ -31,27 +33,34 @@ class Turns:
 
     def cell(self, turn: int, place: int) -> tuple[str, str]:
         """What to show after a turn at a place, and how: "given", "open", "sure" or "halted"."""
-        if isinstance(self.task, Puzzles) and self.item[place]:
-            return str(self.item[place]), "given"
-        answer = str(self.answers_RT[turn - 1][place])
+        if isinstance(self.task, Grid) and not self._asked()[place]:
+            return self.task.show(self.item[place]), "given"
+        answer = self.task.show(self.answers_RT[turn - 1][place])
         if self.task.unit == "place" and turn >= self.halted_T[place]:
             return answer, "halted"
         return answer, "sure" if self.sure_RT[turn - 1][place] >= SURE else "open"
 
     def summary(self) -> str:
         """The sentence below the picture."""
-        if isinstance(self.task, Puzzles):
-            state = "solved" if self.task.game.solved(self._final()) else "not solved"
-            return f"{state} in {self.halted_T[0]} turns of {self.trained}: {self.task.game.text(self._final())}"
+        if isinstance(self.task, Grid):
+            final = np.where(self._asked(), self.answers_RT[-1], self.item).tolist()
+            state = "solved" if self.task.solved(final) else "not solved"
+            return f"{state} in {self.halted_T[0]} turns of {self.trained}: {''.join(map(self.task.show, final))}"
         mean = sum(self.halted_T) / len(self.halted_T)
         return f"{mean:.2f} turns of {self.trained} on average; each place shows its answer from the turn on at which it halted"
 
-    def _final(self) -> list[int]:
-        return [given or answer for given, answer in zip(self.item, self.answers_RT[-1], strict=True)]
+    def _asked(self) -> np.ndarray:
+        found: np.ndarray = self.task.asked(np.array([self.item]))[0]
+        return found
+
+    def _size(self) -> int:
+        if isinstance(self.task, Grid):
+            return self.task.game.size if isinstance(self.task, Puzzles) else self.task.size
+        return len(self.item)
 
     def rows(self) -> list[list[int]]:
         """The places of one turn, line by line: a puzzle's rows, or all places in one."""
-        size = self.task.game.size if isinstance(self.task, Puzzles) else len(self.item)
+        size = self._size()
         return [list(range(i, i + size)) for i in range(0, len(self.item), size)]
 
     def lines(self) -> list[str]:
@@ -62,16 +71,15 @@ class Turns:
             return " ".join(f"[{style[kind]}]{text}[/]" for text, kind in (self.cell(turn, p) for p in places))
 
         turns = range(1, len(self.answers_RT) + 1)
-        if not isinstance(self.task, Puzzles):
-            reset = self.task.vocabulary - 1
-            ids = "  ids  " + " ".join("R" if i == reset else str(i) for i in self.item)
+        if not isinstance(self.task, Grid):
+            ids = "  ids  " + " ".join(map(self.task.show, self.item))
             return [
                 ids,
                 *(f"turn {turn} {drawn(turn, self.rows()[0])}" for turn in turns),
                 f"halted {' '.join(map(str, self.halted_T))}",
                 self.summary(),
             ]
-        width, found, per_line = 2 * self.task.game.size + 2, list[str](), 6
+        width, found, per_line = 2 * self._size() + 2, list[str](), 6
         for first in range(1, len(turns) + 1, per_line):
             chosen = [turn for turn in turns if first <= turn < first + per_line]
             found.append("".join(f"turn {turn}".ljust(width) for turn in chosen))
@@ -96,9 +104,9 @@ def turns_of(source: Any, item: str | None, seed: int = 0, **halting: Any) -> Tu
 
 def _item(task: Problem, item: str | None, seed: int) -> tuple[int, ...]:
     if item is None:
-        drawn = task.batch(8 if isinstance(task, Puzzles) else 1, (seed,), test=True)
-        return tuple(drawn.ids_BT[drawn.difficulty_BT[:, 0].argmax()].tolist())  # of puzzles one with many blanks
-    if isinstance(task, Puzzles):
+        drawn = task.batch(8 if isinstance(task, Grid) else 1, (seed,), test=True)
+        return tuple(drawn.ids_BT[drawn.difficulty_BT[:, 0].argmax()].tolist())  # of puzzles a hard one
+    if not isinstance(task, Products | Chains | Hops):
         return task.parse(item)
     try:
         return task.parse([int(part) for part in item.split(",")])
@@ -125,5 +133,5 @@ def turns_page(shown: Turns) -> str:
         turns=turns,
         halted=shown.halted_T,
         summary=shown.summary(),
-        puzzle=isinstance(shown.task, Puzzles),
+        puzzle=isinstance(shown.task, Grid),
     )

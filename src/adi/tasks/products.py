@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,13 @@ class Group:
         if bad := [i for i in found if not 0 <= i <= self.reset]:
             raise UsageError(f"{bad[0]} is no id of {self.name}; elements are 0 to {self.size - 1}, RESET is {self.reset}.")
         return found
+
+
+def id_list(name: str, item: Any) -> tuple[int, ...]:
+    """An item as ids; UsageError for what is no list of them."""
+    if isinstance(item, str) or not hasattr(item, "__iter__"):
+        raise UsageError(f"an item of {name} is a list of ids, not {type(item).__name__}.")
+    return tuple(int(i) for i in item)
 
 
 def _symmetric() -> np.ndarray:

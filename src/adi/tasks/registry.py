@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from adi.errors import UsageError
+from adi.tasks.hops import Hops
+from adi.tasks.mazes import Mazes
 from adi.tasks.pointers import Pointers
-from adi.tasks.products import GROUPS, Batch, Group
+from adi.tasks.products import GROUPS, Batch, Group, id_list
+from adi.tasks.stories import Stories
 from adi.tasks.sudoku import GAMES, Sudoku
 
 
@@ -41,8 +46,21 @@ class Problem(Protocol):
         """``count`` items; those of the test never appear in training."""
         ...
 
+    @property
+    def bins(self) -> tuple[tuple[int, int], ...]:
+        """From and to of the difficulties that a report puts together."""
+        ...
+
+    def asked(self, ids_BT: np.ndarray) -> np.ndarray:
+        """The places of items that are asked for, as many of each item of a test whose places halt one by one."""
+        ...
+
     def parse(self, item: Any) -> tuple[int, ...]:
         """A user's item as ids; UsageError for what is none."""
+        ...
+
+    def show(self, number: int) -> str:
+        """An id, of an item or an answer, as one reads it."""
         ...
 
 
@@ -55,6 +73,7 @@ class Products:
     unit: Literal["place"] = "place"
     causal: bool = True
     place_features: None = None
+    bins: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
 
     @property
     def name(self) -> str:
@@ -68,9 +87,17 @@ class Products:
         """Training and test differ by seed: of 7 ** 32 texts none comes twice."""
         return self.group.batch(count, self.length, (int(test), *seed))
 
+    def asked(self, ids_BT: np.ndarray) -> np.ndarray:
+        """All places have an answer."""
+        return np.ones(ids_BT.shape, bool)
+
+    def show(self, number: int) -> str:
+        """The number of an element, or R."""
+        return "R" if number == self.group.reset else str(number)
+
     def parse(self, item: Any) -> tuple[int, ...]:
         """The ids of an item."""
-        return self.group.check(_ids(self.name, item))
+        return self.group.check(id_list(self.name, item))
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,7 @@ class Puzzles:
     game: Sudoku
     unit: Literal["item"] = "item"
     causal: bool = False
+    bins: tuple[tuple[int, int], ...] = ((0, 8), (9, 14), (15, 20), (21, 24), (25, 36))
 
     @property
     def name(self) -> str:
@@ -102,6 +130,18 @@ class Puzzles:
         """Training and test differ by solution."""
         return self.game.batch(count, (int(test), *seed), test=test)
 
+    def asked(self, ids_BT: np.ndarray) -> np.ndarray:
+        """The blanks."""
+        return np.asarray(ids_BT == 0)
+
+    def show(self, number: int) -> str:
+        """A digit, or "." for a blank."""
+        return str(number or ".")
+
+    def solved(self, board: Sequence[int]) -> bool:
+        """Whether every cell is filled and no rule broken."""
+        return self.game.solved(board)
+
     def parse(self, item: Any) -> tuple[int, ...]:
         """The board of an item."""
         if not isinstance(item, str):
@@ -118,6 +158,7 @@ class Chains:
     unit: Literal["item"] = "item"
     causal: bool = False
     place_features: None = None
+    bins: tuple[tuple[int, int], ...] = tuple((n, n) for n in range(1, 13))
 
     @property
     def vocabulary(self) -> int:
@@ -131,18 +172,21 @@ class Chains:
         """Training and test differ by seed."""
         return self.game.batch(count, (int(test), *seed))
 
+    def asked(self, ids_BT: np.ndarray) -> np.ndarray:
+        """The last place."""
+        return np.broadcast_to(np.arange(ids_BT.shape[1]) == ids_BT.shape[1] - 1, ids_BT.shape)
+
+    def show(self, number: int) -> str:
+        """The number of a symbol."""
+        return str(number)
+
     def parse(self, item: Any) -> tuple[int, ...]:
         """The ids of an item."""
-        return self.game.check(_ids(self.name, item))
+        return self.game.check(id_list(self.name, item))
 
 
-def _ids(name: str, item: Any) -> list[Any]:
-    if isinstance(item, str) or not hasattr(item, "__iter__"):
-        raise UsageError(f"an item of {name} is a list of ids, not {type(item).__name__}.")
-    return list(item)
-
-
-_ALL: list[Problem] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains()]
+Grid = Puzzles | Mazes
+_ALL: list[Problem] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains(), Hops(), Mazes(), Stories()]
 TASKS = {task.name: task for task in _ALL}
 
 

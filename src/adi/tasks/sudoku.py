@@ -95,7 +95,7 @@ class Sudoku:
         masks = [every] * self.cells
         cells = [0] * self.cells
         for cell, digit in enumerate(board):
-            if digit and not self._place(cells, masks, cell, digit):
+            if digit and not self._place(cells, masks, cell, int(digit)):
                 return
         yield from self._search(cells, masks, dice)
 
@@ -139,7 +139,7 @@ class Sudoku:
 
     def _by_singles(self, board: Sequence[int], hidden: bool) -> list[int]:
         cells, masks = [0] * self.cells, [(1 << self.size) - 1] * self.cells
-        todo = [(c, d) for c, d in enumerate(board) if d]
+        todo = [(c, int(d)) for c, d in enumerate(board) if d]
         while todo:
             for cell, digit in todo:
                 if not cells[cell]:
@@ -159,15 +159,24 @@ class Sudoku:
     def puzzle(self, dice: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A puzzle with one solution and that solution; its number of clues is drawn between the least that were found and
         all."""
-        solution = next(self.solutions([0] * self.cells, dice))
+        solution = self._solution(dice)
         board, wanted = list(solution), int(dice.integers(0, self.cells))
         for cell in dice.permutation(self.cells):
             if sum(map(bool, board)) <= wanted:
                 break
-            kept, board[cell] = board[cell], 0
-            if not self.unique(board):
-                board[cell] = kept
+            if self._needed(board, int(cell)):
+                continue
+            board[cell] = 0
         return tuple(board), solution
+
+    def _solution(self, dice: np.random.Generator) -> tuple[int, ...]:
+        return next(self.solutions([0] * self.cells, dice))
+
+    def _needed(self, board: list[int], cell: int) -> bool:
+        """Whether there is a solution with another digit in that cell: then its clue must stay."""
+        seen = {board[peer] for peer in self.peers[cell]} | {board[cell]}
+        others = (d for d in range(1, self.size + 1) if d not in seen)
+        return any(next(self.solutions([*board[:cell], d, *board[cell + 1 :]]), None) is not None for d in others)
 
     def is_test(self, solutions_BC: np.ndarray) -> np.ndarray:
         """Which solutions are for the test only."""
@@ -181,16 +190,16 @@ class Sudoku:
     def batch(self, count: int, seed: int | Sequence[int], *, test: bool = False, pool: int = 2000) -> Batch:
         """``count`` puzzles: ``ids_BT`` with 0 for blanks, ``labels_BT`` the digits, ``difficulty_BT`` the number of blanks."""
         dice = np.random.default_rng(seed)
-        boards_PC, solutions_PC = _pool(self, pool, test)
         ids, labels = np.empty((0, self.cells), np.int64), np.empty((0, self.cells), np.int64)
         while len(ids) < count:
-            chosen = dice.integers(0, len(boards_PC), 2 * count)
+            chosen = dice.integers(0, pool, 2 * count)
             cells, digits = self.symmetries(2 * count, dice)
-            board = np.take_along_axis(digits, np.take_along_axis(boards_PC[chosen], cells, 1), 1)
-            solution = np.take_along_axis(digits, np.take_along_axis(solutions_PC[chosen], cells, 1), 1)
-            kept = self.is_test(solution) == test
-            ids, labels = np.concatenate([ids, board[kept]]), np.concatenate([labels, solution[kept]])
-        ids, labels = ids[:count], labels[:count]
+            solutions = np.array([_solution(self, int(n), test) for n in chosen])
+            solution = np.take_along_axis(digits, np.take_along_axis(solutions, cells, 1), 1)
+            kept = np.flatnonzero(self.is_test(solution) == test)[: count - len(ids)]
+            boards = np.array([_board(self, int(n), test) for n in chosen[kept]], np.int64).reshape(-1, self.cells)
+            board = np.take_along_axis(digits[kept], np.take_along_axis(boards, cells[kept], 1), 1)
+            ids, labels = np.concatenate([ids, board]), np.concatenate([labels, solution[kept]])
         return Batch(ids, labels, np.broadcast_to((ids == 0).sum(1, keepdims=True), ids.shape))
 
     def symmetries(self, count: int, dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -207,11 +216,16 @@ class Sudoku:
         return cells, np.concatenate([np.zeros((count, 1), np.int64), digits], 1)
 
 
-@lru_cache(maxsize=8)
-def _pool(game: Sudoku, size: int, test: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Puzzles to start from; those of the test from other seeds."""
-    found = [game.puzzle(np.random.default_rng((int(test), n))) for n in range(size)]
-    return np.array([b for b, _ in found]), np.array([s for _, s in found])
+@lru_cache(maxsize=8192)
+def _solution(game: Sudoku, number: int, test: bool) -> tuple[int, ...]:
+    """The solution of a puzzle to start from; those of the test are of other seeds."""
+    return game._solution(np.random.default_rng((int(test), number)))
+
+
+@lru_cache(maxsize=8192)
+def _board(game: Sudoku, number: int, test: bool) -> tuple[int, ...]:
+    """The puzzle of that solution: drawn when it is wanted, for taking its clues away is slow."""
+    return game.puzzle(np.random.default_rng((int(test), number)))[0]
 
 
 GAMES = {"sudoku4": Sudoku("sudoku4", 2, 2), "sudoku6": Sudoku("sudoku6", 2, 3)}

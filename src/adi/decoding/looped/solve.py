@@ -17,7 +17,8 @@ from adi.decoding.looped.halting import Halted, Rule, run_halting
 from adi.errors import ModelError, UsageError
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
-from adi.tasks.registry import Chains, Problem, Puzzles, task_named
+from adi.tasks.registry import Chains, Grid, Problem, Puzzles, task_named
+from adi.tasks.stories import Stories
 
 BACKENDS = ("hf", "openvino")
 ITEMS_AT_ONCE = 256  # of one pass
@@ -28,9 +29,9 @@ NOISE = 1.0  # root mean square of what is added to a further start's first stat
 class Solved:
     """The answer to one item.
 
-    ``answers``: one id per place (of pointers one), or the digits of a puzzle as a text. ``turns``: how many the answer took,
-    a number per place, or one for a puzzle. ``sure``: the probability of the answer, per place, or that of a puzzle's least
-    sure cell. ``start``: which of several starts won, 0 the item as it is.
+    ``answers``: one id per place (of pointers one), the cells of a puzzle as a text, or a story's word. ``turns``: how many the
+    answer took, a number per place, or one for a puzzle and a story. ``sure``: the probability of the answer, per place, or
+    that of a puzzle's least sure cell. ``start``: which of several starts won, 0 the item as it is.
     """
 
     answers: list[int] | str
@@ -74,7 +75,8 @@ def solve(
     Args:
         model: a shipped one by name ("products", "sudoku6"), a folder of ``adi train``, or a ``LoopedForCausalLM``.
         items: of products lists of ids (0 to 5 the permutations of (0, 1, 2) in lexicographic order, 6 RESET); of a sudoku
-            texts of one character per cell, "." for a blank; of pointers lists of ids.
+            texts of one character per cell, "." for a blank; of mazes texts of "#", ".", S and G; of stories texts that end
+            with a question; of pointers and p-hop lists of ids.
         halt: whether an answer stands as soon as the gate halts; False runs all turns.
         price: nats for a full pass, for a gate that was trained over a range of prices.
         most: turns at most; those that the model was trained for, if fewer, unless ``beyond_trained``.
@@ -106,9 +108,7 @@ def solve(
 
 def run_rule(model: LoopedForCausalLM, task: Problem, ids_BT: Tensor, rule: Rule) -> Halted:
     """Items of a task until they halt, from several starts where the rule says so; results are those of the items as given."""
-    asked_BT = ids_BT == 0 if isinstance(task, Puzzles) else torch.ones_like(ids_BT, dtype=torch.bool)
-    if isinstance(task, Chains):
-        asked_BT[:, :-1] = False
+    asked_BT = torch.tensor(task.asked(ids_BT.numpy()))
     if rule.starts == 1:
         return _halted(model, ids_BT, rule, asked_BT)
     if not isinstance(task, Puzzles):
@@ -174,9 +174,10 @@ def _chunks(parsed: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
 
 
 def _solved(task: Problem, item: tuple[int, ...], answers_T: Tensor, turns_T: Tensor, sure_T: Tensor, start: int) -> Solved:
-    if isinstance(task, Puzzles):
-        filled = [given or int(answer) for given, answer in zip(item, answers_T.tolist(), strict=True)]
-        return Solved(task.game.text(filled), int(turns_T[0]), float(sure_T.min()), start)
-    if isinstance(task, Chains):
-        return Solved([int(answers_T[-1])], int(turns_T[-1]), float(sure_T[-1]), start)
+    if isinstance(task, Grid):
+        filled = np.where(task.asked(np.array(item)), answers_T.numpy(), item)
+        return Solved("".join(map(task.show, filled.tolist())), int(turns_T[0]), float(sure_T.min()), start)
+    if isinstance(task, Chains | Stories):
+        last = int(answers_T[-1])
+        return Solved([last] if isinstance(task, Chains) else task.show(last), int(turns_T[-1]), float(sure_T[-1]), start)
     return Solved(answers_T.tolist(), turns_T.tolist(), sure_T.tolist())
