@@ -1,7 +1,7 @@
 """``train_looped``: a looped model on a task, under a price on depth, by transformers' Trainer; what ``adi train`` runs.
 
 A run that was stopped resumes from its last checkpoint, to the bit: batches are drawn by their number. Being a ``Trainer``, it
-runs on a GPU, on several, or under FSDP by Accelerate's configuration.
+runs on a GPU, on several, or under FSDP by Accelerate's configuration: each process takes its share of every batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from msgspec import Meta, field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -99,17 +101,21 @@ class TrainSettings(Record, frozen=True):
 
 @dataclass(frozen=True)
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Batch number n of a run, the same whenever it is asked for."""
+    """The batch of each step, the same whenever it is asked for; split among so many processes, which Accelerate gives the
+    entries in turn."""
 
     task: Problem
     settings: TrainSettings
+    processes: int = 1
 
     def __len__(self) -> int:
-        return self.settings.steps
+        return self.settings.steps * self.processes
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        drawn = self.task.batch(self.settings.batch, (self.settings.seed, n))
-        return {"input_ids": torch.tensor(drawn.ids_BT), "labels": torch.tensor(drawn.labels_BT)}
+        step, process = divmod(n, self.processes)
+        drawn = self.task.batch(self.settings.batch, (self.settings.seed, step))
+        mine = slice(process, None, self.processes)
+        return {"input_ids": torch.tensor(drawn.ids_BT[mine]), "labels": torch.tensor(drawn.labels_BT[mine])}
 
 
 class Carry:
@@ -167,7 +173,7 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         price = drawn_price(settings, at)
         carried = settings.gradient_turns if at < settings.even * settings.steps else None
         if carried:
-            inputs = self.carry.enter(inputs, model.config)
+            inputs = self.carry.enter(inputs, self.model.config)
         out = model(inputs["input_ids"], state=inputs.get("state"), turns=carried, output_turns=True, price=price)
         loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
         halt_RN = out.halt_logits.flatten(1)
@@ -190,6 +196,8 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         if "turns" not in self.latest or at % self.args.logging_steps == 0:
             self.latest |= watch(halt_RN)
             self.log(self.latest.copy())
+        if isinstance(model, DistributedDataParallel):  # gradients are only gathered where every weight has one
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self.model.parameters()]).sum()
         return (loss, out) if return_outputs else loss
 
 
@@ -215,20 +223,38 @@ class _Average(TrainerCallback):  # type: ignore[misc]
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
             for name, p in model.named_parameters():
-                self.weights[name].lerp_(p.to(self.weights[name]), 1 - decay)
+                whole = p.full_tensor() if isinstance(p, DTensor) else p
+                self.weights[name].lerp_(whole.to(self.weights[name]), 1 - decay)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """While the gate learns alone nothing else moves, by momentum neither: with several processes it has gradients of 0."""
+        if self.trainer.settings.at(state.global_step)[2]:
+            for name, p in model.named_parameters():
+                if not name.startswith("gate."):
+                    p.grad = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with whole_file(folder / EMA) as fresh:
-            save_file(self.weights, fresh)
-        with whole_file(folder / CARRY) as fresh:
+        if state.is_world_process_zero:
+            with whole_file(folder / EMA) as fresh:
+                save_file(self.weights, fresh)
+        with whole_file(folder / _carry_file(args)) as fresh:
             save_file(self.trainer.carry.parts, fresh)
 
     def resume(self, folder: str) -> None:
-        for name in (EMA, CARRY):
+        carry = _carry_file(self.trainer.args)
+        for name in (EMA, carry):
             if not (Path(folder) / name).exists():
-                raise FileError(f"the checkpoint {folder} lacks {name}; delete that folder to resume from the one before.")
-        self.weights, self.trainer.carry.parts = load_file(Path(folder) / EMA), load_file(Path(folder) / CARRY)
+                raise FileError(
+                    f"the checkpoint {folder} lacks {name}; delete that folder to resume from the one before, or resume "
+                    "with as many processes as began."
+                )
+        self.weights, self.trainer.carry.parts = load_file(Path(folder) / EMA), load_file(Path(folder) / carry)
+
+
+def _carry_file(args: TrainingArguments) -> str:
+    """Each process carries items of its own."""
+    return CARRY if args.world_size == 1 else f"carry-{args.process_index + 1}-of-{args.world_size}.safetensors"
 
 
 class _Reports(TrainerCallback):  # type: ignore[misc]
@@ -238,6 +264,8 @@ class _Reports(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         latest = self.trainer.latest
+        if not state.is_world_process_zero:
+            return
         turns = f"turns {latest['turns']:.2f} +- {latest['turns_spread']:.2f}"
         self.progress(state.global_step, state.max_steps, f"loss {latest['loss']:.3f}, gate {latest['gate']:.3f}, {turns}")
 
@@ -246,10 +274,17 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     """Train, or resume, in ``out/work``; the averaged model is saved to ``out`` with ``train.json``, and given back in
     evaluation mode.
 
-    UsageError where ``out`` was begun with other settings.
+    Of several processes (``accelerate launch``, ``torchrun``) each takes its share of a step's batch, which stays as large as
+    the settings say; the first one reports and writes the model. UsageError where ``out`` was begun with other settings, and
+    for a batch that cannot be split evenly.
     """
     task = task_named(settings.task)
     config, work = settings.config(task), out / "work"
+    args = _arguments(settings, work)
+    if settings.batch % args.world_size:
+        raise UsageError(
+            f"batch = {settings.batch} does not split evenly among {args.world_size} processes: choose a multiple."
+        )
     _same_settings(settings, out)
     torch.manual_seed(settings.seed)
     model = LoopedForCausalLM(config)
@@ -258,8 +293,8 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
         task,
         settings,
         model=model,
-        args=_arguments(settings, work),
-        train_dataset=Batches(task, settings),
+        args=args,
+        train_dataset=Batches(task, settings, args.world_size),
         data_collator=lambda items: items[0],
         eval_dataset=_held_out(task, settings) if settings.patience else None,
         callbacks=[average, reports, *([EarlyStoppingCallback(settings.patience)] if settings.patience else ())],
@@ -270,14 +305,16 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     if last is not None:
         average.resume(last)
     trainer.train(resume_from_checkpoint=last)
-    if settings.ema:
-        model.load_state_dict(average.weights, strict=False)
-    model.config.use_cache, model.config.architectures = True, [LoopedForCausalLM.__name__]  # the Trainer turned the first off
-    with whole_file(out / "model.safetensors") as fresh:
-        save_file(model.state_dict(), fresh, {"format": "pt"})
-    write_text(out / "config.json", model.config.to_json_string())
-    model.eval()
-    return model
+    config.use_cache, config.architectures = True, [LoopedForCausalLM.__name__]  # the Trainer turned the first off
+    trained = LoopedForCausalLM(config)
+    trained.load_state_dict(average.weights, strict=False)
+    if trainer.is_world_process_zero():
+        with whole_file(out / "model.safetensors") as fresh:
+            save_file(trained.state_dict(), fresh, {"format": "pt"})
+        write_text(out / "config.json", config.to_json_string())
+    trainer.accelerator.wait_for_everyone()
+    trained.eval()
+    return trained
 
 
 def _same_settings(settings: TrainSettings, out: Path) -> None:
@@ -320,6 +357,7 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         prediction_loss_only=True,
         metric_for_best_model="loss" if settings.patience else None,
         greater_is_better=False,
+        ddp_find_unused_parameters=False,
         train_sampling_strategy="sequential",
     )
 

@@ -21,8 +21,10 @@ def train(
 ) -> None:
     """Train a looped model on a task whose difficulty is known, under a price on depth (docs/loops.md).
 
-    A run that was stopped resumes with the same command. See the result with: adi solve DIR
+    A run that was stopped resumes with the same command. See the result with: adi solve DIR. On several GPUs: accelerate
+    launch --config_file examples/train/fsdp.yaml -m adi train ... (docs/loops.md).
     """
+    import os
     import tomllib
 
     from adi.files import expanded, read_text
@@ -36,6 +38,9 @@ def train(
 
     chosen = from_json(given, TrainSettings, f"the settings {settings}")
     (out / "work").mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one speaks
+        train_looped(chosen, out)
+        return
     with Reporter(err(), f"training on {chosen.task}", log=out / "work" / "log.txt") as progress:
         train_looped(chosen, out, progress)
     say(err(), f"Saved to {out}. See it work: adi solve {out}")
