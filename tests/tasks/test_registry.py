@@ -15,7 +15,7 @@ from adi.measure.solving import right, run_items, solving_report
 from adi.measure.turns import turns_of
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.tasks.registry import TASKS, Grid, Problem
-from adi.training.train_looped import TrainSettings
+from adi.training.train_looped import TrainSettings, train_looped
 
 ITEMS = {
     "mazes": "S........" + "########." * 8,
@@ -95,6 +95,13 @@ def _all(model: LoopedForCausalLM) -> Any:
     from adi.decoding.looped.solve import halting_rule
 
     return halting_rule(model, False)
+
+
+@pytest.mark.parametrize("name", ["p-hop", "mazes", "stories"])
+def test_what_is_trained_on_a_task_answers_its_items(name: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 2}
+    train_looped(TrainSettings(task=name, model=shape, steps=2, batch=4), tmp_path)
+    assert len(solve(tmp_path, [ITEMS.get(name, [6, 0, 1, 0])])) == 1
 
 
 def test_stories_are_a_language_model() -> None:

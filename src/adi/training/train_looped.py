@@ -176,7 +176,7 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
             inputs = self.carry.enter(inputs, self.model.config)
         out = model(inputs["input_ids"], state=inputs.get("state"), turns=carried, output_turns=True, price=price)
         loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
-        halt_RN = out.halt_logits.flatten(1)
+        halt_RN = out.halt_logits[:, inputs["labels"] != -100]
         if self.task.unit == "item":
             count = len(inputs["labels"])
             loss_RN = loss_RN.unflatten(1, (count, -1)).sum(-1)
