@@ -69,7 +69,7 @@ class JudgingOptions:
 def solve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="products, sudoku6, or a folder of adi train.")] = "products",
     item: Annotated[
-        str | None, typer.Argument(metavar="ITEM", help="A puzzle, or ids with commas; by default one is drawn.")
+        str | None, typer.Argument(metavar="ITEM", help="A puzzle, a story, or ids with commas; by default one is drawn.")
     ] = None,
     seed: Annotated[int, option("--seed", min=0, help="Of the items that are drawn.")] = 0,
     threshold: Annotated[
