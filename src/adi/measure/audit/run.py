@@ -45,29 +45,26 @@ def audit(
     """Check on this machine that verified decoding changes nothing; the report, whose ``passed`` says whether it held.
 
     (a) Replay: states, KV memory and logits of a drafted and rolled-back run against one full pass. (b) Greedy: verified texts
-    against full depth's, with the margin at each divergence and whether a tie explains it. (c) Sampling: draws over a
-    restricted vocabulary against their exact law. (d) Faults: wrong drafts, rollbacks to every length, interruptions, then the
-    same text. docs/exactness.md says what each would catch.
+    against full depth's, ties told apart. (c) Sampling: draws over a restricted vocabulary against their exact law. (d) Faults:
+    wrong drafts, rollbacks to every length, interruptions, then the same text. docs/exactness.md says what each would catch.
 
     Args:
         source: as for ``load``, once for each of ``precisions``; or a ``Model``, checked as it is.
         exits: trained exits or their folder, or a function of the model; None takes those shipped for it, else bare ones.
-        prompts: texts or token ids; by default ``limit`` of the built-in bench prompts, or of random ids where there is no
-            tokenizer. What the context cannot hold is cut.
+        prompts: texts or token ids; by default ``limit`` bench prompts, random ids without a tokenizer; cut to the context.
         max_new_tokens, draws: how long the texts are, and how many draws each way of drafting makes.
 
     Raises:
         AdiError: for options that are out of range, and whatever ``load`` and ``load_exits`` raise.
     """
-    counts = {"limit": limit, "max_new_tokens": max_new_tokens, "draws": draws}
-    limit, max_new_tokens, draws = (whole(name, count, 1) for name, count in counts.items())
+    limit, max_new_tokens = whole("limit", limit, 1), whole("max_new_tokens", max_new_tokens, 1)
     _check_precisions(backend, precisions)
     exits = load_exits(exits) if isinstance(exits, (str, os.PathLike)) else exits  # judged before a model is read
     items = spread(read_prompts("bench"), limit) if prompts is None else []
     chosen: list[Any] = [item.prompt for item in items] if prompts is None else list(prompts)[:limit]
     if not chosen:
         raise UsageError(f"prompts is {prompts!r:.40}; give at least one.")
-    size, engines = Size(max_new_tokens, draws, seed), []
+    size, engines = Size(max_new_tokens, whole("draws", draws, 1), seed), []
     for precision in precisions if not isinstance(source, Model) else ("auto",):
         model = source if isinstance(source, Model) else _loaded(source, backend, precision, device, notice)
         found = _exits(model, exits)

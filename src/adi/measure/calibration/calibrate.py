@@ -139,8 +139,7 @@ def calibrate(
     readings = _readings(model, exits, order, max_new_tokens, progress)
     layers = model.backbone.spec.layers
     units = sorted(level / test.scale for level in levels)
-    signal = "gate" if exits.trigger.needs == ("gate",) else "top_probability"
-    rules = risk_path(readings[:learning], exits.depths, layers, units, kind, signal)
+    rules = risk_path(readings[:learning], exits.depths, layers, units, kind, _signal(exits))
     tested: list[TestedRule] = []
     for place, rule in enumerate(rules):
         progress(place, len(rules), "rules")
@@ -161,6 +160,11 @@ def calibrate(
     if (again := len(prompts) - len(order)) > 0:
         notes.append(f"{again} prompts were given more than once, and count once.")
     return Calibration(tuple(found), tuple(tested), tuple(notes))
+
+
+def _signal(exits: Exits) -> str:
+    """What rules are made of: the gate where the exits' own trigger reads it."""
+    return "gate" if exits.trigger.needs == ("gate",) else "top_probability"
 
 
 def certify(tested: Sequence[TestedRule], test: RiskTest, level: float, layers: int, about: dict[str, Any]) -> Certificate:
