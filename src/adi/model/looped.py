@@ -8,6 +8,7 @@ that closes a turn and the gate after each are Ouro's (Zhu et al. 2025). Without
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from adi.arguments import real
 from adi.errors import UsageError
+from adi.model.ouro import read_ouro
 
 INJECTIONS = ("none", "add", "concat")
 GATE_BIAS = -3.0  # a gate that starts at one half stops most runs early for good (UT with ACT on Sudoku, 2604.21999)
@@ -33,7 +35,9 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     label is the next token (a language model) or the answer at its own place. Learned places are by ``place_features``, lists
     of one number per place, or one vector a place. ``positions`` is "rope" or "learned". With ``relation_bias`` each head
     learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid).
-    ``embedding_range`` is the scale at which embeddings start; None: ``initializer_range``.
+    ``turn_norm`` closes a turn by a norm without weights, or, "final", begins each turn but the first with the final norm;
+    ``sandwich_norms`` has a norm behind attention and MLP too (both are Ouro's). ``embedding_range`` is the scale at which
+    embeddings start; None: ``initializer_range``.
     ``gate_price`` gives the gate the logarithm of the price beside the state, as trained over ``price_range``; it halts where
     its chance passes ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
@@ -53,7 +57,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         states: int = 1,
         inner_turns: int = 1,
         injection: str = "concat",
-        turn_norm: bool = True,
+        turn_norm: bool | str = True,
+        sandwich_norms: bool = False,
         gate_price: bool = False,
         price_range: list[float] | None = None,
         halt_threshold: float = 0.5,
@@ -75,6 +80,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.prelude_layers, self.core_layers, self.coda_layers = prelude_layers, core_layers, coda_layers
         self.turns, self.states, self.inner_turns = turns, states, inner_turns
         self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
+        self.sandwich_norms = sandwich_norms
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
         self.price_range = price_range
         self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
@@ -93,6 +99,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
             raise UsageError(
                 f"states={states}, turns={turns}, core_layers={core_layers}: one or two states, the others at least 1."
             )
+        if turn_norm not in (True, False, "final") or (turn_norm == "final" and states > 1):
+            raise UsageError(f"turn_norm is {turn_norm!r} with states={states}; choose true, false or, of one state, final.")
         if relation_bias and (causal or not place_features):
             raise UsageError(f"relation_bias={relation_bias} needs causal=False and place_features: what relates two places.")
         if hidden_size % num_attention_heads:
@@ -131,6 +139,10 @@ class Block(nn.Module):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.sandwich_norms:
+            self.input_layernorm_2 = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm_2 = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sandwich = config.sandwich_norms
         self.relations = _Relations(config) if config.relation_bias else None
 
     def forward(self, hidden_BTD: Tensor, slot: int, past_key_values: Any = None, **attention: Any) -> Tensor:
@@ -138,8 +150,9 @@ class Block(nn.Module):
         if self.relations is not None:
             attention["attention_mask"] = self.relations(attention["attention_mask"])
         mixed, _ = self.self_attn(self.input_layernorm(hidden_BTD), past_key_values=cache, **attention)
-        hidden_BTD = hidden_BTD + mixed
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))  # type: ignore[no-any-return]
+        hidden_BTD = hidden_BTD + (self.input_layernorm_2(mixed) if self.sandwich else mixed)
+        out = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD + (self.post_attention_layernorm_2(out) if self.sandwich else out)  # type: ignore[no-any-return]
 
 
 class _Relations(nn.Module):
@@ -205,7 +218,7 @@ class Turn(nn.Module):
 
     def closed(self, hidden_BTD: Tensor) -> Tensor:
         """The norm without weights that ends a turn, so that no scale grows from turn to turn."""
-        return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:]) if self.config.turn_norm else hidden_BTD
+        return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:]) if self.config.turn_norm is True else hidden_BTD
 
 
 class PlaceEmbedding(nn.Module):
@@ -295,7 +308,8 @@ class LoopedModel(LoopedPreTrainedModel):
         for i, block in enumerate(self.prelude):
             given_BTD = block(given_BTD, i, **attention)
         read, wanted = [], self.config.turns if turns is None else turns
-        state = self.first_state(given_BTD) if state is None else state
+        normed = self.config.turn_norm == "final"
+        begun, state = state is not None, self.first_state(given_BTD) if state is None else state
         slot, per_turn = self.config.prelude_layers, self.config.turn_layers
         if read_turns and self.config.coda_layers and past_key_values is not None:
             raise UsageError(
@@ -303,7 +317,8 @@ class LoopedModel(LoopedPreTrainedModel):
                 "holds it once; give use_cache=False."
             )
         for turn in range(wanted):
-            state = self.turn(state, given_BTD, slot + turn * per_turn, **attention)
+            entering = self.norm(state) if normed and (begun or turn) else state
+            state = self.turn(entering, given_BTD, slot + turn * per_turn, **attention)
             if turn == wanted - 1 or read_turns or not self.config.coda_layers:
                 read.append(self.read_out(state, slot + wanted * per_turn, attention))
         return read, past_key_values, state
@@ -380,6 +395,12 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):  # type: ignore
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gate = HaltingGate(config)
         self.post_init()
+
+    @classmethod
+    def from_ouro(cls, folder: str | os.PathLike[str]) -> LoopedForCausalLM:
+        """The model of a checkpoint of Ouro's shape (see ``model.ouro``), in evaluation mode. FileError or ModelError."""
+        found: LoopedForCausalLM = read_ouro(cls, folder)
+        return found
 
     def get_decoder(self) -> LoopedModel:
         return self.model

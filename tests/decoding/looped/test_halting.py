@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +94,9 @@ def test_halted_places_cost_nothing_more() -> None:
     assert sum(rows) == int(found.turns_BT.sum())
 
 
-@pytest.mark.parametrize("form", [{"coda_layers": 1}, {"core_layers": 2}, {"states": 2}, {"prelude_layers": 1}])
-def test_forms_of_which_no_place_can_leave_are_refused(form: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="halt=False"):
+@pytest.mark.parametrize(
+    "form", [{"coda_layers": 1}, {"core_layers": 2}, {"states": 2}, {"prelude_layers": 1}, {"turn_norm": "final"}]
+)
+def test_forms_of_which_no_place_can_leave_are_refused(form: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="turn_norm is 'final'" if "turn_norm" in form else "halt=False"):
         run_halting(gated(True, **form), ids(1, 4), Rule(0.5, 6))

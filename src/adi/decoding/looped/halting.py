@@ -77,8 +77,14 @@ class Standing:
             self.fired, self.before = self.fired[left], self.before[left]
 
 
+def _require_plain_turns(model: LoopedForCausalLM) -> None:
+    if (between := model.config.turn_norm) == "final":
+        raise UsageError(f"turn_norm is {between!r}: items are not solved by such a model; use adi.load and adi.generate.")
+
+
 def require_halting(model: LoopedForCausalLM) -> None:
     """UsageError for a form of which no part can leave a pass."""
+    _require_plain_turns(model)
     config = model.config
     if config.causal and (config.core_layers > 1 or config.states > 1 or config.prelude_layers or config.coda_layers):
         raise UsageError(
@@ -134,8 +140,9 @@ def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
 
 
 def inputs_of(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What is fed into every turn, and what attention is given beside."""
+    """What is fed into every turn, and what attention is given beside. UsageError where more lies between turns."""
     decoder = model.model
+    _require_plain_turns(model)
     given_BTD = decoder.embed_tokens(ids_BT)
     places = torch.arange(ids_BT.shape[1])[None]
     if model.config.positions == "learned":
