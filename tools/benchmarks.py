@@ -333,7 +333,11 @@ LOOP_ROWS: dict[str, Callable[[Result], str]] = {
         else "none"
     ),
     "faster than all turns in wall-clock time, by batch": lambda r: ", ".join(
-        f"{s['batch']}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})" for s in r.get("speed", ())
+        f"{s['batch']} on {s.get('backend', 'hf')}: {s['median']:.2f} x ({s['low']:.2f} to {s['high']:.2f})"
+        for s in r.get("speed", ())
+    ),
+    "milliseconds a batch, halted": lambda r: ", ".join(
+        f"{s['batch']} on {s['backend']}: {s['halted_ms']:.2f}" for s in r.get("speed", ()) if "halted_ms" in s
     ),
 }
 

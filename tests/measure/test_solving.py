@@ -93,7 +93,7 @@ def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
     for name, (low, high) in found["controls"]["gate_ahead_interval"].items():
         assert low <= found["controls"]["area"]["gate"] - found["controls"]["area"][name] <= high
     text = adi_("solve", folder, "--count", 12, "--time", "1,2").output
-    assert "batch of 2: " in text
+    assert "batch of 2 on hf: " in text
     assert "rank correlation of turns with difficulty" in text
 
 

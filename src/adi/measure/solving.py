@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -96,18 +97,20 @@ def certified(source: Any, level: float, count: int, seed: int, delta: float = 0
 def speed(source: Any, sizes: Sequence[int], seed: int, repeats: int = 15, **halting: Any) -> list[dict[str, Any]]:
     """How many times faster halting is than all turns, by batch size, in wall-clock time: medians of interleaved pairs after a
     warm-up, with 95% intervals; and milliseconds of a batch. Small batches are timed one after the other, ``TIMED_ITEMS`` items
-    in all, since each stops elsewhere. Let nothing else run meanwhile."""
+    in all, since each stops elsewhere. Both backends are timed where the compiled one is asked for. Let nothing else run
+    meanwhile."""
     model = load_looped(source)
     task = task_of(model)
     rows = []
-    for size in sizes:
+    chosen = halting.get("backend", "hf")
+    for size, backend in product(sizes, dict.fromkeys(("hf", chosen))):
         ids_BT = torch.tensor(task.batch(max(size, TIMED_ITEMS), (seed,), test=True).ids_BT)
         parts = [part for part in ids_BT.split(size) if len(part) == size]
-        rules = halting_rule(model, **halting), halting_rule(model, False, backend=halting.get("backend", "hf"))
+        rules = halting_rule(model, **{**halting, "backend": backend}), halting_rule(model, False, backend=backend)
         seconds = [[_seconds(model, task, parts, rule) for rule in rules] for _ in range(repeats + 1)][1:]
         ratio = clustered_median([[full / halted] for halted, full in seconds])
         halted_ms, full_ms = (1000 * float(np.median(column)) / len(parts) for column in zip(*seconds, strict=True))
-        row = {"batch": size, "median": ratio.median, "low": ratio.low, "high": ratio.high}
+        row = {"batch": size, "backend": backend, "median": ratio.median, "low": ratio.low, "high": ratio.high}
         rows.append({**row, "halted_ms": halted_ms, "all_turns_ms": full_ms})
     return rows
 

@@ -118,7 +118,10 @@ def _judge(found: dict[str, Any], as_json: bool) -> None:
         say(console, _certificate(found["certified"]))
     for row in found.get("speed", ()):
         ratio = f"{row['median']:.2f} x all turns ({row['low']:.2f} to {row['high']:.2f})"
-        say(console, f"batch of {row['batch']}: {ratio}, {row['halted_ms']:.2f} ms for {row['all_turns_ms']:.2f}")
+        say(
+            console,
+            f"batch of {row['batch']} on {row['backend']}: {ratio}, {row['halted_ms']:.2f} ms for {row['all_turns_ms']:.2f}",
+        )
     rows = [(f"{r['from']} to {r['to']}", f"{r['turns']:.2f}", percent(r["accuracy"], 1)) for r in found["by_difficulty"]]
     console.print(table(None, ("difficulty", "mean turns", "right"), rows))
     if "prices" in found:
