@@ -79,10 +79,9 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.num_attention_heads = self.num_key_value_heads = num_attention_heads
         self.prelude_layers, self.core_layers, self.coda_layers = prelude_layers, core_layers, coda_layers
         self.turns, self.states, self.inner_turns = turns, states, inner_turns
-        self.injection, self.turn_norm, self.gate_price, self.halt_threshold = injection, turn_norm, gate_price, halt_threshold
-        self.sandwich_norms = sandwich_norms
+        self.injection, self.turn_norm, self.sandwich_norms = injection, turn_norm, sandwich_norms
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
-        self.price_range = price_range
+        self.gate_price, self.price_range, self.halt_threshold = gate_price, price_range, halt_threshold
         self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
         self.initializer_range, self.task = initializer_range, task
