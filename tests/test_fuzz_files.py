@@ -90,7 +90,17 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
     _KEPT.update(place=place, terms={"tokens": 3})
     attention = {"heads": 4, "kv_heads": 2, "key_width": 8, "value_width": 8, "scale": 0.5, "window": 0}
     stated = dict.fromkeys(("name", "family", "fingerprint", "precision", "readout"), "fp32")
-    counts = {"layers": 1, "width": 32, "vocabulary": 64, "context": None, "has_mlp": True, "attentions": [attention]}
+    counts = {
+        "layers": 1,
+        "width": 32,
+        "vocabulary": 64,
+        "context": None,
+        "has_mlp": True,
+        "attentions": [attention],
+        "holes": [1],
+        "loop": None,
+        "turns": None,
+    }
     (place / "model.json").write_text(json.dumps({"format": FORMAT, **stated, **counts}))
     system = System("a", None, peak_bytes=5, outcomes={0: [Outcome((1, 2), 1.0, 0.5)]})  # type: ignore[arg-type]
     swept = Sweep(1, 2, 3.0, (SweepPoint(4, 5, 6.0, None),))
