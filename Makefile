@@ -76,8 +76,17 @@ results: peers
 	$(BENCH) --limit 8 --modes full --precision int4,int8,fp32 --batch 8 --repeats 3 --json $(RESULTS)/batch.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
-	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --json > $(RESULTS)/loops_products.json
-	$(BIN)/adi solve sudoku6 --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --json > $(RESULTS)/loops_sudoku6.json
+	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
+	  > $(RESULTS)/loops_products.json
+	$(BIN)/adi solve sudoku6 --count 1024 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
+	  > $(RESULTS)/loops_sudoku6.json
+	mkdir -p out && for o in price plsd ouro pondernet act trm; do \
+	  sed "s/^objective.*/objective = \"$$o\"/" examples/train/short.toml > out/$$o.toml && \
+	  $(BIN)/adi train out/$$o.toml --out out/$$o || exit 1; done
+	sed 's/^objective.*/objective = "last"/; s/^turns.*/turns = 4/; s/^steps.*/steps = 1800/' examples/train/short.toml > out/fixed4.toml
+	$(BIN)/adi train out/fixed4.toml --out out/fixed4
+	$(BIN)/adi solve out/price --count 2048 --seed 1 --against out/plsd,out/ouro,out/pondernet,out/act,out/trm,out/fixed4 --json \
+	  > $(RESULTS)/objectives.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

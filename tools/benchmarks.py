@@ -275,8 +275,10 @@ def loops() -> str:
     found = [load(path.name) for path in sorted(RESULTS.glob("loops_*.json"))]
     rows = [[label, *map(cell, found)] for label, cell in LOOP_ROWS.items()]
     commands = " and ".join(f"`{each['command']}`" for each in found)
-    more = "".join(f"\n\n{part}" for each in found for part in (_compared(each), _prices(each)) if part)
-    return f"{table(['', *(each['task'] for each in found)], rows)}\n\n{commands}; 95% intervals over items.{more}"
+    objectives = load("objectives.json")
+    more = "".join(f"\n\n{part}" for each in [*found, objectives] for part in (_compared(each), _prices(each)) if part)
+    whole = table(["", *(each["task"] for each in found)], rows)
+    return f"{whole}\n\n{commands}; 95% intervals over items.{more}\n\n`{objectives['command']}`"
 
 
 def _compared(found: Result) -> str:
