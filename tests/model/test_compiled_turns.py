@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.looped_shapes import SIZES, huginn, ouro, randomised
+
+from looped import in_random_order
+from looped_shapes import SIZES, huginn, ouro, randomised
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -91,21 +93,12 @@ def test_a_turn_is_compiled_once_and_has_kv_memory_of_its_own_in_each(loaded: ad
 
 
 @settings(max_examples=12)
+@example(orders=[("l", 4), ("a", 1), ("l", 4), ("r", 1)])
 @given(orders=st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 4)), max_size=12))
 def test_random_orders_are_one_full_pass(loaded: adi.Model, orders: list[tuple[str, int]]) -> None:
-    backbone, text = loaded.backbone, list(IDS)
+    backbone = loaded.backbone
     frontier = Frontier(backbone)
-    frontier.append(tuple(IDS))
-    for what, n in orders:
-        if what == "a":
-            text += range(n)
-            frontier.append(tuple(range(n)))
-        elif what == "r" and len(text) > n:
-            del text[-n:]
-            frontier.rollback(len(text))
-        else:
-            frontier.advance(min(n, backbone.spec.layers))
-    frontier.advance(backbone.spec.layers)
+    text = in_random_order(frontier, tuple(IDS), orders)
     got = backbone.logits(frontier.last_state(len(text) - 1))[-1]
     torch.testing.assert_close(got, logits(own(), tuple(text))[-1], atol=1e-3, rtol=1e-3)
 

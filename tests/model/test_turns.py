@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.looped_shapes import SIZES, hrm_text, huginn, ouro, randomised, routed
 
 import adi
 from adi.decoding.frontier import Frontier
@@ -19,6 +18,8 @@ from adi.errors import AdiError, UsageError
 from adi.model.arrays import normalise
 from adi.model.backbone import Loop, Rows, States
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
+from looped import in_random_order
+from looped_shapes import SIZES, hrm_text, huginn, ouro, randomised, routed
 
 IDS = (1, 2, 3, 4, 5, 6, 1, 2)
 
@@ -109,23 +110,14 @@ def test_logits_at_a_turn_are_the_heads_of_that_turn() -> None:
 
 
 @settings(max_examples=24)
+@example(min(MAKERS), [("l", 99), ("a", 1), ("l", 99), ("r", 1)])
 @given(st.sampled_from(sorted(MAKERS)), st.lists(st.tuples(st.sampled_from("arl"), st.integers(1, 4)), max_size=12))
 def test_random_orders_are_one_full_pass(form: str, orders: list[tuple[str, int]]) -> None:
     """Append, roll back and look at any turn in any order: the last states are those of one pass over the text."""
     model = network(form)
     backbone = adi.load(model).backbone
-    frontier, text = Frontier(backbone), list(IDS)
-    frontier.append(tuple(IDS))
-    for what, n in orders:
-        if what == "a":
-            text += range(n)
-            frontier.append(tuple(range(n)))
-        elif what == "r" and len(text) > n:
-            del text[-n:]
-            frontier.rollback(len(text))
-        else:
-            frontier.advance(min(n, backbone.spec.layers))
-    frontier.advance(backbone.spec.layers)
+    frontier = Frontier(backbone)
+    text = in_random_order(frontier, tuple(IDS), orders)
     wanted = logits(model, text)[-1]
     assert torch.allclose(backbone.logits(frontier.last_state(len(text) - 1))[-1], wanted, atol=1e-3)
 

@@ -119,6 +119,11 @@ def test_deep_supervision_goes_on_from_the_last_state_until_an_item_has_had_its_
     assert had == [[0, 0, 1, 2], [1, 1, 2, 0], [2, 2, 0, 1], [0, 0, 1, 2]]
 
 
+def test_a_step_of_more_turns_than_an_item_has_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"gradient_turns=4 is more than all turns of an item, 3"):
+        replace(TINY, gradient_turns=4).config(task_named("products-S3"))
+
+
 def test_a_carried_state_must_meet_its_input_again() -> None:
     with pytest.raises(UsageError, match=r"gradient_turns=2 needs an injection, not 'none'"):
         replace(TINY, gradient_turns=2, model={"injection": "none"}).config(task_named("products-S3"))

@@ -79,7 +79,8 @@ class Turns:
                 f"halted {' '.join(map(str, self.halted_T))}",
                 self.summary(),
             ]
-        width, found, per_line = 2 * self._size() + 2, list[str](), 6
+        width, per_line = 2 * self._size() + 2, 6
+        found = [" ".join(self.task.show(self.item[place]) for place in places) for places in self.rows()] + [""]
         for first in range(1, len(turns) + 1, per_line):
             chosen = [turn for turn in turns if first <= turn < first + per_line]
             found.append("".join(f"turn {turn}".ljust(width) for turn in chosen))

@@ -190,11 +190,14 @@ def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedFor
         raise FileError(f"there is no looped model {name!r}: neither a folder with a config.json nor shipped ({there}).")
     try:
         with quiet_transformers():
-            model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True)
+            model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # readers of foreign files raise what they like
         raise ModelError(f"the looped model in {folder} cannot be read: {first_line(error)}") from None
-    if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
+    if lacks := [*report["missing_keys"]]:
         raise ModelError(f"the looped model in {folder} lacks {len(lacks)} weights, among them {lacks[0]}.")
+    for name, kept, wanted in sorted(report["mismatched_keys"]):
+        shapes = f"{list(kept)} and not {list(wanted)}"
+        raise ModelError(f"the looped model in {folder} is none of its config.json: {name} has the shape {shapes}.")
     found: LoopedForCausalLM = model.eval()
     return found
 

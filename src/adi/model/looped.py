@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from msgspec import Meta, ValidationError, convert
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -23,8 +24,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from adi.arguments import real
 from adi.errors import UsageError
 from adi.model.ouro import read_ouro
+from adi.schema import Natural, NonNegative, Positive
 
 INJECTIONS = ("none", "add", "concat")
+Pair = Annotated[list[float], Meta(min_length=2, max_length=2)]
 GATE_BIAS = -3.0  # a gate that starts at one half stops most runs early for good (UT with ACT on Sudoku, 2604.21999)
 
 
@@ -46,13 +49,13 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __init__(
         self,
-        vocab_size: int = 16,
-        hidden_size: int = 96,
-        intermediate_size: int = 192,
-        num_attention_heads: int = 4,
-        prelude_layers: int = 0,
+        vocab_size: Positive = 16,
+        hidden_size: Positive = 96,
+        intermediate_size: Positive = 192,
+        num_attention_heads: Positive = 4,
+        prelude_layers: Natural = 0,
         core_layers: int = 1,
-        coda_layers: int = 0,
+        coda_layers: Natural = 0,
         turns: int = 8,
         states: int = 1,
         inner_turns: int = 1,
@@ -60,7 +63,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         turn_norm: bool | str = True,
         sandwich_norms: bool = False,
         gate_price: bool = False,
-        price_range: list[float] | None = None,
+        price_range: Pair | None = None,
         halt_threshold: float = 0.5,
         task: str | None = None,
         causal: bool = True,
@@ -68,13 +71,14 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         positions: str = "rope",
         place_features: list[list[int]] | None = None,
         relation_bias: bool = False,
-        embedding_range: float | None = None,
-        rope_theta: float = 10000.0,
-        max_position_embeddings: int = 512,
-        rms_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
+        embedding_range: NonNegative | None = None,
+        rope_theta: NonNegative = 10000.0,
+        max_position_embeddings: Positive = 512,
+        rms_norm_eps: NonNegative = 1e-6,
+        initializer_range: NonNegative = 0.02,
         **kwargs: Any,
     ) -> None:
+        _require_types(locals())
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_attention_heads = self.num_key_value_heads = num_attention_heads
         self.prelude_layers, self.core_layers, self.coda_layers = prelude_layers, core_layers, coda_layers
@@ -90,20 +94,29 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.num_hidden_layers = prelude_layers + self.turn_layers * turns + coda_layers
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+        self._require_form()
+
+    def _require_form(self) -> None:
+        """UsageError for values that do not go together."""
+        injection, positions, states, turn_norm = self.injection, self.positions, self.states, self.turn_norm
         if injection not in INJECTIONS:
             raise UsageError(f"injection is {injection!r}; choose one of {', '.join(INJECTIONS)}.")
         if positions not in ("rope", "learned"):
             raise UsageError(f"positions are {positions!r}; choose rope or learned.")
-        if states not in (1, 2) or min(turns, core_layers, inner_turns) < 1:
+        if states not in (1, 2) or min(self.turns, self.core_layers, self.inner_turns) < 1:
             raise UsageError(
-                f"states={states}, turns={turns}, core_layers={core_layers}: one or two states, the others at least 1."
+                f"states={states}, turns={self.turns}, core_layers={self.core_layers}: one or two states, the others at least 1."
             )
         if turn_norm not in (True, False, "final") or (turn_norm == "final" and states > 1):
             raise UsageError(f"turn_norm is {turn_norm!r} with states={states}; choose true, false or, of one state, final.")
-        if relation_bias and (causal or not place_features):
-            raise UsageError(f"relation_bias={relation_bias} needs causal=False and place_features: what relates two places.")
-        if hidden_size % num_attention_heads:
-            raise UsageError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_attention_heads}.")
+        if self.relation_bias and (self.causal or not self.place_features):
+            raise UsageError(
+                f"relation_bias={self.relation_bias} needs causal=False and place_features: what relates two places."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}."
+            )
 
     def judged_price(self, price: Any) -> float | None:
         """The price at which the gate is read, nats for a full pass: the geometric middle of its range where none is given,
@@ -126,6 +139,17 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     def turn_layers(self) -> int:
         """Blocks that run in one turn, each with keys and values of its own."""
         return self.core_layers * (1 if self.states == 1 else self.inner_turns + 1)
+
+
+def _require_types(given: dict[str, Any]) -> None:
+    """UsageError names the parameter of ``LoopedConfig`` whose value is none of its kind."""
+    for name, kind in get_type_hints(LoopedConfig.__init__, include_extras=True).items():
+        try:
+            convert(given.get(name), Any if name in ("kwargs", "return") else kind)
+        except ValidationError as error:
+            raise UsageError(f"{name} of a looped model is {given[name]!r}: {str(error).lower()}.") from None
+    if (prices := given["price_range"]) is not None and not 0 < prices[0] <= prices[1]:
+        raise UsageError(f"price_range of a looped model is {prices}: two prices above 0, the lower one first.")
 
 
 class Block(nn.Module):

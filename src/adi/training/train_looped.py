@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from adi.errors import AdiError, FileError, UsageError
 from adi.files import whole_file, write_json, write_text
+from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, read_json_as
@@ -43,7 +44,8 @@ class TrainSettings(Record, frozen=True):
 
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
-    turns give way to new ones. Far more steps for the same compute.
+    turns give way to new ones. Far more steps for the same compute. Until they end the gate knows the turns of one step only:
+    what it is to learn comes after them.
     """
 
     task: str
@@ -79,18 +81,20 @@ class TrainSettings(Record, frozen=True):
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
         shape |= {"max_position_embeddings": max(task.length, 512) if task.causal else task.length}
-        if self.highest_price is not None:
-            shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
         shape |= {} if task.causal else {"positions": "learned", "place_features": task.place_features}
         known = LoopedConfig().to_dict()
         if unknown := [name for name in self.model if name not in known]:
             raise UsageError(f"model.{unknown[0]} is no field of a looped model; it has {', '.join(sorted(known))}.")
-        config = LoopedConfig(**{**shape, **self.model})
-        if config.gate_price and not 0 < self.price < (self.highest_price or 0):
+        if (self.highest_price is not None or self.model.get("gate_price")) and not 0 < self.price < (self.highest_price or 0):
             raise UsageError(
                 f"price is {self.price:g} and highest_price {self.highest_price}; a gate that takes the price learns from a "
                 "range: a price above 0, and a highest_price above that."
             )
+        if self.highest_price is not None:
+            shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
+        config = LoopedConfig(**{**shape, **self.model})
+        if (self.gradient_turns or 0) > config.turns:
+            raise UsageError(f"gradient_turns={self.gradient_turns} is more than all turns of an item, {config.turns}.")
         if self.gradient_turns and config.injection == "none":
             raise UsageError(
                 f"gradient_turns={self.gradient_turns} needs an injection, not {config.injection!r}: a state kept between "
@@ -304,7 +308,8 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     if last is not None:
         average.resume(last)
-    trainer.train(resume_from_checkpoint=last)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=last)
     config.use_cache, config.architectures = True, [LoopedForCausalLM.__name__]  # the Trainer turned the first off
     trained = LoopedForCausalLM(config)
     trained.load_state_dict(average.weights, strict=False)

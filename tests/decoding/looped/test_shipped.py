@@ -10,6 +10,7 @@ import numpy as np
 import adi
 from adi.files import package_data
 from adi.measure.solving import solving_report
+from adi.measure.turns import turns_of
 from adi.model.hub import shipped_looped
 from adi.schema import read_json_as
 from adi.tasks.products import GROUPS
@@ -52,6 +53,13 @@ def test_puzzles_of_unseen_grids_are_solved_and_hard_ones_take_longer() -> None:
     turns, blanks = np.array([each.turns for each in halted]), np.array([board.count(0) for board, _ in unseen])
     assert turns[blanks <= 12].mean() + 2 < turns[blanks >= 20].mean()
     assert [each.turns for each in adi.solve("sudoku6", puzzles, halt=False)] == [16] * len(puzzles)
+
+
+def test_a_puzzle_is_shown_before_it_is_solved() -> None:
+    """Where nothing is bold, as in a pipe, clues and answers look alike."""
+    shown = turns_of("sudoku6", "...1.3" + "." * 30)
+    assert shown.lines()[0] == ". . . 1 . 3"
+    assert "turn 1" in shown.lines()[7]
 
 
 def test_shipped_models_are_small_and_the_examples_made_them() -> None:

@@ -115,7 +115,8 @@ def test_a_folder_is_a_model_and_a_damaged_one_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"hidden_size": "x"}, "cannot be read"),
+        ({"hidden_size": "x"}, "cannot be read: hidden_size of a looped model is 'x'"),
+        ({"intermediate_size": 33}, r"is none of its config.json: .*mlp.* has the shape \[\d+, \d+\] and not \[\d+, \d+\]"),
         ({"task": "products-D4"}, "no model of products-D4: vocab_size 7 and causal True are not 9 and True"),
         ({"task": "chess"}, "no task 'chess'"),
         ({"turns": 0}, "turns=0"),

@@ -64,7 +64,8 @@ class _AllTurns(nn.Module):
         state = decoder.first_state(given_GTD)
         for _ in range(self.turns):
             state = decoder.turn(state, given_GTD, 0, **attention)
-        return self.model.lm_head(decoder.read_out(state, 0, attention))  # type: ignore[no-any-return]
+        logits: Tensor = self.model.lm_head(decoder.read_out(state, 0, attention))
+        return logits
 
 
 class _ItemTurn(nn.Module):
@@ -133,7 +134,7 @@ class _PlaceTurn(nn.Module):
         return torch.cat([told[..., :V], halt], -1), self._enter(state, given_GND, place_GN)
 
     def _heads(self, part_GND: Tensor) -> Tensor:
-        return part_GND.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+        return torch.unflatten(part_GND, -1, (self.heads, -1)).transpose(1, 2)
 
     def _enter(self, state: Tensor, given_GND: Tensor, place_GN: Tensor) -> Tensor:
         linear = self.concat

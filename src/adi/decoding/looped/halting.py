@@ -48,8 +48,8 @@ class Rule:
         """The gate's, of items ``[N]`` (puzzles: by the mean of its logits) or of places ``[N, T]``; 0 where nothing halts."""
         if self.threshold is None:
             return torch.zeros(read_NTD.shape[: 2 if model.config.causal else 1])
-        halt = model.gate(read_NTD, self.price)
-        return (halt if model.config.causal else halt.mean(-1)).sigmoid()  # type: ignore[no-any-return]
+        halt: Tensor = model.gate(read_NTD, self.price)
+        return (halt if model.config.causal else halt.mean(-1)).sigmoid()
 
 
 class Standing:
