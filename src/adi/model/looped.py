@@ -105,7 +105,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
             raise UsageError(f"positions are {positions!r}; choose rope or learned.")
         if states not in (1, 2) or min(self.turns, self.core_layers, self.inner_turns) < 1:
             raise UsageError(
-                f"states={states}, turns={self.turns}, core_layers={self.core_layers}: one or two states, the others at least 1."
+                f"states={states}, turns={self.turns}, core_layers={self.core_layers}: one or two states, others at least 1."
             )
         if turn_norm not in (True, False, "final") or (turn_norm == "final" and states > 1):
             raise UsageError(f"turn_norm is {turn_norm!r} with states={states}; choose true, false or, of one state, final.")
