@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import adi
 from adi.cli import plot
-from adi.cli.app import COMMANDS, application
+from adi.cli.app import COMMANDS, GROUPS, application
 from adi.errors import FileError, MemoryFullError, ModelError, UsageError
 from support import adi_
 
@@ -109,9 +109,11 @@ def test_a_configuration_without_meaning_is_refused(text: str, complaint: str, t
     assert "cannot read the configuration" in missing.stderr
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [*(c for c in COMMANDS if c not in GROUPS), *(f"{g} {c}" for g, inner in GROUPS.items() for c in inner)]
+)
 def test_help_is_short_and_all_of_it_is_there_on_request(name: str) -> None:
-    short, whole = adi_(name, "--help").stdout, adi_(name, "--help-all").stdout
+    short, whole = adi_(*name.split(), "--help").stdout, adi_(*name.split(), "--help-all").stdout
     assert short.count(" --") <= 26
     assert set(short.split()) <= set(whole.split()) | {"│"}
     assert "--config" in short

@@ -24,9 +24,10 @@ from adi.files import FULL
 # Each is a function in the module of its name.
 COMMANDS = (
     *("run", "chat", "trace", "plot", "inspect", "triggers"),
-    *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "train", "solve"),
+    *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "train", "solve", "study"),
 )
 HOMES = {"train": "looped.train", "solve": "looped.solve"}
+GROUPS = {"study": ("exposure",)}  # commands of commands; each of these is in a module of the group's folder
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -176,20 +177,33 @@ class _Command(TyperCommand):
 
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """The program with these commands."""
-    program = typer.Typer(
-        name="adi",
+    program = _typer("adi", "Adaptive depth inference: self-speculative decoding with exactly the full model's text.")
+    program.callback()(options)
+    for name in names:
+        if name not in GROUPS:
+            _add(program, name, HOMES.get(name, name))
+            continue
+        group = _typer(name, (import_module(f"adi.cli.{name}").__doc__ or "").partition(": ")[2])
+        for inner in GROUPS[name]:
+            _add(group, inner, f"{name}.{inner}")
+        group.callback()(lambda: None)  # with it a group of one command stays a group
+        program.add_typer(group)
+    return program
+
+
+def _typer(name: str, about: str) -> typer.Typer:
+    return typer.Typer(
+        name=name,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="Adaptive depth inference: self-speculative decoding with exactly the full model's text.",
+        help=about,
     )
-    program.callback()(options)
-    for name in names:
-        program.command(name, cls=_Command)(
-            with_groups(guarded(getattr(import_module(f"adi.cli.{HOMES.get(name, name)}"), name)))
-        )
-    return program
+
+
+def _add(program: typer.Typer, name: str, module: str) -> None:
+    program.command(name, cls=_Command)(with_groups(guarded(getattr(import_module(f"adi.cli.{module}"), name))))
 
 
 def asked_for(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,60 @@
+"""What an exposure study trains: its grid of parts, and the folder in which they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from msgspec import Meta
+
+from adi.errors import UsageError
+from adi.files import write_json
+from adi.schema import Natural, Positive, Record, read_json_as
+
+Shape = Literal["looped", "plain"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+SETTINGS = "study.json"
+Price = Annotated[float, Meta(ge=0, le=100)]
+
+
+class Part(Record, frozen=True):
+    """One model to train: a shape, a price on depth (nats for a full pass) and a seed."""
+
+    shape: Shape
+    price: Price
+    seed: Natural
+
+    @property
+    def name(self) -> str:
+        """The stem of its file."""
+        return f"{self.shape}-{self.price:g}-{self.seed}"
+
+
+class ExposureSettings(Record, frozen=True):
+    """The grid of an exposure study and the size of each part."""
+
+    prices: tuple[Price, ...] = (0.0, 0.03, 0.1, 0.3)
+    seeds: tuple[Natural, ...] = (0, 1, 2)
+    shapes: tuple[Shape, ...] = SHAPES
+    steps: Positive = 1200
+
+    def parts(self) -> Iterator[Part]:
+        """The parts seed by seed, so that a stopped study has whole comparisons."""
+        for seed in self.seeds:
+            for shape in self.shapes:
+                for price in self.prices:
+                    yield Part(shape, price, seed)
+
+    def claim(self, folder: Path) -> None:
+        """Note the settings in a folder; UsageError where it was begun with others."""
+        path = folder / SETTINGS
+        if path.exists():
+            before = read_json_as(path, ExposureSettings, "settings of the study")
+            for name in self.__struct_fields__:
+                if getattr(before, name) != getattr(self, name):
+                    raise UsageError(
+                        f"{folder} was begun with {name} = {getattr(before, name)!r}, not {getattr(self, name)!r}; choose "
+                        "another folder, or delete it."
+                    )
+        write_json(path, self.to_json())
