@@ -31,7 +31,7 @@ model.openvino
 model.load
 exits
 drafters
-risk
+risk measure.free_energy
 artifact
 decoding
 training measure.statistics measure.provenance measure.pages measure.trace

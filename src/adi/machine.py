@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 VECTORS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 VNNI", "avx2": "AVX2"}
@@ -35,6 +36,38 @@ def give_back_memory() -> None:
     """Have the C library return freed memory to the system, where it can (glibc); after something large was built."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def energy_meter(powercap: Path = Path("/sys/class/powercap")) -> Callable[[], float | None]:
+    """A function that gives the joules which processors, their memory and GPUs have used since now, whoever used them; None
+    where this machine tells none: by RAPL's counters, which need rights to be read, or NVML's, which need ``pynvml``."""
+    begun = _joules(powercap)
+
+    def since() -> float | None:
+        now = _joules(powercap)
+        spent = [(now[name][0] - was) % turnover for name, (was, turnover) in begun.items() if name in now]
+        return sum(spent) if spent else None
+
+    return since
+
+
+def _joules(powercap: Path) -> Mapping[str, tuple[float, float]]:
+    """Each counter, and the value at which it begins again."""
+    found = {}
+    for zone in sorted(powercap.glob("intel-rapl:*")):  # AMD's too
+        with contextlib.suppress(OSError, ValueError):
+            if (zone / "name").read_text().startswith(("package", "dram")):  # a package's cores are counted in it
+                now, most = (float((zone / file).read_text()) for file in ("energy_uj", "max_energy_range_uj"))
+                found[zone.name] = now / 1e6, most / 1e6
+    with contextlib.suppress(ImportError):
+        import pynvml  # type: ignore[import-not-found]
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            for i in range(pynvml.nvmlDeviceGetCount()):
+                used = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(i))
+                found[f"gpu {i}"] = used / 1e3, float(1 << 63)
+    return found
 
 
 @functools.cache

@@ -28,6 +28,8 @@ from adi.cli.shared.options import (
 from adi.cli.shared.output import err, out, read_input, say, show_json
 from adi.errors import UsageError
 from adi.files import require_writable
+from adi.machine import energy_meter
+from adi.measure.free_energy import FULL_PRICE
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 TRACED_CANDIDATES = 5
 WARM_UP_TOKENS = 4
+PRICE_HELP = "Nats for a full pass: give each token's free energy; with --json and in traces 1 unless given."
 VERIFYING = ("verified", "lookup")  # the modes that promise the text of full depth and run many rows at once
 
 
@@ -52,6 +55,7 @@ def run(
         int | None,
         option("--logprobs", min=0, help="With --json: log-probabilities of so many tokens, and of the one drawn.", rare=True),
     ] = None,
+    price: Annotated[float | None, option("--price", min=0, help=PRICE_HELP, rare=True)] = None,
     trace: Annotated[Path | None, option("--trace", metavar="FILE", help="Write a trace of every step, for adi plot.")] = None,
     *,
     decoding: DecodingOptions,
@@ -72,8 +76,11 @@ def run(
         say(err(), TIES.format(mode=decoding.mode), "dim")
     if compare:
         _warm_up(loaded, content, policy, options)
+    options["price"] = FULL_PRICE if price is None and (json_out or trace is not None) else price
     options["logprobs"] = logprobs if trace is None else max(logprobs or 0, TRACED_CANDIDATES)
+    meter = energy_meter()
     generation = (generated if json_out else _shown)(loaded, content, policy, **options)
+    joules = meter()
     full = generated(loaded, content, FullDepth(), **options) if compare else None
     if trace is not None:
         from adi.measure.trace import trace_of, write_trace
@@ -81,9 +88,9 @@ def run(
         asked = content if isinstance(content, str) else dumps(content, ensure_ascii=False)
         write_trace(trace_of(generation, policy, asked), trace)
     if json_out:
-        show_json(document(generation, full, loaded.backbone.spec.row_invariant))
+        show_json(document(generation, full, loaded.backbone.spec.row_invariant) | {"joules": joules})
     else:
-        _closing(out(), generation, full)
+        _closing(out(), generation, full, joules)
 
 
 def _content(prompt: str, messages: Path | None, ids: str | None) -> Prompt:
@@ -178,11 +185,20 @@ def _shown(model: Model, prompt: Prompt, policy: Policy, **options: Any) -> Gene
     return session.generation(list(Painter(console, depths).follow(session)))
 
 
-def _closing(console: Console, generation: Generation, full: Generation | None) -> None:
+def energy_line(joules: float | None, tokens: int) -> str:
+    """What a text took, in words."""
+    if joules is None:
+        return "energy: this machine tells none (RAPL and NVML are missing, or closed to this user)"
+    return f"energy: {joules:.1f} J, {joules / max(tokens, 1):.2f} a token, of the whole machine meanwhile"
+
+
+def _closing(console: Console, generation: Generation, full: Generation | None, joules: float | None) -> None:
     summary, sampled = generation.summary(), generation.sampling
     say(console, f"\n{summary.mode}: {summary}")
     where = ", ".join(f"{depth}: {count}" for depth, count in summary.depth_histogram.items())
     say(console, f"tokens by depth (of {generation.layers}): {where}")
+    if generation.full_price is not None:
+        say(console, energy_line(joules, summary.tokens))
     if sampled is not None:
         say(console, f"sampled at temperature {sampled['temperature']:g}; --seed {sampled['seed']} samples it again")
     if not summary.calibrated:

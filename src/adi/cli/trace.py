@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adi.cli.run import generated
+from adi.cli.run import PRICE_HELP, energy_line, generated
 from adi.cli.shared.options import (
     DEMO_PROMPT,
     DecodingOptions,
@@ -20,6 +20,8 @@ from adi.cli.shared.options import (
 )
 from adi.cli.shared.output import err, say
 from adi.files import require_writable
+from adi.machine import energy_meter
+from adi.measure.free_energy import FULL_PRICE
 
 
 def trace(
@@ -28,6 +30,7 @@ def trace(
     model: ModelOption = "smollm2-135m",
     max_new_tokens: TokensOption = 128,
     logprobs: Annotated[int, option("--logprobs", min=1, help="Candidate tokens to record at every depth.")] = 5,
+    price: Annotated[float, option("--price", min=0, help=PRICE_HELP, rare=True)] = FULL_PRICE,
     *,
     decoding: DecodingOptions,
     sampling: SamplingOptions,
@@ -40,11 +43,14 @@ def trace(
     options = {
         "max_new_tokens": max_new_tokens or None,
         "logprobs": logprobs,
+        "price": price,
         "sampling": sampling.sampling(),
         **text.settings(),
     }
     require_writable(out)
     loaded, policy = decoding.load(engine, model)
+    meter = energy_meter()
     generation = generated(loaded, prompt, policy, **options)
+    energy = energy_line(meter(), len(generation.steps))
     write_trace(trace_of(generation, policy, prompt), out)
-    say(err(), f"{generation.summary()}\ntrace written to {out}; see it with: adi plot {out}")
+    say(err(), f"{generation.summary()}\n{energy}\ntrace written to {out}; see it with: adi plot {out}")

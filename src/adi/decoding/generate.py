@@ -44,6 +44,7 @@ class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     stop_at_eos: bool
     skip_special_tokens: bool
     logprobs: int | None
+    price: float | None
     logits_processor: Sequence[LogitsProcessor]
 
 
@@ -86,6 +87,7 @@ def stream(
         skip_special_tokens: False spells special tokens in the text, such as ``[TOOL_CALLS]``, which else only the ids hold.
         logprobs: give ``Step.logprobs``, of this many likeliest tokens and of the one drawn; and, in ``Step.looks``, as many
             candidates and all signals of every depth read (slower).
+        price: nats for a full pass: give the free energy of every token, ``Step.surprise``, ``price`` and ``regret``.
         temperature, top_k, top_p, min_p, seed: how tokens are drawn, as ``Sampling`` describes; greedy by default. The same
             seed gives the same text, at full depth and verified alike; verified, the distribution is the full model's
             (docs/exactness.md).

@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated, Any
 
 from msgspec import Meta
 
+from adi.measure.free_energy import FreeEnergy
 from adi.schema import Int, Natural, Record
 
 Level = Annotated[str, Meta(pattern="^(memory|drafter|exit|full)$")]
@@ -25,7 +27,8 @@ class Candidate(Record, frozen=True):
 
 
 class Look(Record, frozen=True):
-    """One depth evaluated for one position: the token it predicts, its signals, and whether the trigger fired."""
+    """One depth evaluated for one position: the token it predicts, its signals, and whether the trigger fired. ``surprise``
+    is that of the final token there, -log p in nats, where a price was given."""
 
     depth: Natural
     token: Int | None
@@ -33,6 +36,7 @@ class Look(Record, frozen=True):
     fired: bool
     signals: Mapping[str, float]
     candidates: tuple[Candidate, ...]
+    surprise: float | None = None
 
 
 class Draft(Record, frozen=True):
@@ -52,6 +56,10 @@ class Step(Record, frozen=True):
     ``rejected`` are drafts thrown away at this position and after it, the first of them replaced by this token. ``signals``
     are those of the depth that decided; ``looks`` all depths read, where ``logprobs`` are asked for. ``seconds`` is wall-clock
     since the call, until the token was final.
+
+    With a ``price``, in nats for a full pass: ``surprise`` is -log p of the token, by full depth where that has run, and
+    ``price`` what the depth that gave it costs; their sum is its free energy. ``regret`` is by how much the best of the depths
+    looked at would have been lower: each by its own surprise, the one that was taken by full depth's word.
     """
 
     index: Natural
@@ -66,6 +74,9 @@ class Step(Record, frozen=True):
     looks: tuple[Look, ...]
     rejected: tuple[Draft, ...]
     seconds: float
+    surprise: float | None = None
+    price: float | None = None
+    regret: float | None = None
 
     @property
     def logprobs(self) -> dict[int, float]:
@@ -136,7 +147,8 @@ class Counters:
 class Summary(Record, frozen=True):
     """The figures of one generation, as ``adi run --json`` prints them.
 
-    ``block_rows_full`` and ``block_passes_full`` are what full depth needs for the same tokens.
+    ``block_rows_full`` and ``block_passes_full`` are what full depth needs for the same tokens. ``free_energy`` is None where
+    no price was given.
     """
 
     mode: str
@@ -157,16 +169,18 @@ class Summary(Record, frozen=True):
     tokens_per_second: float
     finish: str
     calibrated: bool
+    free_energy: FreeEnergy | None = None
 
     def __str__(self) -> str:
         share = ""
         if self.drafted and self.mode != "reflex":
             share = f"{self.accepted} of {self.drafted} drafts accepted ({self.accepted / self.drafted:.0%}), "
         saved = self.block_rows_full - self.block_rows
+        free = "" if self.free_energy is None else f"; {self.free_energy}"
         return (
             f"{self.tokens} tokens in {self.rounds} rounds, {share}mean depth {self.mean_depth:.1f}, "
             f"{saved:+d} block-rows and {self.block_passes_full - self.block_passes:+d} block passes saved, "
-            f"{self.tokens_per_second:.1f} tokens/s"
+            f"{self.tokens_per_second:.1f} tokens/s{free}"
         )
 
 
@@ -174,7 +188,8 @@ class Summary(Record, frozen=True):
 class Generation:
     """A finished text. ``finish`` is "eos", "stop" or "length"; ``str()`` of it is the text. ``sampling`` holds the options
     that draw it again, seed included; None where it is greedy. ``verified``: full depth had the last word on every token. Else
-    ``certified`` says what bounds the risk (None: nothing does), ``drift`` what spot checks found."""
+    ``certified`` says what bounds the risk (None: nothing does), ``drift`` what spot checks found. ``full_price`` is the price
+    that was given, nats for a full pass."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -191,6 +206,7 @@ class Generation:
     verified: bool = True
     certified: str | None = None
     drift: Drift | None = None
+    full_price: float | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -219,4 +235,14 @@ class Generation:
             tokens_per_second=tokens / c.seconds if c.seconds > 0 else 0.0,
             finish=self.finish,
             calibrated=self.verified or self.certified is not None,
+            free_energy=self._free_energy(),
         )
+
+    def _free_energy(self) -> FreeEnergy | None:
+        """Means over the steps; None without a price, for no tokens, and where a token had no chance."""
+        known = [(s.surprise, s.price, s.regret) for s in self.steps if s.surprise is not None and math.isfinite(s.surprise)]
+        if self.full_price is None or not known or len(known) < len(self.steps):
+            return None
+        surprise, price, regret = (fmean(value or 0.0 for value in column) for column in zip(*known, strict=True))
+        share = fmean(step.depth for step in self.steps) / self.layers
+        return FreeEnergy(surprise + price, surprise, price, share, regret, self.full_price)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Unpack
 
-from adi.arguments import several, whole
+from adi.arguments import real, several, whole
 from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
@@ -34,6 +35,7 @@ from adi.drafters.network import DraftGuess
 from adi.errors import MemoryFullError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
+from adi.measure.free_energy import least_free_energy
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.model.prompt import Prompt, PromptKeywords
@@ -61,6 +63,7 @@ class Session:
         stop_at_eos: bool = True,
         skip_special_tokens: bool = True,
         logprobs: int | None = None,
+        price: float | None = None,
         sampling: Sampling | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         **reading: Unpack[PromptKeywords],
@@ -76,6 +79,7 @@ class Session:
         self.prompt_ids = model.encode(prompt, **reading)
         self._stop = StopStrings(several(stop) + several(model.generation.get("stop_strings") if stop_at_eos else None)).stops
         self._logprobs = None if logprobs is None else whole("logprobs", logprobs, 0)
+        self._price = None if price is None else real("price", price, "0 or more, nats for a full pass", lambda p: p >= 0)
         self._skip_special = skip_special_tokens
         self.budget = _budget(model, len(self.prompt_ids), max_new_tokens)
         self._eos_ids: frozenset[int] = model.eos_ids if stop_at_eos else frozenset()
@@ -175,12 +179,15 @@ class Session:
             layers=spec.layers,
             finish=self.finish,
             counters=self.counters,
+            full_price=self._price,
             sampling=None if self.sampling is None else self.sampling.to_json(),
             **self._asked.result(self.strategy.verification, self._fell_at),
         )
 
     def _rule(self) -> TokenRule:
         """How final tokens come of full depth's outputs."""
+        if self._price is not None:
+            import torch  # noqa: F401  now, not while the first token is timed
         if self._plain:
             return likeliest
         from adi.decoding.sampler import Sampler  # with torch, which greedy decoding on the compiled engine does without
@@ -249,7 +256,7 @@ class Session:
             states = (yield from frontier.look(request.to))[-request.read :]
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
-        replies.append((yield HeadPass(states, logits=not self._plain)))
+        replies.append((yield HeadPass(states, logits=self._reads_logits)))
         alone = len(replies) > 1 and not any(reply.shared for reply in replies)
         if costs is not None and len(request.ids) <= COSTED_ROWS and alone:
             costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
@@ -267,10 +274,14 @@ class Session:
         return True
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
-        """Of one row at full depth, whose score is its likeliest token, or its logits when sampling."""
-        token, logits_V = (score, None) if self._plain else (None, score)
+        """Of one row at full depth, whose score is its likeliest token, or its logits where they are read."""
+        token, logits_V = (None, score) if self._reads_logits else (score, None)
         predict = functools.partial(_full_prediction, self.model.backbone, row)
         return ExitOutput(self.request.layers, predict, row, token, logits_V)
+
+    @property
+    def _reads_logits(self) -> bool:
+        return not self._plain or self._price is not None
 
     def _step(self, item: Emitted) -> Step:
         draft = item.draft
@@ -295,9 +306,23 @@ class Session:
             looks=self._looks(item) if self._logprobs is not None else (),
             rejected=tuple(self._draft(rejected) for rejected in item.rejected),
             seconds=time.perf_counter() - self._started,
+            **self._free_energy(item),
         )
         self._tokens.append(item.token)
         return step
+
+    def _free_energy(self, item: Emitted) -> dict[str, float]:
+        """Surprise, price and regret of a final token, where there is a price."""
+        if self._price is None:
+            return {}
+        rate, levels, surprise = self._price / self.request.layers, dict[int, float](), math.inf
+        for check in item.checks:
+            assert isinstance(check.output, ExitOutput)
+            surprise = check.output.surprise(item.token)  # in the end that of the deepest
+            levels[check.output.depth] = surprise + rate * check.output.depth
+        levels[item.depth] = level = surprise + rate * item.depth
+        regret = level - least_free_energy(tuple(levels.values())) if math.isfinite(level) else level
+        return {"surprise": surprise, "price": rate * item.depth, "regret": regret}
 
     def _text(self, token: int) -> str:
         """What the next token adds to the text."""
@@ -314,14 +339,15 @@ class Session:
     def _looks(self, item: Emitted) -> tuple[Look, ...]:
         """Every depth read; the token itself is among the candidates of the last one, which decided."""
         *others, last = item.checks
-        return (*(self._look(check) for check in others), self._look(last, item.token))
+        return (*(self._look(check, None, item.token) for check in others), self._look(last, item.token, item.token))
 
-    def _look(self, check: ExitCheck, token: int | None = None) -> Look:
+    def _look(self, check: ExitCheck, token: int | None, final: int) -> Look:
         output = check.output
         assert isinstance(output, ExitOutput)
         found = tuple(Candidate(t, self._spell(t), p) for t, p in output.candidates(self._logprobs or 0, token))
         signals = {name: output.signals[name] for name in output.signals}
-        return Look(output.depth, output.token, self._spell(output.token), check.fired, signals, found)
+        surprise = None if self._price is None else output.surprise(final)
+        return Look(output.depth, output.token, self._spell(output.token), check.fired, signals, found, surprise)
 
     def _special(self, token: int) -> str:
         """How a token is spelled that the text leaves out; an end token ends the text anyway."""

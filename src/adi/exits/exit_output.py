@@ -125,6 +125,17 @@ class ExitOutput:
         values, places = logs.topk(min(count, logs.shape[0]))
         found = dict(zip((places if ids_S is None else ids_S[places]).tolist(), map(math.exp, values.tolist()), strict=True))
         if token is not None and token not in found:
-            named = logs[token : token + 1] if ids_S is None else logs[ids_S == token]  # a shortlist may not name it
-            found[token] = float(named.double().exp().sum())
+            found[token] = float(self._named(token).double().exp().sum())
         return tuple(found.items())
+
+    def surprise(self, token: int) -> float:
+        """-log p of a token in nats; one that a shortlist does not name has its share of the tail."""
+        named, of = self._named(token), self.prediction
+        if len(named):
+            return -float(named[0])
+        return math.inf if of.tail_T is None else math.log(max(of.tail_size, 1)) - float(of.tail_T[0])
+
+    def _named(self, token: int) -> Tensor:
+        """Its log-probability, ``[1]``, or ``[0]`` where a shortlist does not name it."""
+        logs, ids_S = self.prediction.log_probs_TS[0], self.prediction.ids_S
+        return logs[token : token + 1] if ids_S is None else logs[ids_S == token]

@@ -18,7 +18,8 @@ from adi.exits.triggers import Rule
 from adi.files import read_json, write_text
 from adi.schema import Natural, Record, from_json
 
-FORMAT, VERSION = "adi-trace", 2
+FORMAT, VERSION = "adi-trace", 3
+READ = (2, 3)  # version 2 had no free energy
 MOST_LAYERS = 1 << 14  # the page draws as many
 
 
@@ -78,8 +79,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     value = read_json(Path(path), "trace")
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
         raise FileError(f"{path} is not a trace file (adi trace PROMPT --out FILE makes one).")
-    if (version := value.pop("version", None)) != VERSION:
-        raise FileError(f"{path} is a trace of version {version!r:.60}; this adi reads version {VERSION}.")
+    if (version := value.pop("version", None)) not in READ:
+        raise FileError(f"{path} is a trace of version {version!r:.60}; this adi reads versions {READ[0]} to {VERSION}.")
     trace = from_json(value, Trace, f"the trace {path} is damaged")
     if trace.trigger is not None:
         from_json(trace.trigger, Rule, f"the trigger in the trace {path} is damaged")
