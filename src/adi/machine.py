@@ -60,7 +60,7 @@ def _joules(powercap: Path) -> Mapping[str, tuple[float, float]]:
                 now, most = (float((zone / file).read_text()) for file in ("energy_uj", "max_energy_range_uj"))
                 found[zone.name] = now / 1e6, most / 1e6
     with contextlib.suppress(ImportError):
-        import pynvml  # type: ignore[import-not-found]
+        import pynvml
 
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()

@@ -147,8 +147,8 @@ def test_json_keeps_steps(tiny_model: adi.Model) -> None:
     for name, bad in (("token", "7"), ("token", True), ("text", 3), ("seconds", None), ("looks", {}), ("signals", {"a": "b"})):
         with pytest.raises(ValueError, match=name):
             Step.from_json({**good, name: bad})
-    with pytest.raises(ValueError, match="unknown field surprise"):
-        Step.from_json({**good, "surprise": 1})
+    with pytest.raises(ValueError, match="unknown field happiness"):
+        Step.from_json({**good, "happiness": 1})
 
 
 def test_eos_ends_the_text_and_may_be_ignored(tiny_model: adi.Model) -> None:
