@@ -78,7 +78,8 @@ def write_shard(
     path: Path, backbone: Backbone, texts: Sequence[KnownText], deep: Sequence[Tensor], hidden: Sequence[Tensor] = ()
 ) -> None:
     """Texts with all of their last states, ``[T, D]`` each, and those at exit depths, ``[T, E, D]``, in half precision."""
-    deep_ND = torch.cat(list(deep))
+    deep_ND = in_halves(torch.cat(list(deep)))
+    hidden_NED = in_halves(torch.cat(list(hidden))) if hidden else torch.zeros((len(deep_ND), 0, deep_ND.shape[1])).half()
     logits = (backbone.logits(rows_RD.float()) for rows_RD in deep_ND.split(HEAD_ROWS))
     totals, tokens = zip(*((logits_RV.logsumexp(-1), logits_RV.argmax(-1)) for logits_RV in logits), strict=True)
     columns = {
@@ -88,7 +89,7 @@ def write_shard(
         "deep_ND": deep_ND.cpu(),
         "total_N": torch.cat(totals).float().cpu(),
         "token_N": torch.cat(tokens).int().cpu(),
-        "hidden_NED": torch.cat(list(hidden)).cpu() if hidden else torch.zeros((len(deep_ND), 0, deep_ND.shape[1])).half(),
+        "hidden_NED": hidden_NED.cpu(),
     }
     with whole_file(path) as fresh:
         save_file(columns, fresh)
@@ -122,8 +123,8 @@ def write_forced_shards(
         if not paths[-1].exists():
             deep, hidden = [], []
             for n, seen in enumerate(forced_pass(backbone, group, depths)):
-                deep.append(in_halves(seen.deep_ND))
-                hidden += [in_halves(torch.stack([seen.hidden[depth] for depth in depths], 1))] if depths else []
+                deep.append(seen.deep_ND)
+                hidden += [torch.stack([seen.hidden[depth] for depth in depths], 1)] if depths else []
                 progress(at + n, len(texts), what)
             write_shard(paths[-1], backbone, texts[at : at + SHARD_TEXTS], deep, hidden)
         progress(at + len(group), len(texts), what)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adi.errors import FileError
+from adi.errors import AdiError, FileError
 from adi.files import require_readable, whole_file, write_text
 from adi.model.hub import first_line
 from adi.progress import Progress
@@ -34,31 +34,44 @@ class OptimizerOptions:
 
 
 def train(
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
     shards: Sequence[Path],
     checkpoint: Path,
     options: OptimizerOptions,
     updates: Callable[[Path, torch.Generator], Sequence[Update]],
     progress: Progress,
     what: str,
+    after: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Change ``parameters`` by the losses of ``updates(shard, dice)``, going on from ``checkpoint`` if it is there.
+    """Change ``parameters`` (or groups of them, each with its "lr") by the losses of ``updates(shard, dice)``, going on from
+    ``checkpoint`` if it is there; ``after`` is called with the shards done, first with those of before.
 
-    An interrupted run ends with the very values of an undisturbed one.
+    An interrupted run ends with the very values of an undisturbed one. AdiError where a loss is no number: the checkpoint is
+    then the last good one.
     """
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=options.betas, weight_decay=0.0)
-    total, begun = options.epochs * len(shards), load_checkpoint(checkpoint, parameters, optimizer)
+    tensors = parameters_of(optimizer)
+    total, begun = options.epochs * len(shards), load_checkpoint(checkpoint, tensors, optimizer)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: schedule(at / total), last_epoch=begun - 1)
+    after(begun)
     for at in range(begun, total):
         order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(options.seed + at // len(shards)))
         dice = torch.Generator().manual_seed(options.seed + 7919 * at)
         todo, losses = updates(shards[int(order[at % len(shards)])], dice), list[float]()
         for n, update in enumerate(todo):
             losses.append(descend(optimizer, update, options.clip))
+            if not math.isfinite(losses[-1]):
+                raise AdiError(f"{what}: a loss is {losses[-1]}; the last good checkpoint, after {at} parts, is {checkpoint}.")
             progress(at * PARTS + PARTS * n // len(todo), total * PARTS, f"{what}, loss {sum(losses) / len(losses):.2f}")
         rate.step()
-        save_checkpoint(checkpoint, at + 1, parameters, optimizer)
+        save_checkpoint(checkpoint, at + 1, tensors, optimizer)
         progress((at + 1) * PARTS, total * PARTS, f"{what}, loss {sum(losses) / max(1, len(losses)):.2f}")
+        after(at + 1)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Those of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def descend(optimizer: torch.optim.Optimizer, update: Update, clip: float = math.inf) -> float:
@@ -69,7 +82,7 @@ def descend(optimizer: torch.optim.Optimizer, update: Update, clip: float = math
         loss = loss_of()
         loss.backward()
         losses.append(float(loss.detach()))
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
     optimizer.step()
     return sum(losses) / len(losses)
 
