@@ -272,14 +272,10 @@ def train_model(
         model: on the transformers engine, in float32; it stays as it is, and is the teacher.
         answers: the model's own answers to prompts of the workload; ``first`` says where an answer begins.
         general: other text of the model, which keeps the rest as it was.
-        out: a folder.
-        options: see ``ModelOptions``.
         held: answers to other prompts of the workload.
         windows: token ids of plain text, to measure perplexity.
         keep: exits of ``model``, whose drafter and datastore go along.
-        categories: of prompts, for the report.
-        made_by: noted in the exits.
-        progress: called with done, total and what is being done.
+        categories, made_by: for the report, and noted in the exits.
 
     Raises:
         AdiError: a looped model, depths that it lacks, no text, a loss that is no number (the last checkpoint stays).
@@ -291,6 +287,7 @@ def train_model(
             f"{spec.name} runs on {spec.backend} in {spec.precision}; load it with backend='hf', precision='fp32'."
         )
     options, work, backbone = options or ModelOptions(), out / "work", model.backbone
+    options.depths_of(backbone.spec.layers)
     bfloat16 = quicker_in_bfloat16(work / "model.dtype")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
         shards = _shards(backbone, work, {"answers": answers, "held": held, "general": general}, progress)
