@@ -19,7 +19,16 @@ from adi.errors import AdiError, UsageError
 from adi.files import read_json
 from adi.progress import Progress, no_progress
 from adi.training import train_model as module
-from adi.training.train_model import Learner, ModelOptions, _shards, _teacher, _Text, batches, train_model
+from adi.training.train_model import (
+    Learner,
+    ModelOptions,
+    _shards,
+    _teacher,
+    _Text,
+    batches,
+    general_text,
+    train_model,
+)
 
 OPTIONS = ModelOptions(depths=(2, 3), steps=64, learning_rate=2e-3, keep=1.0, tokens=96, rank=8, shortlist=VOCABULARY, every=0)
 
@@ -146,6 +155,13 @@ def test_depths_that_a_model_lacks_are_named(llama: adi.Model, tmp_path: Path, c
 def test_no_text_is_said(llama: adi.Model, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="0 texts of held"):
         train_model(llama, texts(2, 1), texts(2, 2), tmp_path, OPTIONS, held=[])
+
+
+def test_general_text_is_the_models_own_talk_and_plain_text(sharp: adi.Model, tmp_path: Path) -> None:
+    found = general_text(sharp, tmp_path, tokens=200)
+    assert any(text.first > 0 for text in found), "answers"
+    assert sum(text.first == 0 for text in found) > 10, "plain text"
+    assert found == general_text(sharp, tmp_path, tokens=200)
 
 
 def test_minutes_become_steps_once(llama: adi.Model, tmp_path: Path) -> None:

@@ -33,10 +33,12 @@ from adi.model.hf.splitting import decoder_of
 from adi.model.hub import quiet_transformers
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
+from adi.prompts import read_prompts
+from adi.training.generate_data import GenerateOptions, generate_dataset, share_of_own
 from adi.training.price import posterior
 from adi.training.report import judge_heads, report_json
-from adi.training.shards import Shard, Teacher, choose_shortlist, read_shard, write_forced_shards
-from adi.training.texts import Categories, answer_tokens
+from adi.training.shards import Shard, Teacher, choose_shortlist, read_shard, texts_in, write_forced_shards
+from adi.training.texts import TEXT_WINDOW, Categories, answer_tokens
 from adi.training.train_heads import divergence
 from adi.training.trainer import OptimizerOptions, Update, fresh_checkpoint, quicker_in_bfloat16, train
 
@@ -307,6 +309,18 @@ def train_model(
     train(learner.groups(), [work], checkpoint, how, updates, progress, "training the model", curve.after)
     made = {**(made_by or {}), "model": {"options": asdict(options) | {"steps": steps}, "teacher": backbone.spec.fingerprint}}
     return _finish(model, learner, held, out, keep, categories or Categories(), made, progress)
+
+
+def general_text(engine: Model, work: Path, tokens: int = 50_000, progress: Progress = no_progress) -> list[KnownText]:
+    """What keeps a model as it was: so many tokens of its own talk, about built-in prompts and those that it writes itself, and
+    the built-in prompts as plain text."""
+    raw = engine.tokenizer is None or not engine.tokenizer.has_chat_template
+    items = [item.prompt for item in read_prompts("train")]
+    prompts = [engine.encode(prompt, raw=raw) for prompt in items]
+    options = GenerateOptions(tokens=tokens, max_new_tokens=160, own_prompts=share_of_own(engine), held_share=0.0)
+    talk = texts_in(generate_dataset([engine], prompts, work, options, progress)[0])
+    ids = engine.encode("\n\n".join(items), raw=True)
+    return [*talk, *(KnownText(ids[at : at + TEXT_WINDOW]) for at in range(0, len(ids), TEXT_WINDOW))]
 
 
 def _shards(
