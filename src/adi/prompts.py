@@ -14,7 +14,7 @@ from adi.errors import FileError, UsageError
 from adi.files import expanded, package_data, parse_json, read_text
 from adi.schema import Natural, Record, from_json
 
-SETS = {"train": "480 prompts to train on", "bench": "80 to measure with"}
+SETS = {"train": "480 prompts to train on", "bench": "80 to measure with", "workloads": "300 of three kinds of work"}
 Text = Annotated[str, Meta(pattern=r"\S")]
 
 
@@ -46,7 +46,7 @@ class _Line(Record, frozen=True):
 
 
 def read_prompts(source: str | Path) -> list[PromptItem]:
-    """The prompts of a JSONL file, or of a set in the package by name: "train" (480) or "bench" (80).
+    """The prompts of a JSONL file, or of a set in the package by name (``SETS``).
 
     Raises AdiError, with file and line, for a line that is not an object with ``prompt`` or ``turns``.
     """

@@ -92,7 +92,7 @@ def share_of_own(model: Model) -> float:
 class GenerateOptions:
     """``tokens`` of answers in all, at most ``max_new_tokens`` each. ``own_prompts`` is the share of prompts that the model
     writes; given ones are answered once, or with ``repeat`` again and again, sampled anew. ``held_share`` of the prompts are
-    only tested on (1: all)."""
+    only tested on (1: all); the share ``greedy`` of the answers is greedy, the others are sampled."""
 
     tokens: int
     max_new_tokens: int = 200
@@ -100,6 +100,7 @@ class GenerateOptions:
     repeat: bool = True
     seed: int = 0
     held_share: float = HELD_OUT_SHARE
+    greedy: float = GREEDY
 
 
 @dataclass(eq=False)
@@ -126,7 +127,7 @@ def _conversations(prompts: Sequence[tuple[int, ...]], options: GenerateOptions)
         )
     in_order, greedily = iter(_order(len(prompts), options)), set[int]()
     for number in count():
-        own, greedy = (np.random.default_rng([options.seed, number]).random(2) < (options.own_prompts, GREEDY)).tolist()
+        own, greedy = (np.random.default_rng([options.seed, number]).random(2) < (options.own_prompts, options.greedy)).tolist()
         if own or not prompts:
             yield _Conversation(number, None, greedy)
         elif (place := next(in_order, None)) is None:

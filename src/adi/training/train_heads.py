@@ -6,7 +6,7 @@ The loss is the Kullback-Leibler divergence from the full model's distribution o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,10 +47,17 @@ def fit_heads(
     checkpoint: Path,
     options: HeadOptions,
     progress: Progress,
+    begin: Mapping[int, Adapter] | None = None,
 ) -> dict[int, Adapter]:
-    """Train an adapter per depth on ``shards`` with states at these depths, going on from ``checkpoint`` if it is there."""
+    """Train an adapter per depth on ``shards`` with states at these depths, going on from ``checkpoint`` if it is there.
+
+    They start from ``begin``, or else from fresh ones.
+    """
     generator = torch.Generator().manual_seed(options.seed)
-    adapters = {d: fresh_adapter(teacher.readout, options.rank, generator) for d in depths}
+    if begin is None:
+        adapters = {d: fresh_adapter(teacher.readout, options.rank, generator) for d in depths}
+    else:
+        adapters = {d: Adapter(**{n: t.float().clone() for n, t in begin[d].tensors().items()}) for d in depths}
     # an RMS norm has no shift, and the merged head no place for one
     fixed = () if teacher.readout.norm == "layer" else ("shift_D",)
     parameters = [t.requires_grad_() for a in adapters.values() for n, t in a.tensors().items() if n not in fixed]

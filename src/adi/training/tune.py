@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adi.arguments import real, settle, whole
 from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText
 from adi.drafters.network import Drafter
 from adi.errors import FileError, UsageError
 from adi.exits.heads import Heads, shortlist
-from adi.model.backbone import ReadOut
+from adi.model.backbone import Backbone, ReadOut
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.training.generate_data import GenerateOptions, generate_dataset, share_of_own
@@ -183,8 +185,8 @@ class _Tuning:
         self.generators, self.keep, self.progress = generators, keep, progress
         if keep is not None:
             keep.check(self.backbone)
-        self.depths = _depths(options.depths, self.backbone.spec.layers)
-        self.readout = _on_cpu(self.backbone.readout().tensors())
+        self.depths = _chosen_depths(options.depths, self.backbone.spec.layers)
+        self.readout = on_cpu(self.backbone.readout().tensors())
         raw = model.tokenizer is None or not model.tokenizer.has_chat_template
         self.encode: Callable[[str], tuple[int, ...]] = lambda text: tuple(model.encode(text, raw=raw))
         self.categories = Categories.of(categories, self.encode)
@@ -226,11 +228,7 @@ class _Tuning:
             ids_S = known.ids_S
         else:
             raise UsageError(f"bare exits of {self.keep.base_name} have no shortlist to keep; leave keep out.")
-        plain = Teacher(self.readout, shortlist(self.readout, ids_S))
-        rows = read_shard(self.held[0])
-        some = rows.rows(rows.total_N.argsort(descending=True)[:8])
-        actual_RV = self.backbone.logits(some.deep_ND.float().to(self.backbone.spec.device)).cpu()
-        return plain.fitted(some.deep_ND, actual_RV[:, plain.among.ids_S])
+        return teacher_of(self.backbone, self.readout, ids_S, self.held[0])
 
     def heads(self) -> Exits:
         """An adapter for every depth, thresholds and a report, from states of the text at these depths."""
@@ -273,6 +271,15 @@ class _Tuning:
         return drafter, {**judged, "answer_tokens": answer_tokens(texts_in(self.train)), "settings": asdict(how)}
 
 
+def teacher_of(backbone: Backbone, readout: ReadOut, ids_S: Tensor, states: Path) -> Teacher:
+    """The full model over these tokens; a shard of its ``states`` shows whether it bends its logits."""
+    plain = Teacher(readout, shortlist(readout, ids_S))
+    rows = read_shard(states)
+    some = rows.rows(rows.total_N.argsort(descending=True)[:8])
+    actual_RV = backbone.logits(some.deep_ND.float().to(backbone.spec.device)).cpu()
+    return plain.fitted(some.deep_ND, actual_RV[:, plain.among.ids_S])
+
+
 def begin_of(keep: Exits | None, options: TuneOptions) -> Drafter | None:
     """What the drafter begins with; UsageError for a warm start from nothing."""
     if not options.warm_start:
@@ -306,15 +313,20 @@ def _enough(held_out: Sequence[bool]) -> None:
         )
 
 
-def _depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
+def default_depths(layers: int) -> tuple[int, ...]:
+    """Seven depths at most, denser towards the end."""
+    return tuple(sorted({min(max(1, round(share * layers)), layers - 1) for share in SHARES_OF_DEPTH}))
+
+
+def _chosen_depths(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
     if chosen is None:
-        return tuple(sorted({min(max(1, round(share * layers)), layers - 1) for share in SHARES_OF_DEPTH}))
+        return default_depths(layers)
     if not chosen or any(not 0 < d < layers for d in chosen) or len(set(chosen)) != len(chosen):
         raise UsageError(f"depths {chosen} are not possible: the model has {layers} layers, so choose among 1..{layers - 1}.")
     return tuple(sorted(chosen))
 
 
-def _on_cpu(r: ReadOut) -> ReadOut:
+def on_cpu(r: ReadOut) -> ReadOut:
     """Heads are small: they are fitted on the processor, wherever the model runs."""
     bias_V = None if r.bias_V is None else r.bias_V.cpu()
     return replace(r, gain_D=r.gain_D.cpu(), shift_D=r.shift_D.cpu(), weight_VD=r.weight_VD.cpu(), bias_V=bias_V)

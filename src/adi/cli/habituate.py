@@ -1,0 +1,112 @@
+"""``adi habituate``: make a workload cheap, and see what it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from adi.cli.shared.options import (
+    AnswerTokensOption,
+    DeviceOption,
+    EngineOptions,
+    JsonOption,
+    ModelArgument,
+    listed,
+    option,
+)
+from adi.cli.shared.output import command_line, err, out, say, show_json
+from adi.files import require_writable, write_json, write_text
+from adi.progress import Reporter
+from adi.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from adi.training.habituate import HabitOptions
+
+
+_rare = partial(option, panel="Training", rare=True)
+
+
+@dataclass(frozen=True)
+class HabituatingOptions:
+    """The fields of ``HabitOptions``."""
+
+    minutes: Annotated[float, option("--minutes", help="What all parts together may take on this machine.")] = 60.0
+    max_new_tokens: AnswerTokensOption = 128
+    seed: Annotated[int, _rare("--seed", help="Of the split, the order and initial weights.")] = 0
+
+    def options(self) -> HabitOptions:
+        from adi.training.habituate import HabitOptions
+
+        return HabitOptions(**vars(self))
+
+
+def habituate(
+    model: ModelArgument,
+    prompts: Annotated[
+        str, option("--prompts", help="Your prompts, JSONL with 'prompt' and 'category', or 'workloads' (built in, 300).")
+    ],
+    folder: Annotated[
+        Path,
+        option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for all that is made; a stopped run resumes there."),
+    ],
+    keep: Annotated[
+        str | None, option("--keep", help="Exits to begin with; by default those shipped for the model, if there are some.")
+    ] = None,
+    precision: Annotated[
+        str, option("--precision", help="Precisions in which it will be used, with commas: int4,int8.", panel="Model")
+    ] = "auto",
+    device: DeviceOption = "auto",
+    others: Annotated[
+        str, _rare("--others", help="Prompts of other work, which must not become slower: a JSONL file or a set by name.")
+    ] = "bench",
+    measure_again: Annotated[
+        bool, option("--measure-again", help="Measure anew on all held-out prompts, with whatever was trained.")
+    ] = False,
+    json_out: JsonOption = False,
+    *,
+    habits: HabituatingOptions,
+) -> None:
+    """Make your kind of work cheap for a model that stays as it is: drafter, memory and exits learn from its own answers.
+
+    A quarter of the prompts is held out; the page in --out compares before and after on these and on other prompts. Output
+    stays exactly full depth's. A run that was stopped resumes with the same command.
+    """
+    from adi.artifact import load_exits, shipped_for
+    from adi.measure.habits.page import habits_page
+    from adi.measure.habits.run import habituate as work
+    from adi.measure.habits.run import verdict
+    from adi.model.load import check_engine
+
+    options, items, other_items = habits.options(), read_prompts(prompts), read_prompts(others)
+    kept = None if keep is None else load_exits(keep)
+    for name in listed(precision):
+        check_engine("auto", name)
+    page, result = folder / "habits.html", folder / "habits.json"
+    require_writable(folder / "exits.json", page, result)
+    loaded = EngineOptions(backend="hf", device=device).load(model)
+    engines = [EngineOptions(precision=name, device=device).load(model) for name in listed(precision)]
+    kept = kept or shipped_for(loaded.backbone.spec.fingerprint)
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    with Reporter(err(), log=folder / "work" / "log.txt") as report:
+        found = work(
+            loaded,
+            engines,
+            folder,
+            items,
+            kept,
+            options,
+            others=() if loaded.tokenizer is None else other_items,
+            command=command_line(),
+            measure_again=measure_again,
+            progress=report,
+        )
+    write_json(result, found)
+    write_text(page, habits_page(found))
+    if json_out:
+        show_json(found)
+    for line in () if json_out else verdict(found):
+        say(out(), line)
+    use = f"adi run --model {model} --exits {folder}" + (f" --history {folder / 'history'}" if loaded.tokenizer else "")
+    say(err(), f"Page: {page}. Use them: {use} 'your prompt'")

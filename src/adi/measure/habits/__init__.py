@@ -1,0 +1,1 @@
+"""``adi habituate``: what a model's habits are worth, before and after."""

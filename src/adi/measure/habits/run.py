@@ -1,0 +1,183 @@
+"""``habituate``: answers, drafter, datastore, heads, then before and after; parts that are finished are found again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from adi.artifact import Exits, bare_exits
+from adi.decoding.policies import FullDepth, Verified
+from adi.files import read_json, write_json
+from adi.measure.habits.compared import Compared, Unlearning, by_category, shallowest, summary_of, written_by
+from adi.measure.habits.steady import curve_row, over_repetitions, steadily, with_history
+from adi.measure.provenance import provenance
+from adi.model.load import Model
+from adi.progress import Progress, no_progress
+from adi.prompts import PromptItem, spread
+from adi.training.habituate import HabitOptions, Habituation, Ids, Stage, split
+from adi.training.shards import texts_in
+
+FORMAT, VERSION = "adi-habits", 1
+HISTORY = "history"
+CURVE_PROMPTS, REPEATED_PROMPTS = 24, 8
+UNKNOWN = "other"
+
+
+def habituate(
+    model: Model,
+    engines: Sequence[Model],
+    out: Path,
+    items: Sequence[PromptItem],
+    keep: Exits | None = None,
+    options: HabitOptions | None = None,
+    *,
+    others: Sequence[PromptItem] = (),
+    command: str = "",
+    measure_again: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Make a workload cheap for a model that stays as it is, and measure what it gave; the result document.
+
+    Args:
+        model: the model on the transformers engine, whose drafter and heads are trained.
+        engines: the same model as it will be used; each answers all prompts.
+        out: gets the exits, a history of the answers, and ``work/`` with all parts; a stopped run goes on there.
+        items: prompts of the workload; a quarter of them is held out.
+        keep: exits of this model to begin with.
+        options: budget, length of answers, seed.
+        others: prompts of other work, which must not become slower.
+        command: noted in the result.
+        measure_again: what was measured before is measured anew; nothing is trained that is there.
+        progress: called with done, total and what is being done.
+
+    Raises:
+        AdiError: prompts or options that do not fit the model, a budget too short for one pass, a folder of another run.
+    """
+    options = options or HabitOptions()
+    began = time.monotonic()
+    run = Habituation(model, engines, out, split(model, items, options), keep, options, progress)
+    stages = run.stages()
+    exits, heads = run.with_heads(stages[-1].exits)
+    exits = replace(exits, made_by={**exits.made_by, "habits": {"command": command, "options": asdict(options)}})
+    exits.save(out)
+    trained = time.monotonic() - began
+    measuring = _Measuring(run, [*stages[:-1], replace(stages[-1], exits=exits)], measure_again, progress)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **provenance(command, items),
+        "model": model.backbone.spec.name,
+        **asdict(options),
+        "plan": asdict(run.plan()),
+        "trained_seconds": trained,
+        "split": {name: len(getattr(run.workload, name)) for name in ("train", "choosing", "testing")},
+        "exits": heads,
+        **measuring.all(others),
+    }
+
+
+class _Measuring:
+    """What is measured of a run; every part is a file in its ``work`` folder."""
+
+    def __init__(self, run: Habituation, stages: Sequence[Stage], again: bool, progress: Progress) -> None:
+        self.run, self.stages, self.progress = run, stages, progress
+        self.tokens, self.testing = run.options.max_new_tokens, list(run.workload.testing)
+        self.before, self.after = stages[0].exits, stages[-1].exits
+        if again:
+            for path in (*run.work.glob("measured-*.json"),):
+                path.unlink()
+        path, texts = run.out / HISTORY, () if (run.out / HISTORY).exists() else self._answers()
+        self.history = with_history(run.engines[0], path, texts)
+
+    def _answers(self) -> list[Ids]:
+        shards = [path for _, part in self.run.parts() for path in part]
+        return [text.ids[max(0, text.first - 1) :] for text in texts_in(shards)]
+
+    def all(self, others: Sequence[PromptItem]) -> dict[str, Any]:
+        """By cost table on one engine, by the clock on each."""
+        budget = self.run.plan().measuring / len(self.run.engines)
+        return {
+            "curve": self._kept("curve", self._curve),
+            "repetitions": self._kept("repetitions", self._repetitions),
+            "text": self._kept("text", self._text),
+            "results": [self._engine(engine, others, budget) for engine in self.run.engines],
+        }
+
+    def _kept(self, name: str, make: Any) -> Any:
+        path = self.run.work / f"measured-{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        return read_json(path, "measurement")
+
+    def _curve(self) -> list[dict[str, Any]]:
+        rows, prompts = list[dict[str, Any]](), self.testing[:CURVE_PROMPTS]
+        for done, stage in enumerate(self.stages):
+            found = list[dict[str, Any]]()
+            for ids in prompts:
+                found.append(steadily(self.run.engines[0], ids, self.tokens, stage.exits))
+                self.progress(done * len(prompts) + len(found), len(self.stages) * len(prompts), "measuring the curve")
+            steps = stage.judged.get("agreement_by_step", [None])
+            rows.append({"prompts": stage.prompts, **curve_row(found), "first_draft_right": steps[0]})
+        return rows
+
+    def _repetitions(self) -> list[dict[str, Any]]:
+        prompts = self.testing[:REPEATED_PROMPTS]
+        return over_repetitions(self.run.engines[0], prompts, self.tokens, self.before, self.progress)
+
+    def _text(self) -> dict[str, Any]:
+        """One held-out text, before and after: who wrote each token, and the shallowest exit that says it."""
+        engine, ids = self.run.engines[0], self.testing[0]
+        policies = {"before": Verified(self.before), "after": Unlearning(self.after, history=self.history)}
+        written = written_by(engine, ids, policies, self.tokens)
+        answer = self.run.answer_to(ids)
+        own = self.before if self.before.heads is not None else bare_exits(self.run.model, self.run.depths)
+        found = {"layers": engine.backbone.spec.layers, "written": written}
+        depth = {n: shallowest(self.run.model.backbone, e, ids, answer) for n, e in (("before", own), ("after", self.after))}
+        return {**found, "depth": depth}
+
+    def _engine(self, engine: Model, others: Sequence[PromptItem], seconds: float) -> dict[str, Any]:
+        spec = engine.backbone.spec
+        policies = {
+            "full": FullDepth(),
+            "before": Verified(self.before),
+            "after": Unlearning(self.after, history=self.history),
+        }
+        path = self.run.work / f"measured-{spec.backend}-{spec.precision}.json"
+        compared = Compared(engine, policies, self.tokens, path)
+        known = self.run.workload.categories
+        mine = [("workload", known[ids], ids) for ids in self.testing]
+        theirs = self._others(engine, spread(others, len(mine))) if others else []
+        in_turn = [one for pair in zip(mine, theirs, strict=False) for one in pair] or mine
+        compared.run(in_turn, seconds, self.progress)
+        sides = {kind: [row for row in compared.rows if row["kind"] == kind] for kind in ("workload", "others")}
+        return {
+            "backend": spec.backend,
+            "precision": spec.precision,
+            "exact": spec.row_invariant,
+            **{kind: {**summary_of(rows), "by_category": by_category(rows)} if rows else None for kind, rows in sides.items()},
+        }
+
+    def _others(self, engine: Model, items: Sequence[PromptItem]) -> list[tuple[str, str, Ids]]:
+        raw = engine.tokenizer is None or not engine.tokenizer.has_chat_template
+        room = (engine.backbone.spec.context or 1 << 40) - self.tokens
+        encoded = [("others", item.category, tuple(engine.encode(item.prompt, raw=raw))) for item in items]
+        return [one for one in encoded if len(one[2]) <= room]
+
+
+def verdict(document: Mapping[str, Any]) -> list[str]:
+    """What it gave, in a sentence for each engine."""
+    lines = []
+    for one in document["results"]:
+        work, others = one["workload"], one["others"]
+        text = (
+            f"{one['precision']}: held-out prompts of the workload {work['before']['ratio'][0]:.2f} x full depth before, "
+            f"{work['after']['ratio'][0]:.2f} x after ({work['after']['ratio'][1]:.2f} to {work['after']['ratio'][2]:.2f})"
+        )
+        if others is not None:
+            text += f"; other prompts at {others['after_to_before'][0]:.2f} x of what they were"
+        same = min(side["same_text"] for side in (work, others) if side is not None)
+        lines.append(f"{text}; same text as full depth {same:.0%}.")
+    return lines
