@@ -124,7 +124,7 @@ def test_a_command_reads_its_own_options_only() -> None:
         "import sys; sys.argv = ['adi', 'run', '--help']\n"
         "from adi.cli.app import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('loaded', sorted(m for m in sys.modules if m in ('adi.cli.run', 'adi.cli.tune', 'adi.cli.bench')))"
+        "print('loaded', sorted(m for m in sys.modules if m in ('adi.cli.run', 'adi.cli.training.tune', 'adi.cli.bench')))"
     )
     assert _fresh(code).splitlines()[-1] == "loaded ['adi.cli.run']"
     assert asked_for(["run", "hello"]) == ("run",)

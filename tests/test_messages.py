@@ -12,7 +12,14 @@ from adi import errors
 SOURCE = Path(adi.__file__).parent
 KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.AdiError)}
 WITHOUT_VALUE = {  # refusals that have no value to show: what is missing is all there is to say, or another message goes around
-    *("cli/cache.py", "cli/shared/options.py", "cli/tune.py", "decoding/policies.py", "decoding/processors.py", "files.py"),
+    *(
+        "cli/cache.py",
+        "cli/shared/options.py",
+        "cli/training/tune.py",
+        "decoding/policies.py",
+        "decoding/processors.py",
+        "files.py",
+    ),
     *("measure/bench/peers.py", "measure/statistics.py", "model/openvino/engine.py", "model/openvino/export/graphs.py"),
     *("model/openvino/export/trace.py", "model/tokenizer.py"),
 }

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import adi
-from adi.cli.tune import by_category
+from adi.cli.training.tune import by_category
 from adi.decoding.teacher_forcing import KnownText
 from adi.exits.heads import shortlist
 from adi.training.report import judge_drafter, loosest_threshold

@@ -26,7 +26,7 @@ COMMANDS = (
     *("run", "chat", "trace", "plot", "inspect", "triggers"),
     *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "habituate", "train", "solve", "study"),
 )
-HOMES = {"train": "looped.train", "solve": "looped.solve"}
+HOMES = {"train": "looped.train", "solve": "looped.solve", "tune": "training.tune", "habituate": "training.habituate"}
 GROUPS = {"study": ("exposure",)}  # commands of commands; each of these is in a module of the group's folder
 
 
@@ -50,7 +50,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _drop_unwritten()
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            say(err(), "\nstopped. Files that were finished are kept; adi tune, adi habituate and adi bench --json resume from them.")
+            say(
+                err(),
+                "\nstopped. Files that were finished are kept; adi tune, adi habituate and adi bench --json resume from them.",
+            )
             raise typer.Exit(130) from None
 
     return run_guarded

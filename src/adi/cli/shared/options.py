@@ -56,7 +56,7 @@ TokensOption = Annotated[
 ]
 AnswerTokensOption = Annotated[int, option("--max-new-tokens", "-n", min=1, help="Length of the answers.")]
 LimitOption = Annotated[int, option("--limit", min=1, help="Use so many prompts, spread evenly over the file.")]
-PromptsOption = Annotated[str, option("--prompts", help="A JSONL prompt file, or a set by name: 'bench', 'train', 'workloads'.")]
+PromptsOption = Annotated[str, option("--prompts", help="A JSONL prompt file, or a set by name: bench, train, workloads.")]
 JsonOption = Annotated[bool, option("--json", help="Print one JSON document instead.")]
 JsonFileOption = Annotated[Path | None, option("--json", metavar="FILE", help="Write the result here.")]
 

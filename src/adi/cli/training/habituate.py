@@ -22,6 +22,8 @@ from adi.progress import Reporter
 from adi.prompts import read_prompts
 
 if TYPE_CHECKING:
+    from adi.artifact import Exits
+    from adi.model.load import Model
     from adi.training.habituate import HabitOptions
 
 
@@ -42,6 +44,31 @@ class HabituatingOptions:
         return HabitOptions(**vars(self))
 
 
+@dataclass(frozen=True)
+class UsedOptions:
+    """How the model will be used: in which precisions, and with which exits to begin with."""
+
+    keep: Annotated[
+        str | None, option("--keep", help="Exits to begin with; by default those shipped for the model, if there are some.")
+    ] = None
+    precision: Annotated[
+        str, option("--precision", help="Precisions in which it will be used, with commas: int4,int8.", panel="Model")
+    ] = "auto"
+    device: DeviceOption = "auto"
+
+    def load(self, model: str) -> tuple[Model, list[Model], Exits | None]:
+        """The model to train beside, the engines, and the exits."""
+        from adi.artifact import load_exits, shipped_for
+        from adi.model.load import check_engine
+
+        kept = None if self.keep is None else load_exits(self.keep)
+        for name in listed(self.precision):
+            check_engine("auto", name)
+        loaded = EngineOptions(backend="hf", device=self.device).load(model)
+        engines = [EngineOptions(precision=name, device=self.device).load(model) for name in listed(self.precision)]
+        return loaded, engines, kept or shipped_for(loaded.backbone.spec.fingerprint)
+
+
 def habituate(
     model: ModelArgument,
     prompts: Annotated[
@@ -51,13 +78,6 @@ def habituate(
         Path,
         option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for all that is made; a stopped run resumes there."),
     ],
-    keep: Annotated[
-        str | None, option("--keep", help="Exits to begin with; by default those shipped for the model, if there are some.")
-    ] = None,
-    precision: Annotated[
-        str, option("--precision", help="Precisions in which it will be used, with commas: int4,int8.", panel="Model")
-    ] = "auto",
-    device: DeviceOption = "auto",
     others: Annotated[
         str, _rare("--others", help="Prompts of other work, which must not become slower: a JSONL file or a set by name.")
     ] = "bench",
@@ -66,6 +86,7 @@ def habituate(
     ] = False,
     json_out: JsonOption = False,
     *,
+    used: UsedOptions,
     habits: HabituatingOptions,
 ) -> None:
     """Make your kind of work cheap for a model that stays as it is: drafter, memory and exits learn from its own answers.
@@ -73,21 +94,14 @@ def habituate(
     A quarter of the prompts is held out; the page in --out compares before and after on these and on other prompts. Output
     stays exactly full depth's. A run that was stopped resumes with the same command.
     """
-    from adi.artifact import load_exits, shipped_for
     from adi.measure.habits.page import habits_page
     from adi.measure.habits.run import habituate as work
     from adi.measure.habits.run import verdict
-    from adi.model.load import check_engine
 
     options, items, other_items = habits.options(), read_prompts(prompts), read_prompts(others)
-    kept = None if keep is None else load_exits(keep)
-    for name in listed(precision):
-        check_engine("auto", name)
     page, result = folder / "habits.html", folder / "habits.json"
     require_writable(folder / "exits.json", page, result)
-    loaded = EngineOptions(backend="hf", device=device).load(model)
-    engines = [EngineOptions(precision=name, device=device).load(model) for name in listed(precision)]
-    kept = kept or shipped_for(loaded.backbone.spec.fingerprint)
+    loaded, engines, kept = used.load(model)
     (folder / "work").mkdir(parents=True, exist_ok=True)
     with Reporter(err(), log=folder / "work" / "log.txt") as report:
         found = work(

@@ -1,0 +1,1 @@
+"""Commands that train what decoding uses beside a model: exits and drafters, and habits."""
