@@ -22,7 +22,7 @@ arguments files machine progress
 cache
 schema
 prompts tasks
-model.ouro
+model.ouro model.sparse
 model.arrays model.stored model.looped
 model.backbone model.prompt model.messages model.fast_tokenizer model.generation_config model.hub
 model.tokenizer

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Self, TypeVar, overload
 import msgspec
 from msgspec import Meta, Struct
 
-from adi.errors import FileError
-from adi.files import read_json
+from adi.errors import FileError, UsageError
+from adi.files import read_json, write_json
 
 T = TypeVar("T")
 
@@ -63,6 +63,18 @@ def from_json(value: Any, kind: Any, what: str) -> Any:
 def read_json_as(path: Path, kind: type[T], what: str) -> T:
     """The JSON file as an instance of ``kind``; FileError says that this ``what`` is missing, too large or damaged, and how."""
     return from_json(read_json(path, what), kind, f"the {what} {path} is damaged")
+
+
+def claim(path: Path, settings: Record) -> None:
+    """Note in a file what its folder is made with; UsageError where it was begun with other settings."""
+    if path.exists():
+        before = read_json_as(path, type(settings), "file of settings")
+        for name in settings.__struct_fields__:
+            if (was := getattr(before, name)) != (now := getattr(settings, name)):
+                raise UsageError(
+                    f"{path.parent} was begun with {name} = {was!r}, not {now!r}; choose another folder, or delete it."
+                )
+    write_json(path, settings.to_json())
 
 
 def _explained(message: str, value: Any) -> str:

@@ -151,6 +151,26 @@ def top_energy(mlp_TF: Tensor) -> Tensor:
     return torch.where(total > 0, top / total.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(total))
 
 
+def active_share(route_TF: Tensor) -> Tensor:
+    """Share of a sparse layer's units that speak, ``[T]``, from its routing logits (of ReLU, what it is given)."""
+    return (route_TF > 0).float().mean(-1)
+
+
+def route_margin(route_TF: Tensor) -> Tensor:
+    """Mean distance of the routing logits from 0, where a unit would change its mind, ``[T]``."""
+    return route_TF.float().abs().mean(-1)
+
+
+def route_jump(route_TF: Tensor, before_TF: Tensor) -> Tensor:
+    """How far routes moved since the turn before: Jensen and Shannon's divergence in nats of softmaxes over units, ``[T]``."""
+    import torch
+
+    p_TF, q_TF = route_TF.float().softmax(-1), before_TF.float().softmax(-1)
+    middle_TF = (p_TF + q_TF) / 2
+    parts = [torch.xlogy(part, part) - torch.xlogy(part, middle_TF) for part in (p_TF, q_TF)]
+    return (parts[0] + parts[1]).sum(-1).clamp_min(0) / 2
+
+
 def _probed(name: str) -> Callable[..., Tensor]:
     """What a learned probe (``exits.probe.Probe``) estimates, ``[T]``; its further arguments are those of ``Probe.chance``."""
     return lambda probe, *given: probe.chance(name, *given)

@@ -120,3 +120,29 @@ def auroc(scores_N: ArrayLike, right_N: ArrayLike) -> float | None:
         return None
     pairs = int(right_N.sum()) * int((~right_N).sum())
     return float(mannwhitneyu(scores_N[right_N], scores_N[~right_N], method="asymptotic").statistic) / pairs
+
+
+def weighted_auroc(score_N: ArrayLike, right_N: ArrayLike, weight_SN: Numbers) -> tuple[Numbers, Numbers]:
+    """Pairs of a right and a wrong row in which the right one has the higher score (ties count half), and all pairs, ``[S]``
+    each, with rows weighed in S ways, such as by a bootstrap."""
+    known, place_N = np.unique(score_N, return_inverse=True)
+    right_N = np.asarray(right_N, bool)
+    right_SK, wrong_SK = (
+        np.stack([np.bincount(place_N, row * kind, len(known)) for row in weight_SN]) for kind in (right_N, ~right_N)
+    )
+    won_S = (right_SK * (wrong_SK.cumsum(1) - wrong_SK / 2)).sum(1)
+    return won_S, right_SK.sum(1) * wrong_SK.sum(1)
+
+
+def logistic_weights(x_NF: Numbers, right_N: Any, ridge: float = 1e-6) -> Numbers:
+    """Logistic regression: the weights of features by which ``right_N`` is likeliest, less half of ``ridge`` times their square
+    for each row."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    def loss(weight_F: Numbers) -> tuple[float, Numbers]:
+        logit_N = x_NF @ weight_F
+        slope_F = (expit(logit_N) - right_N) @ x_NF / len(x_NF) + ridge * weight_F
+        return float((np.logaddexp(0, logit_N) - right_N * logit_N).mean() + ridge / 2 * weight_F @ weight_F), slope_F
+
+    return np.asarray(minimize(loss, np.zeros(x_NF.shape[1]), jac=True).x)

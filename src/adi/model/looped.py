@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from adi.arguments import real
 from adi.errors import UsageError
 from adi.model.ouro import read_ouro
+from adi.model.sparse import SPARSE, Router, SplLinear, make_sparse
 from adi.schema import Natural, NonNegative, Positive
 
 INJECTIONS = ("none", "add", "concat")
@@ -40,7 +41,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid).
     ``turn_norm`` closes a turn by a norm without weights, or, "final", begins each turn but the first with the final norm;
     ``sandwich_norms`` has a norm behind attention and MLP too (both are Ouro's). ``embedding_range`` is the scale at which
-    embeddings start; None: ``initializer_range``.
+    embeddings start; None: ``initializer_range``. ``sparse``: "relu" in the MLPs, or ``SplLinear`` as their up projection
+    ("mlp") and as queries, keys, values and outputs too ("all").
     ``gate_price`` gives the gate the logarithm of the price beside the state, as trained over ``price_range``; it halts where
     its chance passes ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
@@ -72,6 +74,7 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         place_features: list[list[int]] | None = None,
         relation_bias: bool = False,
         embedding_range: NonNegative | None = None,
+        sparse: str = "none",
         rope_theta: NonNegative = 10000.0,
         max_position_embeddings: Positive = 512,
         rms_norm_eps: NonNegative = 1e-6,
@@ -89,7 +92,8 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
         self.initializer_range, self.task = initializer_range, task
-        self.attention_bias, self.attention_dropout, self.mlp_bias, self.hidden_act = False, 0.0, False, "silu"
+        self.attention_bias, self.attention_dropout, self.mlp_bias = False, 0.0, False
+        self.sparse, self.hidden_act = sparse, "relu" if sparse == "relu" else "silu"
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
         self.num_hidden_layers = prelude_layers + self.turn_layers * turns + coda_layers
         kwargs.setdefault("tie_word_embeddings", False)
@@ -99,8 +103,9 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     def _require_form(self) -> None:
         """UsageError for values that do not go together."""
         injection, positions, states, turn_norm = self.injection, self.positions, self.states, self.turn_norm
-        if injection not in INJECTIONS:
-            raise UsageError(f"injection is {injection!r}; choose one of {', '.join(INJECTIONS)}.")
+        for name, value, known in (("injection", injection, INJECTIONS), ("sparse", self.sparse, SPARSE)):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         if positions not in ("rope", "learned"):
             raise UsageError(f"positions are {positions!r}; choose rope or learned.")
         if states not in (1, 2) or min(self.turns, self.core_layers, self.inner_turns) < 1:
@@ -160,6 +165,7 @@ class Block(nn.Module):
         self.self_attn = LlamaAttention(config, 0)
         self.self_attn.is_causal = config.causal
         self.mlp = LlamaMLP(config)
+        make_sparse(self, config.sparse, config.hidden_size, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.sandwich_norms:
@@ -270,6 +276,10 @@ class LoopedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if isinstance(module, _Stop):
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, GATE_BIAS)
+        if isinstance(module, Router):
+            module.reset()
+        if isinstance(module, SplLinear):
+            module.reset(self.config.initializer_range)
         if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             nn.init.normal_(module.weight, std=self.config.embedding_range)
 

@@ -20,13 +20,14 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from adi.errors import AdiError, FileError, UsageError
-from adi.files import whole_file, write_json, write_text
+from adi.files import whole_file, write_text
 from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
-from adi.schema import NonNegative, Positive, Record, Share, read_json_as
+from adi.schema import NonNegative, Positive, Record, Share, claim
 from adi.tasks.registry import Problem, task_named
 from adi.training.price import OBJECTIVES, Price, costs, watch
+from adi.training.shaping import Shaper, Shaping
 
 EMA, CARRY = "ema.safetensors", "carry.safetensors"
 SETTINGS = "train.json"
@@ -45,7 +46,8 @@ class TrainSettings(Record, frozen=True):
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
     turns give way to new ones. Far more steps for the same compute. Until they end the gate knows the turns of one step only:
-    what it is to learn comes after them.
+    what it is to learn comes after them. ``shaping`` is the rule of a sparse model's prototypes (``training.shaping``), which
+    stay as they began under "none"; ``active`` the share of units that the rule "price" lets speak.
     """
 
     task: str
@@ -68,6 +70,8 @@ class TrainSettings(Record, frozen=True):
     gradient_turns: Positive | None = None
     patience: Positive | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.995
+    shaping: Shaping = "none"
+    active: Share = 0.25
     seed: int = 0
     save_every: Positive = 250
 
@@ -89,6 +93,11 @@ class TrainSettings(Record, frozen=True):
             raise UsageError(
                 f"price is {self.price:g} and highest_price {self.highest_price}; a gate that takes the price learns from a "
                 "range: a price above 0, and a highest_price above that."
+            )
+        if self.shaping != "none" and self.model.get("sparse") not in ("mlp", "all"):
+            raise UsageError(
+                f"shaping is {self.shaping!r}, a rule for units with prototypes, and model.sparse is "
+                f"{self.model.get('sparse', 'none')!r}: set it to mlp or all."
             )
         if self.highest_price is not None:
             shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
@@ -154,6 +163,7 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         self.task, self.settings = task, settings
         self.latest: dict[str, float] = {}
         self.carry = Carry()
+        self.shaper = None if settings.shaping == "none" else Shaper(self.model, settings.shaping, settings.active)
 
     optimizer: Any
 
@@ -168,6 +178,13 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
             options: Any = {"lr": self.settings.learning_rate, "betas": (0.9, 0.98), "weight_decay": self.settings.weight_decay}
             self.optimizer = torch.optim.AdamW(groups, **options)
         return self.optimizer
+
+    def training_step(self, *given: Any, **more: Any) -> Any:
+        """With the rule of sparse layers, where there is one."""
+        loss = super().training_step(*given, **more)
+        if self.shaper is not None:
+            self.shaper.finish()
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """The trunk's loss and the gate's, at this step's price; AdiError where it is no number."""
@@ -285,11 +302,13 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     task = task_named(settings.task)
     config, work = settings.config(task), out / "work"
     args = _arguments(settings, work)
+    if settings.shaping != "none" and args.world_size > 1:
+        raise UsageError(f"shaping = {settings.shaping!r} needs all gradients in one process, and there are {args.world_size}.")
     if settings.batch % args.world_size:
         raise UsageError(
             f"batch = {settings.batch} does not split evenly among {args.world_size} processes: choose a multiple."
         )
-    _same_settings(settings, out)
+    claim(out / SETTINGS, settings)
     torch.manual_seed(settings.seed)
     model = LoopedForCausalLM(config)
     average, reports = _Average(model, settings.ema), _Reports(progress)
@@ -320,20 +339,6 @@ def train_looped(settings: TrainSettings, out: Path, progress: Progress = no_pro
     trainer.accelerator.wait_for_everyone()
     trained.eval()
     return trained
-
-
-def _same_settings(settings: TrainSettings, out: Path) -> None:
-    path = out / SETTINGS
-    if path.exists():
-        before = read_json_as(path, TrainSettings, "training settings")
-        changed = [f for f in TrainSettings.__struct_fields__ if getattr(before, f) != getattr(settings, f)]
-        if changed:
-            name = changed[0]
-            raise UsageError(
-                f"{out} was begun with {name} = {getattr(before, name)!r}, not {getattr(settings, name)!r}; "
-                "choose another folder, or delete it."
-            )
-    write_json(path, settings.to_json())
 
 
 def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:

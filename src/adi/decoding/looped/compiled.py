@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from adi.decoding.looped.halting import Halted, Rule, Standing, inputs_of, items_until_halt, require_halting
+from adi.errors import UsageError
 from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedForCausalLM
 
@@ -172,6 +173,10 @@ class Compiled:
             if rule.threshold is None:
                 return self._all_turns(ids_BT, rule)
             if self._model.config.causal:
+                if self._model.config.sparse != "none":
+                    raise UsageError(
+                        f"a looped model with sparse={self._model.config.sparse!r} halts place by place on backend 'hf' alone."
+                    )
                 return self._places(ids_BT.numpy(), rule)
             return items_until_halt(self._model, ids_BT, rule, asked_BT, noise_BTD, self._item_turn(ids_BT, rule))
 

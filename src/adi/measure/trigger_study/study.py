@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText, own_answers
 from adi.errors import UsageError
-from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve
+from adi.measure.statistics import auroc, expected_calibration_error, isotonic_curve, logistic_weights
 from adi.measure.trigger_study.exit_table import TEMPERATURES, ExitTable, exit_tables, reads_head, signal_seconds
 from adi.measure.trigger_study.pass_seconds import PassSeconds, measure_passes
 from adi.measure.trigger_study.threshold_search import RuleEstimate, SearchData, best_rules, confidence
@@ -187,21 +186,12 @@ def _scores(depth: int, rows: ExitTable, seconds: Mapping[str, float], passes: P
 
 def combined(signals: Mapping[str, Tensor], rows: ExitTable) -> Tensor:
     """The chance of being right from these signals together: logistic regression on the calibrating rows."""
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
     fit_N = rows.calibrates_N
     x = torch.stack([v.double() for v in signals.values()], 1)
     x = (x - x[fit_N].mean(0)) / x[fit_N].std(0).clamp_min(1e-9)
     x_NF = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1).numpy()
-    fit_MF, right_M = x_NF[fit_N], rows.right_N[fit_N].double().numpy()
-
-    def loss(weight_F: np.ndarray) -> tuple[float, np.ndarray]:
-        logit_M = fit_MF @ weight_F
-        slope_F = (expit(logit_M) - right_M) @ fit_MF / len(fit_MF) + 2e-3 * weight_F
-        return (np.logaddexp(0, logit_M) - right_M * logit_M).mean() + 1e-3 * weight_F @ weight_F, slope_F
-
-    return torch.from_numpy(expit(x_NF @ minimize(loss, np.zeros(x_NF.shape[1]), jac=True).x)).float()
+    weight_F = logistic_weights(x_NF[fit_N], rows.right_N[fit_N].double().numpy(), ridge=2e-3)
+    return torch.from_numpy(x_NF @ weight_F).float().sigmoid()
 
 
 def isotonic_error(score_N: Tensor, rows: ExitTable) -> float:
