@@ -43,6 +43,7 @@ def _keep(llama: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         trigger=rule,
         probe=random_probe(spec.width, (2, 4)),
         answers=Datastore.of([[1, 2, 3, 4, 5], [6, 7, 8]]),
+        habits=Datastore.of([[3, 4, 5]], "habits"),
         certificates=(certificate,),
         report={"drafter": {"acceptance": {"9": 0.9, "3": 0.2}}},
     )

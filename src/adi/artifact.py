@@ -80,10 +80,11 @@ class _Report:
 
 @dataclass(frozen=True)
 class Exits:
-    """Exit heads at some depths of a model, the trigger that decides when to use them, and a drafter with its datastore.
+    """Exit heads at some depths of a model, the trigger that decides when to use them, and a drafter with its datastores.
 
     ``base`` is the fingerprint of the model they were made for. ``heads`` is None for bare exits, which use the model's own
-    final head. ``report`` is what training measured, ``made_by`` the command, data and seed.
+    final head. ``report`` is what training measured, ``made_by`` the command, data and seed. ``answers`` are texts of any kind,
+    ``habits`` those that ``adi habituate`` added: answers to a user's own work.
     """
 
     base: str
@@ -98,6 +99,7 @@ class Exits:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     drafter: Drafter | None = None
     answers: Datastore | None = None
+    habits: Datastore | None = None
     probe: Probe | None = None
     certificates: tuple[Certificate, ...] = ()
     _readers: WeakKeyDictionary[Backbone, Reader] = field(
@@ -183,6 +185,7 @@ class Exits:
             parts = {f"{depth}.": adapter.tensors() for depth, adapter in self.heads.adapters.items()}
         parts |= {"drafter.": self.drafter.arrays()} if self.drafter is not None else {}
         parts |= {"answers.": self.answers.arrays()} if self.answers is not None else {}
+        parts |= {"habits.": self.habits.arrays()} if self.habits is not None else {}
         parts |= {"probe.": self.probe.tensors()} if self.probe is not None else {}
         for prefix, arrays in parts.items():
             for name, array in arrays.items():
@@ -301,7 +304,8 @@ def _exits_of(document: _Document, arrays: Arrays) -> Exits:
     exits = Exits(
         **{f.name: getattr(document, f.name) for f in fields(Exits) if f.name in _Document.__struct_fields__},
         drafter=_drafter(_taken(arrays, "drafter."), width, vocabulary),
-        answers=_datastore(_taken(arrays, "answers."), vocabulary),
+        answers=_datastore(_taken(arrays, "answers."), vocabulary, "datastore"),
+        habits=_datastore(_taken(arrays, "habits."), vocabulary, "habits"),
         probe=_probe(_taken(arrays, "probe."), document.depths, width),
         heads=_heads(document, arrays),
     )
@@ -353,12 +357,12 @@ def _probe(own: Arrays, depths: Sequence[int], width: int) -> Probe | None:
     return probe
 
 
-def _datastore(own: Arrays, vocabulary: int) -> Datastore | None:
+def _datastore(own: Arrays, vocabulary: int, name: str) -> Datastore | None:
     if not own:
         return None
     if set(own) != {"ids_N", "lengths_M"}:
-        raise FileError(f"the datastore's tensors are {sorted(own)}, not ids_N and lengths_M")
-    datastore = Datastore(**own)
+        raise FileError(f"the {name}'s tensors are {sorted(own)}, not ids_N and lengths_M")
+    datastore = Datastore(**own, name=name)
     datastore.check(vocabulary)
     return datastore
 

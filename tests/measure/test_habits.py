@@ -4,6 +4,7 @@ mistakes are sentences."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import adi
-from adi.drafters.history import History
+from adi.decoding.teacher_forcing import KnownText
 from adi.errors import FileError, UsageError
+from adi.measure.habits import learned
 from adi.measure.habits import run as module
 from adi.measure.habits.page import habits_page
 from adi.measure.habits.run import habituate, verdict
@@ -25,11 +27,12 @@ from adi.training import habituate as training
 from adi.training.habituate import HabitOptions, split
 from adi.training.shards import texts_in
 from adi.training.texts import prompt_of
+from adi.training.train_model import ModelOptions
 from support import adi_
 
 OPTIONS = HabitOptions(minutes=5, max_new_tokens=12)
 ITEMS = [
-    PromptItem((f"{animal} {n} jumps over the {n % 7} dogs",), animal) for animal in ("fox", "cat", "bird") for n in range(12)
+    PromptItem((f"{animal} {n} jumps over the {n % 7} dogs",), animal) for animal in ("fox", "cat", "bird") for n in range(14)
 ]
 
 
@@ -83,7 +86,8 @@ def test_what_was_made_is_used_as_the_line_says(sharp: adi.Model, done: tuple[di
     assert exits.drafter is not None
     assert exits.heads is not None
     assert exits.made_by["habits"]["options"]["max_new_tokens"] == 12
-    assert History.look(done[1] / "history").info().sequences > 10
+    assert exits.habits is not None
+    assert len(exits.habits.lengths_M) == done[0]["split"]["train"]
     full = adi.generate(sharp, prompt, adi.FullDepth(), max_new_tokens=20)
     assert adi.generate(sharp, prompt, adi.Verified(exits), max_new_tokens=20).token_ids == full.token_ids
 
@@ -207,4 +211,26 @@ def test_a_model_without_tokenizer_learns_from_ids(llama: adi.Model, tmp_path: P
     found = run(llama, tmp_path, items)
     assert found["repetitions"] == []
     assert found["results"][0]["others"] is None
-    assert not (tmp_path / "history").exists()
+
+
+def test_the_model_that_learned_too_stands_beside_the_original(
+    sharp: adi.Model, done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the parts of the finished run: its own full depth is the new model's text, and the page shows both."""
+    shutil.copytree(done[1], tmp_path / "run")
+    monkeypatch.setattr(learned, "general_text", lambda engine, *_, **__: [KnownText(engine.encode("the quick fox " * 9))] * 4)
+    options = ModelOptions(depths=(2, 3), steps=16, tokens=64, rank=4, shortlist=64, every=0.0)
+    found = run(
+        sharp,
+        tmp_path / "run",
+        others=[PromptItem(("hello dog",), "talk"), PromptItem(("12 plus 30",), "sums")],
+        train=options,
+        reload=lambda folder: [adi.load(str(folder), backend="hf")],
+    )
+    (one,) = found["trained"]["engines"]
+    for name in ("original", "learned"):
+        assert one[name]["same_text"] == 1
+        assert 0 < one[name]["certified_depth"] <= 1
+    assert found["trained"]["curve"][-1]["steps"] == 16
+    assert "learned model: verified" in verdict(found)[-1]
+    assert "The model that learned too" in habits_page(json.loads(json.dumps(found)))

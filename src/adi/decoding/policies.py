@@ -6,7 +6,7 @@ The objects of one sequence, by default::
       Strategy              draft_tokens=15         one sequence: proposer, Verification, costs, drafting
         Proposer            ControlledProposer      drafts of a round
           DraftControl      Controller(CostModel)   which drafter, how many drafts
-          NgramSources      NgramIndex (the text), History, Datastore (of the exits)
+          NgramSources      NgramIndex (the text), History, Datastores (of the exits)
           DraftStep         Drafting (of the exits' drafter), answered by the session
 """
 
@@ -166,7 +166,8 @@ class Verified(Policy):
             return _by_exits(request, exits, trigger, self.draft_tokens or DRAFT_TOKENS)
         costs = self._costs(model)
         control = Controller(costs, bins={} if exits is None else exits.acceptance)
-        others = [source for source in (self.history, None if exits is None else exits.answers) if source is not None]
+        stored = () if exits is None else (exits.habits, exits.answers)
+        others = [source for source in (self.history, *stored) if source is not None]
         sources = NgramSources(others, NgramIndex() if self.memory else None)
         drafting = None if exits is None else exits.drafting(model.backbone)
         proposer = ControlledProposer(request, control, sources, drafting is not None)

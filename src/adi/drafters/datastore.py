@@ -19,19 +19,22 @@ SHORTEST = 2
 
 
 class Datastore:
-    """Token sequences end to end, ``ids_N`` ``[N]``, and how long each is, ``lengths_M`` ``[M]``: arrays of int32."""
+    """Token sequences end to end, ``ids_N`` ``[N]``, and how long each is, ``lengths_M`` ``[M]``: arrays of int32. Its
+    ``name`` is the source of its drafts: what two of them are right in is learned apart."""
 
-    def __init__(self, ids_N: Any, lengths_M: Any) -> None:
-        self.ids_N, self.lengths_M = ids_N, lengths_M
+    def __init__(self, ids_N: Any, lengths_M: Any, name: str = "datastore") -> None:
+        self.ids_N, self.lengths_M, self.name = ids_N, lengths_M, name
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> Datastore:
+    def of(cls, sequences: Sequence[Sequence[int]], name: str = "datastore") -> Datastore:
         flat = [token for ids in sequences for token in ids]
-        return cls(np.array(flat, np.int32), np.array([len(ids) for ids in sequences], np.int32))
+        return cls(np.array(flat, np.int32), np.array([len(ids) for ids in sequences], np.int32), name)
 
     def and_more(self, others: Datastore) -> Datastore:
         """These and then the others."""
-        return Datastore(np.concatenate([self.ids_N, others.ids_N]), np.concatenate([self.lengths_M, others.lengths_M]))
+        return Datastore(
+            np.concatenate([self.ids_N, others.ids_N]), np.concatenate([self.lengths_M, others.lengths_M]), self.name
+        )
 
     def arrays(self) -> dict[str, Any]:
         return {"ids_N": self.ids_N, "lengths_M": self.lengths_M}
@@ -49,7 +52,7 @@ class Datastore:
         if most < 1:
             return None
         matched, tokens, shares = self._index.vote(text, most)
-        return NgramMatch(tokens, matched, "datastore", shares) if matched else None
+        return NgramMatch(tokens, matched, self.name, shares) if matched else None
 
     @cached_property
     def _index(self) -> RunArray:

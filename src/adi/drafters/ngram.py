@@ -32,7 +32,7 @@ class NgramMatch:
     """A draft found by n-gram lookup.
 
     ``tokens`` is the continuation, ``matched`` the length of the run that was found (at most ``longest``), ``source`` where:
-    "context", "history" or "datastore". ``shares``, where occurrences voted, holds for each token the share of occurrences
+    "context", "history", "habits", "datastore". ``shares``, where occurrences voted, holds for each token the share of those
     that continue with it.
     """
 

@@ -299,10 +299,8 @@ class Habituation:
             net = self._fit(teacher, seen, self.work / f"drafter-{prompts}.pt", epochs, net)
             used = as_halves(net)
             report = judge_drafter(used, teacher, self.model.backbone.embed, self.choosing, progress=self.progress)
-            answers = datastore_of(texts_in(seen))
-            if base.answers is not None:
-                answers = base.answers.and_more(answers)
-            exits = replace(base, drafter=used, answers=answers, report={**base.report, "drafter": report})
+            habits = datastore_of(texts_in(seen), "habits")
+            exits = replace(base, drafter=used, habits=habits, report={**base.report, "drafter": report})
             found.append(Stage(prompts, exits, self._judged(used)))
         return found
 

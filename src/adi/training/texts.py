@@ -67,9 +67,9 @@ def interleave(groups: Sequence[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(mixed))
 
 
-def datastore_of(texts: Iterable[KnownText]) -> Datastore:
+def datastore_of(texts: Iterable[KnownText], name: str = "datastore") -> Datastore:
     """Every answer with the two tokens before it."""
-    return Datastore.of([text.ids[max(0, text.first - 1) :] for text in texts])
+    return Datastore.of([text.ids[max(0, text.first - 1) :] for text in texts], name)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adi.artifact import Exits
     from adi.model.load import Model
     from adi.training.habituate import HabitOptions
+    from adi.training.train_model import ModelOptions
 
 
 _rare = partial(option, panel="Training", rare=True)
@@ -45,6 +46,21 @@ class HabituatingOptions:
 
 
 @dataclass(frozen=True)
+class LearningOptions:
+    """Whether the model's own blocks learn too."""
+
+    train_model: Annotated[
+        bool, option("--train-model", help="Train the model's own blocks too, and compare with the original.", panel="Training")
+    ] = False
+    train_minutes: Annotated[float, _rare("--train-minutes", help="What that may take besides.")] = 180.0
+
+    def options(self, seed: int) -> ModelOptions | None:
+        from adi.training.train_model import ModelOptions
+
+        return ModelOptions(minutes=self.train_minutes, seed=seed) if self.train_model else None
+
+
+@dataclass(frozen=True)
 class UsedOptions:
     """How the model will be used: in which precisions, and with which exits to begin with."""
 
@@ -56,6 +72,11 @@ class UsedOptions:
     ] = "auto"
     device: DeviceOption = "auto"
 
+    def engines(self, model: str | Path) -> list[Model]:
+        """The model in every precision."""
+        options = [EngineOptions(precision=name, device=self.device) for name in listed(self.precision)]
+        return [one.load(str(model)) for one in options]
+
     def load(self, model: str) -> tuple[Model, list[Model], Exits | None]:
         """The model to train beside, the engines, and the exits."""
         from adi.artifact import load_exits, shipped_for
@@ -65,8 +86,7 @@ class UsedOptions:
         for name in listed(self.precision):
             check_engine("auto", name)
         loaded = EngineOptions(backend="hf", device=self.device).load(model)
-        engines = [EngineOptions(precision=name, device=self.device).load(model) for name in listed(self.precision)]
-        return loaded, engines, kept or shipped_for(loaded.backbone.spec.fingerprint)
+        return loaded, self.engines(model), kept or shipped_for(loaded.backbone.spec.fingerprint)
 
 
 def habituate(
@@ -88,11 +108,12 @@ def habituate(
     *,
     used: UsedOptions,
     habits: HabituatingOptions,
+    learning: LearningOptions,
 ) -> None:
-    """Make your kind of work cheap for a model that stays as it is: drafter, memory and exits learn from its own answers.
+    """Make your kind of work cheap: drafter, memory and exits learn from the model's own answers.
 
-    A quarter of the prompts is held out; the page in --out compares before and after on these and on other prompts. Output
-    stays exactly full depth's. A run that was stopped resumes with the same command.
+    The model stays as it is, unless --train-model. A quarter of the prompts is held out; the page in --out compares before and
+    after on these and on other prompts. Output stays exactly full depth's. A stopped run resumes with the same command.
     """
     from adi.measure.habits.page import habits_page
     from adi.measure.habits.run import habituate as work
@@ -114,6 +135,8 @@ def habituate(
             others=() if loaded.tokenizer is None else other_items,
             command=command_line(),
             measure_again=measure_again,
+            train=learning.options(habits.seed),
+            reload=used.engines,
             progress=report,
         )
     write_json(result, found)

@@ -12,7 +12,7 @@ from typing import Any
 
 from adi.artifact import Exits
 from adi.decoding.generate import generate
-from adi.decoding.policies import Policy, Verified
+from adi.decoding.policies import Policy
 from adi.decoding.records import Generation
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens
 from adi.files import read_json, write_json
@@ -23,14 +23,6 @@ from adi.progress import Progress, no_progress
 
 Ids = tuple[int, ...]
 FEWEST = 4  # prompts of each kind that are measured, whatever the budget
-
-
-@dataclass(frozen=True)
-class Unlearning(Verified):
-    """Verified decoding that drafts from a history and adds nothing to it."""
-
-    def on_finished(self, tokens: Sequence[int]) -> None:
-        """Not remembered."""
 
 
 @dataclass
@@ -70,7 +62,7 @@ class Compared:
         full = found["full"].token_ids
         return {
             "tokens": len(full),
-            "same": all(one.token_ids == full for one in found.values()),
+            "same": all(one.token_ids == full for one in found.values() if one.verified),
             "seconds": {name: one.counters.seconds for name, one in found.items()},
             "rounds": {name: one.counters.rounds for name, one in found.items()},
             "drafted": {name: one.counters.drafted for name, one in found.items()},
@@ -79,8 +71,8 @@ class Compared:
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of measured prompts: medians and 95% intervals of paired ratios of speed, tokens a pass, drafts kept, whether every text
-    was full depth's."""
+    """Of measured prompts: medians and 95% intervals of paired ratios of speed, tokens a pass, drafts kept, and the share of
+    verified texts that are full depth's."""
     names = [name for name in rows[0]["seconds"] if name != "full"]
     found: dict[str, Any] = {"prompts": len(rows), "tokens": sum(row["tokens"] for row in rows)}
     found["same_text"] = sum(row["same"] for row in rows) / len(rows)
@@ -93,7 +85,8 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "accepted_share": accepted / drafted if drafted else None,
             "ratio": _ratio(rows, "full", name),
         }
-    found["after_to_before"] = _ratio(rows, "before", "after")
+    if {"before", "after"} <= {*names}:
+        found["after_to_before"] = _ratio(rows, "before", "after")
     return found
 
 

@@ -10,18 +10,20 @@ from typing import Any
 
 from adi.artifact import Exits, bare_exits
 from adi.decoding.policies import FullDepth, Verified
+from adi.errors import UsageError
 from adi.files import read_json, write_json
-from adi.measure.habits.compared import Compared, Unlearning, by_category, shallowest, summary_of, written_by
-from adi.measure.habits.steady import curve_row, over_repetitions, steadily, with_history
+from adi.measure.calibration.calibrate import LEAST_PROMPTS
+from adi.measure.habits.compared import Compared, by_category, shallowest, summary_of, written_by
+from adi.measure.habits.learned import Reload, learned
+from adi.measure.habits.steady import curve_row, over_repetitions, steadily
 from adi.measure.provenance import provenance
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem, spread
 from adi.training.habituate import HabitOptions, Habituation, Ids, Stage, split
-from adi.training.shards import texts_in
+from adi.training.train_model import ModelOptions
 
 FORMAT, VERSION = "adi-habits", 1
-HISTORY = "history"
 CURVE_PROMPTS, REPEATED_PROMPTS = 24, 8
 UNKNOWN = "other"
 
@@ -37,6 +39,8 @@ def habituate(
     others: Sequence[PromptItem] = (),
     command: str = "",
     measure_again: bool = False,
+    train: ModelOptions | None = None,
+    reload: Reload | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Make a workload cheap for a model that stays as it is, and measure what it gave; the result document.
@@ -44,13 +48,14 @@ def habituate(
     Args:
         model: the model on the transformers engine, whose drafter and heads are trained.
         engines: the same model as it will be used; each answers all prompts.
-        out: gets the exits, a history of the answers, and ``work/`` with all parts; a stopped run goes on there.
+        out: gets the exits, and ``work/`` with all parts; a stopped run goes on there.
         items: prompts of the workload; a quarter of them is held out.
         keep: exits of this model to begin with.
         options: budget, length of answers, seed.
         others: prompts of other work, which must not become slower.
         command: noted in the result.
         measure_again: what was measured before is measured anew; nothing is trained that is there.
+        train: then train the model's own blocks too, for so many minutes more; ``reload`` loads the checkpoint on such engines.
         progress: called with done, total and what is being done.
 
     Raises:
@@ -58,14 +63,17 @@ def habituate(
     """
     options = options or HabitOptions()
     began = time.monotonic()
-    run = Habituation(model, engines, out, split(model, items, options), keep, options, progress)
+    workload = split(model, items, options)
+    if train is not None and (held := len(workload.choosing) + len(workload.testing)) < LEAST_PROMPTS:
+        raise UsageError(f"{held} held-out prompts are too few to certify a reflex of the trained model; give more prompts.")
+    run = Habituation(model, engines, out, workload, keep, options, progress)
     stages = run.stages()
     exits, heads = run.with_heads(stages[-1].exits)
-    exits = replace(exits, made_by={**exits.made_by, "habits": {"command": command, "options": asdict(options)}})
-    exits.save(out)
+    made_by = {**exits.made_by, "habits": {"command": command, "options": asdict(options)}}
+    (exits := replace(exits, made_by=made_by)).save(out)
     trained = time.monotonic() - began
     measuring = _Measuring(run, [*stages[:-1], replace(stages[-1], exits=exits)], measure_again, progress)
-    return {
+    found = {
         "format": FORMAT,
         "version": VERSION,
         **provenance(command, items),
@@ -77,6 +85,9 @@ def habituate(
         "exits": heads,
         **measuring.all(others),
     }
+    if train is not None and reload is not None:
+        found["trained"] = learned(run, exits, train, reload, others, measure_again)
+    return found
 
 
 class _Measuring:
@@ -89,12 +100,6 @@ class _Measuring:
         if again:
             for path in (*run.work.glob("measured-*.json"),):
                 path.unlink()
-        path, texts = run.out / HISTORY, () if (run.out / HISTORY).exists() else self._answers()
-        self.history = with_history(run.engines[0], path, texts)
-
-    def _answers(self) -> list[Ids]:
-        shards = [path for _, part in self.run.parts() for path in part]
-        return [text.ids[max(0, text.first - 1) :] for text in texts_in(shards)]
 
     def all(self, others: Sequence[PromptItem]) -> dict[str, Any]:
         """By cost table on one engine, by the clock on each."""
@@ -130,7 +135,7 @@ class _Measuring:
     def _text(self) -> dict[str, Any]:
         """One held-out text, before and after: who wrote each token, and the shallowest exit that says it."""
         engine, ids = self.run.engines[0], self.testing[0]
-        policies = {"before": Verified(self.before), "after": Unlearning(self.after, history=self.history)}
+        policies = {"before": Verified(self.before), "after": Verified(self.after)}
         written = written_by(engine, ids, policies, self.tokens)
         answer = self.run.answer_to(ids)
         own = self.before if self.before.heads is not None else bare_exits(self.run.model, self.run.depths)
@@ -143,7 +148,7 @@ class _Measuring:
         policies = {
             "full": FullDepth(),
             "before": Verified(self.before),
-            "after": Unlearning(self.after, history=self.history),
+            "after": Verified(self.after),
         }
         path = self.run.work / f"measured-{spec.backend}-{spec.precision}.json"
         compared = Compared(engine, policies, self.tokens, path)
@@ -180,4 +185,14 @@ def verdict(document: Mapping[str, Any]) -> list[str]:
             text += f"; other prompts at {others['after_to_before'][0]:.2f} x of what they were"
         same = min(side["same_text"] for side in (work, others) if side is not None)
         lines.append(f"{text}; same text as full depth {same:.0%}.")
+    for one in document.get("trained", {}).get("engines", ()):
+        lines += [_of_model(one["precision"], name, one[name]) for name in ("original", "learned")]
     return lines
+
+
+def _of_model(precision: str, name: str, found: Mapping[str, Any]) -> str:
+    verified, reflex = (f"{found[way]['tokens_per_second']:.1f} tokens/s" for way in ("verified", "reflex"))
+    return (
+        f"{precision}, the {name} model: verified {verified}; reflex certified at 2% {reflex} at "
+        f"{found['certified_depth']:.0%} of the depth."
+    )

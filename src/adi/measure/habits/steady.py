@@ -5,7 +5,7 @@ What passes cost is measured once; prompts are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,15 +80,12 @@ def steadily(
     return {"tokens": len(found.token_ids), "rounds": found.counters.rounds, "ratio": full / max(sum(policy.bill), 1e-9)}
 
 
-def with_history(model: Model, path: Path, texts: Iterable[Ids] = ()) -> History | None:
-    """A history of this model's tokenizer with these texts; None without a tokenizer."""
+def with_history(model: Model, path: Path) -> History | None:
+    """A history of this model's tokenizer; None without a tokenizer."""
     if model.tokenizer is None:
         return None
     fingerprint = tokenizer_fingerprint(model.tokenizer)
-    history = History.open(path, fingerprint=fingerprint, vocabulary=model.backbone.spec.vocabulary)
-    for ids in texts:
-        history.learn(ids)
-    return history
+    return History.open(path, fingerprint=fingerprint, vocabulary=model.backbone.spec.vocabulary)
 
 
 def over_repetitions(
