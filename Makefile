@@ -87,6 +87,8 @@ results: peers
 	$(BIN)/adi train out/fixed4.toml --out out/fixed4
 	$(BIN)/adi solve out/price --count 2048 --seed 1 --against out/plsd,out/ouro,out/pondernet,out/act,out/trm,out/fixed4 --json \
 	  > $(RESULTS)/objectives.json
+	$(BIN)/adi habituate smollm2-135m --prompts workloads --precision int4,int8 --out out/habits
+	cp out/habits/habits.json $(RESULTS)/habits.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

@@ -281,6 +281,45 @@ def loops() -> str:
     return f"{whole}\n\n{commands}; 95% intervals over items.{more}\n\n`{objectives['command']}`"
 
 
+def habituated() -> str:
+    """The tables of docs/habits.md on a workload, before and after; nothing while there are no figures."""
+    if not (RESULTS / "habits.json").exists():
+        return ""
+    found, rows = load("habits.json"), []
+    for one in found["results"]:
+        sides = {"held-out workload": one["workload"], **one["workload"]["by_category"], "other prompts": one["others"]}
+        for name, side in sides.items():
+            ratios = [
+                _between(r[0], r[1:], ".2f")
+                for r in (*(side[w]["ratio"] for w in ("before", "after")), side["after_to_before"])
+            ]
+            passes = [f"{side[way]['tokens_per_pass']:.2f}" for way in ("before", "after")]
+            rows.append([f"{one['precision']}, {name}", str(side["prompts"]), *ratios, *passes, f"{side['same_text']:.0%}"])
+    head = [
+        "",
+        "prompts",
+        "before, x full depth",
+        "after, x full depth",
+        "after / before",
+        "tokens a pass, before",
+        "after",
+        "same text",
+    ]
+    curve = []
+    for row in found["curve"]:
+        by_cost, right = _between(row["by_cost"][0], row["by_cost"][1:], ".2f"), row["first_draft_right"]
+        curve.append([str(row["prompts"]), f"{row['tokens_per_pass']:.2f}", by_cost, "" if right is None else f"{right:.0%}"])
+    repeated = [[str(row["repetition"]), f"{row['tokens_per_pass']:.2f}"] for row in found["repetitions"]]
+    split = found["split"]
+    note = f"{split['train']} prompts learned from, {split['choosing']} choose, {split['testing']} only tested on"
+    parts = [
+        f"{table(head, rows)}\n\n{found['model']}, {note}; {source('habits.json')}.",
+        table(["prompts learned from", "tokens a pass", "x full depth by the cost table", "first drafts right"], curve),
+        table(["the same prompts, with a history, for the n-th time", "tokens a pass"], repeated),
+    ]
+    return "\n\n".join(parts)
+
+
 def _compared(found: Result) -> str:
     """Models of the same task on the same items; nothing where there are none."""
     rows = []
@@ -365,7 +404,14 @@ def pages() -> dict[Path, str]:
     looped = re.sub(
         r"(<!-- loops -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{loops()}\n{m[2]}", page.read_text(), flags=re.DOTALL
     )
-    return {readme: text, page: looped, ROOT / "docs" / "benchmarks.md": template.render()}
+    habits = ROOT / "docs" / "habits.md"
+    learned = re.sub(
+        r"(<!-- habituate -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{habituated()}\n{m[2]}",
+        habits.read_text(),
+        flags=re.DOTALL,
+    )
+    return {readme: text, page: looped, habits: learned, ROOT / "docs" / "benchmarks.md": template.render()}
 
 
 def note_made(files: Sequence[str]) -> None:
