@@ -164,8 +164,24 @@ def test_general_text_is_the_models_own_talk_and_plain_text(sharp: adi.Model, tm
     assert found == general_text(sharp, tmp_path, tokens=200)
 
 
+def test_exits_begin_with_the_heads_of_the_nearest_depth(llama: adi.Model, done: tuple[adi.Exits, Path]) -> None:
+    teacher = _teacher(llama.backbone, torch.arange(VOCABULARY))
+    known = done[0].heads
+    assert known is not None
+    learner = Learner(llama.backbone, teacher, replace(OPTIONS, depths=(1, 5)), False, known)  # type: ignore[arg-type]
+    for depth, nearest in ((1, 2), (5, 3)):
+        assert torch.equal(learner.adapters[depth].tensors()["up_DR"], known.adapters[nearest].tensors()["up_DR"])
+
+
+def test_with_more_steps_a_finished_folder_goes_on(llama: adi.Model, tmp_path: Path) -> None:
+    for steps in (16, 48):
+        trained(llama, tmp_path, replace(OPTIONS, steps=steps))
+    points = read_json(tmp_path / "curve.json", "curve")
+    assert [point["steps"] for point in points] == [0, 16, 48]
+
+
 def test_minutes_become_steps_once(llama: adi.Model, tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=None, minutes=0.0)
+    options = replace(OPTIONS, steps=None, minutes=1e-4)
     trained(llama, tmp_path, options)
     assert (tmp_path / "work" / "steps.txt").read_text() == str(module.SPAN)
 

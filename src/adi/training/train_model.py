@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from adi.arguments import real, settle, whole
 from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText
 from adi.errors import ModelError, UsageError
 from adi.exits.heads import Adapter, Heads, fresh_adapter, predict, shortlist
 from adi.files import read_json, write_json, write_text
+from adi.model.arrays import digest
 from adi.model.backbone import Backbone
 from adi.model.hf import HfBackbone
 from adi.model.hf.splitting import decoder_of
@@ -74,6 +76,12 @@ class ModelOptions:
     shortlist: int = 4096
     every: float = 10.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, minutes=real("minutes", self.minutes, "above 0", lambda m: m > 0))
+        settle(self, price=real("price", self.price, "from 0 to 100", lambda p: 0 <= p <= 100))
+        if self.steps is not None:
+            settle(self, steps=whole("steps", self.steps, 1))
 
     def depths_of(self, layers: int) -> tuple[int, ...]:
         """The depths of exits in a model of so many blocks; UsageError for some that it lacks."""
@@ -142,7 +150,9 @@ class _Enough(Exception):  # noqa: N818, no error: a pass has come to its deepes
 class Learner:
     """A copy of a model whose blocks learn, with an exit at each of some depths; what it was is the ``teacher``."""
 
-    def __init__(self, backbone: HfBackbone, teacher: Teacher, options: ModelOptions, bfloat16: bool) -> None:
+    def __init__(
+        self, backbone: HfBackbone, teacher: Teacher, options: ModelOptions, bfloat16: bool, begin: Heads | None = None
+    ) -> None:
         self.backbone, self.teacher, self.options, self.bfloat16 = backbone, teacher, options, bfloat16
         self.model = copy.deepcopy(backbone.model).requires_grad_(False)
         self.blocks = decoder_of(self.model)[1]
@@ -150,7 +160,7 @@ class Learner:
             raise ModelError(f"{backbone.spec.name} is looped; train it with: adi train SETTINGS.toml --out DIR.")
         self.depths = options.depths_of(len(self.blocks))
         dice = torch.Generator().manual_seed(options.seed)
-        self.adapters = {depth: fresh_adapter(teacher.readout, options.rank, dice) for depth in self.depths}
+        self.adapters = {depth: _adapter(depth, teacher, options, dice, begin) for depth in self.depths}
         self.cost_R = torch.tensor([*self.depths, len(self.blocks)]) / len(self.blocks)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -268,7 +278,8 @@ def train_model(
     """Train a copy of a model so that exits agree with full depth on ``answers``; a stopped run resumes to the bit.
 
     ``out`` gets an ordinary checkpoint (``save_pretrained``, with the tokenizer), its exits, ``curve.json`` (agreement on
-    ``held`` and perplexity of ``windows`` as training went on), and ``work/`` with teacher's states and checkpoint.
+    ``held`` and perplexity of ``windows`` as training went on), and ``work/`` with teacher's states and checkpoint. With more
+    steps than before a finished folder goes on, at the learning rate of its new share of them.
 
     Args:
         model: on the transformers engine, in float32; it stays as it is, and is the teacher.
@@ -276,7 +287,7 @@ def train_model(
         general: other text of the model, which keeps the rest as it was.
         held: answers to other prompts of the workload.
         windows: token ids of plain text, to measure perplexity.
-        keep: exits of ``model``, whose drafter and datastore go along.
+        keep: exits of ``model``: its exits begin with their heads, and drafter and datastore go along.
         categories, made_by: for the report, and noted in the exits.
 
     Raises:
@@ -295,10 +306,11 @@ def train_model(
         shards = _shards(backbone, work, {"answers": answers, "held": held, "general": general}, progress)
     texts = {name: _Text.all_of(paths) for name, paths in shards.items()}
     teacher = _teacher(backbone, choose_shortlist(shards["answers"], backbone.spec.vocabulary, options.shortlist))
-    learner = Learner(backbone, teacher, options, bfloat16)
+    learner = Learner(backbone, teacher, options, bfloat16, None if keep is None else keep.heads)
     steps = _steps(learner, texts, work / "steps.txt")
     names = {name: [path.name for path in paths] for name, paths in shards.items()}
-    key = [replace(options, steps=steps, minutes=0.0, every=0.0), backbone.spec.fingerprint, names, learner.bfloat16]
+    begin = digest([t for adapter in learner.adapters.values() for t in adapter.tensors().values()])
+    key = [replace(options, steps=None, minutes=1.0, every=0.0), backbone.spec.fingerprint, names, bfloat16, begin]
     checkpoint = fresh_checkpoint(work / "model.pt", key)
     curve = _Curve(out / CURVE, learner, texts["held"], windows, -(-steps // SPAN), fresh=not checkpoint.exists())
     how = OptimizerOptions(curve.spans, options.learning_rate, (0.9, 0.98), 1.0, options.seed)
@@ -333,6 +345,14 @@ def _shards(
             raise UsageError(f"there are 0 texts of {name} to train on or to test with; give more prompts.")
         found[name] = write_forced_shards(backbone, given, work / name, progress=progress, what=f"reading {name}")
     return found
+
+
+def _adapter(depth: int, teacher: Teacher, options: ModelOptions, dice: torch.Generator, begin: Heads | None) -> Adapter:
+    """A fresh one, or that of the model as it is at the nearest depth."""
+    if begin is None:
+        return fresh_adapter(teacher.readout, options.rank, dice)
+    known = begin.adapters[min(begin.adapters, key=lambda other: abs(other - depth))]
+    return Adapter(**{name: tensor.float().clone() for name, tensor in known.tensors().items()})
 
 
 def _teacher(backbone: Backbone, ids_S: Tensor) -> Teacher:
