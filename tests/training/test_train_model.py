@@ -189,3 +189,11 @@ def test_minutes_become_steps_once(llama: adi.Model, tmp_path: Path) -> None:
 def test_the_tokenizer_goes_along(sharp: adi.Model, tmp_path: Path) -> None:
     train_model(sharp, texts(4, 1), texts(4, 2), tmp_path, replace(OPTIONS, steps=16), held=texts(2, 3))
     assert AutoTokenizer.from_pretrained(tmp_path).vocab_size > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"minutes": 0}, "minutes"), ({"price": -1}, "price"), ({"steps": 0}, "steps")]
+)
+def test_options_that_cannot_be_meant_are_named(change: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ModelOptions(**change)
