@@ -320,6 +320,37 @@ def habituated() -> str:
     return "\n\n".join(parts)
 
 
+def learned() -> str:
+    """The tables of docs/habits.md on a model whose own blocks were trained; nothing while there are no figures."""
+    if not (RESULTS / "learned.json").exists():
+        return ""
+    found = load("learned.json")
+    curve, certified, routes = found["curve"], found["certified"], found["routes"]
+    depths, first = list(curve[0]["exits"]), curve[0]["perplexity"]
+    points = []
+    for point in curve:
+        agreed = [f"{point['exits'][depth]['full']:.1%}" for depth in depths]
+        plain = f"{point['perplexity']:.2f} ({point['perplexity'] / first - 1:+.1%})"
+        points.append([f"{point['minutes']:.0f}", str(point["steps"]), *agreed, f"{point['full']:.1%}", plain])
+    levels = [
+        [f"{was['level']:.0%}", *(f"{each['share']:.0%} ({each['observed']:.1%} seen)" for each in (was, now))]
+        for was, now in zip(certified["original"], certified["trained"], strict=True)
+    ]
+    ways = [
+        [name, _between(r["ratio"][0], r["ratio"][1:], ".2f"), f"{r['score']:.1%}", f"{r['same_answers']:.0%}"]
+        for name, r in routes.items()
+    ]
+    exits = [f"exit at {depth} agrees" for depth in depths]
+    parts = [
+        table(["minutes", "steps", *exits, "full depth says what it said", "perplexity of plain text"], points),
+        table(["certified to differ in at most", "original: mean depth, share", "trained"], levels),
+        table(["", "x original at full depth", "orders right", "original's answers"], ways),
+        f"{found['model']}, {found['prompts_certified']} fresh prompts for certificates, {found['prompts_tested']} others for "
+        f"scores and times; {source('learned.json')}",
+    ]
+    return "\n\n".join(parts)
+
+
 def _compared(found: Result) -> str:
     """Models of the same task on the same items; nothing where there are none."""
     rows = []
@@ -405,13 +436,12 @@ def pages() -> dict[Path, str]:
         r"(<!-- loops -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{loops()}\n{m[2]}", page.read_text(), flags=re.DOTALL
     )
     habits = ROOT / "docs" / "habits.md"
-    learned = re.sub(
-        r"(<!-- habituate -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{habituated()}\n{m[2]}",
-        habits.read_text(),
-        flags=re.DOTALL,
-    )
-    return {readme: text, page: looped, habits: learned, ROOT / "docs" / "benchmarks.md": template.render()}
+    filled = habits.read_text()
+    for name, make in (("habituate", habituated), ("learned", learned)):
+        filled = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", filled, flags=re.DOTALL
+        )
+    return {readme: text, page: looped, habits: filled, ROOT / "docs" / "benchmarks.md": template.render()}
 
 
 def note_made(files: Sequence[str]) -> None:
