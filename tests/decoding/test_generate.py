@@ -130,7 +130,16 @@ def test_candidates_record_every_look(tiny_model: adi.Model) -> None:
     assert [look.depth for look in drafted.looks] == [2, 4, 6]
     assert [look.fired for look in drafted.looks] == [False, True, False]
     for look in drafted.looks:
-        assert set(look.signals) == {"entropy", "margin", "top_probability", "stability", "hoyer", "top_energy"}
+        assert set(look.signals) == {
+            "entropy",
+            "margin",
+            "top_probability",
+            "stability",
+            "hoyer",
+            "top_energy",
+            "active_share",
+            "route_margin",
+        }
         chances = [c.probability for c in look.candidates]
         assert len(chances) == 3
         assert chances == sorted(chances, reverse=True)

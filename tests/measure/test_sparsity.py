@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from adi.exits.signals import active_share, route_jump, route_margin
 from adi.measure import sparsity
-from adi.measure.sparsity import SparsitySettings, alone, gain, study_sparsity
+from adi.measure.sparsity import SparsitySettings, alone, fitted, gain, study_sparsity
 from adi.measure.statistics import auroc, logistic_weights, weighted_auroc
 from support import adi_
 
@@ -28,11 +29,11 @@ def planted(strength: float) -> dict[str, np.ndarray]:
 
 
 def test_a_planted_signal_adds_to_entropy_and_noise_does_not() -> None:
-    found = gain(planted(1.0), ("entropy",), ("signal",), FITS_B)
+    found = gain(partial(fitted, planted(1.0), FITS_B), ("entropy",), ("signal",))
     assert found["more"] > 0.03
     assert np.quantile(found["drawn"], 0.025) > 0.02
     assert found["likelihood_ratio"] > 100
-    noise = gain(planted(0.0), ("entropy",), ("signal",), FITS_B)
+    noise = gain(partial(fitted, planted(0.0), FITS_B), ("entropy",), ("signal",))
     assert abs(noise["more"]) < 0.005
     assert noise["likelihood_ratio"] < 25
     assert noise["degrees"] == 6
@@ -86,7 +87,7 @@ def test_a_study_is_resumed_and_not_mixed_with_another(tmp_path: Path, monkeypat
     assert made.exit_code == 0, made.output
     result = json.loads((tmp_path / "r.json").read_text())
     assert [rule["rule"] for rule in result["rules"]] == ["price", "relu"]
-    assert set(result["rules"][0]["gains"]) == {"entropy", "head", "head and gate"}
+    assert set(result["rules"][0]["gains"]) == set(sparsity.BASES)
     assert 0 < result["rules"][0]["active"] < 1
 
     def trained(*_: Any) -> None:

@@ -107,6 +107,23 @@ def test_the_rule_that_tells_wins_and_comes_with_its_thresholds() -> None:
     assert trigger_from_json(json.loads(json.dumps(found[STATIC].trigger))) == adi.Always(found[STATIC].stops)
 
 
+@pytest.mark.parametrize("high", [False, True])
+def test_what_sure_means_is_found_where_a_signal_leaves_it_open(high: bool) -> None:
+    data = search_data()
+    for rows in data.tables.values():
+        margin = rows.signals.pop("margin")
+        rows.signals["active_share"] = margin if high else 1 - margin
+    seconds = {depth: {**known, "active_share": 1e-5} for depth, known in data.seconds.items()}
+    best = {one.rule: one for one in best_rules(replace(data, seconds=seconds))}["active_share"]
+    assert best.accepted_share == 1.0
+    trigger = trigger_from_json(json.loads(json.dumps(best.trigger)))
+    assert isinstance(trigger, adi.Threshold)
+    assert trigger.high is high
+    sure, unsure = ({"active_share": float(share)} for share in (high, not high))
+    assert trigger.fires(sure, 2)
+    assert not trigger.fires(unsure, 2)
+
+
 def test_rules_are_chosen_on_calibrating_texts_only() -> None:
     """A signal that lies on the texts that test is still chosen by what it shows on the others, and found out."""
     honest, lying = ({one.rule: one for one in best_rules(search_data(turned))}["margin"] for turned in (False, True))
@@ -131,7 +148,17 @@ def check(study: Any, depths: tuple[int, ...], signals: set[str]) -> None:
 
 def test_the_study_scores_every_signal_at_every_depth(tiny_model: adi.Model) -> None:
     prompts = [f"the {n} quick foxes and the dog" for n in range(6)]
-    signals = {"entropy", "margin", "top_probability", "stability", "hoyer", "top_energy", "weighted"}
+    signals = {
+        "entropy",
+        "margin",
+        "top_probability",
+        "stability",
+        "hoyer",
+        "top_energy",
+        "active_share",
+        "route_margin",
+        "weighted",
+    }
     exits = random_exits(tiny_model, (2, 5), adi.Never())
     study = adi.study_triggers(tiny_model, exits, prompts[:4], calibrate=prompts[4:], max_new_tokens=12)
     check(study, (2, 5), signals)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adi
+from adi.decoding.frontier import Frontier
 from adi.decoding.looped.compiled import compiled
 from adi.decoding.looped.halting import Rule
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
@@ -73,16 +74,43 @@ def test_a_sparse_looped_model_decodes_verified_as_at_full_depth_and_is_kept(whe
     policy = adi.Verified(adi.bare_exits(model, (1, 2)), adi.Threshold("top_probability", 0.0))
     full, drafted = (adi.generate(model, [1, 2, 3], p, max_new_tokens=8) for p in (adi.FullDepth(), policy))
     assert full.token_ids == drafted.token_ids
+    if where != "relu":
+        route_TF = shown(model, network, [1, 2, 3])
+        assert route_TF.shape == (3, 32)
+        assert (route_TF < 0).any()
     network.save_pretrained(tmp_path)
     again: Any = LoopedForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(ids(2, 9)).logits, network(ids(2, 9)).logits)
 
 
+def shown(model: adi.Model, network: LoopedForCausalLM, text: list[int]) -> torch.Tensor:
+    """The tap after two turns, which must be the routing logits of the MLP there."""
+    seen: list[torch.Tensor] = []
+    hook = network.model.turn.layers[0].mlp.up_proj.router.register_forward_hook(lambda _, given, out: seen.append(out))  # type: ignore[union-attr]
+    with torch.no_grad():
+        network(torch.tensor([text]), turns=2)
+    hook.remove()
+    frontier = Frontier(model.backbone, mlp=True)
+    frontier.append(text)
+    frontier.advance(2)
+    assert frontier.last is not None
+    route_TF = frontier.last.mlp_TF
+    frontier.close()
+    assert route_TF is not None
+    assert torch.allclose(route_TF, seen[1][0], atol=1e-5)
+    return route_TF
+
+
+def test_what_a_turn_injects_is_not_taken_for_its_mlp() -> None:
+    assert not adi.load(gated(True)).backbone.has_mlp_tap
+
+
 def test_fresh_prototypes_gates_and_biases_start_as_published() -> None:
     torch.manual_seed(0)
     made = LoopedForCausalLM(LoopedConfig(sparse="mlp", initializer_range=0.1)).model.turn.layers[0].mlp.up_proj
     assert isinstance(made, SplLinear)
+    made.requires_grad_(False)
     assert float(made.router.prototypes.std()) == pytest.approx(0.02, rel=0.05)
     assert float(made.weight.std()) == pytest.approx(0.1, rel=0.05)
     assert not made.router.gates.any()

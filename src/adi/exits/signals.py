@@ -4,7 +4,9 @@
   et al. 2022);
 * representation stability is the cosine between the states that enter and leave the last block run (CALM's "hidden-state
   saturation");
-* activation sparsity reads that block's MLP activations: Hoyer's measure (Hoyer 2004) and the share of energy in the top units.
+* activation sparsity reads that block's MLP activations: Hoyer's measure (Hoyer 2004) and the share of energy in the top
+  units; of a sparse layer (``model.sparse``) it reads the routing logits, whose share above 0 and mean distance from 0 are
+  signals too. Whether few or many active units mean sure is disputed: calibration says it, for each model.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def top_energy(mlp_TF: Tensor) -> Tensor:
 
 
 def active_share(route_TF: Tensor) -> Tensor:
-    """Share of a sparse layer's units that speak, ``[T]``, from its routing logits (of ReLU, what it is given)."""
+    """Share of units above 0, ``[T]``: of routing logits, those that speak."""
     return (route_TF > 0).float().mean(-1)
 
 
@@ -178,16 +180,18 @@ def _probed(name: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Signal:
-    """One measure: what it reads ("head", "states", "mlp", "probe" or "gate"), and whether sure means a high or a low value."""
+    """One measure: what it reads ("head", "states", "mlp", "probe" or "gate"), and whether sure means a high or a low value;
+    where that is ``open``, ``adi triggers`` finds it for a model, and its thresholds say it."""
 
     measure: Callable[..., Tensor]
     reads: str
     sure_is_high: bool
     about: str
+    open: bool = False
 
-    def sure(self, value: float, threshold: float) -> bool:
-        """Whether ``value`` is at least as sure as ``threshold``; never for NaN."""
-        return value >= threshold if self.sure_is_high else value <= threshold
+    def sure(self, value: float, threshold: float, high: bool | None = None) -> bool:
+        """Whether ``value`` is at least as sure as ``threshold``; never for NaN. ``high`` may say what sure means."""
+        return value >= threshold if (self.sure_is_high if high is None else high) else value <= threshold
 
 
 SIGNALS: dict[str, Signal] = {
@@ -197,6 +201,8 @@ SIGNALS: dict[str, Signal] = {
     "stability": Signal(stability, "states", True, "cosine between the last block's input and output"),
     "hoyer": Signal(hoyer, "mlp", True, "Hoyer sparsity of the last block's MLP activations"),
     "top_energy": Signal(top_energy, "mlp", True, "share of MLP energy in the top 2% of units"),
+    "active_share": Signal(active_share, "mlp", True, "share of units above 0", open=True),
+    "route_margin": Signal(route_margin, "mlp", True, "mean distance of units from 0", open=True),
     "state_probe": Signal(_probed("state_probe"), "probe", True, "chance of being right, learned from the state"),
     "joint_probe": Signal(_probed("joint_probe"), "probe", True, "chance of being right, learned from the state and the head"),
     "gate": Signal(_probed("gate"), "gate", True, "chance of halting, of a looped model's own gate"),

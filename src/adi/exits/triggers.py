@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from msgspec import UNSET, UnsetType
 from msgspec.structs import force_setattr, replace
 
 from adi.arguments import whole
@@ -63,15 +64,22 @@ class Threshold(_Rule, frozen=True, tag="threshold"):
     """Fires where one signal is at least as confident as its threshold: entropy at most, everything else at least that.
 
     ``at`` is one threshold for all depths or a mapping from depth to threshold; a depth without one never fires.
+    ``sure_is_high`` says what sure means where the signal leaves that open.
     """
 
     signal: str
     at: PerDepth
     min_depth: Natural = 0
+    sure_is_high: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         require_signal(self.signal)
         _check_thresholds(self, f"the threshold of {self.signal}")
+
+    @property
+    def high(self) -> bool:
+        """Whether a high value means sure."""
+        return require_signal(self.signal).sure_is_high if isinstance(self.sure_is_high, UnsetType) else self.sure_is_high
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,7 +94,7 @@ class Threshold(_Rule, frozen=True, tag="threshold"):
 
     def fires(self, signals: Mapping[str, float], depth: int) -> bool:
         threshold = _threshold(self, depth)
-        return threshold is not None and require_signal(self.signal).sure(signals[self.signal], threshold)
+        return threshold is not None and require_signal(self.signal).sure(signals[self.signal], threshold, self.high)
 
 
 class Weighted(_Rule, frozen=True, tag="weighted"):

@@ -8,7 +8,8 @@ the items, judged on the other half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from adi.exits.signals import Prediction, active_share, entropy, route_jump, route_margin, top_probability
 from adi.files import read_json, write_json
 from adi.measure.statistics import logistic_weights, weighted_auroc
+from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.model.sparse import Router
 from adi.progress import Progress, no_progress
@@ -35,9 +37,14 @@ ACTIVE = 0.25  # the share of units at which activity is compared
 SIGNALS = ("active_share", "active_share_at_equal", "route_margin", "route_jump")
 ADDED = {**{name: (name,) for name in SIGNALS}, "all": SIGNALS}
 HEAD = ("entropy", "top_probability")
-BASES = {"entropy": ("entropy",), "head": HEAD, "head and gate": (*HEAD, "gate")}
+BASES = {
+    "entropy": ("entropy",),
+    "head": HEAD,
+    "head and gate": (*HEAD, "gate"),
+    "these and difficulty": (*HEAD, "gate", "distance"),
+}
 RESAMPLES = 200
-Rows = Mapping[str, np.ndarray]  # signals and "right", each [turns, items, places]
+Rows = dict[str, np.ndarray]  # signals and "right", each [turns, items, places]
 
 
 class SparsitySettings(Record, frozen=True):
@@ -79,9 +86,9 @@ def study_sparsity(settings: SparsitySettings, folder: Path, progress: Progress 
     for n, (rule, seed) in enumerate(parts):
         path = folder / f"{rule}-{seed}.json"
         if not path.exists():
-            model = train_looped(
-                settings.training(rule, seed), folder / f"{rule}-{seed}", _within(progress, n, len(parts), rule)
-            )
+            made, within = folder / f"{rule}-{seed}", _within(progress, n, len(parts), rule)
+            done = (made / "model.safetensors").exists()
+            model = load_looped(made) if done else train_looped(settings.training(rule, seed), made, within)
             write_json(path, {"rule": rule, "seed": seed, **judged(model, settings.items, seed)})
     return summary([read_json(folder / f"{rule}-{seed}.json", "part of the study") for rule, seed in parts])
 
@@ -96,15 +103,15 @@ def judged(model: LoopedForCausalLM, count: int, seed: int) -> dict[str, Any]:
     """One trained model: accuracy and activity by turn, and how well each signal tells an exit that is right."""
     drawn = task_named(TASK).batch(count, (seed,), test=True)
     rows, answers_RBT = read(model, torch.tensor(drawn.ids_BT))
+    rows["distance"] = np.broadcast_to(np.log1p(drawn.difficulty_BT), rows["right"].shape)
     fits_B = np.arange(count) % 2 == 0
+    fit = functools.cache(functools.partial(fitted, rows, fits_B))
     return {
         "accuracy_by_turn": (answers_RBT == drawn.labels_BT).mean((1, 2)).tolist(),
         "right_by_turn": rows["right"].mean((1, 2)).tolist(),
         "active_by_turn": rows["active_share"].mean((1, 2)).tolist(),
         "alone": {name: alone(rows, name, fits_B) for name in (*HEAD, "gate", *SIGNALS)},
-        "gains": {
-            base: {name: gain(rows, given, names, fits_B) for name, names in ADDED.items()} for base, given in BASES.items()
-        },
+        "gains": {base: {name: gain(fit, given, names) for name, names in ADDED.items()} for base, given in BASES.items()},
     }
 
 
@@ -147,34 +154,33 @@ def alone(rows: Rows, name: str, fits_B: np.ndarray) -> dict[str, Any]:
     }
 
 
-def gain(rows: Rows, base: Sequence[str], names: Sequence[str], fits_B: np.ndarray) -> dict[str, Any]:
-    """What signals add to a base: of logistic regressions in each turn, on values, squares and cubes, the likelihood ratio on
-    the items that fit, and the difference of AUROC on the others with what resampled items give."""
-    right = rows["right"]
-    fitted = [_fitted(rows, given, fits_B) for given in (base, (*base, *names))]
-    ratio = 2 * (fitted[1].likelihood - fitted[0].likelihood)
-    test = [_judged(right[:, ~fits_B], scores[:, ~fits_B]).pooled for scores in (fitted[0].scores, fitted[1].scores)]
-    dice, items = np.random.default_rng(0), int((~fits_B).sum())
-    weights_SB = dice.multinomial(items, np.full(items, 1 / items), RESAMPLES)
-    drawn = [_judged(right[:, ~fits_B], f.scores[:, ~fits_B], weights_SB).drawn_S for f in fitted]
-    degrees = 3 * len(names) * len(right)
+def gain(fit: Callable[[tuple[str, ...]], Fitted], base: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Any]:
+    """What signals add to a base: the likelihood ratio on items that fit, with its degrees of freedom; the difference of AUROC
+    on the others, and what resampled items give."""
+    less, more = fit(base), fit((*base, *names))
+    gain_S = more.auroc_S - less.auroc_S
     return {
-        "base": test[0],
-        "more": test[1] - test[0],
-        "drawn": (drawn[1] - drawn[0]).tolist(),
-        "likelihood_ratio": ratio,
-        "degrees": degrees,
+        "base": float(less.auroc_S[0]),
+        "more": float(gain_S[0]),
+        "drawn": gain_S[1:].tolist(),
+        "likelihood_ratio": 2 * (more.likelihood - less.likelihood),
+        "degrees": more.weights - less.weights,
     }
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    scores: np.ndarray
+class Fitted:
+    """Logistic regressions of being right, one in each turn: the logarithm of the likelihood and the number of weights; AUROC
+    on held-out items, of these and then of resampled ones."""
+
     likelihood: float
+    weights: int
+    auroc_S: np.ndarray
 
 
-def _fitted(rows: Rows, names: Sequence[str], fits_B: np.ndarray) -> _Fitted:
-    scores, likelihood = np.zeros(rows["right"].shape), 0.0
+def fitted(rows: Rows, fits_B: np.ndarray, names: tuple[str, ...]) -> Fitted:
+    """On values, squares and cubes of these signals."""
+    scores, likelihood, weights = np.zeros(rows["right"].shape), 0.0, 0
     for turn, right_BT in enumerate(rows["right"]):
         columns = [np.ones(right_BT.size)]
         for name in names:
@@ -184,9 +190,12 @@ def _fitted(rows: Rows, names: Sequence[str], fits_B: np.ndarray) -> _Fitted:
         x_NF, fits_N = np.stack(columns, 1), np.repeat(fits_B, right_BT.shape[1])
         weight_F = logistic_weights(x_NF[fits_N], right_BT.ravel()[fits_N])
         logit_N = x_NF @ weight_F
-        scores[turn] = logit_N.reshape(right_BT.shape)
+        scores[turn], weights = logit_N.reshape(right_BT.shape), weights + len(weight_F)
         likelihood -= float(np.logaddexp(0, np.where(right_BT.ravel(), -logit_N, logit_N))[fits_N].sum())
-    return _Fitted(scores, likelihood)
+    items = int((~fits_B).sum())
+    drawn_SB = np.random.default_rng(0).multinomial(items, np.full(items, 1 / items), RESAMPLES)
+    weight_SB = np.concatenate([np.ones((1, items)), drawn_SB])
+    return Fitted(likelihood, weights, _judged(rows["right"][:, ~fits_B], scores[:, ~fits_B], weight_SB).drawn_S)
 
 
 @dataclass(frozen=True)

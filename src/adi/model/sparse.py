@@ -41,6 +41,13 @@ class Router(nn.Module):
         return route
 
 
+class Speaks(nn.Module):
+    """Which units speak, of their routing logits: a module, so that engines see what it is given."""
+
+    def forward(self, route: Tensor) -> Tensor:
+        return route > 0
+
+
 class SplLinear(nn.Module):
     """In the place of ``nn.Linear(inputs, units)``."""
 
@@ -48,7 +55,7 @@ class SplLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(units, inputs))
         self.bias = nn.Parameter(torch.empty(units))
-        self.router = Router(inputs, units)
+        self.router, self.speaks = Router(inputs, units), Speaks()
         self.reset(SCALE)
 
     def reset(self, scale: float) -> None:
@@ -56,7 +63,7 @@ class SplLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        spoken: Tensor = (self.router(x) > 0) * F.silu(F.linear(x, self.weight, self.bias))
+        spoken: Tensor = self.speaks(self.router(x)) * F.silu(F.linear(x, self.weight, self.bias))
         return spoken
 
 

@@ -26,7 +26,6 @@ from adi.decoding.policies import Reflex
 from adi.decoding.records import Generation
 from adi.decoding.teacher_forcing import ForcedReading, forced_readings
 from adi.errors import UsageError
-from adi.exits.signals import SIGNALS
 from adi.exits.triggers import Threshold, Trigger
 from adi.model.load import Model
 
@@ -68,7 +67,7 @@ def replay_exits(reading: ForcedReading, depths: Sequence[int], layers: int, tri
     probability or entropy: AdiError for others, whose signals were not kept."""
     if not isinstance(trigger, Threshold) or trigger.signal not in reading.signals:
         raise UsageError(f"a replay reads a Threshold over {' or '.join(reading.signals)}, not {trigger.to_json()}.")
-    sign = 1.0 if SIGNALS[trigger.signal].sure_is_high else -1.0
+    sign = 1.0 if trigger.high else -1.0
     at = trigger.at if isinstance(trigger.at, Mapping) else dict.fromkeys(depths, trigger.at)
     usable = [sign * at[d] if d in at and d >= trigger.min_depth else float("inf") for d in depths]
     fires_ET = sign * reading.signals[trigger.signal].double() >= torch.tensor(usable, dtype=torch.double)[:, None]

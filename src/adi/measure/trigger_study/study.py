@@ -133,7 +133,7 @@ def study_triggers(
     tail = 0 if exits.heads is None else exits.vocabulary - len(exits.heads.ids_S)
     testing = ~next(iter(tables.values())).calibrates_N
     return TriggerStudy(
-        scores=[score for depth in tables for score in _scores(depth, tables[depth], seconds[depth], passes)],
+        scores=[score for depth in tables for score in _scores(depth, tables, seconds[depth], passes)],
         calibrations=[_calibration(depth, rows) for depth, rows in tables.items()],
         tails=[spread for depth, rows in tables.items() for spread in _tails(depth, rows, tail)],
         oracle=oracle({depth: rows.right_N[testing] for depth, rows in tables.items()}, passes.layers),
@@ -161,8 +161,11 @@ def oracle(right: Mapping[int, Tensor], layers: int) -> Oracle:
     return Oracle(*spread(lasting_NE), *spread(right_NE))
 
 
-def _scores(depth: int, rows: ExitTable, seconds: Mapping[str, float], passes: PassSeconds) -> list[SignalScore]:
+def _scores(
+    depth: int, tables: Mapping[int, ExitTable], seconds: Mapping[str, float], passes: PassSeconds
+) -> list[SignalScore]:
     """Every signal, and the logistic combination of those that are not learned."""
+    rows = tables[depth]
     plain = {name: values for name, values in rows.signals.items() if not name.endswith("_probe")}
     heads = [seconds[name] - seconds["head"] for name in plain if reads_head(name)]
     whole = seconds["head"] + sum(heads) + sum(seconds[name] for name in plain if not reads_head(name))
@@ -174,8 +177,8 @@ def _scores(depth: int, rows: ExitTable, seconds: Mapping[str, float], passes: P
             signal=name,
             depth=depth,
             agreement=float(right_N.float().mean()),
-            auroc=auroc(confidence(name, values_N)[test_N], right_N),
-            calibration_error=isotonic_error(confidence(name, values_N), rows),
+            auroc=auroc(confidence(name, values_N, tables)[test_N], right_N),
+            calibration_error=isotonic_error(confidence(name, values_N, tables), rows),
             microseconds=1e6 * costs[name],
             share_of_block=costs[name] / block,
             raw_calibration_error=expected_calibration_error(values_N[test_N], right_N) if name in STATES_A_CHANCE else None,

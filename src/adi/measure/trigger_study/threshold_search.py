@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from adi.exits.signals import SIGNALS
 from adi.exits.triggers import AllOf, Always, Threshold, Trigger
-from adi.measure.statistics import IsotonicCurve, isotonic_curve
+from adi.measure.statistics import IsotonicCurve, isotonic_curve, weighted_auroc
 from adi.measure.trigger_study.exit_table import ExitTable, reads_head
 from adi.measure.trigger_study.pass_seconds import PassSeconds
 from adi.measure.trigger_study.simulate import RecordedText, SimulatedRounds, simulate
@@ -72,9 +74,19 @@ class SearchData:
     passes: PassSeconds
 
 
-def confidence(name: str, values_N: Tensor) -> Tensor:
-    """The signal so that higher is surer; what is no signal by name is a chance."""
-    return values_N if name not in SIGNALS or SIGNALS[name].sure_is_high else -values_N
+def sure_is_high(name: str, tables: Mapping[int, ExitTable]) -> bool:
+    """What sure means for a signal at these exits: where that is open, what calibrating rows say. What is no signal by name is
+    a chance."""
+    if name not in SIGNALS or not SIGNALS[name].open:
+        return name not in SIGNALS or SIGNALS[name].sure_is_high
+    known = [(rows.signals[name][rows.calibrates_N], rows.right_N[rows.calibrates_N]) for rows in tables.values()]
+    won, pairs = zip(*(weighted_auroc(value, right, np.ones((1, len(right)))) for value, right in known), strict=True)
+    return bool(sum(won) * 2 >= sum(pairs))
+
+
+def confidence(name: str, values_N: Tensor, tables: Mapping[int, ExitTable]) -> Tensor:
+    """The signal so that higher is surer."""
+    return values_N if sure_is_high(name, tables) else -values_N
 
 
 def best_rules(data: SearchData) -> list[RuleEstimate]:
@@ -93,7 +105,7 @@ class _RuleSearch:
         self._curves: dict[tuple[int, str], IsotonicCurve] = {}
         self._chances: dict[tuple[int, str], Tensor] = {}
         for (depth, rows), (name, _) in itertools.product(data.tables.items(), self.gates):
-            score_N = confidence(name, rows.signals[name])
+            score_N = confidence(name, rows.signals[name], data.tables)
             curve = isotonic_curve(score_N[rows.calibrates_N], rows.right_N[rows.calibrates_N])
             self._curves[depth, name], self._chances[depth, name] = curve, torch.from_numpy(curve.chance(score_N))
         self.run = functools.cache(self._run)
@@ -163,5 +175,6 @@ class _RuleSearch:
 
     def _threshold(self, name: str, stops: Sequence[int], chance: float) -> Threshold:
         known = {depth: self._curves[depth, name].least(chance) for depth in stops}
-        sign = 1.0 if SIGNALS[name].sure_is_high else -1.0
-        return Threshold(name, {depth: sign * value for depth, value in known.items() if value is not None})
+        high = sure_is_high(name, self.data.tables)
+        at = {depth: value if high else -value for depth, value in known.items() if value is not None}
+        return Threshold(name, at, sure_is_high=high if SIGNALS[name].open else UNSET)
