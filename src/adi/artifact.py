@@ -71,6 +71,7 @@ class _Document(Record, frozen=True, omit_defaults=True):
 @dataclass(frozen=True)
 class _DrafterReport:
     acceptance: dict[Annotated[int, Meta(ge=0, le=9)], Share] = field(default_factory=dict)
+    agreement_by_step: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,16 @@ class Exits:
     @property
     def acceptance(self) -> Mapping[int, float]:
         """How often full depth agreed on held-out text with drafts of each tenth of confidence, 0 to 9, if measured."""
-        return from_json(self.report, _Report, "the report of these exits").drafter.acceptance
+        return self._measured.acceptance
+
+    @property
+    def draft_steps(self) -> Sequence[float]:
+        """How often full depth agreed there with the drafter's first, second, ... draft in a row, those before it agreeing."""
+        return self._measured.agreement_by_step
+
+    @property
+    def _measured(self) -> _DrafterReport:
+        return from_json(self.report, _Report, "the report of these exits").drafter
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the exits to ``folder``; other files there are left alone. UsageError for bare exits without a gate, which have

@@ -24,7 +24,7 @@ from adi.measure.habits.steady import steadily
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem
 from adi.training import habituate as training
-from adi.training.habituate import HabitOptions, split
+from adi.training.habituate import HabitOptions, divided, split
 from adi.training.shards import texts_in
 from adi.training.texts import prompt_of
 from adi.training.train_model import ModelOptions
@@ -135,6 +135,14 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_exits(
     assert second.drafter is not None
     assert first.drafter.digest() == second.drafter.digest()
     assert first.report == second.report
+
+
+def test_a_larger_budget_first_buys_passes_and_then_further_answers() -> None:
+    assert divided(10.0, whole=20.0, answering=50.0) == (0, 1)
+    assert divided(100.0, whole=20.0, answering=50.0) == (0, 5)
+    assert divided(250.0, whole=20.0, answering=50.0) == (1, 5)
+    turns, epochs = divided(1e6, whole=20.0, answering=50.0)
+    assert (turns, epochs) == (training.MOST_TURNS, training.MOST_EPOCHS)
 
 
 def test_bills_by_the_cost_table_are_the_same_every_time(sharp: adi.Model, done: tuple[dict[str, Any], Path]) -> None:

@@ -165,7 +165,7 @@ class Verified(Policy):
         if trigger is not None and exits is not None:
             return _by_exits(request, exits, trigger, self.draft_tokens or DRAFT_TOKENS)
         costs = self._costs(model)
-        control = Controller(costs, bins={} if exits is None else exits.acceptance)
+        control = Controller(costs) if exits is None else Controller(costs, bins=exits.acceptance, steps=exits.draft_steps)
         stored = () if exits is None else (exits.habits, exits.answers)
         others = [source for source in (self.history, *stored) if source is not None]
         sources = NgramSources(others, NgramIndex() if self.memory else None)

@@ -46,7 +46,8 @@ STAGES = (25, 50, 100, 200, 400)
 CHOOSING, TESTING = 0.08, 0.17  # shares of the prompts
 FEWEST = 20  # prompts, of which some are to be held out
 MORE_TOKENS = 1024  # of the answers, that the shortlist of exits made for other text takes in
-MOST_EPOCHS = 12
+MOST_EPOCHS, MOST_TURNS = 12, 3
+EPOCHS_FIRST = 4  # passes over what is there, before the prompts are answered again
 HEAD_EPOCHS = 2
 SHARES = {"drafter": 0.55, "heads": 0.1}  # of the budget that generating leaves; the rest is for measuring
 
@@ -116,14 +117,23 @@ def _encoded(model: Model, item: PromptItem, raw: bool, options: HabitOptions) -
 
 @dataclass(frozen=True)
 class Plan:
-    """How the budget is used: passes of each stage of the drafter and of the last one, answer tokens for the heads, seconds for
-    measuring."""
+    """How the budget is used: passes of each stage of the drafter and of the last one, for which the prompts are answered so
+    many ``turns`` more, sampled; answer tokens for the heads, seconds for measuring."""
 
     minutes: float
     epochs: int
     last_epochs: int
+    turns: int
     head_tokens: int
     measuring: float
+
+
+def divided(seconds: float, whole: float, answering: float) -> tuple[int, int]:
+    """So many further turns of answers and passes over all answers for the last stage, where a pass over one turn takes
+    ``whole`` seconds and answering once more ``answering``."""
+    turns = int((seconds - EPOCHS_FIRST * whole) / (answering + EPOCHS_FIRST * whole))
+    turns = min(max(turns, 0), MOST_TURNS)
+    return turns, min(max(1, int((seconds - turns * answering) / (whole * (1 + turns)))), MOST_EPOCHS)
 
 
 @dataclass(frozen=True)
@@ -182,21 +192,23 @@ class Habituation:
                 "the same again, or choose another --out."
             )
 
-    def _generated(self, prompts: Sequence[Ids], engine: Model, held: bool) -> list[Path]:
+    def _generated(self, prompts: Sequence[Ids], engine: Model, held: bool, turn: int = 0) -> list[Path]:
+        """The shards of an engine's answers, greedy in turn 0."""
         options = GenerateOptions(
             tokens=1 << 40,
             max_new_tokens=self.options.max_new_tokens,
             own_prompts=0.0,
             repeat=False,
-            seed=self.options.seed,
+            seed=self.options.seed + turn,
             held_share=float(held),
-            greedy=1.0,
+            greedy=float(turn == 0),
         )
-        made = generate_dataset([engine], prompts, self.work, options, self._counted)
-        return made[held]
+        most = len(prompts) * options.max_new_tokens  # answers may end before
 
-    def _counted(self, _: int, __: int, what: str) -> None:
-        self.progress(0, 0, what)
+        def counted(done: int, _: int, what: str) -> None:
+            self.progress(min(done, most), most, what)
+
+        return generate_dataset([engine], prompts, self.work, options, counted)[held]
 
     @cached_property
     def choosing(self) -> list[Path]:
@@ -239,15 +251,20 @@ class Habituation:
                 f"--minutes is {minutes:g}, and answering {answers} prompts, one pass over the answers and measuring take some "
                 f"{minutes + least / 60:.1f} minutes here; give that much, or fewer prompts."
             )
-        training = SHARES["drafter"] * left
+        training, whole = SHARES["drafter"] * left, passing * total / prompts
         epochs = 2 if training > 4 * one else 1
-        last = min(MOST_EPOCHS, int((training - epochs * passing * sum(stages) / prompts) / (passing * total / prompts)))
+        turns, last = divided(training - epochs * passing * sum(stages) / prompts, whole, generating * total / prompts)
         each = passing / max(1, answer_tokens(texts_in(shards)))
         head_tokens = int(SHARES["heads"] * left / (each * HEAD_EPOCHS * max(1, len(self.depths) / 4)))
         measuring = left * (1 - sum(SHARES.values()))
-        plan = Plan(minutes, epochs, max(1, last), max(1, head_tokens), measuring)
+        plan = Plan(minutes, epochs, last, turns, max(1, head_tokens), measuring)
         write_json(path, asdict(plan))
         return plan
+
+    def _sampled(self, turns: int) -> list[Path]:
+        """Further answers to the prompts to learn from, in so many turns."""
+        train, order = self.workload.train, range(1, turns + 1)
+        return [path for turn in order for engine in self.engines for path in self._generated(train, engine, False, turn)]
 
     def _timed_pass(self, shards: Sequence[Path]) -> float:
         """Seconds of the drafter's learning from these shards once, as tried on what is thrown away."""
@@ -295,8 +312,10 @@ class Habituation:
         net, seen = self._begin(teacher), list[Path]()
         for prompts, shards in parts:
             seen += shards
-            epochs = plan.epochs if prompts < len(self.workload.train) else plan.last_epochs
-            net = self._fit(teacher, seen, self.work / f"drafter-{prompts}.pt", epochs, net)
+            last = prompts == len(self.workload.train)
+            learned = [*seen, *self._sampled(plan.turns)] if last else seen
+            epochs = plan.last_epochs if last else plan.epochs
+            net = self._fit(teacher, learned, self.work / f"drafter-{prompts}.pt", epochs, net)
             used = as_halves(net)
             report = judge_drafter(used, teacher, self.model.backbone.embed, self.choosing, progress=self.progress)
             habits = datastore_of(texts_in(seen), "habits")

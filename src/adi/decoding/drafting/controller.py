@@ -107,11 +107,14 @@ class AcceptanceRatio:
 
 @dataclass
 class Controller:
-    """One sequence's decisions; it never touches the network. ``bins`` maps tenths of confidence (0 to 9) to acceptance."""
+    """One sequence's decisions; it never touches the network. ``bins`` maps tenths of confidence (0 to 9) to acceptance;
+    ``steps`` is how often the drafter's first, second, ... draft in a row is right, those before it being so, where that was
+    measured."""
 
     costs: CostModel
     drafts: int = MOST_DRAFTS
     bins: Mapping[int, float] = field(default_factory=dict)
+    steps: Sequence[float] = ()
     _shares: dict[tuple[str, int, bool], DecayedRate] = field(default_factory=dict)
     _steps: list[DecayedRate] = field(default_factory=lambda: [DecayedRate(GUESSED) for _ in range(MOST_DRAFTS)])
     _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
@@ -218,8 +221,8 @@ class Controller:
         """
         share, ratio, chain = GUESSED, self._ratio["drafter"].value, self._chain
         chain.clear()
-        for known in self._steps:
-            share = known.given(share)
+        for place, known in enumerate(self._steps):
+            share = known.given(self.steps[place] if place < len(self.steps) else share)
             chain.append(min(0.98, share * ratio))
 
     def _bin(self, confidence: float) -> DecayedRate:
