@@ -32,6 +32,7 @@ from adi.files import read_json, write_json
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem
+from adi.schema import from_json
 from adi.training.generate_data import GenerateOptions, generate_dataset
 from adi.training.report import judge_drafter, judge_heads, report_json
 from adi.training.shards import Teacher, choose_shortlist, texts_in, write_forced_shards
@@ -180,7 +181,7 @@ class Habituation:
         engines = [f"{e.backend} {e.precision}" for e in (model.backbone.spec for model in self.engines)]
         texts = hashlib.blake2b(repr(self.workload).encode(), digest_size=8).hexdigest()
         began = None if self.keep is None or self.keep.drafter is None else self.keep.drafter.digest()
-        stated = {"model": spec.fingerprint, "engines": engines, "prompts": texts, "began with": began}
+        stated = {"model": spec.fingerprint, "engines": engines, "prompts": texts, "exits": began}
         stated |= {name: value for name, value in asdict(self.options).items() if name != "minutes"}
         path = self.work / "habituate.json"
         if not path.exists():
@@ -235,8 +236,10 @@ class Habituation:
         UsageError for a budget that holds less than one pass.
         """
         path, minutes = self.work / "plan.json", self.options.minutes
-        if path.exists() and (kept := read_json(path, "plan"))["minutes"] == minutes:
-            return Plan(**kept)
+        if path.exists():
+            kept = from_json(read_json(path, "plan"), Plan, f"the plan {path} (delete it)")
+            if kept.minutes == minutes:
+                return kept
         began, parts = time.monotonic(), self.parts()
         prompts, shards = next(parts)
         generating = time.monotonic() - began
@@ -259,6 +262,7 @@ class Habituation:
         measuring = left * (1 - sum(SHARES.values()))
         plan = Plan(minutes, epochs, last, turns, max(1, head_tokens), measuring)
         write_json(path, asdict(plan))
+        self.progress(0, 0, f"{last} passes over {1 + turns} answers to each of {total} prompts fit in {minutes:g} minutes")
         return plan
 
     def _sampled(self, turns: int) -> list[Path]:

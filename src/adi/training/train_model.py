@@ -441,6 +441,7 @@ def _finish(
         made_by=made_by,
         drafter=None if keep is None else keep.drafter,
         answers=None if keep is None else keep.answers,
+        habits=None if keep is None else keep.habits,
     )
     exits.save(out)
     return exits

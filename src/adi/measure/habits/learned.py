@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from adi.artifact import Exits, load_exits
 from adi.decoding.policies import FullDepth, Policy, Reflex, Verified
-from adi.files import read_json, write_json
+from adi.files import read_json
 from adi.measure.calibration.calibrate import calibrate
 from adi.measure.habits.compared import Compared, summary_of
 from adi.model.load import Model
@@ -30,7 +30,6 @@ def learned(
     options: ModelOptions,
     reload: Reload,
     others: Sequence[PromptItem],
-    again: bool,
 ) -> dict[str, Any]:
     """Train the model's own blocks on the answers of a run, and measure it beside the original with the exits of that run.
 
@@ -57,35 +56,29 @@ def learned(
     exits, rows = load_exits(out), list[dict[str, Any]]()
     for original, engine in zip(run.engines, reload(out), strict=True):
         row: dict[str, Any] = {"backend": engine.backbone.spec.backend, "precision": engine.backbone.spec.precision}
-        row["original"] = _figures(run, "original", original, frozen, again)
-        row["learned"] = _figures(run, "learned", engine, exits, again)
+        row["original"] = _figures(run, "original", original, frozen)
+        row["learned"] = _figures(run, "learned", engine, exits)
         rows.append(row)
-    return {"options": vars(options) | {}, "curve": read_json(out / CURVE, "curve"), "engines": rows}
+    return {"options": asdict(options), "curve": read_json(out / CURVE, "curve"), "engines": rows}
 
 
-def _figures(run: Habituation, name: str, engine: Model, exits: Exits, again: bool) -> dict[str, Any]:
+def _figures(run: Habituation, name: str, engine: Model, exits: Exits) -> dict[str, Any]:
     """Certified reflex and speeds of one model with its exits."""
     spec, tokens = engine.backbone.spec, run.options.max_new_tokens
     place = run.work / f"measured-{name}-{spec.backend}-{spec.precision}.json"
-    kept = place.with_name(f"certified-{place.name}")
+    folder = run.work / f"{name}-{spec.backend}-{spec.precision}"
     prompts = [*run.workload.choosing, *run.workload.testing]
-    if not kept.exists():
+    if not (folder / "exits.json").exists():
         # Learn then Test would need 150 prompts that nothing learned from, without a loss on any
         ways: Any = {"method": "crc", "max_new_tokens": tokens, "progress": run.progress}
         found = calibrate(engine, exits, prompts, [RISK], **ways)
-        write_json(kept, [one.to_json() for one in found.certificates])
-        exits = replace(exits, certificates=found.certificates)
-        (kept.parent / name).mkdir(exist_ok=True)
-        exits.save(kept.parent / name)
-    exits = load_exits(kept.parent / name)
+        replace(exits, certificates=found.certificates).save(folder)
+    exits = load_exits(folder)
     policies: dict[str, Policy] = {"full": FullDepth(), "verified": Verified(exits)}
     policies["reflex"] = Reflex(exits, risk=RISK)
-    if again:
-        place.unlink(missing_ok=True)
     compared = Compared(engine, policies, tokens, place)
     known = run.workload.categories
     compared.run([("workload", known[ids], ids) for ids in run.workload.testing], run.plan().measuring, run.progress)
-    (certificate,) = read_json(kept, "certificates")
-    layers = spec.layers
-    depth = {"certified_depth": certificate["mean_depth"] / layers, "observed": certificate["observed"]}
+    certificate = exits.certificate("disagreement", RISK)
+    depth = {"certified_depth": certificate.mean_depth / spec.layers, "observed": certificate.observed}
     return {**depth, **summary_of(compared.rows)}

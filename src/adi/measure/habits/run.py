@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,6 @@ def habituate(
         AdiError: prompts or options that do not fit the model, a budget too short for one pass, a folder of another run.
     """
     options = options or HabitOptions()
-    began = time.monotonic()
     workload = split(model, items, options)
     if train is not None and (held := len(workload.choosing) + len(workload.testing)) < LEAST_PROMPTS:
         raise UsageError(f"{held} held-out prompts are too few to certify a reflex of the trained model; give more prompts.")
@@ -71,7 +71,6 @@ def habituate(
     exits, heads = run.with_heads(stages[-1].exits)
     made_by = {**exits.made_by, "habits": {"command": command, "options": asdict(options)}}
     (exits := replace(exits, made_by=made_by)).save(out)
-    trained = time.monotonic() - began
     measuring = _Measuring(run, [*stages[:-1], replace(stages[-1], exits=exits)], measure_again, progress)
     found = {
         "format": FORMAT,
@@ -80,13 +79,12 @@ def habituate(
         "model": model.backbone.spec.name,
         **asdict(options),
         "plan": asdict(run.plan()),
-        "trained_seconds": trained,
         "split": {name: len(getattr(run.workload, name)) for name in ("train", "choosing", "testing")},
         "exits": heads,
         **measuring.all(others),
     }
     if train is not None and reload is not None:
-        found["trained"] = learned(run, exits, train, reload, others, measure_again)
+        found["trained"] = learned(run, exits, train, reload, others)
     return found
 
 
@@ -94,16 +92,16 @@ class _Measuring:
     """What is measured of a run; every part is a file in its ``work`` folder."""
 
     def __init__(self, run: Habituation, stages: Sequence[Stage], again: bool, progress: Progress) -> None:
-        self.run, self.stages, self.progress = run, stages, progress
+        self.run, self.stages, self.again, self.progress = run, stages, again, progress
         self.tokens, self.testing = run.options.max_new_tokens, list(run.workload.testing)
         self.before, self.after = stages[0].exits, stages[-1].exits
         if again:
-            for path in (*run.work.glob("measured-*.json"),):
+            for path in list(run.work.glob("measured-*.json")):
                 path.unlink()
 
     def all(self, others: Sequence[PromptItem]) -> dict[str, Any]:
         """By cost table on one engine, by the clock on each."""
-        budget = self.run.plan().measuring / len(self.run.engines)
+        budget = inf if self.again else self.run.plan().measuring / len(self.run.engines)
         return {
             "curve": self._kept("curve", self._curve),
             "repetitions": self._kept("repetitions", self._repetitions),
@@ -155,7 +153,7 @@ class _Measuring:
         known = self.run.workload.categories
         mine = [("workload", known[ids], ids) for ids in self.testing]
         theirs = self._others(engine, spread(others, len(mine))) if others else []
-        in_turn = [one for pair in zip(mine, theirs, strict=False) for one in pair] or mine
+        in_turn = [one for pair in zip_longest(mine, theirs) for one in pair if one is not None]
         compared.run(in_turn, seconds, self.progress)
         sides = {kind: [row for row in compared.rows if row["kind"] == kind] for kind in ("workload", "others")}
         return {
