@@ -2,8 +2,8 @@
 
     python tools/learned.py --out out/learned --minutes 180 --json docs/results/learned.json
 
-A folder that is trained already is measured only. Both models answer prompts of the same kinds that nobody trained on: 300 for
-certificates of reflex mode (Learn then Test), 60 others for scores and times. ``--frozen`` are the exits of the model as it was
+A folder that is trained already is measured only. Both models answer prompts of the same kinds that nobody trained on: some for
+certificates of reflex mode (Learn then Test), others for scores and times. ``--frozen`` are the exits of the model as it was
 (of ``adi habituate``); their drafter serves both models.
 """
 
@@ -35,18 +35,18 @@ from adi.training.generate_data import GenerateOptions, generate_dataset
 from adi.training.shards import texts_in
 from adi.training.train_model import CURVE, ModelOptions, general_text, train_model
 
-MODEL, LEVELS, TOKENS, CERTIFIED, TESTED = "smollm2-135m", (0.02, 0.05, 0.1), 64, 300, 60
+MODEL, LEVELS, TOKENS = "smollm2-135m", (0.02, 0.05, 0.1), 64
 SEED, ANSWER = 99, 96
 KINDS = {"orders": order, "replies": reply, "products": product}
 
 
-def fresh_prompts() -> list[tuple[str, str]]:
+def fresh_prompts(count: int) -> list[tuple[str, str]]:
     """Category and text of prompts of the same kinds that are not built in, mixed."""
     known, dice = {item.prompt for item in read_prompts("workloads")}, random.Random(SEED)
     found: list[tuple[str, str]] = []
     for kind, draw in KINDS.items():
         mine: set[str] = set()
-        while len(mine) < (CERTIFIED + TESTED) // 3:
+        while len(mine) < count // 3:
             mine |= {draw(dice)} - known
         found += [(kind, text) for text in sorted(mine)]
     random.Random(1).shuffle(found)
@@ -81,11 +81,11 @@ def score(prompt: str, text: str) -> float:
     return mean([*right, all(line in given for line in lines)])
 
 
-def measured(models: dict[str, tuple[adi.Model, adi.Exits]], report: Any) -> dict[str, Any]:
+def measured(models: dict[str, tuple[adi.Model, adi.Exits]], certify: int, test: int, report: Any) -> dict[str, Any]:
     """Certificates of each model; scores, depths and times of all routes, which take turns on every prompt."""
-    prompts, certified, routes = fresh_prompts(), {}, {}
+    prompts, certified, routes = fresh_prompts(certify + test), {}, {}
     for name, (model, exits) in models.items():
-        texts = [text for _, text in prompts[:CERTIFIED]]
+        texts = [text for _, text in prompts[:certify]]
         found = calibrate(model, exits, texts, LEVELS, max_new_tokens=TOKENS, progress=report)
         layers = model.backbone.spec.layers
         certified[name] = [{**c.to_json(), "share": c.mean_depth / layers} for c in found.certificates]
@@ -94,16 +94,16 @@ def measured(models: dict[str, tuple[adi.Model, adi.Exits]], report: Any) -> dic
         policies |= {f"reflex {level:.0%}": adi.Reflex(able, risk=level) for level in LEVELS}
         routes |= {f"{name} {way}": (model, policy) for way, policy in policies.items()}
     names, rows = list(routes), []
-    for number, (_, text) in enumerate(prompts[CERTIFIED:]):
+    for number, (_, text) in enumerate(prompts[certify:]):
         turn = [names[(number + i) % len(names)] for i in range(len(names))]
         rows.append({name: adi.generate(routes[name][0], text, routes[name][1], max_new_tokens=ANSWER) for name in turn})
-        report(number + 1, TESTED, "measuring")
+        report(number + 1, test, "measuring")
     found_routes = {}
     for name in names:
         speed = [len(row[name].token_ids) / row[name].counters.seconds for row in rows]
         base = [len(row[names[0]].token_ids) / row[names[0]].counters.seconds for row in rows]
         ratio = clustered_median([[a / b for a, b in zip(speed, base, strict=True)]])
-        orders = [(t, row[name].text) for (kind, t), row in zip(prompts[CERTIFIED:], rows, strict=True) if kind == "orders"]
+        orders = [(t, row[name].text) for (kind, t), row in zip(prompts[certify:], rows, strict=True) if kind == "orders"]
         found_routes[name] = {
             "tokens_per_second": median(speed),
             "ratio": [ratio.median, ratio.low, ratio.high],
@@ -111,7 +111,7 @@ def measured(models: dict[str, tuple[adi.Model, adi.Exits]], report: Any) -> dic
             "same_answers": mean(row[name].token_ids == row[names[0]].token_ids for row in rows),
             "mean_depth": mean(step.depth for row in rows for step in row[name].steps),
         }
-    return {"certified": certified, "routes": found_routes, "prompts_certified": CERTIFIED, "prompts_tested": TESTED}
+    return {"certified": certified, "routes": found_routes, "prompts_certified": certify, "prompts_tested": test}
 
 
 def main() -> None:
@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--minutes", type=float, default=180.0, help="of training")
     parser.add_argument("--frozen", default=MODEL, help="exits of the model as it was")
+    parser.add_argument("--certify", type=int, default=300, help="prompts for certificates")
+    parser.add_argument("--test", type=int, default=60, help="prompts for scores and times")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
@@ -129,7 +131,7 @@ def main() -> None:
             train(given.out, given.minutes, frozen, report)
         own = replace(adi.load_exits(given.out), drafter=frozen.drafter, answers=frozen.answers)
         original, trained = (adi.load(str(source), precision=given.precision) for source in (MODEL, given.out))
-        found = measured({"original": (original, frozen), "trained": (trained, own)}, report)
+        found = measured({"original": (original, frozen), "trained": (trained, own)}, given.certify, given.test, report)
     about = provenance(shlex.join(["python", *sys.argv]), read_prompts("workloads"))
     curve = json.loads((given.out / CURVE).read_text())
     write_json(given.json, {"format": "adi-learned", "version": 1, "model": MODEL, **about, "curve": curve, **found})

@@ -69,7 +69,7 @@ class ModelOptions:
     price: float = 1.0
     tau: float = 1.0
     floor: float = 0.5
-    keep: float = 2.0
+    keep: float = 4.0
     learning_rate: float = 3e-4
     tokens: int = 1024
     rank: int = 128
