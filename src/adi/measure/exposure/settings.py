@@ -32,12 +32,13 @@ class Part(Record, frozen=True):
 
 
 class ExposureSettings(Record, frozen=True):
-    """The grid of an exposure study and the size of each part."""
+    """The grid of an exposure study and the size of each part: steps of training on items, and most exposures of one."""
 
     prices: tuple[Price, ...] = (0.0, 0.03, 0.1, 0.3)
     seeds: tuple[Natural, ...] = (0, 1, 2)
     shapes: tuple[Shape, ...] = SHAPES
-    steps: Positive = 1200
+    steps: Positive = 500
+    most_exposures: Positive = 256
 
     def parts(self) -> Iterator[Part]:
         """The parts seed by seed, so that a stopped study has whole comparisons."""

@@ -1,0 +1,77 @@
+"""The exposure study: parts trained and observed one by one, each a file that is whole or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adi.files import read_json, whole_file, write_json
+from adi.measure.exposure.devalue import devalue
+from adi.measure.exposure.facts import Facts
+from adi.measure.exposure.network import network
+from adi.measure.exposure.observe import Probes, columns, item_probes, observe, repeat_probes
+from adi.measure.exposure.settings import ExposureSettings, Part
+from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
+from adi.model.looped import LoopedForCausalLM
+from adi.progress import Progress
+
+CONTEXTS, EARLY_CONTEXTS, REPEATS = 6, 2, 100
+PARTS = "parts"
+
+
+def run_study(settings: ExposureSettings, folder: Path, progress: Progress) -> list[tuple[Part, dict[str, Any]]]:
+    """Train and observe the parts that are not there yet; all parts with what is kept of them. UsageError where the folder
+    was begun with other settings."""
+    settings.claim(folder)
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    parts, found = list(settings.parts()), []
+    for n, part in enumerate(parts):
+        path = folder / PARTS / f"{part.name}.json"
+        if not path.exists():
+            told = partial(_tell, progress, n, len(parts), settings.steps, part.name)
+            life = Life(part, settings)
+            kept = run_part(life, folder, settings.prices, told)
+            with whole_file(path.with_suffix(".pt")) as fresh:
+                torch.save(life.model.state_dict(), fresh)
+            write_json(path, kept)
+        progress((n + 1) * settings.steps, len(parts) * settings.steps, part.name)
+        found.append((part, read_json(path, "part of the study")))
+    return found
+
+
+def _tell(progress: Progress, part: int, parts: int, steps: int, name: str, step: int) -> None:
+    progress(part * steps + max(0, step - 1), parts * steps, name)
+
+
+def run_part(life: Life, folder: Path, prices: Sequence[float], progress: Any) -> dict[str, Any]:
+    """Train one model; what was observed on the way, at the end, with gates trained alone and after devaluation."""
+    facts, seed = life.facts, life.part.seed
+    early, probes = _probes(facts, EARLY_CONTEXTS), _probes(facts, CONTEXTS)
+    emergence = life.live(folder, lambda model, step: {"step": step, **columns(observe(model, early))}, progress)
+    kept = {
+        "texts": SCHOOL_BATCH * life.school_steps + BATCH * life.steps,
+        "emergence": emergence,
+        "items": columns(observe(life.model, probes)),
+        "repeats": columns(observe(life.model, repeat_probes(facts, REPEATS, seed))),
+        "devaluation": devalue(life.model, facts, life.part.price, seed),
+    }
+    if life.part.price == 0:
+        twins = {price: life.gate_only(price) for price in prices if price}
+        kept["gate_only"] = {f"{price:g}": columns(observe(twin, probes))["halted"] for price, twin in twins.items()}
+    return kept
+
+
+def _probes(facts: Facts, contexts: int) -> Probes:
+    return item_probes(facts, range(len(facts.items)), contexts, facts.seed)
+
+
+def trained(part: Part, folder: Path) -> LoopedForCausalLM:
+    """The model of a part that is done, in evaluation mode."""
+    model = network(part.shape, part.seed)
+    model.load_state_dict(torch.load(folder / PARTS / f"{part.name}.pt", weights_only=True))
+    model.eval()
+    return model
