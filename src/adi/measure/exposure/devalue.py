@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from adi.measure.exposure.facts import NAMES, Facts, Item, batch_of
-from adi.measure.exposure.observe import Observed, Probes, Question, observe
+from adi.measure.exposure.observe import Observed, Probes, Question, observe, place_of
 from adi.measure.exposure.train import adamw, learn
 from adi.measure.halting_controls import first_turns
 from adi.measure.solving import THRESHOLDS
@@ -89,7 +89,7 @@ def _exam(world: Facts, items: list[Item], seed: int) -> Probes:
         answer = world.answers(item.key)[-1]
         for context in range(CONTEXTS):
             text = world.text(random.Random(f"{seed} exam {item.key} {context}"), [item], repeated=0.0)
-            place = next(p for p in text.due if tuple(text.ids[p - item.hops : p + 1]) == item.key)
+            place = place_of(text, item.key)
             made.questions.append(Question(len(made.texts), place, answer, item.hops, n))
             made.texts.append(text)
     return made

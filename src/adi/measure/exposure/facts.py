@@ -108,12 +108,13 @@ class Facts:
     @cached_property
     def items(self) -> list[Item]:
         """The items; the last ones are masked."""
-        dice, found, keys = random.Random(0), list[Item](), set[Key]()
+        dice, found, keys, begun = random.Random(0), list[Item](), set[Key](), set[Key]()
         for place in range((len(self.levels) + 1) * len(HOPS)):
             hops, masked = HOPS[place % len(HOPS)], place >= len(self.levels) * len(HOPS)
-            while (key := self._key(dice, hops, lone=hops == 1)) in keys or self.begins(key, keys):
+            while self.begins(key := self._key(dice, hops, lone=hops == 1), keys) or key in begun:
                 pass
             keys.add(key)
+            begun |= {key[:n] for n in range(2, len(key) + 1)}
             found.append(Item(key, self.answers(key)[-1], self.masked_level, masked))
         for hops in set(HOPS):  # levels are dealt within each number of hops
             mine = [n for n, item in enumerate(found) if item.hops == hops and not item.masked]
@@ -180,14 +181,14 @@ class Facts:
 
     def batch(self, calendar: dict[int, list[Item]], first: int, count: int) -> Batch:
         """Texts ``first`` to ``first + count`` of training."""
-        return batch_of(
-            [self.text(random.Random(f"{self.seed} text {n}"), calendar.get(n, ())) for n in range(first, first + count)]
-        )
+        dice = {n: random.Random(f"{self.seed} text {n}") for n in range(first, first + count)}
+        return batch_of([self.text(dice[n], calendar.get(n, ())) for n in dice])
 
 
 def batch_of(texts: Sequence[Text]) -> Batch:
     """Texts side by side, padded with id 0."""
-    ids_BT, labels_BT = np.zeros((len(texts), LENGTH), np.int64), np.full((len(texts), LENGTH), NONE)
+    most = max(len(text.ids) for text in texts)
+    ids_BT, labels_BT = np.zeros((len(texts), most), np.int64), np.full((len(texts), most), NONE)
     for row, text in enumerate(texts):
         ids_BT[row, : len(text.ids)], labels_BT[row, : len(text.ids)] = text.ids, text.labels
     return Batch(ids_BT, labels_BT, np.zeros_like(ids_BT))

@@ -46,10 +46,15 @@ def item_probes(facts: Facts, items: Sequence[int], contexts: int, seed: int) ->
         item = facts.items[n]
         for context in range(contexts):
             text = facts.text(random.Random(f"{seed} probe {n} {context}"), [item], repeated=0.0)
-            place = next(p for p in text.due if tuple(text.ids[p - item.hops : p + 1]) == item.key)
+            place = place_of(text, item.key)
             made.questions.append(Question(len(made.texts), place, item.answer, item.hops, n))
             made.texts.append(text)
     return made
+
+
+def place_of(text: Text, key: Key) -> int:
+    """Where the answer of this question is first due."""
+    return next(place for place in text.due if tuple(text.ids[place - len(key) + 1 : place + 1]) == key)
 
 
 def repeat_probes(facts: Facts, count: int, seed: int) -> Probes:

@@ -163,11 +163,8 @@ def _emergence(settings: ExposureSettings, parts: Parts) -> list[dict[str, Any]]
     for n in range(min((len(kept["emergence"]) for _, kept in parts), default=0)):
         seeds = [Rows(settings, part, kept["texts"], kept["emergence"][n]) for part, kept in parts]
         ends = {}
-        for name, test in (
-            ("familiar", lambda r: r["exposures"] == settings.most_exposures),
-            ("new", lambda r: r["exposures"] < 1),
-        ):
-            mine = [worked_out(rows) & test(rows) for rows in seeds]
+        for name, level in (("familiar", settings.most_exposures), ("new", 0)):
+            mine = [worked_out(rows) & (rows["exposures"] == level) for rows in seeds]
             ends[name] = float(np.concatenate([r["surprise_first"][m] for r, m in zip(seeds, mine, strict=True)]).mean())
         made = slope(seeds, worked_out, [rows["settled"] for rows in seeds])
         found.append({"step": parts[0][1]["emergence"][n]["step"], "slope": _json(made), "surprise_first": ends})

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adi.files import read_json, whole_file, write_json
 from adi.measure.exposure.devalue import devalue
-from adi.measure.exposure.facts import Facts
+from adi.measure.exposure.facts import MOST_HOPS, Facts, Item, batch_of
 from adi.measure.exposure.network import network
-from adi.measure.exposure.observe import Probes, columns, item_probes, observe, repeat_probes
+from adi.measure.exposure.observe import Probes, columns, item_probes, observe, place_of, repeat_probes
 from adi.measure.exposure.settings import ExposureSettings, Part
 from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
+from adi.measure.knowledge import Variable, knowledge, turn_states
 from adi.model.looped import LoopedForCausalLM
 from adi.progress import Progress
 
-CONTEXTS, EARLY_CONTEXTS, REPEATS = 6, 2, 100
+CONTEXTS, EARLY_CONTEXTS, REPEATS, KNOWLEDGE = 6, 2, 100, 1600  # contexts of an item; texts
 PARTS = "parts"
 
 
@@ -58,11 +61,28 @@ def run_part(life: Life, folder: Path, prices: Sequence[float], progress: Any) -
         "items": columns(observe(life.model, probes)),
         "repeats": columns(observe(life.model, repeat_probes(facts, REPEATS, seed))),
         "devaluation": devalue(life.model, facts, life.part.price, seed),
+        "knowledge": hops_knowledge(life.model, network(life.part.shape, seed + 1), facts, min(KNOWLEDGE, 4 * life.steps)),
     }
     if life.part.price == 0:
         twins = {price: life.gate_only(price) for price in prices if price}
         kept["gate_only"] = {f"{price:g}": columns(observe(twin, probes))["halted"] for price, twin in twins.items()}
     return kept
+
+
+def hops_knowledge(model: LoopedForCausalLM, untrained: LoopedForCausalLM, facts: Facts, count: int) -> dict[str, Any]:
+    """Where a fresh question of four hops is asked: from which turn on are the names known to which it leads hop by hop?"""
+    texts, labels_KN = [], np.zeros((MOST_HOPS, count), np.int64)
+    places = []
+    for n in range(count):
+        dice = random.Random(f"{facts.seed} knowledge {n}")
+        item = Item(facts.fresh(dice, MOST_HOPS), 0, 0)
+        texts.append(facts.text(dice, [item], repeated=0.0))
+        labels_KN[:, n] = facts.answers(item.key)
+        places.append(place_of(texts[-1], item.key))
+    ids_BT = batch_of(texts).ids_BT
+    known_RND, random_RND = (turn_states(net, ids_BT)[:, np.arange(count), places] for net in (model, untrained))
+    variables = [Variable(k + 1, labels_N, np.arange(count)) for k, labels_N in enumerate(labels_KN)]
+    return knowledge(known_RND, random_RND, np.arange(count), variables)
 
 
 def _probes(facts: Facts, contexts: int) -> Probes:
