@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.support import adi_
 
 from adi.errors import UsageError
 from adi.measure.exposure import study as study_module
+from adi.measure.exposure import train as train_module
 from adi.measure.exposure.devalue import changed, delay, shares, slips
 from adi.measure.exposure.facts import LENGTH, NAMES, Facts, Item, batch_of
 from adi.measure.exposure.network import TURNS, network
@@ -195,6 +197,8 @@ def test_joined_tables_have_a_level_of_their_own() -> None:
 def test_a_study_resumes_at_the_part_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, few in (("CONTEXTS", 2), ("EARLY_CONTEXTS", 1), ("REPEATS", 4), ("KNOWLEDGE", 16)):
         monkeypatch.setattr(study_module, name, few)
+    monkeypatch.setattr(train_module, "GATE_STEPS", 2)
+    monkeypatch.setattr(study_module, "devalue", partial(study_module.devalue, examples=(0, 1)))
     done = []
 
     def stopping(*given: Any) -> Any:

@@ -50,7 +50,7 @@ def familiarity(
     answers = [a for a in own_answers(model, prompts, max_new_tokens) if len(a.token_ids) > GRAM]
     if len(answers) < 4:
         raise UsageError(
-            f"{len(answers)} of {len(prompts)} answers have more than {GRAM} tokens; give at least 4 such prompts."
+            f"{len(answers)} of {len(prompts)} answers have more than {GRAM} tokens; at least 4 must, so give more."
         )
     own = [tuple(answer.token_ids) for answer in answers]
     texts = [KnownText.of_answer(a.prompt_ids, ids * REPEATS) for a, ids in zip(answers, own, strict=True)]

@@ -34,12 +34,18 @@ class Table:
         kept = self.covariates_NK[:, spread_K > 1e-9]
         return np.column_stack([exposure_N, (kept - kept.mean(0)) / spread_K[spread_K > 1e-9], np.ones(len(exposure_N))])
 
-    def unexplained(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the covariates do not say about exposure, a mean for each item, and each observation's item by number."""
+    def dealt(self, dice: np.random.Generator) -> np.ndarray:
+        """What the covariates do not say about exposure, dealt anew: among items, or within each where its exposures differ."""
         others_NK = self.design(self.exposure_N)[:, 1:]
         left_N = self.exposure_N - others_NK @ np.linalg.lstsq(others_NK, self.exposure_N, rcond=None)[0]
-        place_N = np.unique(self.item_N, return_inverse=True)[1]
-        return np.bincount(place_N, left_N) / np.bincount(place_N), place_N
+        _, first, place_N = np.unique(self.item_N, return_index=True, return_inverse=True)
+        if np.ptp(self.exposure_N - self.exposure_N[first][place_N]) < 1e-9:
+            left_I = np.bincount(place_N, left_N) / np.bincount(place_N)
+            return np.array([dice.permutation(left_I)[place_N] for _ in range(PERMUTATIONS)])
+        dealt_PN, order_N = np.empty((PERMUTATIONS, len(left_N))), np.argsort(place_N, kind="stable")
+        for dealt_N in dealt_PN:
+            dealt_N[order_N] = left_N[np.lexsort((dice.random(len(left_N)), place_N))]
+        return dealt_PN
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,7 @@ def partial_slope(table: Table, depth_N: np.ndarray, seed: int = 0) -> Slope:
     squares, products = sums(design_NK)
     times_SI = dice.multinomial(count, np.full(count, 1 / count), RESAMPLES)
     resampled_S = solved(np.tensordot(times_SI, squares, 1), times_SI @ products)
-    left_I, of_N = table.unexplained()
-    dealt_PN = np.array([dice.permutation(left_I)[of_N] for _ in range(PERMUTATIONS)])
+    dealt_PN = table.dealt(dice)
     rest_N = depth_N - design_NK[:, 1:] @ np.linalg.lstsq(design_NK[:, 1:], depth_N, rcond=None)[0]
     permuted_P = dealt_PN @ rest_N / np.square(dealt_PN - dealt_PN.mean(1, keepdims=True)).sum(1)
     return Slope(float(solved(squares.sum(0), products.sum(0))), resampled_S, permuted_P)
