@@ -258,7 +258,7 @@ class Habituation:
         epochs = 2 if training > 4 * one else 1
         turns, last = divided(training - epochs * passing * sum(stages) / prompts, whole, generating * total / prompts)
         each = passing / max(1, answer_tokens(texts_in(shards)))
-        head_tokens = int(SHARES["heads"] * left / (each * HEAD_EPOCHS * max(1, len(self.depths) / 4)))
+        head_tokens = int(SHARES["heads"] * left / (each * HEAD_EPOCHS * len(self.depths)))
         measuring = left * (1 - sum(SHARES.values()))
         plan = Plan(minutes, epochs, last, turns, max(1, head_tokens), measuring)
         write_json(path, asdict(plan))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from math import inf
@@ -100,16 +101,19 @@ class _Measuring:
                 path.unlink()
 
     def all(self, others: Sequence[PromptItem]) -> dict[str, Any]:
-        """By cost table on one engine, by the clock on each."""
-        budget = inf if self.again else self.run.plan().measuring / len(self.run.engines)
-        return {
-            "curve": self._kept("curve", self._curve),
-            "repetitions": self._kept("repetitions", self._repetitions),
-            "text": self._kept("text", self._text),
-            "results": [self._engine(engine, others, budget) for engine in self.run.engines],
-        }
+        """By cost table on one engine, by the clock on each, which gets its share of the seconds that are left."""
+        began, run = time.monotonic(), self.run
+        found = {name: self._kept(name, make) for name, make in self.by_cost.items()}
+        left = inf if self.again else max(0.0, run.plan().measuring - (time.monotonic() - began))
+        results = [self._engine(engine, others, left / len(run.engines)) for engine in run.engines]
+        return {**found, "results": results}
 
-    def _kept(self, name: str, make: Any) -> Any:
+    @property
+    def by_cost(self) -> dict[str, Callable[[], Any]]:
+        """What no clock is in, by name."""
+        return {"curve": self._curve, "repetitions": self._repetitions, "text": self._text}
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
         path = self.run.work / f"measured-{name}.json"
         if not path.exists():
             write_json(path, make())
