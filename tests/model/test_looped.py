@@ -115,10 +115,21 @@ def test_heads_learn_a_bias_for_what_two_places_share(tmp_path: Path) -> None:
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, moved)
 
 
+def test_relations_start_at_their_own_scale() -> None:
+    features = [list(range(200)), [n % 8 for n in range(200)]]
+    grid: dict[str, Any] = {"causal": False, "place_features": features, "relation_bias": True, "num_attention_heads": 48}
+    for scale in (0.0, 2.0):
+        model = LoopedForCausalLM(LoopedConfig(**grid, relation_range=scale))
+        assert float(model.model.turn.layers[0].relations.bias.detach().std()) == pytest.approx(scale, rel=0.2)
+
+
 def test_embeddings_start_at_their_own_scale() -> None:
     model = LoopedForCausalLM(LoopedConfig(vocab_size=500, embedding_range=1.0))
     assert float(model.model.embed_tokens.weight.detach().std()) == pytest.approx(1.0, rel=0.05)
     assert float(model.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    placed = LoopedForCausalLM(LoopedConfig(vocab_size=500, positions="learned", embedding_range=1.0, place_range=0.05))
+    assert float(placed.model.embed_tokens.weight.detach().std()) == pytest.approx(1.0, rel=0.05)
+    assert float(placed.model.embed_positions.tables[0].weight.detach().std()) == pytest.approx(0.05, rel=0.05)
 
 
 def test_a_gate_starts_unwilling_and_may_take_the_price() -> None:

@@ -194,3 +194,15 @@ def test_a_network_of_a_fixed_depth_learns_from_its_last_turn_alone(tmp_path: Pa
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, fresh[name])}
     assert "gate.stop.bias" not in moved
     assert "model.turn.inject.weight" in moved
+
+
+def test_the_hardest_items_grow_from_one_hop_to_all() -> None:
+    settings = TrainSettings(task="pointers", steps=40, batch=64, easy_first=0.4)
+    batches = Batches(task_named("pointers"), settings)
+    hardest = [int(batches[step]["input_ids"][:, 32].max()) - 63 for step in range(40)]
+    assert hardest[0] == 1
+    assert hardest == sorted(hardest[:16]) + [8] * 24
+    whole = Batches(task_named("pointers"), replace(settings, easy_first=0.0))[39]
+    assert torch.equal(batches[39]["input_ids"], whole["input_ids"])
+    with pytest.raises(UsageError, match="mazes has none"):
+        TrainSettings(task="mazes", easy_first=0.1).config(task_named("mazes"))

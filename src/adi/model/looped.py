@@ -38,11 +38,12 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
     ``core_layers`` blocks are one turn. ``causal`` False lets every place see all others. ``shifted_labels`` says whether a
     label is the next token (a language model) or the answer at its own place. Learned places are by ``place_features``, lists
     of one number per place, or one vector a place. ``positions`` is "rope" or "learned". With ``relation_bias`` each head
-    learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid).
+    learns a bias for each relation of two places: which of their features are the same (Shaw et al. 2018, for a grid). They
+    start at the scale ``relation_range``: at 0 all places are attended alike, and a relation that is all is learned slowly.
     ``turn_norm`` closes a turn by a norm without weights, or, "final", begins each turn but the first with the final norm;
     ``sandwich_norms`` has a norm behind attention and MLP too (both are Ouro's). ``embedding_range`` is the scale at which
-    embeddings start; None: ``initializer_range``. ``sparse``: "relu" in the MLPs, or ``SplLinear`` as their up projection
-    ("mlp") and as queries, keys, values and outputs too ("all").
+    embeddings start, ``place_range`` that of learned places (None: as ids do); None: ``initializer_range``. ``sparse``:
+    "relu" in the MLPs, or ``SplLinear`` as their up projection ("mlp") and as queries, keys, values and outputs too ("all").
     ``gate_price`` gives the gate the logarithm of the price beside the state, as trained over ``price_range``; it halts where
     its chance passes ``halt_threshold``. ``task`` names what it was trained on. UsageError for a form that does not exist.
     """
@@ -73,7 +74,9 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         positions: str = "rope",
         place_features: list[list[int]] | None = None,
         relation_bias: bool = False,
+        relation_range: NonNegative = 0.0,
         embedding_range: NonNegative | None = None,
+        place_range: NonNegative | None = None,
         sparse: str = "none",
         rope_theta: NonNegative = 10000.0,
         max_position_embeddings: Positive = 512,
@@ -89,9 +92,10 @@ class LoopedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.injection, self.turn_norm, self.sandwich_norms = injection, turn_norm, sandwich_norms
         self.causal, self.shifted_labels, self.positions = causal, shifted_labels, positions
         self.gate_price, self.price_range, self.halt_threshold = gate_price, price_range, halt_threshold
-        self.place_features, self.relation_bias, self.embedding_range = place_features, relation_bias, embedding_range
+        self.place_features, self.relation_bias = place_features, relation_bias
+        self.embedding_range, self.place_range = embedding_range, place_range
         self.rope_theta, self.max_position_embeddings, self.rms_norm_eps = rope_theta, max_position_embeddings, rms_norm_eps
-        self.initializer_range, self.task = initializer_range, task
+        self.initializer_range, self.relation_range, self.task = initializer_range, relation_range, task
         self.attention_bias, self.attention_dropout, self.mlp_bias = False, 0.0, False
         self.sparse, self.hidden_act = sparse, "relu" if sparse == "relu" else "silu"
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
@@ -280,8 +284,13 @@ class LoopedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             module.reset()
         if isinstance(module, SplLinear):
             module.reset(self.config.initializer_range)
+        if isinstance(module, _Relations) and self.config.relation_range:
+            nn.init.normal_(module.bias, std=self.config.relation_range)
         if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             nn.init.normal_(module.weight, std=self.config.embedding_range)
+        if isinstance(module, PlaceEmbedding) and self.config.place_range is not None:
+            for weight in module.tables.parameters():
+                nn.init.normal_(weight, std=self.config.place_range)
 
 
 class LoopedModel(LoopedPreTrainedModel):

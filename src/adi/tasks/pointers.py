@@ -1,8 +1,8 @@
-"""Pointer chasing: shuffled pairs "from, to" make one chain; from a start so many hops are to be followed.
+"""Pointer chasing: shuffled pairs "from, to" make one chain; from each of its symbols so many hops are to be followed.
 
 The task of recursive pointer chasing, on which published halting found 11.8% at 8 hops: 16 pairs of 64 symbols. An item is
-the pairs, the start and the number of hops; only the last place has an answer, and its difficulty is the number of hops. Only
-answers are given in training, never the steps.
+the pairs, the number of hops and the 16 symbols as starts, each of which has an answer; the difficulty is the number of hops.
+Only answers are given in training, never the steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pointers:
 
     @property
     def length(self) -> int:
-        return 2 * self.pairs + 2
+        return 3 * self.pairs + 1
 
     @property
     def vocabulary(self) -> int:
@@ -45,23 +45,22 @@ class Pointers:
         order = dice.random((count, self.pairs)).argsort(1)
         links = np.stack([chain, np.roll(chain, -1, 1)], -1)
         shuffled = np.take_along_axis(links, order[..., None], 1).reshape(count, -1)
-        start, steps = dice.integers(0, self.pairs, count), dice.choice(allowed, count)
-        rows = np.arange(count)
-        query = np.stack([chain[rows, start], self.symbols + steps - 1], 1)
+        start_BS, steps = dice.random((count, self.pairs)).argsort(1), dice.choice(allowed, count)
         labels = np.full((count, self.length), NONE)
-        labels[:, -1] = chain[rows, (start + steps) % self.pairs]
-        difficulty = np.broadcast_to(steps[:, None], labels.shape)
-        return Batch(np.concatenate([shuffled, query], 1), labels, difficulty)
+        labels[:, -self.pairs :] = np.take_along_axis(chain, (start_BS + steps[:, None]) % self.pairs, 1)
+        ids = np.concatenate([shuffled, self.symbols + steps[:, None] - 1, np.take_along_axis(chain, start_BS, 1)], 1)
+        return Batch(ids, labels, np.broadcast_to(steps[:, None], labels.shape))
 
     def check(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The ids of one item; UsageError where they are no pairs, start and hops."""
+        """The ids of one item; UsageError where they are no pairs, hops and starts."""
         found = tuple(int(i) for i in ids)
         if len(found) != self.length:
-            raise UsageError(f"an item of pointers has {self.length} ids ({self.pairs} pairs, start, hops), not {len(found)}.")
-        if bad := [i for i in found[:-1] if not 0 <= i < self.symbols]:
-            raise UsageError(f"{bad[0]} is no symbol of pointers; they go from 0 to {self.symbols - 1}.")
-        if not self.symbols <= found[-1] < self.vocabulary:
             raise UsageError(
-                f"{found[-1]} says no number of hops; {self.symbols} to {self.vocabulary - 1} say 1 to {self.longest}."
+                f"an item of pointers has {self.length} ids ({self.pairs} pairs, hops, {self.pairs} starts), not {len(found)}."
             )
+        hops = found[2 * self.pairs]
+        if bad := [i for n, i in enumerate(found) if n != 2 * self.pairs and not 0 <= i < self.symbols]:
+            raise UsageError(f"{bad[0]} is no symbol of pointers; they go from 0 to {self.symbols - 1}.")
+        if not self.symbols <= hops < self.vocabulary:
+            raise UsageError(f"{hops} says no number of hops; {self.symbols} to {self.vocabulary - 1} say 1 to {self.longest}.")
         return found

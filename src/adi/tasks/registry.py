@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -151,14 +152,19 @@ class Puzzles:
 
 @dataclass(frozen=True)
 class Chains:
-    """``pointers``: only the last place of an item has an answer."""
+    """``pointers``: the starts have an answer. Learned places know their pair and their part in it."""
 
     game: Pointers = field(default_factory=Pointers)
     name: str = "pointers"
     unit: Literal["item"] = "item"
     causal: bool = False
-    place_features: None = None
     bins: tuple[tuple[int, int], ...] = tuple((n, n) for n in range(1, 13))
+
+    @property
+    def place_features(self) -> list[list[int]]:
+        """The pair of each id, which is the number of hops or of the start where it is in none; and its part in it."""
+        n = self.game.pairs
+        return [[*np.repeat(range(n), 2).tolist(), *range(n, 2 * n + 1)], [0, 1] * n + [2] + [3] * n]
 
     @property
     def vocabulary(self) -> int:
@@ -173,8 +179,8 @@ class Chains:
         return self.game.batch(count, (int(test), *seed))
 
     def asked(self, ids_BT: np.ndarray) -> np.ndarray:
-        """The last place."""
-        return np.broadcast_to(np.arange(ids_BT.shape[1]) == ids_BT.shape[1] - 1, ids_BT.shape)
+        """The starts."""
+        return np.broadcast_to(np.arange(self.length) >= self.length - self.game.pairs, ids_BT.shape)
 
     def show(self, number: int) -> str:
         """The number of a symbol."""
@@ -188,6 +194,15 @@ class Chains:
 Grid = Puzzles | Mazes
 _ALL: list[Problem] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.values()), Chains(), Hops(), Mazes(), Stories()]
 TASKS = {task.name: task for task in _ALL}
+
+
+def easier(task: Problem, share: float) -> Problem:
+    """The task with only its easiest items: so large a share, above 0, of its hops. UsageError for a task without hops."""
+    if isinstance(task, Chains):
+        return replace(task, game=replace(task.game, hops=ceil(share * task.game.hops)))
+    if isinstance(task, Hops):
+        return replace(task, most=ceil(share * task.most))
+    raise UsageError(f"easy_first is for tasks with hops, pointers and p-hop; {task.name} has none: leave it out.")
 
 
 def task_named(name: str) -> Problem:

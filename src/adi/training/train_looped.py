@@ -7,6 +7,7 @@ runs on a GPU, on several, or under FSDP by Accelerate's configuration: each pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, claim
-from adi.tasks.registry import Problem, task_named
+from adi.tasks.registry import Problem, easier, task_named
 from adi.training.price import OBJECTIVES, Price, costs, watch
 from adi.training.shaping import Shaper, Shaping
 
@@ -42,6 +43,9 @@ class TrainSettings(Record, frozen=True):
     "last" has a loss at the last turn only and no gate: with ``gate_only`` 0, a network of a fixed depth to compare with.
     ``ema`` 0 keeps no average of the weights. With ``patience`` the loss at the final price of 256 held-out items is taken
     every ``save_every`` steps once the ramp is over, and training ends where so many in a row were no better.
+
+    Over the first ``easy_first`` of the steps the hardest items grow from one hop to all (tasks with hops only), and the turns
+    with them.
 
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
@@ -67,6 +71,7 @@ class TrainSettings(Record, frozen=True):
     even: Share = 0.4
     ramp: Share = 0.2
     gate_only: Share = 0.05
+    easy_first: Share = 0.0
     gradient_turns: Positive | None = None
     patience: Positive | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.995
@@ -80,6 +85,10 @@ class TrainSettings(Record, frozen=True):
         done = step / self.steps
         ramp = min(1.0, max(0.0, (done - self.even) / self.ramp)) if self.ramp else float(done >= self.even)
         return ramp, 1 - (1 - self.floor) * ramp, done >= 1 - self.gate_only
+
+    def grown(self, step: int) -> float:
+        """How far the hardest items have grown at a step, above 0, to 1: slowly at first, for the first hop takes longest."""
+        return min(1.0, (step + 1) / (self.easy_first * self.steps + 1)) ** 2
 
     def config(self, task: Problem) -> LoopedConfig:
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
@@ -101,6 +110,8 @@ class TrainSettings(Record, frozen=True):
             )
         if self.highest_price is not None:
             shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
+        if self.easy_first:
+            easier(task, 1.0)
         config = LoopedConfig(**{**shape, **self.model})
         if (self.gradient_turns or 0) > config.turns:
             raise UsageError(f"gradient_turns={self.gradient_turns} is more than all turns of an item, {config.turns}.")
@@ -126,7 +137,9 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         step, process = divmod(n, self.processes)
-        drawn = self.task.batch(self.settings.batch, (self.settings.seed, step))
+        grown = self.settings.grown(step)
+        task = self.task if grown == 1 else easier(self.task, grown)
+        drawn = task.batch(self.settings.batch, (self.settings.seed, step))
         mine = slice(process, None, self.processes)
         return {"input_ids": torch.tensor(drawn.ids_BT[mine]), "labels": torch.tensor(drawn.labels_BT[mine])}
 
@@ -195,7 +208,9 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         carried = settings.gradient_turns if at < settings.even * settings.steps else None
         if carried:
             inputs = self.carry.enter(inputs, self.model.config)
-        out = model(inputs["input_ids"], state=inputs.get("state"), turns=carried, output_turns=True, price=price)
+        most = self.model.config.turns
+        turns = carried or min(most, ceil(settings.grown(at) * most) + 1)
+        out = model(inputs["input_ids"], state=inputs.get("state"), turns=turns, output_turns=True, price=price)
         loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
         halt_RN = out.halt_logits[:, inputs["labels"] != -100]
         if self.task.unit == "item":

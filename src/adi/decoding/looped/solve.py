@@ -29,9 +29,9 @@ NOISE = 1.0  # root mean square of what is added to a further start's first stat
 class Solved:
     """The answer to one item.
 
-    ``answers``: one id per place (of pointers one), the cells of a puzzle as a text, or a story's word. ``turns``: how many the
-    answer took, a number per place, or one for a puzzle and a story. ``sure``: the probability of the answer, per place, or
-    that of a puzzle's least sure cell. ``start``: which of several starts won, 0 the item as it is.
+    ``answers``: one id per place (of pointers one per start), the cells of a puzzle as a text, or a story's word. ``turns``:
+    how many the answer took, a number per place, or one for a puzzle, pointers and a story. ``sure``: the probability of the
+    answer, per place, or that of the least sure cell or start. ``start``: which of several runs won, 0 the item as it is.
     """
 
     answers: list[int] | str
@@ -177,7 +177,9 @@ def _solved(task: Problem, item: tuple[int, ...], answers_T: Tensor, turns_T: Te
     if isinstance(task, Grid):
         filled = np.where(task.asked(np.array(item)), answers_T.numpy(), item)
         return Solved("".join(map(task.show, filled.tolist())), int(turns_T[0]), float(sure_T.min()), start)
-    if isinstance(task, Chains | Stories):
-        last = int(answers_T[-1])
-        return Solved([last] if isinstance(task, Chains) else task.show(last), int(turns_T[-1]), float(sure_T[-1]), start)
+    if isinstance(task, Chains):
+        n = task.game.pairs
+        return Solved(answers_T[-n:].tolist(), int(turns_T[-1]), float(sure_T[-n:].min()), start)
+    if isinstance(task, Stories):
+        return Solved(task.show(int(answers_T[-1])), int(turns_T[-1]), float(sure_T[-1]), start)
     return Solved(answers_T.tolist(), turns_T.tolist(), sure_T.tolist())
