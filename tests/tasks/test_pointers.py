@@ -6,7 +6,7 @@ import pytest
 
 from adi.errors import UsageError
 from adi.tasks.pointers import NONE, Pointers
-from adi.tasks.registry import easier, task_named
+from adi.tasks.registry import easier, most_hops, task_named
 
 GAME = Pointers()
 
@@ -49,7 +49,7 @@ def test_both_ends_of_a_pair_share_its_number_and_nothing_else_does() -> None:
 def test_an_easier_task_has_fewer_hops_and_only_tasks_with_hops_are_made_easier() -> None:
     for name, most in (("pointers", 8), ("p-hop", 16)):
         task = task_named(name)
-        hardest = [int(easier(task, share).batch(300, (1,)).difficulty_BT.max()) for share in (0.01, 0.5, 1.0)]
-        assert hardest == [1, most // 2, most]
+        hardest = [int(easier(task, hops).batch(300, (1,)).difficulty_BT.max()) for hops in (1, 3, most)]
+        assert hardest == [1, 3, most] == [1, 3, most_hops(task)]
     with pytest.raises(UsageError, match="mazes has none"):
-        easier(task_named("mazes"), 0.5)
+        easier(task_named("mazes"), 2)

@@ -13,6 +13,7 @@ from adi.errors import AdiError, FileError, UsageError
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import task_named
+from adi.training.growth import STEPS, Growth
 from adi.training.train_looped import Batches, Carry, PriceTrainer, TrainSettings, drawn_price, train_looped
 
 TINY = TrainSettings(
@@ -62,7 +63,11 @@ def test_what_was_trained_is_what_was_saved(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in values(model))
 
 
-@pytest.mark.parametrize("settings", [TINY, replace(TINY, gradient_turns=1, even=1.0, gate_only=0.0)], ids=["whole", "carried"])
+CARRIED = replace(TINY, gradient_turns=1, even=1.0, gate_only=0.0)
+GROWING = replace(TINY, task="pointers", model={**TINY.model, "relation_bias": True, "relation_range": 2.0}, easy_first=0.9)
+
+
+@pytest.mark.parametrize("settings", [TINY, CARRIED, GROWING], ids=["whole", "carried", "growing"])
 def test_a_stopped_run_ends_as_one_that_was_not(settings: TrainSettings, tmp_path: Path) -> None:
     def stop(done: int, total: int, what: str) -> None:
         if done == 5:
@@ -196,13 +201,18 @@ def test_a_network_of_a_fixed_depth_learns_from_its_last_turn_alone(tmp_path: Pa
     assert "model.turn.inject.weight" in moved
 
 
-def test_the_hardest_items_grow_from_one_hop_to_all() -> None:
-    settings = TrainSettings(task="pointers", steps=40, batch=64, easy_first=0.4)
-    batches = Batches(task_named("pointers"), settings)
-    hardest = [int(batches[step]["input_ids"][:, 32].max()) - 63 for step in range(40)]
-    assert hardest[0] == 1
-    assert hardest == sorted(hardest[:16]) + [8] * 24
-    whole = Batches(task_named("pointers"), replace(settings, easy_first=0.0))[39]
-    assert torch.equal(batches[39]["input_ids"], whole["input_ids"])
+def test_the_hardest_items_grow_by_a_hop_when_those_at_hand_are_answered() -> None:
+    growth = Growth(task_named("pointers"))
+    seen = []
+    for step in range(12 * STEPS):
+        seen.append(int(growth.batch(64, (0, step)).difficulty_BT.max()))
+        growth.judge(torch.tensor(0.9 if step < STEPS else 1.0))
+    assert seen[::STEPS] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+    assert seen == sorted(seen)
+
+
+def test_only_tasks_with_hops_grow_and_none_that_is_carried_on() -> None:
     with pytest.raises(UsageError, match="mazes has none"):
         TrainSettings(task="mazes", easy_first=0.1).config(task_named("mazes"))
+    with pytest.raises(UsageError, match="gradient_turns=2 keeps items"):
+        replace(GROWING, gradient_turns=2).config(task_named("pointers"))

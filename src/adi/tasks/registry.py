@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -196,13 +195,20 @@ _ALL: list[Problem] = [*map(Products, GROUPS.values()), *map(Puzzles, GAMES.valu
 TASKS = {task.name: task for task in _ALL}
 
 
-def easier(task: Problem, share: float) -> Problem:
-    """The task with only its easiest items: so large a share, above 0, of its hops. UsageError for a task without hops."""
+def most_hops(task: Problem) -> int:
+    """The most hops of the task's items; UsageError for a task without."""
     if isinstance(task, Chains):
-        return replace(task, game=replace(task.game, hops=ceil(share * task.game.hops)))
+        return task.game.hops
     if isinstance(task, Hops):
-        return replace(task, most=ceil(share * task.most))
+        return task.most
     raise UsageError(f"easy_first is for tasks with hops, pointers and p-hop; {task.name} has none: leave it out.")
+
+
+def easier(task: Problem, hops: int) -> Problem:
+    """The task with items of at most so many hops; UsageError for a task without."""
+    if isinstance(task, Chains):
+        return replace(task, game=replace(task.game, hops=hops))
+    return replace(task, most=hops) if isinstance(task, Hops) else easier(task, most_hops(task))
 
 
 def task_named(name: str) -> Problem:

@@ -6,8 +6,7 @@ runs on a GPU, on several, or under FSDP by Accelerate's configuration: each pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +25,9 @@ from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedConfig, LoopedForCausalLM
 from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, claim
-from adi.tasks.registry import Problem, easier, task_named
+from adi.tasks.products import Batch
+from adi.tasks.registry import Problem, most_hops, task_named
+from adi.training.growth import Growth
 from adi.training.price import OBJECTIVES, Price, costs, watch
 from adi.training.shaping import Shaper, Shaping
 
@@ -44,8 +45,8 @@ class TrainSettings(Record, frozen=True):
     ``ema`` 0 keeps no average of the weights. With ``patience`` the loss at the final price of 256 held-out items is taken
     every ``save_every`` steps once the ramp is over, and training ends where so many in a row were no better.
 
-    Over the first ``easy_first`` of the steps the hardest items grow from one hop to all (tasks with hops only), and the turns
-    with them.
+    Over the first ``easy_first`` of the steps the hardest items of a task with hops grow from one hop to all (``Growth``), the
+    turns with them, and only the later half of the turns has a loss.
 
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
@@ -86,10 +87,6 @@ class TrainSettings(Record, frozen=True):
         ramp = min(1.0, max(0.0, (done - self.even) / self.ramp)) if self.ramp else float(done >= self.even)
         return ramp, 1 - (1 - self.floor) * ramp, done >= 1 - self.gate_only
 
-    def grown(self, step: int) -> float:
-        """How far the hardest items have grown at a step, above 0, to 1: slowly at first, for the first hop takes longest."""
-        return min(1.0, (step + 1) / (self.easy_first * self.steps + 1)) ** 2
-
     def config(self, task: Problem) -> LoopedConfig:
         """The model's; UsageError for a field that ``LoopedConfig`` does not have."""
         shape = {"vocab_size": task.vocabulary, "causal": task.causal, "shifted_labels": False, "task": task.name}
@@ -111,7 +108,9 @@ class TrainSettings(Record, frozen=True):
         if self.highest_price is not None:
             shape |= {"gate_price": True, "price_range": [self.price, self.highest_price]}
         if self.easy_first:
-            easier(task, 1.0)
+            most_hops(task)
+            if self.gradient_turns:
+                raise UsageError(f"gradient_turns={self.gradient_turns} keeps items that easy_first changes: leave one out.")
         config = LoopedConfig(**{**shape, **self.model})
         if (self.gradient_turns or 0) > config.turns:
             raise UsageError(f"gradient_turns={self.gradient_turns} is more than all turns of an item, {config.turns}.")
@@ -137,11 +136,13 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         step, process = divmod(n, self.processes)
-        grown = self.settings.grown(step)
-        task = self.task if grown == 1 else easier(self.task, grown)
-        drawn = task.batch(self.settings.batch, (self.settings.seed, step))
-        mine = slice(process, None, self.processes)
-        return {"input_ids": torch.tensor(drawn.ids_BT[mine]), "labels": torch.tensor(drawn.labels_BT[mine])}
+        drawn = self.task.batch(self.settings.batch, (self.settings.seed, step))
+        return _share(drawn, process, self.processes)
+
+
+def _share(drawn: Batch, process: int, processes: int) -> dict[str, Tensor]:
+    mine = slice(process, None, processes)
+    return {"input_ids": torch.tensor(drawn.ids_BT[mine]), "labels": torch.tensor(drawn.labels_BT[mine])}
 
 
 class Carry:
@@ -175,7 +176,7 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.task, self.settings = task, settings
         self.latest: dict[str, float] = {}
-        self.carry = Carry()
+        self.carry, self.growth = Carry(), Growth(task)
         self.shaper = None if settings.shaping == "none" else Shaper(self.model, settings.shaping, settings.active)
 
     optimizer: Any
@@ -208,8 +209,12 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         carried = settings.gradient_turns if at < settings.even * settings.steps else None
         if carried:
             inputs = self.carry.enter(inputs, self.model.config)
-        most = self.model.config.turns
-        turns = carried or min(most, ceil(settings.grown(at) * most) + 1)
+        growing = model.training and at < settings.easy_first * settings.steps
+        if growing:
+            drawn = self.growth.batch(settings.batch, (settings.seed, at))
+            share = _share(drawn, self.accelerator.process_index, self.accelerator.num_processes)
+            inputs = {name: part.to(inputs["labels"].device) for name, part in share.items()}
+        turns = carried or min(self.model.config.turns, self.growth.hops + 1 if growing else self.model.config.turns)
         out = model(inputs["input_ids"], state=inputs.get("state"), turns=turns, output_turns=True, price=price)
         loss_RN = self.model.losses(out.turn_logits, inputs["labels"])
         halt_RN = out.halt_logits[:, inputs["labels"] != -100]
@@ -220,6 +225,11 @@ class PriceTrainer(Trainer):  # type: ignore[misc]
         settled = Price(price * ramp, settings.tau, settings.gate_tau, floor, settings.prior)
         cost_R = costs(len(loss_RN)).to(loss_RN)
         terms = OBJECTIVES[settings.objective](loss_RN, halt_RN, cost_R, settled)
+        if growing:  # the state on the way may be a step of the answer, which is no guess of the answer
+            terms = replace(terms, loss=loss_RN[(turns - 1) // 2 :].mean())
+            known = inputs["labels"] != -100
+            right = (out.turn_logits[-1].argmax(-1) == inputs["labels"])[known].float().mean()
+            self.growth.judge(self.accelerator.reduce(right, "mean"))
         scale = 1.0 if self.task.unit == "place" else len(inputs["labels"]) / int((inputs["labels"] != -100).sum())
         loss = terms.gate if gate_only and model.training else terms.loss * scale + terms.gate
         if carried:
@@ -275,7 +285,7 @@ class _Average(TrainerCallback):  # type: ignore[misc]
             with whole_file(folder / EMA) as fresh:
                 save_file(self.weights, fresh)
         with whole_file(folder / _carry_file(args)) as fresh:
-            save_file(self.trainer.carry.parts, fresh)
+            save_file(self.trainer.carry.parts | self.trainer.growth.state, fresh)
 
     def resume(self, folder: str) -> None:
         carry = _carry_file(self.trainer.args)
@@ -285,7 +295,9 @@ class _Average(TrainerCallback):  # type: ignore[misc]
                     f"the checkpoint {folder} lacks {name}; delete that folder to resume from the one before, or resume "
                     "with as many processes as began."
                 )
-        self.weights, self.trainer.carry.parts = load_file(Path(folder) / EMA), load_file(Path(folder) / carry)
+        self.weights, kept = load_file(Path(folder) / EMA), load_file(Path(folder) / carry)
+        self.trainer.growth.state = {name: kept.pop(name) for name in self.trainer.growth.state}
+        self.trainer.carry.parts = kept
 
 
 def _carry_file(args: TrainingArguments) -> str:
