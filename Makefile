@@ -90,6 +90,7 @@ results: peers
 	$(BIN)/adi habituate smollm2-135m --prompts workloads --precision int4,int8 --out out/habits
 	cp out/habits/habits.json $(RESULTS)/habits.json
 	$(BIN)/python tools/learned.py --out out/learned --frozen out/habits --minutes 180 --json $(RESULTS)/learned.json
+	$(BIN)/adi study sparsity --out out/sparsity --json $(RESULTS)/sparsity.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

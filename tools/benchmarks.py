@@ -320,6 +320,48 @@ def habituated() -> str:
     return "\n\n".join(parts)
 
 
+def sparsity() -> str:
+    """The tables of docs/triggers.md on sparse layers; nothing while there are no figures."""
+    if not (RESULTS / "sparsity.json").exists():
+        return ""
+    found, gains = load("sparsity.json"), {"entropy": [], "head and gate": [], "these and difficulty": []}
+    for rule in found["rules"]:
+        for base, rows in gains.items():
+            added = {name: _between(gain["more"], gain["interval"], "+.3f") for name, gain in rule["gains"][base].items()}
+            ahead = rule["gains"][base]["all"]["ahead"]
+            shown = "" if ahead is None or rule["rule"] == "frozen" else _between(ahead[0], ahead[1:], "+.3f")
+            rows.append([rule["rule"], *(added[name] for name in SPARSE_SIGNALS), added["all"], shown])
+    alone = [
+        [
+            rule["rule"],
+            f"{rule['accuracy']:.0%}",
+            f"{rule['active']:.0%}",
+            *(f"{rule['alone'][name]['auroc']:.2f}" for name in ("entropy", "top_probability", "gate")),
+            *(f"{rule['alone'][n]['auroc']:.2f} {_signs(rule['alone'][n]['high'])}" for n in SPARSE_SIGNALS),
+        ]
+        for rule in found["rules"]
+    ]
+    head = ["rule", "right", "active", "entropy", "top probability", "gate", *SPARSE_SIGNALS.values()]
+    parts = [f"AUROC of each signal alone:\n\n{table(head, alone)}"]
+    for base, rows in gains.items():
+        head = [f"added to {base}", *SPARSE_SIGNALS.values(), "all", "all, ahead of frozen"]
+        parts.append(table(head, rows))
+    return "\n\n".join([*parts, f"{source('sparsity.json').replace('(#', '(benchmarks.md#')}."])
+
+
+SPARSE_SIGNALS = {
+    "active_share": "active share",
+    "active_share_at_equal": "at 25% active",
+    "route_margin": "route margin",
+    "route_jump": "jump",
+}
+
+
+def _signs(high: Sequence[bool]) -> str:
+    """What sure means, by seed."""
+    return "".join("+" if one else "-" for one in high)
+
+
 def learned() -> str:
     """The tables of docs/habits.md on a model whose own blocks were trained; nothing while there are no figures."""
     if not (RESULTS / "learned.json").exists():
@@ -431,17 +473,26 @@ def pages() -> dict[Path, str]:
     if count != 1:
         raise SystemExit("README.md has no place for its table: <!-- table --> ... <!-- end -->")
     template = environment.from_string((ROOT / "tools" / "benchmarks.md.j2").read_text())
-    page = ROOT / "docs" / "loops.md"
-    looped = re.sub(
-        r"(<!-- loops -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{loops()}\n{m[2]}", page.read_text(), flags=re.DOTALL
-    )
-    habits = ROOT / "docs" / "habits.md"
-    filled = habits.read_text()
-    for name, make in (("habituate", habituated), ("learned", learned)):
-        filled = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", filled, flags=re.DOTALL
-        )
-    return {readme: text, page: looped, habits: filled, ROOT / "docs" / "benchmarks.md": template.render()}
+    found = {readme: text, ROOT / "docs" / "benchmarks.md": template.render()}
+    for page, parts in PARTS.items():
+        filled = (ROOT / "docs" / page).read_text()
+        for name, make in parts.items():
+            filled = re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                lambda m, make=make: f"{m[1]}{make()}\n{m[2]}",
+                filled,
+                flags=re.DOTALL,
+            )
+        found[ROOT / "docs" / page] = filled
+    return found
+
+
+# What stands between <!-- name --> and <!-- end --> of a page of docs.
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "loops.md": {"loops": loops},
+    "habits.md": {"habituate": habituated, "learned": learned},
+    "triggers.md": {"sparsity": sparsity},
+}
 
 
 def note_made(files: Sequence[str]) -> None:

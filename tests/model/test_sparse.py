@@ -103,7 +103,13 @@ def shown(model: adi.Model, network: LoopedForCausalLM, text: list[int]) -> torc
 
 
 def test_what_a_turn_injects_is_not_taken_for_its_mlp() -> None:
-    assert not adi.load(gated(True)).backbone.has_mlp_tap
+    network, seen = gated(True, intermediate_size=48), list[torch.Tensor]()
+    network.model.turn.layers[0].mlp.down_proj.register_forward_hook(lambda _, given, out: seen.append(given[0]))  # type: ignore[union-attr, operator]
+    frontier = Frontier(adi.load(network).backbone, mlp=True)
+    frontier.append([1, 2, 3])
+    frontier.advance(2)
+    assert frontier.last is not None
+    assert torch.equal(frontier.last.mlp_TF, seen[-1][0])  # type: ignore[arg-type]
 
 
 def test_fresh_prototypes_gates_and_biases_start_as_published() -> None:

@@ -217,25 +217,20 @@ def _judged(right_RBT: np.ndarray, score_RBT: np.ndarray, weight_SB: np.ndarray 
 
 
 def summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds for each rule; intervals of 95% over items, of the mean over seeds."""
+    """Means over seeds for each rule."""
     rules = list(dict.fromkeys(part["rule"] for part in parts))
-    return {
-        "active": ACTIVE,
-        "seeds": len({part["seed"] for part in parts}),
-        "rules": [_of_rule(rule, parts) for rule in rules],
-    }
+    seeds = len({part["seed"] for part in parts})
+    return {"active": ACTIVE, "seeds": seeds, "rules": [_of_rule(rule, parts) for rule in rules]}
 
 
 def _of_rule(rule: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from scipy.stats import chi2
-
-    mine = [part for part in parts if part["rule"] == rule]
-    inner = [part["active_by_turn"] for part in mine]
-    found: dict[str, Any] = {
+    mine, random = ([part for part in parts if part["rule"] == name] for name in (rule, "frozen"))
+    active = [part["active_by_turn"] for part in mine]
+    return {
         "rule": rule,
         "accuracy": fmean(part["accuracy_by_turn"][-1] for part in mine),
-        "active": fmean(map(fmean, inner)),
-        "active_by_turn": np.mean(inner, 0).tolist(),
+        "active": fmean(map(fmean, active)),
+        "active_by_turn": np.mean(active, 0).tolist(),
         "right_by_turn": np.mean([part["right_by_turn"] for part in mine], 0).tolist(),
         "alone": {
             name: {
@@ -244,20 +239,29 @@ def _of_rule(rule: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             }
             for name in mine[0]["alone"]
         },
-        "gains": {},
+        "gains": {base: {name: _gained(base, name, mine, random) for name in ADDED} for base in BASES},
     }
-    for base, gains in mine[0]["gains"].items():
-        for name in gains:
-            each = [part["gains"][base][name] for part in mine]
-            low, high = np.quantile(np.mean([one["drawn"] for one in each], 0), (0.025, 0.975))
-            ratio, degrees = (sum(one[key] for one in each) for key in ("likelihood_ratio", "degrees"))
-            found["gains"].setdefault(base, {})[name] = {
-                "more": fmean(one["more"] for one in each),
-                "low": float(low),
-                "high": float(high),
-                "seeds": [one["more"] for one in each],
-                "likelihood_ratio": ratio,
-                "degrees": degrees,
-                "p": float(chi2.sf(ratio, degrees)),
-            }
+
+
+def _gained(base: str, name: str, mine: Sequence[Mapping[str, Any]], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What signals add, with the interval of 95% over items of the mean over seeds; and how far that is ahead of what they add
+    where prototypes are random, on the same items (None without)."""
+    from scipy.stats import chi2
+
+    each, others = ([part["gains"][base][name] for part in some] for some in (mine, random))
+    ratio, degrees = (sum(one[key] for one in each) for key in ("likelihood_ratio", "degrees"))
+    seeds, drawn_S = [one["more"] for one in each], np.mean([one["drawn"] for one in each], 0)
+    found = {
+        "more": fmean(seeds),
+        "interval": np.quantile(drawn_S, (0.025, 0.975)).tolist(),
+        "seeds": seeds,
+        "likelihood_ratio": ratio,
+        "degrees": degrees,
+        "p": float(chi2.sf(ratio, degrees)),
+        "ahead": None,
+    }
+    if others:
+        ahead_S = drawn_S - np.mean([one["drawn"] for one in others], 0)
+        ahead = fmean(seeds) - fmean(one["more"] for one in others)
+        found["ahead"] = [ahead, *np.quantile(ahead_S, (0.025, 0.975)).tolist()]
     return found

@@ -178,6 +178,11 @@ class Block(nn.Module):
         self.sandwich = config.sandwich_norms
         self.relations = _Relations(config) if config.relation_bias else None
 
+    @property
+    def mlp_tap(self) -> nn.Module:
+        """What is given the MLP's activations; of a sparse one, its routing logits."""
+        return getattr(self.mlp.up_proj, "speaks", self.mlp.down_proj)  # type: ignore[no-any-return]
+
     def forward(self, hidden_BTD: Tensor, slot: int, past_key_values: Any = None, **attention: Any) -> Tensor:
         cache = None if past_key_values is None else _Slot(past_key_values, slot)
         if self.relations is not None:
@@ -228,6 +233,12 @@ class Turn(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.core_layers))
         if config.injection == "concat":
             self.inject = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    @property
+    def mlp_tap(self) -> nn.Module:
+        """That of its last block."""
+        last: Any = self.layers[-1]
+        return last.mlp_tap  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, given_BTD: Tensor, slot: int, **attention: Any) -> Tensor:
         if self.config.states == 1:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from adi.errors import ModelError
-from adi.model.sparse import Speaks
 
 
 def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
@@ -65,16 +64,13 @@ def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Mo
     """Each block's MLP down projection: its one matrix, outside attention, that leads from more units than ``width`` to it.
 
     None when some block has none, several, or stacked experts: then MLP activations cannot be shown, and nothing is
-    guessed. Of a sparse MLP it is what reads the routing logits.
+    guessed.
     """
     found = []
     for block in blocks:
-        attending = [m for m in block.modules() if m is not block and _attends(m)]
-        whole = {m for m in attending for part in attending if part is not m and part in set(m.modules())}  # blocks of a turn
-        attention = {id(inner) for m in attending if m not in whole for inner in m.modules()}
+        attention = {id(inner) for m in block.modules() if m is not block and _attends(m) for inner in m.modules()}
         outside = [m for m in block.modules() if id(m) not in attention]
-        downs: list[nn.Module] = [m for m in outside if isinstance(m, Speaks)]
-        downs = downs or [m for m in outside if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
+        downs = [m for m in outside if (shape := _matrix(m)) is not None and shape[0] > shape[1] == width]
         if len(downs) != 1 or any(_stacked(m) for m in outside):
             return None
         found.append(downs[0])

@@ -51,7 +51,8 @@ class SplitModel:
         self.config = self.model.config
         self.decoder, self.blocks = decoder_of(self.model)
         self.width: int = self.config.get_text_config(decoder=True).hidden_size
-        self.downs = find_down_projections(self.blocks, self.width)
+        known: list[Any] = [getattr(block, "mlp_tap", None) for block in self.blocks]  # our own looped models name it
+        self.downs = find_down_projections(self.blocks, self.width) if None in known else known
         self.device, self.dtype = device_of(self.model), self.model.dtype
         self._source = source._modules.get("_orig_mod", source)
         self._placed = self._source.device, self.dtype

@@ -107,7 +107,8 @@ class OpenVinoBackbone:
 
     @property
     def has_mlp_tap(self) -> bool:
-        return self._manifest.has_mlp
+        """Not of our own looped models: what was traced there is what a turn injects."""
+        return self._manifest.has_mlp and self._manifest.family != "adi_looped"
 
     def new_cache(self) -> PagedCache:
         return PagedCache(self.pool)
