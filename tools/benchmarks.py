@@ -324,29 +324,29 @@ def sparsity() -> str:
     """The tables of docs/triggers.md on sparse layers; nothing while there are no figures."""
     if not (RESULTS / "sparsity.json").exists():
         return ""
-    found, gains = load("sparsity.json"), {"entropy": [], "head and gate": [], "these and difficulty": []}
+    found, alone, added, together = load("sparsity.json"), [], [], []
     for rule in found["rules"]:
-        for base, rows in gains.items():
-            added = {name: _between(gain["more"], gain["interval"], "+.3f") for name, gain in rule["gains"][base].items()}
-            ahead = rule["gains"][base]["all"]["ahead"]
-            shown = "" if ahead is None or rule["rule"] == "frozen" else _between(ahead[0], ahead[1:], "+.3f")
-            rows.append([rule["rule"], *(added[name] for name in SPARSE_SIGNALS), added["all"], shown])
-    alone = [
-        [
-            rule["rule"],
-            f"{rule['accuracy']:.0%}",
-            f"{rule['active']:.0%}",
-            *(f"{rule['alone'][name]['auroc']:.2f}" for name in ("entropy", "top_probability", "gate")),
-            *(f"{rule['alone'][n]['auroc']:.2f} {_signs(rule['alone'][n]['high'])}" for n in SPARSE_SIGNALS),
-        ]
-        for rule in found["rules"]
+        name, each, gains = rule["rule"], rule["alone"], rule["gains"]
+        heads = [f"{each[signal]['auroc']:.2f}" for signal in ("entropy", "top_probability", "gate")]
+        signals = [f"{each[signal]['auroc']:.2f} {_signs(each[signal]['high'])}" for signal in SPARSE_SIGNALS]
+        alone.append([name, f"{rule['accuracy']:.0%}", f"{rule['active']:.0%}", *heads, *signals])
+        of = gains["entropy"]
+        added.append([name, *(_between(of[signal]["more"], of[signal]["interval"], "+.3f") for signal in SPARSE_SIGNALS)])
+        ahead = [gains[base]["all"]["ahead"] for base in ("entropy", "head and gate")]
+        compared = ["" if name == "frozen" else _between(one[0], one[1:], "+.3f") for one in ahead]
+        sums = [_between(gain["all"]["more"], gain["all"]["interval"], "+.3f") for gain in gains.values()]
+        together.append([name, *sums, *compared])
+    names = [*SPARSE_SIGNALS.values()]
+    parts = [
+        "AUROC of each signal alone, with what sure means by seed (+ high, - low):",
+        table(["", "right", "active", "entropy", "top probability", "gate", *names], alone),
+        "AUROC that each adds to entropy:",
+        table(["", *names], added),
+        "AUROC that all four add to more, and how far this is ahead of frozen prototypes:",
+        table(["", *(f"to {base}" for base in gains), "ahead, to entropy", "ahead, to head and gate"], together),
+        f"{source('sparsity.json').replace('(#', '(benchmarks.md#')}.",
     ]
-    head = ["rule", "right", "active", "entropy", "top probability", "gate", *SPARSE_SIGNALS.values()]
-    parts = [f"AUROC of each signal alone:\n\n{table(head, alone)}"]
-    for base, rows in gains.items():
-        head = [f"added to {base}", *SPARSE_SIGNALS.values(), "all", "all, ahead of frozen"]
-        parts.append(table(head, rows))
-    return "\n\n".join([*parts, f"{source('sparsity.json').replace('(#', '(benchmarks.md#')}."])
+    return "\n\n".join(parts)
 
 
 SPARSE_SIGNALS = {

@@ -244,13 +244,15 @@ def _of_rule(rule: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _gained(base: str, name: str, mine: Sequence[Mapping[str, Any]], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What signals add, with the interval of 95% over items of the mean over seeds; and how far that is ahead of what they add
-    where prototypes are random, on the same items (None without)."""
+    """What signals add, with the interval of 95% over seeds and items, both resampled; and how far that is ahead of what they
+    add where prototypes are random, from the same seeds on the same items (None without)."""
     from scipy.stats import chi2
 
     each, others = ([part["gains"][base][name] for part in some] for some in (mine, random))
     ratio, degrees = (sum(one[key] for one in each) for key in ("likelihood_ratio", "degrees"))
-    seeds, drawn_S = [one["more"] for one in each], np.mean([one["drawn"] for one in each], 0)
+    seeds = [one["more"] for one in each]
+    chosen_NS = np.random.default_rng(0).integers(0, len(each), (len(each), RESAMPLES))
+    drawn_S = np.take_along_axis(np.array([one["drawn"] for one in each]), chosen_NS, 0).mean(0)
     found = {
         "more": fmean(seeds),
         "interval": np.quantile(drawn_S, (0.025, 0.975)).tolist(),
@@ -260,8 +262,8 @@ def _gained(base: str, name: str, mine: Sequence[Mapping[str, Any]], random: Seq
         "p": float(chi2.sf(ratio, degrees)),
         "ahead": None,
     }
-    if others:
-        ahead_S = drawn_S - np.mean([one["drawn"] for one in others], 0)
+    if len(others) == len(each):
+        ahead_S = drawn_S - np.take_along_axis(np.array([one["drawn"] for one in others]), chosen_NS, 0).mean(0)
         ahead = fmean(seeds) - fmean(one["more"] for one in others)
         found["ahead"] = [ahead, *np.quantile(ahead_S, (0.025, 0.975)).tolist()]
     return found
