@@ -69,6 +69,11 @@ def source(file: str) -> str:
     return f"[Machine {MACHINES[where][0]}](#machines), {made['date']}, commit {made['commit']}:\n`{today(found['command'])}`"
 
 
+def origin(file: str) -> str:
+    """The same on another page than benchmarks.md, where the machines stand."""
+    return source(file).replace("(#machines)", "(benchmarks.md#machines)")
+
+
 def machines() -> str:
     """The machines that results were measured on."""
     found = [load(file) for file in json.loads(MADE.read_text())]
@@ -313,7 +318,7 @@ def habituated() -> str:
     split = found["split"]
     note = f"{split['train']} prompts learned from, {split['choosing']} choose, {split['testing']} only tested on"
     parts = [
-        f"{table(head, rows)}\n\n{found['model']}, {note}; {source('habits.json')}.",
+        f"{table(head, rows)}\n\n{found['model']}, {note}; {origin('habits.json')}.",
         table(["prompts learned from", "tokens a pass", "x full depth by the cost table", "first drafts right"], curve),
         table(["the same prompts, with a history, for the n-th time", "tokens a pass"], repeated),
     ]
@@ -367,30 +372,30 @@ def learned() -> str:
     if not (RESULTS / "learned.json").exists():
         return ""
     found = load("learned.json")
-    curve, certified, routes = found["curve"], found["certified"], found["routes"]
+    curve = found["curve"]
     depths, first = list(curve[0]["exits"]), curve[0]["perplexity"]
     points = []
     for point in curve:
         agreed = [f"{point['exits'][depth]['full']:.1%}" for depth in depths]
         plain = f"{point['perplexity']:.2f} ({point['perplexity'] / first - 1:+.1%})"
         points.append([f"{point['minutes']:.0f}", str(point["steps"]), *agreed, f"{point['full']:.1%}", plain])
-    levels = [
-        [f"{was['level']:.0%}", *(f"{each['share']:.0%} ({each['observed']:.1%} seen)" for each in (was, now))]
-        for was, now in zip(certified["original"], certified["trained"], strict=True)
-    ]
-    ways = [
-        [name, _between(r["ratio"][0], r["ratio"][1:], ".2f"), f"{r['score']:.1%}", f"{r['same_answers']:.0%}"]
-        for name, r in routes.items()
-    ]
     exits = [f"exit at {depth} agrees" for depth in depths]
-    parts = [
-        table(["minutes", "steps", *exits, "full depth says what it said", "perplexity of plain text"], points),
-        table(["certified to differ in at most", "original: mean depth, share", "trained"], levels),
-        table(["", "x original at full depth", "orders right", "original's answers"], ways),
-        f"{found['model']}, {found['prompts_certified']} fresh prompts for certificates, {found['prompts_tested']} others for "
-        f"scores and times; {source('learned.json')}",
-    ]
-    return "\n\n".join(parts)
+    parts = [table(["minutes", "steps", *exits, "full depth says what it said", "perplexity of plain text"], points)]
+    if "certified" in found:
+        shares = []
+        for was, now in zip(found["certified"]["original"], found["certified"]["trained"], strict=True):
+            cells = (f"{each['share']:.0%} ({each['observed']:.1%} seen)" for each in (was, now))
+            shares.append([f"{was['level']:.0%}", *cells])
+        ways = [
+            [name, _between(r["ratio"][0], r["ratio"][1:], ".2f"), f"{r['score']:.1%}", f"{r['same_answers']:.0%}"]
+            for name, r in found["routes"].items()
+        ]
+        parts += [
+            table(["certified to differ in at most", "mean depth as it was, share of blocks", "trained"], shares),
+            table(["", "x full depth as it was", "orders right", "same answers"], ways),
+            f"{found['prompts_certified']} fresh prompts for certificates, {found['prompts_tested']} others for the rest.",
+        ]
+    return "\n\n".join([*parts, f"{found['model']}; {origin('learned.json')}"])
 
 
 def _compared(found: Result) -> str:
