@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from adi.exits.signals import active_share, route_jump, route_margin
-from adi.measure import sparsity
-from adi.measure.sparsity import SparsitySettings, alone, fitted, gain, study_sparsity
 from adi.measure.statistics import auroc, logistic_weights, weighted_auroc
+from adi.measure.trigger_study import sparsity
+from adi.measure.trigger_study.sparsity import SparsitySettings, alone, fitted, gain, study_sparsity
 from support import adi_
 
 FITS_B = np.arange(200) % 2 == 0

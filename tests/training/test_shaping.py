@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adi.model.sparse import SplLinear
-from adi.training.shaping import RULES, Shaper, benefit, goodness
+from adi.training.looped.shaping import RULES, Shaper, benefit, goodness
 from adi.training.train_looped import TrainSettings, train_looped
 
 

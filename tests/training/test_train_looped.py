@@ -13,7 +13,7 @@ from adi.errors import AdiError, FileError, UsageError
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.tasks.registry import task_named
-from adi.training.growth import STEPS, Growth
+from adi.training.looped.growth import STEPS, Growth
 from adi.training.train_looped import Batches, Carry, PriceTrainer, TrainSettings, drawn_price, train_looped
 
 TINY = TrainSettings(

@@ -2,7 +2,7 @@
 
 Sparse Proto Linear, from its published formulas: unit j gives ``m_j silu(mu_j x + b_j)``, ``m_j = [r_j > 0]``, with the
 routing logit ``r_j = x p_j / sqrt(D) - cost_j``. The mask is hard and no gradient passes it: prototypes p and gates learn from
-a loss of their own (``training.shaping``), mu and b from the main one. All units are computed; what is sparse is which speak.
+a loss of their own (``training.looped``), mu and b from the main one. All units are computed; what is sparse is which speak.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Router(nn.Module):
 
     Costs are gates divided by the largest of them, where that passes 1. (The published division begins at once: of gates that
     start at zero the first step of training makes costs of plus and minus 1.) ``bar`` is what benefits must pass under the rule
-    "price" (``training.shaping``).
+    "price" (``training.looped``).
     """
 
     def __init__(self, inputs: int, units: int) -> None:

@@ -27,9 +27,9 @@ from adi.progress import Progress, no_progress
 from adi.schema import NonNegative, Positive, Record, Share, claim
 from adi.tasks.products import Batch
 from adi.tasks.registry import Problem, most_hops, task_named
-from adi.training.growth import Growth
+from adi.training.looped.growth import Growth
+from adi.training.looped.shaping import Shaper, Shaping
 from adi.training.price import OBJECTIVES, Price, costs, watch
-from adi.training.shaping import Shaper, Shaping
 
 EMA, CARRY = "ema.safetensors", "carry.safetensors"
 SETTINGS = "train.json"
@@ -51,7 +51,7 @@ class TrainSettings(Record, frozen=True):
     With ``gradient_turns`` the even steps are deep supervision (TRM, Jolicoeur-Martineau 2025): a step runs so many turns from
     the state in which the last step left its items, without gradient to earlier turns, and items that have had all their
     turns give way to new ones. Far more steps for the same compute. Until they end the gate knows the turns of one step only:
-    what it is to learn comes after them. ``shaping`` is the rule of a sparse model's prototypes (``training.shaping``), which
+    what it is to learn comes after them. ``shaping`` is the rule of a sparse model's prototypes (``training.looped``), which
     stay as they began under "none"; ``active`` the share of units that the rule "price" lets speak.
     """
 

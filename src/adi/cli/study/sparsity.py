@@ -26,7 +26,7 @@ def sparsity(
 ) -> None:
     """Train small sparse models, and see what active share, route margin and jumps between turns add to entropy."""
     from adi.measure.provenance import provenance
-    from adi.measure.sparsity import RULES, SparsitySettings, study_sparsity
+    from adi.measure.trigger_study.sparsity import RULES, SparsitySettings, study_sparsity
     from adi.schema import from_json
 
     require_writable(json_out)

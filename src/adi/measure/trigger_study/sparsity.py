@@ -1,6 +1,6 @@
 """``adi study sparsity``: does it tell whether an exit is right, which units of a sparse layer speak, and beyond entropy?
 
-Small looped models learn products with resets under each rule of ``training.shaping``, beside two controls: prototypes that
+Small looped models learn products with resets under each rule of ``training.looped``, beside two controls: prototypes that
 stay random, and a dense MLP with ReLU. An exit (the answer after a turn) is right where it is that of the last turn. Signals
 are judged within each turn, so that depth itself tells nothing; what they add to entropy by logistic regressions on half of
 the items, judged on the other half.
