@@ -12,7 +12,7 @@ from tests.support import adi_
 
 import adi
 from adi.errors import UsageError
-from adi.measure.familiarity import REPEATS, familiarity, figures, settled
+from adi.measure.exposure.familiarity import REPEATS, familiarity, figures, settled
 
 
 def test_depth_is_from_where_all_exits_agree_with_full_depth() -> None:

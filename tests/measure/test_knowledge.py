@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.support import adi_
 
-from adi.measure.knowledge import Variable, growth, knowledge, last_products, probe, products_knowledge, reach
+from adi.measure.exposure.knowledge import Variable, growth, knowledge, last_products, probe, products_knowledge, reach
 from adi.tasks.products import GROUPS
 
 
@@ -61,3 +62,9 @@ def test_the_shipped_model_of_products_doubles_its_reach() -> None:
     assert found["reach"][0] >= 2
     assert found["reach"][2] >= 6
     assert max(row["shuffled"] for row in found["rows"] if row["places"] > 300) < 0.35
+
+
+def test_a_model_of_another_task_is_refused() -> None:
+    done = adi_("study", "knowledge", "sudoku6")
+    assert done.exit_code == 2
+    assert "sudoku6 was trained on sudoku6" in done.stderr

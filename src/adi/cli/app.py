@@ -27,7 +27,7 @@ COMMANDS = (
     *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "habituate", "train", "solve", "study"),
 )
 HOMES = {"train": "looped.train", "solve": "looped.solve", "tune": "training.tune", "habituate": "training.habituate"}
-GROUPS = {"study": ("exposure", "familiarity", "sparsity")}  # groups of commands, each in a module of the group's folder
+GROUPS = {"study": ("exposure", "familiarity", "knowledge", "sparsity")}  # groups of commands, each in a folder of modules
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -39,7 +39,7 @@ def familiarity(
     """
     require_writable(json_out)
     items, loaded = chosen_prompts(prompts, limit), engine.load(model)
-    from adi.measure.familiarity import familiarity as measure
+    from adi.measure.exposure.familiarity import familiarity as measure
     from adi.measure.provenance import provenance
 
     known = opened_history(loaded, history)

@@ -1,1 +1,1 @@
-"""Habits of small models whose whole life is known: depth against the number of times that a fact was met."""
+"""Habits: depth against familiarity, on small models whose whole life is known and on a real one; what each depth knows."""

@@ -102,7 +102,25 @@ def _of_price(settings: ExposureSettings, parts: Parts) -> dict[str, Any]:
         "mentions": _mentions(parts),
         "emergence": _emergence(settings, parts),
         "devaluation": _devaluation(parts),
+        "knowledge": [kept["knowledge"] for _, kept in parts],
+        "top": _top(settings, seeds),
     }
+
+
+def _top(settings: ExposureSettings, seeds: Sequence[Rows]) -> dict[str, Any]:
+    """How much earlier the most familiar questions of several hops are settled than those never met: levels are dealt within
+    each number of hops, so means compare; of each hop, and of all, with intervals over items."""
+    found, every = {}, []
+    for hops in (2, 3, 4):
+        ends = []
+        for exposures in (settings.most_exposures, 0):
+            mine = [worked_out(rows) & (rows["hops"] == hops) & (rows["exposures"] == exposures) for rows in seeds]
+            ends.append(_item_means(seeds, mine))
+        few_S, none_S = (values[resamples(len(values), hops + n)].mean(1) for n, values in enumerate(ends))
+        every.append((float(ends[0].mean() - ends[1].mean()), few_S - none_S))
+        found[str(hops)] = {"change": every[-1][0], "interval": middle(every[-1][1])}
+    changes, resampled = zip(*every, strict=True)
+    return found | {"all": {"change": float(np.mean(changes)), "interval": middle(np.mean(resampled, 0))}}
 
 
 def levels(seeds: Sequence[Rows], hops: Sequence[int]) -> list[dict[str, float]]:

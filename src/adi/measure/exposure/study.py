@@ -14,11 +14,11 @@ import torch
 from adi.files import read_json, whole_file, write_json
 from adi.measure.exposure.devalue import devalue
 from adi.measure.exposure.facts import MOST_HOPS, Facts, Item, batch_of
-from adi.measure.exposure.network import network
+from adi.measure.exposure.knowledge import Variable, knowledge, turn_states
+from adi.measure.exposure.network import TURNS, network
 from adi.measure.exposure.observe import Probes, columns, item_probes, observe, place_of, repeat_probes
 from adi.measure.exposure.settings import ExposureSettings, Part
 from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
-from adi.measure.knowledge import Variable, knowledge, turn_states
 from adi.model.looped import LoopedForCausalLM
 from adi.progress import Progress
 
@@ -70,19 +70,24 @@ def run_part(life: Life, folder: Path, prices: Sequence[float], progress: Any) -
 
 
 def hops_knowledge(model: LoopedForCausalLM, untrained: LoopedForCausalLM, facts: Facts, count: int) -> dict[str, Any]:
-    """Where a fresh question of four hops is asked: from which turn on are the names known to which it leads hop by hop?"""
-    texts, labels_KN = [], np.zeros((MOST_HOPS, count), np.int64)
-    places = []
+    """Of fresh questions of four hops, at the place of each hop: from which turn on is the name known to which it leads?"""
+    texts, answers_NK, places = [], [], []
     for n in range(count):
         dice = random.Random(f"{facts.seed} knowledge {n}")
         item = Item(facts.fresh(dice, MOST_HOPS), 0, 0)
         texts.append(facts.text(dice, [item], repeated=0.0))
-        labels_KN[:, n] = facts.answers(item.key)
+        answers_NK.append(facts.answers(item.key))
         places.append(place_of(texts[-1], item.key))
     ids_BT = batch_of(texts).ids_BT
-    known_RND, random_RND = (turn_states(net, ids_BT)[:, np.arange(count), places] for net in (model, untrained))
-    variables = [Variable(k + 1, labels_N, np.arange(count)) for k, labels_N in enumerate(labels_KN)]
-    return knowledge(known_RND, random_RND, np.arange(count), variables)
+    place_NK = np.array(places)[:, None] + np.arange(1 - MOST_HOPS, 1)
+    row_N = np.arange(count)
+    known, random_net = (
+        turn_states(net, ids_BT)[:, row_N[:, None], place_NK].reshape(TURNS, count * MOST_HOPS, -1)
+        for net in (model, untrained)
+    )
+    variables = [Variable(k + 1, np.array(answers_NK)[:, k], row_N * MOST_HOPS + k) for k in range(MOST_HOPS)]
+    flat = TURNS, count * MOST_HOPS, -1
+    return knowledge(known.reshape(flat), random_net.reshape(flat), np.repeat(row_N, MOST_HOPS), variables)
 
 
 def _probes(facts: Facts, contexts: int) -> Probes:

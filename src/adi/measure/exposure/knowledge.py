@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from adi.decoding.looped.solve import task_of
+from adi.errors import UsageError
 from adi.measure.halting_controls import interval
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
-from adi.tasks.products import GROUPS
+from adi.tasks.registry import Products
 
 RIDGE, HALF = 1e-3, 0.5
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -106,9 +108,12 @@ def untrained(model: LoopedForCausalLM, seed: int = 0) -> LoopedForCausalLM:
 
 def products_knowledge(source: Any = "products", count: int = 1024, seed: int = 7) -> dict[str, Any]:
     """Of a model of products: from which turn on is the product of the last k elements known, where the last RESET is k ago
-    (the answer), and where it is further back (a step on the way)?"""
+    (the answer), and where it is further back (a step on the way)? UsageError for a model of another task."""
     model = load_looped(source)
-    group = GROUPS[model.config.task.removeprefix("products-")]
+    task = task_of(model)
+    if not isinstance(task, Products):
+        raise UsageError(f"{source} was trained on {task.name}: give a model of products.")
+    group = task.group
     drawn = group.batch(count, 32, (seed, 1))
     shape = len(turn_states(model, drawn.ids_BT[:1])), -1, model.config.hidden_size
     known_RND, random_RND = (turn_states(net, drawn.ids_BT).reshape(shape) for net in (model, untrained(model)))
