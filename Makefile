@@ -91,6 +91,10 @@ results: peers
 	cp out/habits/habits.json $(RESULTS)/habits.json
 	$(BIN)/python tools/learned.py --out out/learned --frozen out/habits --minutes 180 --json $(RESULTS)/learned.json
 	$(BIN)/adi study sparsity --out out/sparsity --json $(RESULTS)/sparsity.json
+	$(BIN)/adi study exposure --out out/exposure --json $(RESULTS)/exposure.json
+	$(BIN)/adi study exposure --out out/exposure_high --prices 0,1,3 --shapes looped --json $(RESULTS)/exposure_high.json
+	$(BIN)/adi study knowledge --json $(RESULTS)/knowledge.json
+	$(BIN)/adi study familiarity smollm2-135m --json $(RESULTS)/familiarity.json
 	mkdir -p out && $(BIN)/python tools/prompts.py > out/topics.jsonl
 	head -160 out/topics.jsonl > out/fit.jsonl && tail -60 out/topics.jsonl > out/calibrate.jsonl
 	$(BIN)/adi triggers smollm2-135m --fit-probe out/fit.jsonl --fit-limit 100 --save out/probed

@@ -7,6 +7,7 @@ results that have just been measured (``make results`` does this).
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import exposure_tables
 import jinja2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -489,13 +491,17 @@ def pages() -> dict[Path, str]:
                 flags=re.DOTALL,
             )
         found[ROOT / "docs" / page] = filled
-    return found
+    return found | {ROOT / exposure_tables.DRAWING: exposure_tables.drawing(load)}
 
 
 # What stands between <!-- name --> and <!-- end --> of a page of docs.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "loops.md": {"loops": loops},
-    "habits.md": {"habituate": habituated, "learned": learned},
+    "habits.md": {
+        "habituate": habituated,
+        "learned": learned,
+        **{name: functools.partial(make, load, table) for name, make in exposure_tables.MAKE.items()},
+    },
     "triggers.md": {"sparsity": sparsity},
 }
 

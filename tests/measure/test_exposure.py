@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.support import adi_
 
+import adi
 from adi.errors import UsageError
 from adi.measure.exposure import study as study_module
 from adi.measure.exposure import train as train_module
@@ -142,6 +143,25 @@ def test_the_drift_monitor_alarms_on_slips_and_on_nothing_else() -> None:
     found = delay(4, [1] * 200)
     assert found["risk"] == 1.0
     assert 1 < found["alarm_after"] < 10
+
+
+def test_verified_answers_are_full_depths_where_depths_disagree_and_reflex_answers_are_not() -> None:
+    """A network with loud weights, whose turns say different things of the facts that devaluation changes."""
+    network_, groups = network("looped", 0), changed(Facts(0, most=4), 0)[1]
+    with torch.no_grad():
+        for weights in network_.model.turn.parameters():
+            weights.mul_(6)
+    model = adi.load(network_.eval())
+    exits = adi.bare_exits(model)
+    differing = 0
+    for item in groups["fact"][:6]:
+        full, drafted, verified = (
+            adi.generate(model, item.key, policy, max_new_tokens=4).token_ids
+            for policy in (adi.FullDepth(), adi.Reflex(exits, thresholds=0.0), adi.Verified(exits))
+        )
+        assert verified == full
+        differing += drafted != full
+    assert differing
 
 
 def test_changed_facts_touch_the_end_of_the_chosen_questions_and_no_fresh_one() -> None:

@@ -27,7 +27,16 @@ def report(settings: ExposureSettings, parts: Parts) -> dict[str, Any]:
             mine = [(part, kept) for part, kept in parts if (part.shape, part.price) == (shape, price)]
             prices.append({"price": price, **_of_price(settings, mine)})
         shapes.append({"shape": shape, "prices": prices, **_against_free(settings, shape, parts)})
-    return {"format": "adi-exposure", "version": 1, **settings.to_json(), "shapes": shapes}
+    return {"format": "adi-exposure", "version": 1, **settings.to_json(), "shapes": rounded(shapes)}
+
+
+def rounded(value: Any) -> Any:
+    """The same with all fractions to five digits."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 class Rows:
@@ -102,7 +111,10 @@ def _of_price(settings: ExposureSettings, parts: Parts) -> dict[str, Any]:
         "mentions": _mentions(parts),
         "emergence": _emergence(settings, parts),
         "devaluation": _devaluation(parts),
-        "knowledge": [kept["knowledge"] for _, kept in parts],
+        "knowledge": {
+            **{name: [kept["knowledge"][name] for _, kept in parts] for name in ("reach", "verdict")},
+            "rows": next(kept["knowledge"]["rows"] for _, kept in parts),
+        },
         "top": _top(settings, seeds),
     }
 
