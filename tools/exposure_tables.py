@@ -115,7 +115,6 @@ def devaluation(load: Load, table: Table, price: float = 0.1) -> str:
         "reflex slips",
         "to the old answer",
         "turn 1 would",
-        "verified slips",
         "alarm after",
         "false alarms",
     ]
