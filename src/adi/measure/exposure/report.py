@@ -39,7 +39,7 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-class Rows:
+class Answers:
     """What was observed of the items of one part, as arrays; ``rows["settled"]`` and so on."""
 
     def __init__(self, settings: ExposureSettings, part: Part, texts: int, columns: dict[str, Any]) -> None:
@@ -61,21 +61,21 @@ class Rows:
         return Table(np.log2(1 + self["exposures"][mine]), np.column_stack(equal)[mine].astype(np.float64), self["item"][mine])
 
 
-def _rows(settings: ExposureSettings, parts: Parts, name: str = "items") -> list[Rows]:
-    return [Rows(settings, part, kept["texts"], kept[name]) for part, kept in parts]
+def _rows(settings: ExposureSettings, parts: Parts, name: str = "items") -> list[Answers]:
+    return [Answers(settings, part, kept["texts"], kept[name]) for part, kept in parts]
 
 
-def worked_out(rows: Rows) -> np.ndarray:
+def worked_out(rows: Answers) -> np.ndarray:
     """Questions of several hops, which can be worked out, and whose answers were not masked."""
     return np.asarray((rows["hops"] > 1) & ~rows["masked"])
 
 
-def equal(rows: Rows) -> np.ndarray:
+def equal(rows: Answers) -> np.ndarray:
     """Of these, those that full depth answers rightly and without surprise."""
     return np.asarray(worked_out(rows) & (rows["surprise_full"] < SURE) & (rows["right_full"] == 1))
 
 
-def remembered(rows: Rows) -> np.ndarray:
+def remembered(rows: Answers) -> np.ndarray:
     """Questions of one hop, which can only be remembered."""
     return np.asarray((rows["hops"] == 1) & ~rows["masked"])
 
@@ -83,7 +83,7 @@ def remembered(rows: Rows) -> np.ndarray:
 KINDS = {"worked_out": worked_out, "equal": equal, "remembered": remembered}
 
 
-def slope(seeds: Sequence[Rows], chosen: Any, depths: Sequence[np.ndarray]) -> Slope | None:
+def slope(seeds: Sequence[Answers], chosen: Any, depths: Sequence[np.ndarray]) -> Slope | None:
     """The partial slope of depth on log2(1 + exposures), all seeds together; None without enough to go by."""
     kept = [(rows, depth, mine) for rows, depth in zip(seeds, depths, strict=True) if (mine := chosen(rows)).sum() > 20]
     if not kept:
@@ -119,7 +119,7 @@ def _of_price(settings: ExposureSettings, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _top(settings: ExposureSettings, seeds: Sequence[Rows]) -> dict[str, Any]:
+def _top(settings: ExposureSettings, seeds: Sequence[Answers]) -> dict[str, Any]:
     """How much earlier the most familiar questions of several hops are settled than those never met: levels are dealt within
     each number of hops, so means compare; of each hop, and of all, with intervals over items."""
     found, every = {}, []
@@ -135,7 +135,7 @@ def _top(settings: ExposureSettings, seeds: Sequence[Rows]) -> dict[str, Any]:
     return found | {"all": {"change": float(np.mean(changes)), "interval": middle(np.mean(resampled, 0))}}
 
 
-def levels(seeds: Sequence[Rows], hops: Sequence[int]) -> list[dict[str, float]]:
+def levels(seeds: Sequence[Answers], hops: Sequence[int]) -> list[dict[str, float]]:
     """Means by number of exposures."""
     names = (*DEPTHS, "surprise_first", "surprise_full", "right_first", "right_full")
     found = []
@@ -147,7 +147,7 @@ def levels(seeds: Sequence[Rows], hops: Sequence[int]) -> list[dict[str, float]]
     return found
 
 
-def _masked(settings: ExposureSettings, seeds: Sequence[Rows]) -> dict[str, Any]:
+def _masked(settings: ExposureSettings, seeds: Sequence[Answers]) -> dict[str, Any]:
     """Items shown as often, with and without their answers in the loss: means, and the difference of settled depth."""
     level = Facts(0, settings.most_exposures).masked_level
     sides = {
@@ -159,7 +159,7 @@ def _masked(settings: ExposureSettings, seeds: Sequence[Rows]) -> dict[str, Any]
     return {"exposures": level, **{name: {"mean": float(v.mean()), "interval": _interval(v)} for name, v in found.items()}}
 
 
-def _item_means(seeds: Sequence[Rows], mine: Sequence[np.ndarray]) -> np.ndarray:
+def _item_means(seeds: Sequence[Answers], mine: Sequence[np.ndarray]) -> np.ndarray:
     """Settled depth, a mean for each item."""
     parts = []
     for rows, chosen in zip(seeds, mine, strict=True):
@@ -191,7 +191,7 @@ def _emergence(settings: ExposureSettings, parts: Parts) -> list[dict[str, Any]]
     """The slope of settled depth, and the first turn's surprise at the most familiar and at new items, over training."""
     found = []
     for n in range(min((len(kept["emergence"]) for _, kept in parts), default=0)):
-        seeds = [Rows(settings, part, kept["texts"], kept["emergence"][n]) for part, kept in parts]
+        seeds = [Answers(settings, part, kept["texts"], kept["emergence"][n]) for part, kept in parts]
         ends = {}
         for name, level in (("familiar", settings.most_exposures), ("new", 0)):
             mine = [worked_out(rows) & (rows["exposures"] == level) for rows in seeds]
