@@ -104,7 +104,9 @@ def devaluation(load: Load, table: Table, price: float = 0.1) -> str:
             for run in runs["delays"]
         ]
         false = sum(d["alarm_after"] is not None for run in runs["delays"] for d in run if d["examples"] == 0)
-        shares = [f"{at[name]:.0%}" for name in ("slips", "outlived", "first_outlived")]
+        lag = runs["lag"]
+        behind = f"{lag['mean']:.2f} ({lag['interval'][0]:.2f} to {lag['interval'][1]:.2f})"
+        shares = [behind, *(f"{at[name]:.0%}" for name in ("slips", "outlived", "first_outlived"))]
         later.append([f"{shape}, {found['price']:g}", *shares, ", ".join(alarms), str(false)])
         turns = [_half(runs["rows"], turn) for turn in range(len(at["old"]))]
         follow.append([f"{shape}, {found['price']:g}", *turns])
@@ -112,6 +114,7 @@ def devaluation(load: Load, table: Table, price: float = 0.1) -> str:
     half = ["examples until most answers are new", "turn 1", "turn 2", "turn 3", "turn 4"]
     more = [
         "after 8 examples",
+        "turn 1 behind turn 4",
         "reflex slips",
         "to the old answer",
         "turn 1 would",

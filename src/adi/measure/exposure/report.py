@@ -207,7 +207,28 @@ def _devaluation(parts: Parts) -> dict[str, Any]:
     for same in zip(*(run["rows"] for run in runs), strict=True):
         row = {name: same[0][name] for name in ("examples", "group")}
         rows.append(row | {name: np.mean([s[name] for s in same], 0).tolist() for name in same[0] if name not in row})
-    return {"rows": rows, "delays": [run["delay"] for run in runs], "thresholds": [run["certified_threshold"] for run in runs]}
+    lags = [_lag(run["rows"]) for run in runs]
+    return {
+        "rows": rows,
+        "lag": {"by_seed": lags, "mean": float(np.mean(lags)), "interval": _t_interval(lags)},
+        "delays": [run["delay"] for run in runs],
+        "thresholds": [run["certified_threshold"] for run in runs],
+    }
+
+
+def _t_interval(values: Sequence[float]) -> list[float] | None:
+    """Student's 95% interval of a mean over seeds; None for one."""
+    from scipy.stats import t
+
+    half = (
+        float(t.ppf(0.975, max(1, len(values) - 1)) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    )
+    return None if half is None else [float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
+def _lag(rows: Sequence[dict[str, Any]]) -> float:
+    """By how many points of old answers the first turn is behind the last about changed facts, mean over numbers of examples."""
+    return float(np.mean([row["old"][0] - row["old"][-1] for row in rows if row["group"] == "fact" and row["examples"]]))
 
 
 def _against_free(settings: ExposureSettings, shape: Shape, parts: Parts) -> dict[str, Any]:
