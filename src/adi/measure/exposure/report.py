@@ -220,14 +220,14 @@ def _t_interval(values: Sequence[float]) -> list[float] | None:
     """Student's 95% interval of a mean over seeds; None for one."""
     from scipy.stats import t
 
-    half = (
-        float(t.ppf(0.975, max(1, len(values) - 1)) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    )
-    return None if half is None else [float(np.mean(values)) - half, float(np.mean(values)) + half]
+    if len(values) < 2:
+        return None
+    mean, half = float(np.mean(values)), t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [mean - float(half), mean + float(half)]
 
 
 def _lag(rows: Sequence[dict[str, Any]]) -> float:
-    """By how many points of old answers the first turn is behind the last about changed facts, mean over numbers of examples."""
+    """By what share of old answers the first turn is behind the last at changed facts, mean over numbers of examples."""
     return float(np.mean([row["old"][0] - row["old"][-1] for row in rows if row["group"] == "fact" and row["examples"]]))
 
 
