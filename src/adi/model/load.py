@@ -171,7 +171,7 @@ def load(
 
 
 def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
-    """A looped model by name ("products", "sudoku6"), from a folder, or as it is; in evaluation mode.
+    """A looped model by name ("products", "pointers", "sudoku6"), from a folder, or as it is; in evaluation mode.
 
     FileError for an unknown name and a folder without a model; ModelError for one that is not looped or lacks weights.
     """

@@ -26,7 +26,7 @@ from adi.arguments import real, settle, whole
 from adi.artifact import Exits
 from adi.drafters.network import Drafter
 from adi.errors import FileError, UsageError
-from adi.exits.heads import Heads
+from adi.exits.heads import Adapter, Heads
 from adi.exits.triggers import Never
 from adi.files import read_json, write_json
 from adi.model.load import Model
@@ -360,6 +360,7 @@ class Habituation:
         rows = [{"depth": row.depth, "bare": row.bare_agreement, "after": row.agreement} for row in after]
         if before is not None:
             own = teacher_of(backbone, self.readout, before.ids_S, testing[0])
-            was = judge_heads(backbone, own, before.adapters, testing, self.categories, self.progress)[0]
+            known = {d: Adapter(**{n: t.float() for n, t in a.tensors().items()}) for d, a in before.adapters.items()}
+            was = judge_heads(backbone, own, known, testing, self.categories, self.progress)[0]
             rows = [{**row, "before": one.agreement} for row, one in zip(rows, was, strict=True)]
         return found, rows

@@ -64,7 +64,7 @@ def test_a_puzzle_is_shown_before_it_is_solved() -> None:
 
 def test_shipped_models_are_small_and_the_examples_made_them() -> None:
     folder = package_data("looped")
-    assert shipped_looped() == ["products", "sudoku6"]
+    assert shipped_looped() == ["pointers", "products", "sudoku6"]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 8 << 20
     for name in shipped_looped():
         made_by = read_json_as(folder / name / "train.json", TrainSettings, "training settings")

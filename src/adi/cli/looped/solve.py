@@ -67,7 +67,9 @@ class JudgingOptions:
 
 
 def solve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="products, sudoku6, or a folder of adi train.")] = "products",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="products, pointers, sudoku6, or a folder of adi train.")
+    ] = "products",
     item: Annotated[
         str | None, typer.Argument(metavar="ITEM", help="A puzzle, a story, or ids with commas; by default one is drawn.")
     ] = None,

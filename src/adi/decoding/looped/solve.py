@@ -73,7 +73,7 @@ def solve(
     """Answer items of a looped model's task.
 
     Args:
-        model: a shipped one by name ("products", "sudoku6"), a folder of ``adi train``, or a ``LoopedForCausalLM``.
+        model: a shipped one by name ("products", "pointers", "sudoku6"), a folder of ``adi train``, or a ``LoopedForCausalLM``.
         items: of products lists of ids (0 to 5 the permutations of (0, 1, 2) in lexicographic order, 6 RESET); of a sudoku
             texts of one character per cell, "." for a blank; of mazes texts of "#", ".", S and G; of stories texts that end
             with a question; of pointers and p-hop lists of ids.
