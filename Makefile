@@ -14,7 +14,7 @@ DEMO := Write a short thank-you note to a colleague who helped me move house, an
 demo: $(READY)
 	$(BIN)/adi run --compare "$(DEMO)"
 
-# Depth that follows difficulty on two small looped models that the package ships (docs/loops.md).
+# Depth that follows difficulty on small looped models that the package ships (docs/loops.md).
 demo-loops: $(READY)
 	$(BIN)/adi solve products --count 512
 	$(BIN)/adi solve products
@@ -78,6 +78,7 @@ results: peers
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
 	  > $(RESULTS)/loops_products.json
+	$(BIN)/adi solve pointers --count 1024 --seed 1 --certify 0.02 --json > $(RESULTS)/loops_pointers.json
 	$(BIN)/adi solve sudoku6 --count 1024 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
 	  > $(RESULTS)/loops_sudoku6.json
 	mkdir -p out && for o in price plsd ouro pondernet act trm; do \

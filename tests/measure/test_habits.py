@@ -51,11 +51,12 @@ def run(
     items: Sequence[PromptItem] = ITEMS,
     options: HabitOptions = OPTIONS,
     progress: Progress = no_progress,
+    keep: adi.Exits | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     (out / "work").mkdir(parents=True, exist_ok=True)
     (out / "work" / "drafter.dtype").write_text("float32")  # which is measured, and might change between two runs
-    return habituate(model, [model], out, items, None, options, progress=progress, **more)
+    return habituate(model, [model], out, items, keep, options, progress=progress, **more)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,12 @@ def test_what_was_made_is_used_as_the_line_says(sharp: adi.Model, done: tuple[di
     assert len(exits.habits.lengths_M) == done[0]["split"]["train"]
     full = adi.generate(sharp, prompt, adi.FullDepth(), max_new_tokens=20)
     assert adi.generate(sharp, prompt, adi.Verified(exits), max_new_tokens=20).token_ids == full.token_ids
+
+
+def test_it_goes_on_from_exits_of_a_file(sharp: adi.Model, done: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    found = run(sharp, tmp_path, keep=adi.load_exits(done[1]))
+    assert all({"before", "after"} <= set(row) for row in found["exits"])
+    assert adi.load_exits(tmp_path).heads is not None
 
 
 def test_nothing_that_is_tested_on_was_learned_from(sharp: adi.Model, done: tuple[dict[str, Any], Path]) -> None:

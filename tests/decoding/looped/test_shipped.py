@@ -14,6 +14,7 @@ from adi.measure.turns import turns_of
 from adi.model.hub import shipped_looped
 from adi.schema import read_json_as
 from adi.tasks.products import GROUPS
+from adi.tasks.registry import task_named
 from adi.tasks.sudoku import GAMES
 from adi.training.train_looped import TrainSettings
 
@@ -53,6 +54,16 @@ def test_puzzles_of_unseen_grids_are_solved_and_hard_ones_take_longer() -> None:
     turns, blanks = np.array([each.turns for each in halted]), np.array([board.count(0) for board, _ in unseen])
     assert turns[blanks <= 12].mean() + 2 < turns[blanks >= 20].mean()
     assert [each.turns for each in adi.solve("sudoku6", puzzles, halt=False)] == [16] * len(puzzles)
+
+
+def test_pointers_are_followed_by_a_hop_a_turn() -> None:
+    drawn = task_named("pointers").batch(48, (3,), test=True)
+    hops = drawn.difficulty_BT[:, 0].tolist()
+    found = adi.solve("pointers", drawn.ids_BT)
+    right = [each.answers == labels[33:].tolist() for each, labels in zip(found, drawn.labels_BT, strict=True)]
+    assert sum(right) >= 46
+    assert sum(each.turns == n for each, n in zip(found, hops, strict=True)) >= 46
+    assert set(hops) == set(range(1, 9))
 
 
 def test_a_puzzle_is_shown_before_it_is_solved() -> None:
