@@ -52,7 +52,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say(
                 err(),
-                "\nstopped. Files that were finished are kept; adi tune, adi habituate and adi bench --json resume from them.",
+                "\nstopped. Files that were finished stay; tune, train, habituate, study and bench --json resume from them.",
             )
             raise typer.Exit(130) from None
 

@@ -33,7 +33,7 @@ class Turns:
 
     def cell(self, turn: int, place: int) -> tuple[str, str]:
         """What to show after a turn at a place, and how: "given", "open", "sure" or "halted"."""
-        if isinstance(self.task, Grid) and not self._asked()[place]:
+        if self.task.unit == "item" and not self._asked()[place]:
             return self.task.show(self.item[place]), "given"
         answer = self.task.show(self.answers_RT[turn - 1][place])
         if self.task.unit == "place" and turn >= self.halted_T[place]:
@@ -46,12 +46,19 @@ class Turns:
             final = np.where(self._asked(), self.answers_RT[-1], self.item).tolist()
             state = "solved" if self.task.solved(final) else "not solved"
             return f"{state} in {self.halted_T[0]} turns of {self.trained}: {''.join(map(self.task.show, final))}"
+        if isinstance(self.task, Chains):
+            return f"halted after {self.halted_T[0]} turns of {self.trained}"
         mean = sum(self.halted_T) / len(self.halted_T)
         return f"{mean:.2f} turns of {self.trained} on average; each place shows its answer from the turn on at which it halted"
 
     def _asked(self) -> np.ndarray:
         found: np.ndarray = self.task.asked(np.array([self.item]))[0]
         return found
+
+    def _parts(self) -> tuple[list[int], list[int]]:
+        """The places that are given, and those that are asked for."""
+        asked = self._asked().tolist()
+        return [p for p, is_asked in enumerate(asked) if not is_asked], [p for p, is_asked in enumerate(asked) if is_asked]
 
     def _size(self) -> int:
         if isinstance(self.task, Grid):
@@ -71,6 +78,14 @@ class Turns:
             return " ".join(f"[{style[kind]}]{text}[/]" for text, kind in (self.cell(turn, p) for p in places))
 
         turns = range(1, len(self.answers_RT) + 1)
+        if isinstance(self.task, Chains):
+            given, starts = (" ".join(self.task.show(self.item[p]) for p in places) for places in self._parts())
+            return [
+                given,
+                f"start  {starts}",
+                *(f"turn {turn} {drawn(turn, self._parts()[1])}" for turn in turns),
+                self.summary(),
+            ]
         if not isinstance(self.task, Grid):
             ids = "  ids  " + " ".join(map(self.task.show, self.item))
             return [

@@ -182,8 +182,8 @@ class Chains:
         return np.broadcast_to(np.arange(self.length) >= self.length - self.game.pairs, ids_BT.shape)
 
     def show(self, number: int) -> str:
-        """The number of a symbol."""
-        return str(number)
+        """The number of a symbol in two digits, or so many hops."""
+        return f"{number:02d}" if number < self.game.symbols else f"{number - self.game.symbols + 1} hops"
 
     def parse(self, item: Any) -> tuple[int, ...]:
         """The ids of an item."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_pointers_are_followed_by_a_hop_a_turn() -> None:
     assert sum(right) >= 46
     assert sum(each.turns == n for each, n in zip(found, hops, strict=True)) >= 46
     assert set(hops) == set(range(1, 9))
+
+
+def test_pointers_are_shown_at_their_starts() -> None:
+    shown = turns_of("pointers", None, seed=4)
+    given, starts, *turns, summary = shown.lines()
+    pairs, hops = given.rsplit(" ", 2)[0].split(), int(given.split()[-2])
+    links, ends = dict(zip(pairs[::2], pairs[1::2], strict=True)), starts.split()[1:]
+    for _ in range(hops):
+        ends = [links[end] for end in ends]
+    assert re.sub(r"\[.*?\]", "", turns[-1]).split()[2:] == ends
+    assert summary == f"halted after {hops} turns of 9"
 
 
 def test_a_puzzle_is_shown_before_it_is_solved() -> None:
