@@ -14,7 +14,7 @@ import torch
 from tests.support import adi_
 
 import adi
-from adi.errors import UsageError
+from adi.errors import FileError, UsageError
 from adi.measure.exposure import study as study_module
 from adi.measure.exposure import train as train_module
 from adi.measure.exposure.devalue import changed, delay, shares, slips
@@ -242,6 +242,14 @@ def test_a_study_resumes_at_the_part_where_it_stopped(tmp_path: Path, monkeypatc
     assert [price["price"] for price in shape["prices"]] == [0.0, 0.3]
     assert shape["gate_only"][0]["price"] == shape["minus_price_0"][0]["price"] == 0.3
     assert {row["group"] for row in shape["prices"][0]["devaluation"]["rows"]} <= {"familiar", "new", "fact"}
+    (tmp_path / "parts" / "plain-0-0.json").write_text("{}")
+    with pytest.raises(FileError, match=r"plain-0-0\.json is damaged: .*texts"):
+        run_study(TINY, tmp_path, no_progress)
+    (tmp_path / "parts" / "plain-0-0.json").unlink()
+    (tmp_path / "school-plain-0.pt").write_bytes(b"PK")
+    monkeypatch.setattr(study_module, "run_part", run_part)
+    with pytest.raises(FileError, match=r"school-plain-0\.pt are damaged"):
+        run_study(TINY, tmp_path, no_progress)
 
 
 def test_a_study_of_two_configurations_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from adi.decoding.teacher_forcing import KnownText
 from adi.errors import FileError, UsageError
 from adi.measure.habits import learned
 from adi.measure.habits import run as module
+from adi.measure.habits.compared import Compared
 from adi.measure.habits.page import habits_page
 from adi.measure.habits.run import habituate, verdict
 from adi.measure.habits.steady import steadily
@@ -185,6 +186,16 @@ def test_a_folder_of_another_run_is_refused_and_kept(sharp: adi.Model, tiny_mode
         with pytest.raises(FileError, match=match):
             run(out=done[1], **changed)
     assert sorted(path.name for path in (done[1] / "work").rglob("*")) == before
+
+
+def test_damaged_files_of_a_run_are_named(sharp: adi.Model, tmp_path: Path) -> None:
+    for name, damage in (("habituate.json", "[]"), ("measured.json", "[{}]")):
+        (tmp_path / "work").mkdir(exist_ok=True)
+        (tmp_path / "work" / name).write_text(damage)
+    with pytest.raises(FileError, match=r"habituate\.json is damaged: expected object, got array"):
+        run(sharp, tmp_path)
+    with pytest.raises(FileError, match=r"measured\.json is damaged: .*kind"):
+        Compared(sharp, {}, 8, tmp_path / "work" / "measured.json")
 
 
 def test_prompts_that_cannot_be_learned_from_are_sentences(sharp: adi.Model, tmp_path: Path) -> None:

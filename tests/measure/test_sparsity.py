@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from adi.errors import FileError
 from adi.exits.signals import active_share, route_jump, route_margin
 from adi.measure.statistics import auroc, logistic_weights, weighted_auroc
 from adi.measure.trigger_study import sparsity
@@ -99,4 +100,7 @@ def test_a_study_is_resumed_and_not_mixed_with_another(tmp_path: Path, monkeypat
     refused = adi_("study", "sparsity", "--out", tmp_path, "--rules", "price", *sizes)
     assert refused.exit_code == 2
     assert "was begun with rules" in refused.output
+    (tmp_path / "relu-0.json").write_text("{}")
+    with pytest.raises(FileError, match=r"relu-0\.json is damaged: .*rule"):
+        study_sparsity(settings, tmp_path)
     assert adi_("study", "sparsity", "--out", tmp_path, "--rules", "best").exit_code == 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adi
 from adi.decoding.teacher_forcing import KnownText
-from adi.errors import AdiError, UsageError
+from adi.errors import AdiError, FileError, UsageError
 from adi.files import read_json
 from adi.progress import Progress, no_progress
 from adi.training import train_model as module
@@ -184,6 +184,10 @@ def test_minutes_become_steps_once(llama: adi.Model, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=None, minutes=1e-4)
     trained(llama, tmp_path, options)
     assert (tmp_path / "work" / "steps.txt").read_text() == str(module.SPAN)
+    for name, damage in (("curve.json", "[{}]"), ("work/steps.txt", "many")):
+        (tmp_path / name).write_text(damage)
+        with pytest.raises(FileError, match=f"{Path(name).name} is damaged"):
+            trained(llama, tmp_path, options)
 
 
 def test_the_tokenizer_goes_along(sharp: adi.Model, tmp_path: Path) -> None:

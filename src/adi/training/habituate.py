@@ -28,11 +28,11 @@ from adi.drafters.network import Drafter
 from adi.errors import FileError, UsageError
 from adi.exits.heads import Adapter, Heads
 from adi.exits.triggers import Never
-from adi.files import read_json, write_json
+from adi.files import write_json
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem
-from adi.schema import from_json
+from adi.schema import read_json_as
 from adi.training.generate_data import GenerateOptions, generate_dataset
 from adi.training.report import judge_drafter, judge_heads, report_json
 from adi.training.shards import Teacher, choose_shortlist, texts_in, write_forced_shards
@@ -186,7 +186,7 @@ class Habituation:
         path = self.work / "habituate.json"
         if not path.exists():
             write_json(path, stated)
-        found = read_json(path, "settings of an earlier run")
+        found = read_json_as(path, dict[str, Any], "file of settings")
         if other := next((name for name in stated if found.get(name) != stated[name]), None):
             raise FileError(
                 f"{self.out} was begun with another {other} ({found.get(other)!s:.60}, not {stated[other]!s:.60}); give "
@@ -237,7 +237,7 @@ class Habituation:
         """
         path, minutes = self.work / "plan.json", self.options.minutes
         if path.exists():
-            kept = from_json(read_json(path, "plan"), Plan, f"the plan {path} (delete it)")
+            kept = read_json_as(path, Plan, "plan (delete it)")
             if kept.minutes == minutes:
                 return kept
         began, parts = time.monotonic(), self.parts()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,7 +27,7 @@ from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText
 from adi.errors import ModelError, UsageError
 from adi.exits.heads import Adapter, Heads, fresh_adapter, predict, shortlist
-from adi.files import read_json, write_json, write_text
+from adi.files import write_json, write_text
 from adi.model.arrays import digest
 from adi.model.backbone import Backbone
 from adi.model.hf import HfBackbone
@@ -36,6 +36,7 @@ from adi.model.hub import quiet_transformers
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.prompts import read_prompts
+from adi.schema import read_json_as
 from adi.training.generate_data import GenerateOptions, generate_dataset, share_of_own
 from adi.training.price import posterior
 from adi.training.report import judge_heads, report_json
@@ -375,7 +376,17 @@ def _steps(learner: Learner, texts: Mapping[str, Sequence[_Text]], note: Path) -
                 loss_of().backward()
             times.append(time.perf_counter() - begun)
         write_text(note, str(max(SPAN, int(options.minutes * 60 / (SPARE_SECONDS * sorted(times)[1])))))
-    return options.steps or int(note.read_text())
+    return options.steps or read_json_as(note, int, "number of steps")
+
+
+class Point(TypedDict):
+    """Of the curve: ``minutes`` of training, and what ``Learner.judge`` found."""
+
+    steps: int
+    minutes: float
+    exits: dict[str, dict[str, float]]
+    full: float
+    perplexity: float | None
 
 
 class _Curve:
@@ -385,7 +396,9 @@ class _Curve:
         self, path: Path, learner: Learner, held: Sequence[_Text], windows: Sequence[Sequence[int]], spans: int, fresh: bool
     ) -> None:
         self.path, self.learner, self.held, self.windows, self.spans = path, learner, held, windows, spans
-        self.points: list[dict[str, Any]] = [] if fresh or not path.exists() else read_json(path, "curve")
+        self.points: list[dict[str, Any]] = []
+        if not fresh and path.exists():
+            self.points = [dict(point) for point in read_json_as(path, list[Point], "curve")]
         self.minutes = self.points[-1]["minutes"] if self.points else 0.0
         self.begun: float | None = None
 

@@ -116,6 +116,17 @@ def load_checkpoint(path: Path, parameters: Sequence[Tensor], optimizer: torch.o
         ) from None
 
 
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """The ``state_dict`` in a file; FileError for a damaged or foreign one."""
+    require_readable(path)
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:  # what a damaged or foreign file makes the reader raise
+        raise FileError(
+            f"the weights {path} are damaged or foreign ({first_line(error)}); delete them to begin again."
+        ) from None
+
+
 def fresh_checkpoint(path: Path, value: object) -> Path:
     """The checkpoint, deleted where it was begun with another value (options and data, as a ``repr`` tells them)."""
     note, text = path.with_suffix(".key"), hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()

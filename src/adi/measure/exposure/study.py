@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
-from adi.files import read_json, whole_file, write_json
+from adi.files import whole_file, write_json
 from adi.measure.exposure.devalue import devalue
 from adi.measure.exposure.facts import MOST_HOPS, Facts, Item, batch_of
 from adi.measure.exposure.knowledge import Variable, knowledge, turn_states
@@ -21,9 +21,23 @@ from adi.measure.exposure.settings import ExposureSettings, Part
 from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
 from adi.model.looped import LoopedForCausalLM
 from adi.progress import Progress
+from adi.schema import read_json_as
+from adi.training.trainer import load_weights
 
 CONTEXTS, EARLY_CONTEXTS, REPEATS, KNOWLEDGE = 6, 2, 100, 1600  # contexts of an item; texts
 PARTS = "parts"
+
+
+class Kept(TypedDict):
+    """What a part's file holds."""
+
+    texts: int
+    emergence: list[dict[str, Any]]
+    items: dict[str, list[Any]]
+    repeats: dict[str, list[Any]]
+    devaluation: dict[str, Any]
+    knowledge: dict[str, Any]
+    gate_only: NotRequired[dict[str, list[Any]]]
 
 
 def run_study(settings: ExposureSettings, folder: Path, progress: Progress) -> list[tuple[Part, dict[str, Any]]]:
@@ -42,7 +56,7 @@ def run_study(settings: ExposureSettings, folder: Path, progress: Progress) -> l
                 torch.save(life.model.state_dict(), fresh)
             write_json(path, kept)
         progress((n + 1) * settings.steps, len(parts) * settings.steps, part.name)
-        found.append((part, read_json(path, "part of the study")))
+        found.append((part, dict(read_json_as(path, Kept, "part of the study"))))
     return found
 
 
@@ -97,6 +111,6 @@ def _probes(facts: Facts, contexts: int) -> Probes:
 def trained(part: Part, folder: Path) -> LoopedForCausalLM:
     """The model of a part that is done, in evaluation mode."""
     model = network(part.shape, part.seed)
-    model.load_state_dict(torch.load(folder / PARTS / f"{part.name}.pt", weights_only=True))
+    load_weights(model, folder / PARTS / f"{part.name}.pt")
     model.eval()
     return model

@@ -17,7 +17,7 @@ from adi.measure.exposure.settings import ExposureSettings, Part
 from adi.model.looped import HaltingGate, LoopedForCausalLM
 from adi.tasks.products import Batch
 from adi.training.price import Price, costs, priced
-from adi.training.trainer import schedule
+from adi.training.trainer import load_weights, schedule
 
 SCHOOL, SCHOOL_BATCH, SCHOOL_RATE = 400, 24, 4e-3
 BATCH, RATE, GATE_STEPS, LOOKS = 12, 2e-3, 120, 6
@@ -45,7 +45,7 @@ class Life:
             self.school(progress)
             with whole_file(stored) as fresh:
                 torch.save(self.model.state_dict(), fresh)
-        self.model.load_state_dict(torch.load(stored, weights_only=True))
+        load_weights(self.model, stored)
         seen, optimizer = [watch(self.model, 0)], adamw(self.model, RATE)
         for step in range(self.steps):
             set_rate(optimizer, RATE * min(1.0, (step + 1) / 20, 0.1 + (self.steps - step) / (0.1 * self.steps)))

@@ -8,21 +8,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from adi.artifact import Exits
 from adi.decoding.generate import generate
 from adi.decoding.policies import Policy
 from adi.decoding.records import Generation
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens
-from adi.files import read_json, write_json
+from adi.files import write_json
 from adi.measure.statistics import clustered_median
 from adi.model.backbone import Backbone
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
+from adi.schema import read_json_as
 
 Ids = tuple[int, ...]
 FEWEST = 4  # prompts of each kind that are measured, whatever the budget
+
+
+class Row(TypedDict):
+    """One prompt, measured: figures by the name of the policy."""
+
+    kind: str
+    category: str
+    tokens: int
+    same: bool
+    seconds: dict[str, float]
+    rounds: dict[str, int]
+    drafted: dict[str, int]
+    accepted: dict[str, int]
 
 
 @dataclass
@@ -38,7 +52,9 @@ class Compared:
     path: Path
 
     def __post_init__(self) -> None:
-        self.rows: list[dict[str, Any]] = read_json(self.path, "measured prompts") if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.rows = [dict(row) for row in read_json_as(self.path, list[Row], "file of measured prompts")]
 
     def run(self, prompts: Sequence[tuple[str, str, Ids]], seconds: float, progress: Progress = no_progress) -> None:
         """Measure these (kind, category, ids), of each kind at least ``FEWEST``, others as long as there are ``seconds``."""

@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adi.exits.signals import Prediction, active_share, entropy, route_jump, route_margin, top_probability
-from adi.files import read_json, write_json
+from adi.files import write_json
 from adi.measure.statistics import logistic_weights, weighted_auroc
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
 from adi.model.sparse import Router
 from adi.progress import Progress, no_progress
-from adi.schema import Natural, Positive, Record, claim
+from adi.schema import Natural, Positive, Record, claim, read_json_as
 from adi.tasks.registry import task_named
 from adi.training.train_looped import TrainSettings, train_looped
 
@@ -79,6 +79,18 @@ class SparsitySettings(Record, frozen=True):
         )
 
 
+class Judged(TypedDict):
+    """What a part's file holds."""
+
+    rule: str
+    seed: int
+    accuracy_by_turn: list[float]
+    right_by_turn: list[float]
+    active_by_turn: list[float]
+    alone: dict[str, Any]
+    gains: dict[str, Any]
+
+
 def study_sparsity(settings: SparsitySettings, folder: Path, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and judge every part that ``folder`` does not hold; the table of all. UsageError where it was begun with others."""
     claim(folder / SETTINGS, settings)
@@ -90,7 +102,7 @@ def study_sparsity(settings: SparsitySettings, folder: Path, progress: Progress 
             done = (made / "model.safetensors").exists()
             model = load_looped(made) if done else train_looped(settings.training(rule, seed), made, within)
             write_json(path, {"rule": rule, "seed": seed, **judged(model, settings.items, seed)})
-    return summary([read_json(folder / f"{rule}-{seed}.json", "part of the study") for rule, seed in parts])
+    return summary([dict(read_json_as(folder / f"{rule}-{seed}.json", Judged, "part of the study")) for rule, seed in parts])
 
 
 def _within(progress: Progress, part: int, parts: int, rule: str) -> Progress:
