@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from adi.errors import AdiError, FileError, UsageError
 from adi.model.load import load_looped
 from adi.model.looped import LoopedForCausalLM
-from adi.tasks.registry import task_named
+from adi.tasks.registry import easier, task_named
 from adi.training.looped.growth import STEPS, Growth
 from adi.training.train_looped import Batches, Carry, PriceTrainer, TrainSettings, drawn_price, train_looped
 
@@ -209,6 +209,28 @@ def test_the_hardest_items_grow_by_a_hop_when_those_at_hand_are_answered() -> No
         growth.judge(torch.tensor(0.9 if step < STEPS else 1.0))
     assert seen[::STEPS] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
     assert seen == sorted(seen)
+
+
+def test_growing_items_have_turns_by_their_hops_and_a_loss_on_the_later_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen, told = LoopedForCausalLM.forward, list[Any](), list[str]()
+
+    def watched(self: Any, input_ids: torch.Tensor, **more: Any) -> Any:
+        out = plain(self, input_ids, **more)
+        seen.append((input_ids, more["turns"], out.turn_logits.detach()))
+        return out
+
+    monkeypatch.setattr(LoopedForCausalLM, "forward", watched)
+    monkeypatch.setattr(Growth, "hops", property(lambda self: 3))
+    settings = replace(GROWING, model={**GROWING.model, "turns": 6}, steps=4, easy_first=0.5)
+    model = train_looped(settings, tmp_path, lambda done, total, what: told.append(what))
+    assert [turns for _, turns, _ in seen] == [4, 4, 6, 6]
+    for step, (ids_BT, _, logits) in enumerate(seen[:2]):
+        drawn = easier(task_named("pointers"), 3).batch(settings.batch, (settings.seed, step))
+        assert torch.equal(ids_BT, torch.tensor(drawn.ids_BT))
+        loss_RN = model.losses(logits, torch.tensor(drawn.labels_BT))
+        assert told[step].startswith(f"loss {16 * float(loss_RN[1:].mean()):.3f},"), "an item's loss is that of its 16 starts"
 
 
 def test_only_tasks_with_hops_grow_and_none_that_is_carried_on() -> None:
