@@ -77,7 +77,10 @@ def score(prompt: str, text: str) -> float:
         return 0.0
     given, items = prompt.partition("Order:")[2].lower(), found.get("items")
     right = [bool(str(found.get(key) or "-no-").lower() in given) for key in ("customer", "street", "city", "day")]
-    lines = [f"{i.get('quantity')} {i.get('name')}".lower() if isinstance(i, dict) else "-no-" for i in items or [{}]]
+    lines = [
+        f"{i.get('quantity')} {i.get('name')}".lower() if isinstance(i, dict) else "-no-"
+        for i in (items if isinstance(items, list) and items else [{}])
+    ]
     return mean([*right, all(line in given for line in lines)])
 
 

@@ -27,7 +27,7 @@ from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
 from adi.files import expanded, package_data, read_json, require_file, whole_file, write_json
 from adi.model.arrays import as_array, as_tensor
-from adi.model.backbone import Backbone, States
+from adi.model.backbone import Backbone, Spec, States
 from adi.model.load import Model, looped_network
 from adi.risk.certificate import Certificate, find
 from adi.schema import Positive, Record, Share, from_json
@@ -109,6 +109,11 @@ class Exits:
     _draftings: WeakKeyDictionary[Backbone, Drafting] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
+
+    @classmethod
+    def of(cls, spec: Spec, depths: tuple[int, ...], trigger: Trigger, **parts: Any) -> Exits:
+        """Exits of the model of this ``spec``; ``parts`` are further fields."""
+        return cls(spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary, depths, trigger, **parts)
 
     def certificate(self, kind: str, level: float, skipped: str = "exact") -> Certificate:
         """What ``adi calibrate`` certified for exactly this level; AdiError where it never did."""
@@ -250,8 +255,7 @@ def bare_exits(
     probe = None if network is None else gate_probe(network, chosen, price)
     if trigger is None:
         trigger = BARE_TRIGGER if probe is None or network is None else Threshold("gate", network.config.halt_threshold)
-    about = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
-    return Exits(*about, tuple(map(int, chosen)), trigger, probe=probe)
+    return Exits.of(spec, tuple(map(int, chosen)), trigger, probe=probe)
 
 
 def shipped() -> list[str]:

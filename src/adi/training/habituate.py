@@ -310,8 +310,7 @@ class Habituation:
         plan, spec = self.plan(), self.model.backbone.spec
         parts = list(self.parts())
         teacher = self._teacher([path for _, shards in parts for path in shards])
-        about = (spec.fingerprint, spec.name, spec.layers, spec.width, spec.vocabulary)
-        base = self.keep or Exits(*about, self.depths, Never())
+        base = self.keep or Exits.of(spec, self.depths, Never())
         found = [Stage(0, base, self._judged(base.drafter))]
         net, seen = self._begin(teacher), list[Path]()
         for prompts, shards in parts:

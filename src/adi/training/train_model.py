@@ -440,15 +440,10 @@ def _finish(
     adapters = {d: Adapter(**{n: t.detach() for n, t in a.tensors().items()}) for d, a in learner.adapters.items()}
     shards = write_forced_shards(backbone, held, out / "work" / "held-after", learner.depths, progress, "reading held after")
     reports, trigger, totals = judge_heads(backbone, teacher, adapters, shards, categories, progress)
-    spec = backbone.spec
-    exits = Exits(
-        base=spec.fingerprint,
-        base_name=str(out),
-        layers=spec.layers,
-        width=spec.width,
-        vocabulary=spec.vocabulary,
-        depths=learner.depths,
-        trigger=trigger,
+    exits = Exits.of(
+        backbone.spec,
+        learner.depths,
+        trigger,
         heads=Heads(teacher.among.ids_S, adapters),
         report=report_json(reports, totals, answer_tokens(held)) | drafter_report(keep),
         made_by=made_by,

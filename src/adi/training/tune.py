@@ -243,17 +243,8 @@ class _Tuning:
         checkpoint = fresh_checkpoint(self.work / "heads.pt", made_of)
         adapters = fit_heads(teacher, self.depths, shards, checkpoint, how, self.progress)
         reports, trigger, totals = judge_heads(backbone, teacher, adapters, checks, self.categories, self.progress)
-        return Exits(
-            base=spec.fingerprint,
-            base_name=spec.name,
-            layers=spec.layers,
-            width=spec.width,
-            vocabulary=spec.vocabulary,
-            depths=self.depths,
-            trigger=trigger,
-            heads=Heads(teacher.among.ids_S, adapters),
-            report=report_json(reports, totals, answer_tokens(train)),
-        )
+        report = report_json(reports, totals, answer_tokens(train))
+        return Exits.of(spec, self.depths, trigger, heads=Heads(teacher.among.ids_S, adapters), report=report)
 
     def drafter(self, begin: Drafter | None) -> tuple[Drafter, dict[str, Any]]:
         """A drafter, from ``begin`` on if it is given, and its figures on held-out text."""
