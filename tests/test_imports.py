@@ -39,6 +39,7 @@ measure.trace_page
 measure.trigger_study measure.calibration measure.bench
 measure
 measure.audit
+serve
 cli
 __main__
 """

@@ -23,7 +23,7 @@ from adi.files import FULL
 
 # Each is a function in the module of its name.
 COMMANDS = (
-    *("run", "chat", "trace", "plot", "inspect", "triggers"),
+    *("run", "chat", "serve", "trace", "plot", "inspect", "triggers"),
     *("bench", "audit", "quality", "history", "cache", "calibrate", "tune", "habituate", "train", "solve", "study"),
 )
 HOMES = {"train": "looped.train", "solve": "looped.solve", "tune": "training.tune", "habituate": "training.habituate"}

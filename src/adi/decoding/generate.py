@@ -46,6 +46,8 @@ class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     logprobs: int | None
     price: float | None
     logits_processor: Sequence[LogitsProcessor]
+    response_format: Mapping[str, Any] | None
+    grammar: str | None
 
 
 class BatchMemoryError(MemoryFullError):
@@ -96,6 +98,9 @@ def stream(
         logits_processor: functions of your own, applied after those: each takes the token ids so far ``[1, T]`` and scores
             ``[1, V]`` in float32, and gives scores, as in transformers. It is called once for every token of the text, in
             order, and what it gives must depend on the ids alone: in a batch a text may begin again.
+        response_format: the form of the text, as in OpenAI's API: ``{"type": "json_object"}``, or ``{"type": "json_schema",
+            "json_schema": {"schema": ...}}``. Needs llguidance (the extra ``grammar``).
+        grammar: a grammar that the text follows, in llguidance's Lark.
 
     Raises:
         AdiError: before any work, for a prompt or option without meaning.

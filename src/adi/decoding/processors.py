@@ -5,6 +5,8 @@ All of it is a function of the token ids so far, applied where full depth has it
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LogitsProcessor = Callable[..., Any]  # token ids [1, T] and scores [1, V] to scores; as transformers has it
+KEPT_GRAMMARS = 64  # of a model, compiled
+COMPILING = threading.Lock()
 OWN_NAMES = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
@@ -104,3 +108,96 @@ def processed(processors: Sequence[LogitsProcessor], text: Sequence[int], scores
             what = f"a tensor {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise UsageError(f"the logits processor {processor!r} gave {what}; it must give scores, {list(shape)}.")
     return scores[0]
+
+
+class Constraint:
+    """A form that a text has, by a grammar that llguidance compiled for a model's tokenizer.
+
+    It masks the rule that judges drafts, so that drafting stays exact: every token is what full depth gives under the mask.
+    """
+
+    def __init__(self, tokens: Any, grammar: str, name: str) -> None:
+        from llguidance import LLMatcher
+
+        self._matcher, self._name = LLMatcher(tokens, grammar, log_level=0), name
+        self._require_sound(self._matcher)
+
+    def processor(self, prompt: int) -> LogitsProcessor:
+        """What rules out all that the grammar does not allow, over what follows a prompt of so many tokens."""
+        import torch
+
+        matcher, read = self._matcher.deep_copy(), prompt
+
+        def masked(ids: Tensor, scores: Tensor) -> Tensor:
+            nonlocal read
+            matcher.consume_tokens(ids[0, read:].tolist())
+            read = ids.shape[1]
+            allowed_V = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
+            self._require_sound(matcher)
+            return scores.masked_fill(allowed_V.to(scores.device) == 0, -torch.inf)
+
+        return masked
+
+    def _require_sound(self, matcher: Any) -> None:
+        if matcher.is_error():
+            raise UsageError(f"{self._name}: {matcher.get_error().splitlines()[0].rstrip('.')}.")
+
+
+def constraint(model: Model, response_format: Mapping[str, Any] | None, grammar: str | None) -> Constraint | None:
+    """The form asked for, in OpenAI's ``response_format`` or as a Lark ``grammar``, None for any text; compiled once for a
+    model. AdiError for one that has no meaning, and for a model whose tokenizer or end tokens do not allow it."""
+    compiled = _grammar(response_format, grammar)
+    if compiled is None:
+        return None
+    with COMPILING:
+        known: dict[str, Constraint] = model.notes.setdefault("grammars", {})
+        if compiled not in known:
+            made = Constraint(_grammar_tokens(model), compiled, "response_format" if grammar is None else "grammar")
+            if len(known) == KEPT_GRAMMARS:
+                del known[next(iter(known))]
+            known[compiled] = made
+        return known[compiled]
+
+
+def _grammar(response_format: Mapping[str, Any] | None, grammar: str | None) -> str | None:
+    """In llguidance's form. JSON is spelled as ``json.dumps`` does, so that no text is spent on spaces without end."""
+    if response_format is not None and not isinstance(response_format, Mapping):
+        raise UsageError(f"response_format is {response_format!r:.60}; give an object such as {{'type': 'json_object'}}.")
+    given = dict(response_format or {"type": "text"})
+    if given.get("type") not in ("text", "json_object", "json_schema"):
+        raise UsageError(f"response_format is of type {given.get('type')!r:.60}; choose text, json_object or json_schema.")
+    if grammar is not None and (not isinstance(grammar, str) or given["type"] != "text"):
+        raise UsageError(f"grammar is {grammar!r:.60}, response_format {given['type']}; give a Lark grammar, or the other.")
+    if given["type"] == "text" and grammar is None:
+        return None
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        said = "grammar" if grammar is not None else f"response_format {given['type']}"
+        raise UsageError(f"{said} needs llguidance: pip install 'adi-lm[grammar]'.") from None
+    if grammar is not None:
+        return str(LLMatcher.grammar_from_lark(grammar))
+    stated = {"schema": {"type": "object"}} if given["type"] == "json_object" else given.get("json_schema")
+    schema = stated.get("schema") if isinstance(stated, Mapping) else None
+    if not isinstance(schema, (Mapping, bool)):
+        raise UsageError(f"response_format has the json_schema {stated!r:.60}; it needs 'schema', an object.")
+    spaces: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=spaces))
+
+
+def _grammar_tokens(model: Model) -> Any:
+    """The model's tokenizer as llguidance reads it, made once: a second for 50,000 tokens."""
+    if "grammar tokens" not in model.notes:
+        from llguidance import LLTokenizer
+
+        text = None if model.tokenizer is None else model.tokenizer.serialized()
+        if text is None:
+            raise ModelError(f"{model.source or 'this model'} has no fast tokenizer, which a grammar needs.")
+        if not model.eos_ids:
+            raise ModelError(f"{model.source or 'this model'} states no end token, with which a grammar's text ends.")
+        vocabulary = model.backbone.spec.vocabulary
+        try:
+            model.notes["grammar tokens"] = LLTokenizer(text, n_vocab=vocabulary, eos_token=sorted(model.eos_ids))
+        except ValueError as error:
+            raise ModelError(f"llguidance cannot read the tokenizer of {model.source or 'this model'}: {error}") from None
+    return model.notes["grammar tokens"]

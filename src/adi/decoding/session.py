@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 from adi.arguments import real, several, whole
@@ -13,7 +13,7 @@ from adi.artifact import Reader
 from adi.decoding.drafting.controller import MOST_DRAFTS
 from adi.decoding.frontier import Frontier, HeadPass
 from adi.decoding.policies import Policy, required
-from adi.decoding.processors import LogitsProcessor, fields_for, logits_processors, penalties, token_ids
+from adi.decoding.processors import LogitsProcessor, constraint, fields_for, logits_processors, penalties, token_ids
 from adi.decoding.records import (
     Candidate,
     Counters,
@@ -66,6 +66,8 @@ class Session:
         price: float | None = None,
         sampling: Sampling | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
+        response_format: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
         **reading: Unpack[PromptKeywords],
     ) -> None:
         started = time.perf_counter()
@@ -74,7 +76,11 @@ class Session:
         self.mode = self._asked.mode
         self.sampling = None if sampling is None or sampling.plain else sampling.settled()
         self._fields, self._own = fields_for(model, sampling or Sampling()), tuple(logits_processor or ())
-        self._plain = not ((self.sampling is not None and self.sampling.draws) or self._fields or self._own)
+        self._constraint = constraint(model, response_format, grammar)
+        if self._constraint is not None and not stop_at_eos:
+            raise UsageError(f"stop_at_eos is {stop_at_eos}, and the text of a grammar ends with an end token; leave it out.")
+        drawn = self.sampling is not None and self.sampling.draws
+        self._plain = not (drawn or self._fields or self._own or self._constraint)
         self._asked.check(model, not self._plain)
         self.prompt_ids = model.encode(prompt, **reading)
         self._stop = StopStrings(several(stop) + several(model.generation.get("stop_strings") if stop_at_eos else None)).stops
@@ -194,6 +200,8 @@ class Session:
 
         sampling, prompt = self.sampling or Sampling(), self.prompt_ids
         own = [*penalties(sampling, len(prompt)), *self._own]
+        if self._constraint is not None:
+            own.append(self._constraint.processor(len(prompt)))
         processors = logits_processors(self.model, self._fields, prompt, self.budget, own)
         return Sampler(sampling, processors, self.model.backbone.spec.vocabulary)
 

@@ -56,6 +56,11 @@ class FastTokenizer:
             return str(self._whole.decode(ids, **more))
         return str(self._tokens.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizer of the ``tokenizers`` library."""
+        return self._tokens
+
     def get_vocab(self) -> dict[str, int]:
         """All tokens' ids."""
         return dict(self._tokens.get_vocab(with_added_tokens=True))

@@ -33,6 +33,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(getattr(self.hf, "chat_template", None))
 
+    def serialized(self) -> str | None:
+        """The whole tokenizer as the ``tokenizers`` library writes it, without padding and truncation; None for a slow one."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        plain = type(backend).from_str(backend.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        return str(plain.to_str())
+
     def encode(self, text: str, *, special_tokens: bool = False) -> tuple[int, ...]:
         """Token ids of raw text, with the special tokens that this tokenizer puts around any text.
 

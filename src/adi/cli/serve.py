@@ -1,0 +1,118 @@
+"""``adi serve``: answer many clients by OpenAI's protocol, with a page to chat on."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from adi.cli.shared.options import DecodingOptions, EngineOptions, ModelArgument, option
+from adi.cli.shared.output import err, say
+from adi.errors import UsageError
+
+if TYPE_CHECKING:
+    from adi.serve.app import ServerOptions
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+SPOT_CHECK = 0.05
+
+
+def serve(
+    model: ModelArgument = "smollm2-135m",
+    host: Annotated[str, option("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, option("--port", "-p", min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    name: Annotated[
+        list[str] | None, option("--name", help="What clients call the model; may be repeated. By default MODEL.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        option("--api-key", envvar="ADI_API_KEY", help="Ask clients for this key; may be repeated.", show_default=False),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, option("--cors-origin", help="Let pages of this origin ask; may be repeated.", rare=True)
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, option("--allowed-host", help="A further name of this server; may be repeated.", rare=True)
+    ] = None,
+    most: Annotated[int, option("--most", min=1, help="Answers that run at once.")] = 32,
+    queue: Annotated[int, option("--queue", min=0, help="Answers that may wait for a place; beyond it clients get 429.")] = 128,
+    time_limit: Annotated[float, option("--time-limit", min=0.1, help="Seconds that a request may take.")] = 600,
+    body_limit: Annotated[float, option("--body-limit", min=0.001, help="MiB that a request's body may have.", rare=True)] = 4,
+    temperature: Annotated[
+        float, option("--temperature", "-t", min=0, max=2, help="Of requests that give none; 1 is OpenAI's default.")
+    ] = 1.0,
+    *,
+    decoding: DecodingOptions,
+    engine: EngineOptions,
+) -> None:
+    """Serve a model: OpenAI's chat and text completions, metrics, a page to chat on. Ctrl-C or SIGTERM finishes what runs."""
+    if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"adi serve needs {absent[0]}: pip install 'adi-lm[serve]'.")
+    from adi.serve.app import ServerOptions
+
+    hosts = (*(LOOPBACK if host in LOOPBACK else ()), *(allowed_host or ()))
+    options = ServerOptions(
+        names=tuple(name or [Path(model).name if Path(model).exists() else model]),
+        most=most,
+        queue=queue,
+        seconds=time_limit,
+        keys=tuple(api_key or ()),
+        origins=tuple(cors_origin or ()),
+        hosts=hosts,
+        body_bytes=round(body_limit * (1 << 20)),
+        temperature=temperature,
+        spot_check=decoding.spot_check or SPOT_CHECK,
+    )
+    with _bound(host, port) as place:
+        loaded, policy = decoding.load(engine, model)
+        _prepare(loaded, policy)
+        _run(loaded, policy, options, place)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which nobody can connect to yet."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise UsageError(f"--host {host} --port {port} cannot be listened on: {error.strerror}; choose others.") from None
+    return made
+
+
+def _prepare(model: Any, policy: Any) -> None:
+    """Compile and measure now, so that the first client does not wait for it."""
+    import adi.decoding.sampler  # noqa: F401  with torch, which requests that sample need
+
+    policy.prepare(model)
+    model.backbone.prepare((), drafts=True, wait=True)
+
+
+def _run(model: Any, policy: Any, options: ServerOptions, place: socket.socket) -> None:
+    """Until a signal; what runs is finished, for as long as a request may take. A bug that ended the engine is raised."""
+    import uvicorn
+
+    from adi.serve.app import Server
+
+    def stop() -> None:
+        running.should_exit = True
+
+    server = Server(model, policy, options, on_failure=stop)
+    patience = round(options.seconds) + 1
+    quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
+    running = uvicorn.Server(uvicorn.Config(server.app, lifespan="on", timeout_graceful_shutdown=patience, **quiet))
+    host, port = place.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    say(err(), f"Serving {', '.join(options.names)} at http://{shown}:{port} (API under /v1); Ctrl-C stops.")
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        running.run(sockets=[place])  # uvicorn raises the signal again at its end, for the handlers that were there
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    if server.engine.failure is not None:
+        raise server.engine.failure

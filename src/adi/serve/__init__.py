@@ -1,0 +1,1 @@
+"""``adi serve``: one model, many clients, by the protocol that OpenAI's clients speak."""

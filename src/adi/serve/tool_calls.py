@@ -1,0 +1,59 @@
+"""Tool calls in an answer, in the form of Hermes, Qwen and SmolLM3: ``<tool_call>`` JSON ``</tool_call>``.
+
+A call that is spelled otherwise, or is no JSON, is text.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class ToolCalls:
+    """Splits a growing text: what is certainly content, and calls once they are whole. After the last piece, ``rest``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """What of the text so far is content that was not given yet, and the calls that are whole now."""
+        self._held += text
+        content, calls = "", list[dict[str, Any]]()
+        while True:
+            before, begin, after = self._held.partition(BEGIN)
+            if not begin:
+                keep = next((n for n in range(len(BEGIN) - 1, 0, -1) if before.endswith(BEGIN[:n])), 0)
+                self._held = before[len(before) - keep :]
+                return content + before[: len(before) - keep], calls
+            body, end, later = after.partition(END)
+            if not end:
+                self._held = begin + after
+                return content + before, calls
+            if (call := _call(body)) is None:
+                content += before + begin + body + end
+            else:
+                content += before if before.strip() else ""
+                calls.append({"index": self.count, **call})
+                self.count += 1
+            self._held = later
+
+    def rest(self) -> str:
+        """What was held back, which became no call."""
+        held, self._held = self._held, ""
+        return held if held.strip() or not self.count else ""
+
+
+def _call(body: str) -> dict[str, Any] | None:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        return None
+    arguments = said.get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": said["name"], "arguments": text}}
