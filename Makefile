@@ -88,7 +88,7 @@ results: peers
 	$(BIN)/adi train out/fixed4.toml --out out/fixed4
 	$(BIN)/adi solve out/price --count 2048 --seed 1 --against out/plsd,out/ouro,out/pondernet,out/act,out/trm,out/fixed4 --json \
 	  > $(RESULTS)/objectives.json
-	$(BIN)/adi habituate smollm2-135m --prompts workloads --precision int4,int8 --out out/habits
+	$(BIN)/adi habituate smollm2-135m --prompts workloads --precision int4,int8 --out out/habits --minutes 30
 	cp out/habits/habits.json $(RESULTS)/habits.json
 	$(BIN)/python tools/learned.py --out out/learned --frozen out/habits --minutes 180 --json $(RESULTS)/learned.json
 	$(BIN)/adi study sparsity --out out/sparsity --json $(RESULTS)/sparsity.json

@@ -9,6 +9,7 @@ is a file that a stopped run finds again.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ MORE_TOKENS = 1024  # of the answers, that the shortlist of exits made for other
 MOST_EPOCHS, MOST_TURNS = 12, 3
 EPOCHS_FIRST = 4  # passes over what is there, before the prompts are answered again
 HEAD_EPOCHS = 2
+REHEARSED = 0.5  # answers to prompts of other work beside each answer to the workload, so that other work stays as cheap
 SHARES = {"drafter": 0.55, "heads": 0.1}  # of the budget that generating leaves; the rest is for measuring
 
 
@@ -150,7 +152,8 @@ class Stage:
 class Habituation:
     """The parts of one run in the folder ``out``; ``engines`` are the model as it will be used, each writes its answers.
 
-    ``keep``: exits of this model to begin with, None where it has none.
+    ``keep``: exits of this model to begin with, None where it has none. ``talk``: prompts of other work, whose answers the
+    drafter learns beside (``REHEARSED``).
     """
 
     model: Model
@@ -160,6 +163,7 @@ class Habituation:
     keep: Exits | None
     options: HabitOptions
     progress: Progress = no_progress
+    talk: Sequence[Ids] = ()
 
     def __post_init__(self) -> None:
         spec = self.model.backbone.spec
@@ -168,6 +172,7 @@ class Habituation:
         self.readout = on_cpu(self.model.backbone.readout().tensors())
         self.depths = default_depths(spec.layers) if self.keep is None else self.keep.depths
         self.categories = Categories(self.workload.categories)
+        self.talk = tuple(self.talk)
         self.work.mkdir(parents=True, exist_ok=True)
         self._same_run()
 
@@ -179,7 +184,7 @@ class Habituation:
         """FileError for a folder that was begun with something else."""
         spec = self.model.backbone.spec
         engines = [f"{e.backend} {e.precision}" for e in (model.backbone.spec for model in self.engines)]
-        texts = hashlib.blake2b(repr(self.workload).encode(), digest_size=8).hexdigest()
+        texts = hashlib.blake2b(repr((self.workload, self.talk)).encode(), digest_size=8).hexdigest()
         began = None if self.keep is None or self.keep.drafter is None else self.keep.drafter.digest()
         stated = {"model": spec.fingerprint, "engines": engines, "prompts": texts, "exits": began}
         stated |= {name: value for name, value in asdict(self.options).items() if name != "minutes"}
@@ -225,6 +230,11 @@ class Habituation:
         for begin, end in pairwise([0, *(at for at in STAGES if at < len(prompts)), len(prompts)]):
             yield end, [path for engine in self.engines for path in self._generated(prompts[begin:end], engine, False)]
 
+    @cached_property
+    def rehearsed(self) -> list[Path]:
+        """The shards of answers to other work."""
+        return [path for engine in self.engines if self.talk for path in self._generated(self.talk, engine, False)]
+
     def answer_to(self, prompt: Ids) -> Ids:
         """The first engine's answer to a prompt that is only tested on."""
         found = next(text for text in texts_in(self.testing) if text.ids[: len(prompt)] == prompt)
@@ -243,9 +253,9 @@ class Habituation:
         began, parts = time.monotonic(), self.parts()
         prompts, shards = next(parts)
         generating = time.monotonic() - began
-        passing = self._timed_pass(shards[:1]) * len(shards)
         total, left = len(self.workload.train), minutes * 60
-        answers = len(self.workload.choosing) + len(self.workload.testing) + total
+        passing = self._timed_pass(shards[:1]) * len(shards) * (1 + len(self.talk) / total)
+        answers = len(self.workload.choosing) + len(self.workload.testing) + total + len(self.talk)
         left -= generating * answers / prompts
         stages = [at for at in STAGES if at < total]
         one = passing * (sum(stages) + total) / prompts
@@ -316,7 +326,8 @@ class Habituation:
         for prompts, shards in parts:
             seen += shards
             last = prompts == len(self.workload.train)
-            learned = [*seen, *self._sampled(plan.turns)] if last else seen
+            learned = [*seen, *(self._sampled(plan.turns) if last else [])]
+            learned += self.rehearsed[: math.ceil(len(self.rehearsed) * prompts / len(self.workload.train))]
             epochs = plan.last_epochs if last else plan.epochs
             net = self._fit(teacher, learned, self.work / f"drafter-{prompts}.pt", epochs, net)
             used = as_halves(net)

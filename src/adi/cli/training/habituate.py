@@ -133,6 +133,7 @@ def habituate(
             kept,
             options,
             others=() if loaded.tokenizer is None else other_items,
+            talk=() if loaded.tokenizer is None else read_prompts("train"),
             command=command_line(),
             measure_again=measure_again,
             train=learning.options(habits.seed),

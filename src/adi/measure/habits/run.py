@@ -22,7 +22,7 @@ from adi.measure.provenance import provenance
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 from adi.prompts import PromptItem, spread
-from adi.training.habituate import HabitOptions, Habituation, Ids, Stage, split
+from adi.training.habituate import REHEARSED, HabitOptions, Habituation, Ids, Stage, split
 from adi.training.train_model import ModelOptions
 
 FORMAT, VERSION = "adi-habits", 1
@@ -39,6 +39,7 @@ def habituate(
     options: HabitOptions | None = None,
     *,
     others: Sequence[PromptItem] = (),
+    talk: Sequence[PromptItem] = (),
     command: str = "",
     measure_again: bool = False,
     train: ModelOptions | None = None,
@@ -55,6 +56,7 @@ def habituate(
         keep: exits of this model to begin with.
         options: budget, length of answers, seed.
         others: prompts of other work, which must not become slower.
+        talk: further prompts of other work, some of whose answers the drafter learns beside.
         command: noted in the result.
         measure_again: what was measured before is measured anew; nothing is trained that is there.
         train: then train the model's own blocks too, for so many minutes more; ``reload`` loads the checkpoint on such engines.
@@ -67,7 +69,10 @@ def habituate(
     workload = split(model, items, options)
     if train is not None and (held := len(workload.choosing) + len(workload.testing)) < LEAST_PROMPTS:
         raise UsageError(f"{held} held-out prompts are too few to certify a reflex of the trained model; give more prompts.")
-    run = Habituation(model, engines, out, workload, keep, options, progress)
+    known = {prompt.text_or_ids for prompt in (*items, *others)}
+    talk = spread([one for one in talk if one.text_or_ids not in known], round(REHEARSED * len(workload.train)))
+    rehearsed = _encoded(model, talk, options.max_new_tokens)
+    run = Habituation(model, engines, out, workload, keep, options, progress, [ids for _, ids in rehearsed])
     stages = run.stages()
     exits, heads = run.with_heads(stages[-1].exits)
     made_by = {**exits.made_by, "habits": {"command": command, "options": asdict(options)}}
@@ -156,7 +161,7 @@ class _Measuring:
         compared = Compared(engine, policies, self.tokens, path)
         known = self.run.workload.categories
         mine = [("workload", known[ids], ids) for ids in self.testing]
-        theirs = self._others(engine, spread(others, len(mine))) if others else []
+        theirs = [("others", *one) for one in _encoded(engine, spread(others, len(mine)), self.tokens)]
         in_turn = [one for pair in zip_longest(mine, theirs) for one in pair if one is not None]
         compared.run(in_turn, seconds, self.progress)
         sides = {kind: [row for row in compared.rows if row["kind"] == kind] for kind in ("workload", "others")}
@@ -167,11 +172,13 @@ class _Measuring:
             **{kind: {**summary_of(rows), "by_category": by_category(rows)} if rows else None for kind, rows in sides.items()},
         }
 
-    def _others(self, engine: Model, items: Sequence[PromptItem]) -> list[tuple[str, str, Ids]]:
-        raw = engine.tokenizer is None or not engine.tokenizer.has_chat_template
-        room = (engine.backbone.spec.context or 1 << 40) - self.tokens
-        encoded = [("others", item.category, tuple(engine.encode(item.prompt, raw=raw))) for item in items]
-        return [one for one in encoded if len(one[2]) <= room]
+
+def _encoded(model: Model, items: Sequence[PromptItem], new: int) -> list[tuple[str, Ids]]:
+    """Categories and token ids of the prompts that leave room for so many new tokens."""
+    raw = model.tokenizer is None or not model.tokenizer.has_chat_template
+    room = (model.backbone.spec.context or 1 << 40) - new
+    encoded = [(item.category, tuple(model.encode(item.text_or_ids, raw=raw))) for item in items]
+    return [one for one in encoded if len(one[1]) <= room]
 
 
 def verdict(document: Mapping[str, Any]) -> list[str]:
