@@ -182,8 +182,9 @@ class Server:
 
     async def page(self) -> Response:
         """A chat that shows how each token came."""
-        spec, chats = self.model.backbone.spec, self.model.tokenizer is not None and self.model.tokenizer.has_chat_template
-        data = {"model": self.options.names[0], "layers": spec.layers, "chats": chats, "key": bool(self.options.keys)}
+        tokenizer = self.model.tokenizer
+        form = "ids" if tokenizer is None else "chat" if tokenizer.has_chat_template else "text"
+        data = {"layers": self.model.backbone.spec.layers, "form": form, "key": bool(self.options.keys)}
         return HTMLResponse(render("serve.html", title=self.options.names[0], data=data))
 
 
