@@ -147,7 +147,8 @@ def test_the_command_line_tells_free_energy_and_energy(tiny_folder: Path, tmp_pa
     assert "F = " not in adi_("run", "hello", *model).stdout
     assert "F = " in (shown := adi_("run", "hello", *model, "--price", "0.5").stdout)
     assert "energy: " in shown
-    document = json.loads(adi_("run", "hello", *model, "--json").stdout)
+    document = json.loads(adi_("run", "hello", *model, "--json", "--price", 1).stdout)
+    assert json.loads(adi_("run", "hello", *model, "--json").stdout)["free_energy"] is None
     free = FreeEnergy.from_json(document["free_energy"])
     assert free.price == free.full_price == free.depth_share == 1
     assert document["joules"] is None or document["joules"] >= 0

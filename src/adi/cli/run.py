@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 TRACED_CANDIDATES = 5
 WARM_UP_TOKENS = 4
-PRICE_HELP = "Nats for a full pass: give each token's free energy; with --json and in traces 1 unless given."
+PRICE_HELP = "Nats for a full pass: give each token's free energy (in the summary and --json); in traces 1 unless given."
 VERIFYING = ("verified", "lookup")  # the modes that promise the text of full depth and run many rows at once
 
 
@@ -76,7 +76,7 @@ def run(
         say(err(), TIES.format(mode=decoding.mode), "dim")
     if compare:
         _warm_up(loaded, content, policy, options)
-    options["price"] = FULL_PRICE if price is None and (json_out or trace is not None) else price
+    options["price"] = FULL_PRICE if price is None and trace is not None else price
     options["logprobs"] = logprobs if trace is None else max(logprobs or 0, TRACED_CANDIDATES)
     meter = energy_meter()
     generation = (generated if json_out else _shown)(loaded, content, policy, **options)
