@@ -18,6 +18,22 @@ C: dict[str, Any] = dict(
 )
 KV = dict(num_key_value_heads=2)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[])
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2, mamba_chunk_size=4)
+MLA = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**C, **KV}),
@@ -64,9 +80,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4", {**C, **KV, "sliding_window": 8}),
     "starcoder2": ("Starcoder2", {**C, **KV}),
     "lfm2": ("Lfm2", {**C, **KV, "full_attn_idxs": [2, 5]}),
+    "qwen3_next": ("Qwen3Next", {**C, **KV, **EXPERTS, **LINEAR, "head_dim": 8, "shared_expert_intermediate_size": 16}),
+    "falcon_h1": ("FalconH1", {**C, **KV, **MAMBA, "mamba_d_ssm": 64}),
+    "mamba2": (
+        "Mamba2",
+        dict(hidden_size=32, num_hidden_layers=LAYERS, num_heads=4, head_dim=16, state_size=8, n_groups=2, vocab_size=128),
+    ),
+    "jamba": ("Jamba", {**C, **KV, "mamba_dt_rank": 2, "mamba_d_state": 8, "attn_layer_period": 3, "attn_layer_offset": 1}),
+    "deepseek_v32": ("DeepseekV32", {**C, **MLA, "index_topk": 512, "index_n_heads": 2, "index_head_dim": 8}),
     "glm": ("Glm", {**C, **KV, "head_dim": 8, "pad_token_id": 0}),
     "nemotron": ("Nemotron", {**C, **KV}),
 }
+
+IDS = tuple(torch.randint(3, VOCABULARY - 1, (26,), generator=torch.Generator().manual_seed(5)).tolist())
+
+
+def own_logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
 
 
 @cache

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from adi.errors import ModelError
 
+MEMORY = frozenset({"past_key_values", "past_key_value", "layer_past", "cache_params"})
+
 
 def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     """The decoder's blocks: its only ``ModuleList`` with one entry a layer (the first, should there be several); of a looped
@@ -79,7 +81,9 @@ def find_down_projections(blocks: Sequence[nn.Module], width: int) -> list[nn.Mo
 
 def _attends(module: nn.Module) -> bool:
     """Attention and its like: what keeps a memory of the past, under any of the names that transformers has for it."""
-    return bool({"past_key_values", "past_key_value", "layer_past"} & set(inspect.signature(module.forward).parameters))
+    return bool(
+        {"past_key_values", "past_key_value", "layer_past", "cache_params"} & set(inspect.signature(module.forward).parameters)
+    )
 
 
 def _stacked(module: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class HfBackbone:
     @property
     def can_propagate(self) -> bool:
         """Whether all blocks keep plain keys and values; ``propagate`` refuses others."""
-        return True
+        return StaircaseCache(self._split).write_only(False)
 
     def new_cache(self) -> StaircaseCache:
         self._look()
@@ -103,7 +103,6 @@ class HfBackbone:
         return parts[0] if len(parts) == 1 else States.stacked(parts)
 
     def _part(self, rows: Rows, lo: int, hi: int, mlp: bool = False) -> States:
-        rows.cache.rewind(lo, hi, rows.start)
         return rows.cache.model.part(rows, lo, hi, mlp)  # type: ignore[no-any-return]
 
     def propagate(self, rows: Rows, lo: int) -> None:
@@ -113,9 +112,9 @@ class HfBackbone:
         """
         for side in sides(rows, functools.partial(self._part, lo=0, hi=self.spec.layers)):
             assert side.states is not None
-            side.cache.rewind(lo, self.spec.layers, side.start)
             if not side.cache.write_only(True):
                 raise UsageError(f"{self.spec.family} keeps more than keys and values; use skipped='exact'.")
+            side.cache.rewind(lo, self.spec.layers, side.start)
             try:
                 side.cache.model.decode(side.cache.model.run_from(side, lo, self.spec.layers), side)
             finally:

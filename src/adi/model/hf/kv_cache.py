@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from adi.model.backbone import KVCache
+from adi.model.backbone import KVCache, States
+from adi.model.hf.held import Held, RecordedLayer, after_first_pass
 from adi.model.hf.passes import Written
+
+REACHED = 64  # newest rows of which is kept what they were at each depth where passes stopped
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of all positions so far, in a buffer that doubles; going back is a smaller ``length``.
 
     Sliding-window layers keep everything too: the mask hides what lies outside the window, and any rollback stays
-    possible.
+    possible. So do layers that keep an indexer's keys beside them.
     """
 
     def __init__(self, sliding: bool) -> None:
@@ -33,6 +31,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.write_only = False
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.indexer_keys: Tensor | None = None
+        self.indexer_length = 0
+        self.indexer_position_ids: Tensor | None = None  # noted by a model's own forward, whichever blocks run
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
@@ -46,8 +47,31 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             raise Written
         return self.keys[..., :end, :], self.values[..., :end, :]
 
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """The indexer's keys so far, ``[1, T, D]``, these among them."""
+        start, self.indexer_length = self.indexer_length, self.indexer_length + indexer_key_states.shape[-2]
+        self.indexer_keys = _room(self.indexer_keys, indexer_key_states, start, self.indexer_length)
+        self.indexer_keys[..., start : self.indexer_length, :] = indexer_key_states
+        return self.indexer_keys[..., : self.indexer_length, :]
+
+    def cut(self, length: int) -> None:
+        """Forget all from this position on."""
+        assert self.length >= length or self.keys is None, "a layer is asked to skip positions"
+        self.length, self.indexer_length = min(self.length, length), min(self.indexer_length, length)
+
     def get_seq_length(self) -> int:
         return self.length
+
+
+class GrowingHybrid(RecordedLayer, GrowingLayer):
+    """Keys and values beside a linear layer's state, which is held."""
+
+    def __init__(self, states: int, sliding: bool) -> None:
+        GrowingLayer.__init__(self, sliding)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+
+APART = frozenset(vars(GrowingLayer(sliding=False)))
 
 
 def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
@@ -60,11 +84,23 @@ def _room(buffer: Tensor | None, new: Tensor, used: int, needed: int) -> Tensor:
     return grown
 
 
+def _of_ours(layer: Any) -> Any:
+    """A layer of our own for one of transformers', where it can be told what that keeps."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or type(layer).__name__ == "DynamicIndexedLayer":
+        return GrowingLayer(sliding=layer.is_sliding)
+    if type(layer) is LinearAttentionLayer:
+        return RecordedLayer(number_of_states=layer.number_of_states)
+    if type(layer).__name__ in ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"):
+        return GrowingHybrid(layer.number_of_states, layer.is_sliding)
+    return layer
+
+
 class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     """A cache that is given where the next rows start instead of deriving it from its first layer.
 
     While blocks ``[lo, hi)`` run, every one of them holds exactly ``start`` positions, so lengths and mask sizes have
-    one answer for all layers.
+    one answer for all layers. ``held`` are the layers that cannot be cut; where there are any, ``text`` are the tokens so far,
+    and ``reached`` what the newest of them were at depths where passes stopped, with the position of the first.
     """
 
     def __init__(self, model: Any) -> None:
@@ -73,10 +109,15 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
         self.far = None if model.far is None else StaircaseCache(model.far)  # of a text past the edge of its rotary angles
         self.edge, self.ids = model.edge, list[int]()
         self.start = 0
-        for i, layer in enumerate(self.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                self.layers[i] = GrowingLayer(sliding=layer.is_sliding)
-        self.activate_past_recording()
+        self.layers: list[Any] = [_of_ours(layer) for layer in self.layers]
+        for layer in self.layers:
+            if isinstance(layer, RecordedLayer):
+                layer.activate_past_recording()
+        kept = [(i, layer) for i, layer in enumerate(self.layers) if type(layer) is not GrowingLayer and not _is_dummy(layer)]
+        self.held = {i: Held(layer, APART if isinstance(layer, GrowingLayer) else frozenset()) for i, layer in kept}
+        self.text: list[int] = []
+        self.reached: dict[int, tuple[int, States]] = {}
+        self.running: list[int] = []  # slots of the blocks of this pass
         self.make_room(max((slot for slots in model.slots or () for slot in slots), default=0))
 
     def make_room(self, slot: int) -> None:
@@ -86,25 +127,23 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
 
     def fork(self, length: int) -> StaircaseCache:
         """Another cache with the first ``length`` positions of this one."""
-        made = copy.copy(self)
-        made.layers = copy.deepcopy(self.layers)
+        made = self._copy()
         made.rewind(0, len(made.layers), length)
+        return made
+
+    def _copy(self) -> StaircaseCache:
+        made = copy.copy(self)
+        made.layers, made.held = copy.deepcopy((self.layers, self.held))
+        made.text, made.reached = list(self.text), dict(self.reached)
         return made
 
     def close(self) -> None:
         """Free keys and values of all blocks."""
         self.layers.clear()
+        self.held.clear()
+        self.reached.clear()
         if self.far is not None:
             self.far.close()
-
-    def unsupported(self) -> str | None:
-        """Why this cache cannot go back, or None when it can. Known for sure after the first pass."""
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionLayer) and any(layer.is_recurrent_states_initialized.values()):
-                return f"block {i} keeps a recurrent state, which cannot be rolled back"
-            if type(layer) not in (GrowingLayer, LinearAttentionLayer) and not _is_dummy(layer):
-                return f"block {i} keeps a {type(layer).__name__}, which adi does not know how to roll back"
-        return None
 
     def peek(self, block: int, length: int) -> Tensor | None:
         """Keys and values of the first ``length`` positions in one block, where it has that many."""
@@ -120,44 +159,96 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     def write_only(self, wanted: bool) -> bool:
         """Whether blocks are to be left once their keys and values are written; False where some layer cannot do that."""
         single = self.model.slots is None or all(len(slots) == 1 for slots in self.model.slots)
-        able = single and all(isinstance(layer, GrowingLayer) for layer in self.layers)
+        able = single and all(type(layer) is GrowingLayer for layer in self.layers)
         for layer in self.layers if able else ():
             layer.write_only = wanted
         return able
 
     def rewind(self, lo: int, hi: int, start: int) -> None:
         """Forget, in blocks [lo, hi), everything from position ``start`` on."""
-        self.start = start
-        for layer in self._layers_of(range(lo, min(hi, len(self.model.blocks)))):
-            if isinstance(layer, GrowingLayer):
-                assert layer.length >= start, "a layer is asked to skip positions"
-                layer.length = start
-            elif isinstance(layer, LinearAttentionLayer):
-                _rewind_convolution(layer, start)
+        self.start, self.running = start, self._slots_of(range(lo, min(hi, len(self.model.blocks))))
+        for slot in self.running:
+            if slot in self.held:
+                self.held[slot].go(start)
+            if isinstance(layer := self.layers[slot], GrowingLayer):
+                layer.cut(start)
+        for layer in self.layers:  # a model's own forward notes them on a layer, whichever blocks run
+            if getattr(layer, "indexer_position_ids", None) is not None:
+                layer.indexer_position_ids = layer.indexer_position_ids[..., :start]
 
     def _layers_of(self, blocks: Iterable[int]) -> list[Any]:
         """What these blocks write; of a looped model a block may write several layers."""
+        return [self.layers[slot] for slot in self._slots_of(blocks)]
+
+    def _slots_of(self, blocks: Iterable[int]) -> list[int]:
         slots = self.model.slots
-        return [self.layers[slot] for block in blocks for slot in ((block,) if slots is None else slots[block])]
+        return [slot for block in blocks for slot in ((block,) if slots is None else slots[block])]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
         rows = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        for slot in self.running if layer_idx in self.held else ():
+            layer = self.layers[slot]
+            if type(layer) is type(self.layers[layer_idx]) and not isinstance(layer, GrowingLayer | LinearAttentionLayer):
+                return layer.get_mask_sizes(rows)  # type: ignore[no-any-return]  # it forgets by itself
         return self.start + rows, 0
+
+    def nearest(self, lo: int, hi: int, start: int) -> int:
+        """The last position up to ``start`` at which all that blocks [lo, hi) hold can be put; what is kept of later ones is
+        of other tokens, and dropped."""
+        held = [self.held[slot] for slot in self._slots_of(range(lo, hi)) if slot in self.held]
+        for one in held:
+            one.forget(0, start + 1)
+        places = {start}.union(*(one.positions() for one in held))
+        return max(at for at in places if at <= start and all(one.can(at) for one in held))
+
+    def settle(self, lo: int, hi: int, start: int, states: States) -> None:
+        """Blocks [lo, hi) have run these rows, which belong to the text from ``start`` on; all before it is final where they
+        reach the last block."""
+        end = self.start + len(states)
+        for slot in self.running:
+            if slot in self.held:
+                self.held[slot].settle(end)
+                self.held[slot] = after_first_pass(self.held[slot])
+        last = hi == len(self.model.blocks)
+        for one in self.held.values() if last else ():
+            one.forget(max(at for at in one.positions() if at <= start), end)
+        self.reached = {d: _until(run, self.start) if lo < d <= hi else run for d, run in self.reached.items()}
+        if not last:
+            first, before = self.reached.get(hi, (self.start, None))
+            joined = states if before is None or first + len(before) < self.start else States.joined([before, states])
+            self.reached[hi] = end - min(len(joined), REACHED), joined[-REACHED:]
+
+    def keys_and_values(self, block: int, length: int) -> tuple[Tensor, Tensor]:
+        """What this block wrote of the first ``length`` positions."""
+        (layer,) = self._layers_of([block])
+        return layer.keys[..., :length, :], layer.values[..., :length, :]
+
+    def keep(self, block: int, position: int) -> None:
+        """This block's layers stand at ``position``, part of the way through a pass: be able to come back there."""
+        for slot in self._slots_of([block]):
+            if slot in self.held:
+                self.held[slot].settle(position, keep=True)
+
+    def below(self, block: int) -> StaircaseCache:
+        """A copy of what blocks below this one hold, to work something out beside the text."""
+        made = self._copy()
+        made.layers = [layer if i in self._slots_of(range(block)) else None for i, layer in enumerate(made.layers)]
+        return made
+
+    @property
+    def bytes(self) -> int:
+        """What keys, values and snapshots take."""
+        grown = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        tensors = [t for layer in grown for t in (layer.keys, layer.values, layer.indexer_keys) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(one.bytes for one in self.held.values())
+
+
+def _until(run: tuple[int, States], end: int) -> tuple[int, States]:
+    return run[0], run[1][: max(0, end - run[0])]
 
 
 def _is_dummy(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"
-
-
-def _rewind_convolution(layer: Any, start: int) -> None:
-    """Short convolutions keep their whole input history (``activate_past_recording``), so going back is a cut."""
-    for i, history in layer.conv_states.items():
-        if history is None or not layer.has_previous_state[i]:
-            continue
-        if start == 0:
-            layer.has_previous_state[i] = False
-        else:
-            layer.conv_states[i] = history[..., :start]

@@ -15,12 +15,13 @@ from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.layout import StateLayout, kinds_of, loop_of, watched_layout
 from adi.model.hf.passes import Run, Steps
+from adi.model.hf.replay import Way, holders, pieces, with_front
 from adi.model.hf.rope import always_far, edge_of, turns_again
-from adi.model.hf.splitting import RECURRENT_HINT, decoder_of, extra_outputs, refuse, require_evaluation, require_numbers
+from adi.model.hf.splitting import decoder_of, memory_name, outputs_of, refuse, require_evaluation, require_numbers
 from adi.model.hf.twin import Twin
 from adi.model.hf.weights import device_of
 
-SELF_CHECK_IDS = (1, 2, 3, 4)
+SELF_CHECK_IDS = (1, 2, 3, 4, 5, 6, 7, 8)
 CONTEXTS = (
     "max_position_embeddings",
     "n_positions",
@@ -61,13 +62,16 @@ class SplitModel:
         self.loop = loop_of(self._kinds)
         self.layout: StateLayout
         self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
+        self.way = Way.FRONT
+        self._memory = str(memory_name(self.decoder))
         self.vocabulary: int
         self.far: SplitModel | None = None
         self.edge: int | None = None
         self.context = context_of(self.config)
         if near is not None:
-            self._steps.extra_outputs, self.vocabulary = near._steps.extra_outputs, near.vocabulary
-            self.layout, self.slots = near.layout, near.slots
+            self._steps.outputs, self._steps.shares = near._steps.outputs, near._steps.shares
+            self.vocabulary, self.layout, self.slots, self.way = near.vocabulary, near.layout, near.slots, near.way
+            self._ways(SELF_CHECK_IDS[:2])
             self.downs = None if near.downs is None else self.downs
             always_far(self.decoder, self.context or 0)
             return
@@ -87,13 +91,27 @@ class SplitModel:
         """The decoder's forward over these rows, as far as ``run`` says; ``all_first``: each at position 0, with no past."""
         ids = torch.tensor([rows.ids], device=self.device)
         positions = torch.arange(rows.start, rows.start + len(rows.ids), device=self.device)[None]
-        past = {"use_cache": False} if rows.cache is None else {"past_key_values": rows.cache, "use_cache": True}
+        past: dict[str, Any] = {"use_cache": False} if rows.cache is None else {self._memory: rows.cache, "use_cache": True}
         with self._steps.running(run, self.downs[run.hi - 1] if mlp and self.downs is not None else None):
             self.decoder(input_ids=ids, position_ids=torch.zeros_like(ids) if all_first else positions, **past)
 
     def part(self, rows: Rows, lo: int, hi: int, mlp: bool = False) -> States:
         """Blocks ``[lo, hi)`` over these rows."""
+        cache, start = rows.cache, rows.start
+        if not cache.held:
+            cache.rewind(lo, hi, start)
+            return self._part(rows, lo, hi, mlp)
+        rows = with_front(self, rows, lo, hi)
+        cache.rewind(lo, hi, rows.start)
+        states = self._part(rows, lo, hi, mlp, front=start - rows.start)
+        cache.settle(lo, hi, start, states)
+        return states[start - rows.start :]
+
+    def _part(self, rows: Rows, lo: int, hi: int, mlp: bool, front: int = 0) -> States:
         run = self.run_from(rows, lo, hi)
+        if rows.cache.held:
+            run.pieces = pieces(self.way, rows.start, front, len(rows.ids))
+            run.between = lambda i, end: rows.cache.keep(i, rows.start + end) if end == front else None
         self.decode(run, rows, mlp=mlp)
         if run.before is None:
             raise ModelError(f"{type(self.model).__name__} ran {run.calls} of {len(self.blocks)} blocks; {UNEVEN}.")
@@ -104,7 +122,9 @@ class SplitModel:
 
     def run_from(self, rows: Rows, lo: int, hi: int) -> Run:
         """A pass that begins with what is stored of these rows."""
-        return Run(lo, hi, {} if rows.states is None else self.layout.parts(rows.states, lo), self.layout.at[hi])
+        run = Run(lo, hi, {} if rows.states is None else self.layout.parts(rows.states, lo), self.layout.at[hi])
+        run.shared = lambda i: rows.cache.keys_and_values(i, rows.start + len(rows.ids))
+        return run
 
     @torch.no_grad()
     def logits(self, states: States | Tensor, begun: Callable[[], object] = lambda: None) -> Tensor:
@@ -120,49 +140,68 @@ class SplitModel:
 
     @torch.no_grad()
     def _self_check(self, layers: int) -> int:
-        """A few tokens in strands, and one alone after a rollback, give the model's own logits, or it is refused."""
+        """A few tokens in strands, and some again after a rollback, give the model's own logits, or it is refused."""
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
-        tokens = tuple(i % vocabulary for i in SELF_CHECK_IDS)
+        tokens = tuple(i % vocabulary for i in SELF_CHECK_IDS[: 8 if StaircaseCache(self).held else 4])
         ids = torch.tensor([tokens], device=self.device)
         wanted = self._source(input_ids=ids, use_cache=False).logits[0].float()
         require_numbers(self._source, wanted)
         run = Run(0, layers + 1, kept=range(layers), chain=[])
         self.decode(run, Rows(None, 0, tokens, None))
-        self._steps.extra_outputs = extra_outputs(self.model, run.chain or [], self.blocks, ids)
+        self._steps.outputs = outputs_of(self.model, run.chain or [], self.blocks, ids)
         if self.loop is None:
             self.layout = StateLayout.of_stack(run.chain or [])
         else:
             positions = torch.arange(len(tokens), device=self.device)[None]
             self.layout = watched_layout(self._kinds, run.outs, lambda run: self._dry(run, ids, positions))
             self.slots = self._watched_slots(Rows(None, 0, tokens, None))
-        cache = StaircaseCache(self)
-        try:
-            got = torch.cat(self._in_parts(cache, tokens, layers))
-        except (RuntimeError, TypeError, KeyError, IndexError, AssertionError) as error:
-            raise refuse(self.model, f"running it in parts failed ({type(error).__name__}: {error})") from error
-        if (reason := cache.unsupported()) is not None:
-            raise refuse(self.model, f"{reason}; {RECURRENT_HINT}")
-        tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.abs().max()))
-        if not (error_ := float((got - torch.cat([wanted, wanted[2:3]])).abs().max())) <= tolerance:
-            if not torch.equal(self._source(input_ids=ids, use_cache=False).logits[0].float(), wanted):
-                raise refuse(self.model, NOISY)
-            alone = self._source(input_ids=ids[:, :2], use_cache=False).logits[0].float()
-            if not float((alone - wanted[:2]).abs().max()) <= tolerance:
-                raise refuse(self.model, ACAUSAL)
-            raise refuse(self.model, f"run in parts its logits differ from its own forward by {error_:.2g}")
-        return int(wanted.shape[-1])
+        reason: str | None = ""
+        for way in self._ways(tokens):
+            self.way = way
+            if (reason := self._reason(ids, wanted)) is None:
+                return int(wanted.shape[-1])
+        raise refuse(self.model, str(reason))
 
-    def _in_parts(self, cache: StaircaseCache, tokens: tuple[int, ...], layers: int) -> list[Tensor]:
-        """Logits of four tokens in two strands, and of the third alone: a hook may not look at what is beside it."""
+    def _ways(self, tokens: tuple[int, ...]) -> list[Way]:
+        """How rows may run whose memory cannot be cut, the quickest first."""
+        cache = StaircaseCache(self)
+        if not cache.held:
+            return [Way.FRONT]
+        found = holders(cache, self.blocks, lambda: self.decode(Run(0, len(self.blocks) + 1), Rows(cache, 0, tokens, None)))
+        self._steps.take_apart(found)
+        return list(Way) if found else [Way.APART]
+
+    def _reason(self, ids: Tensor, wanted: Tensor) -> str | None:
+        """Why what comes of parts is not what is ``wanted`` of these tokens; None where it is."""
+        tokens, layers = tuple(ids[0].tolist()), len(self.blocks)
+        try:
+            found = self._in_parts(StaircaseCache(self), tokens, layers)
+        except (RuntimeError, TypeError, KeyError, IndexError, AssertionError) as error:
+            return f"running it in parts failed ({type(error).__name__}: {error})"
+        tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.abs().max()))
+        error_ = max(float((got - wanted[at : at + len(got)]).abs().max()) for at, got in found)
+        if error_ <= tolerance:
+            return None
+        if not torch.equal(self._source(input_ids=ids, use_cache=False).logits[0].float(), wanted):
+            return NOISY
+        alone = self._source(input_ids=ids[:, :2], use_cache=False).logits[0].float()
+        if not float((alone - wanted[:2]).abs().max()) <= tolerance:
+            return ACAUSAL
+        return f"run in parts its logits differ from its own forward by {error_:.2g}"
+
+    def _in_parts(self, cache: StaircaseCache, tokens: tuple[int, ...], layers: int) -> list[tuple[int, Tensor]]:
+        """Logits from positions on: of all tokens, half the depth in two strands; of the third alone, since a hook may not look
+        at what is beside it; where memory is held, of more in rounds that keep one of two drafts."""
         half = max(1, layers // 2)
-        shallow = States.joined([self._part(Rows(cache, i, tokens[i : i + 2], None), 0, half) for i in (0, 2)])
-        found = []
-        for rows in (Rows(cache, 0, tokens, shallow), Rows(cache, 2, tokens[2:3], None)):
-            states = self._part(rows, 0, half) if rows.states is None else shallow
-            if half < layers:
-                states = self._part(Rows(cache, rows.start, rows.ids, states), half, layers)
-            found.append(self.logits(states))
-        return found
+
+        def run(start: int, end: int, ahead: int) -> tuple[int, Tensor]:
+            shallow = [self._seen(Rows(cache, i, tokens[i : i + ahead], None), 0, half) for i in range(start, end, ahead)]
+            states = States.joined(shallow)
+            deep = self._seen(Rows(cache, start, tokens[start:end], states), half, layers) if half < layers else states
+            return start, self.logits(deep)
+
+        rounds = [(0, 4, 2), (2, 3, 1)] + [(3, 6, 1), (4, 6, 1), (4, 7, 3), (6, 8, 2)] * bool(cache.held)
+        return [run(*strand) for strand in rounds]
 
     def _watched_slots(self, rows: Rows) -> list[tuple[int, ...]]:
         """Which layers of a KV cache each block writes, seen in one pass."""
@@ -180,9 +219,8 @@ class SplitModel:
         self.decode(Run(0, len(self.blocks) + 1), replace(rows, cache=cache))
         return [tuple(sorted(slots)) for slots in written]
 
-    def _part(self, rows: Rows, lo: int, hi: int) -> States:
+    def _seen(self, rows: Rows, lo: int, hi: int) -> States:
         """What leaves these blocks of the self-check; a tap of MLP activations that shows nothing is none."""
-        rows.cache.rewind(lo, hi, rows.start)
         states = self.part(rows, lo, hi, mlp=True)
         if states.mlp_TF is None:
             self.downs = None

@@ -14,7 +14,7 @@ from adi.model.hf.blocks import find_blocks
 from adi.model.hf.layout import state_of
 
 ROUTED = "a router sends only some of them deeper (mixture of recursions), and a block's keys and values must be of all tokens"
-RECURRENT_HINT = "adi needs a decoder whose memory of the past can be cut back (attention, or short convolutions)"
+CACHES = ("past_key_values", "cache_params")
 
 
 def refuse(model: Any, reason: str) -> AdiError:
@@ -65,26 +65,30 @@ def decoder_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     layers = getattr(text, "decoder_layers", getattr(text, "num_hidden_layers", None))  # Whisper has both
     if layers is None or model.get_output_embeddings() is None:
         raise refuse(model, "it has no num_hidden_layers or no language-model head")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise refuse(model, "its deep layers read the KV memory of shallow ones, which may be ahead of them")
     try:
-        decoder = model.get_decoder()
-        if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-            raise ModelError(f"its forward takes no past_key_values; {RECURRENT_HINT}")
+        decoder = next((m for m in (model.get_decoder(), model.base_model) if memory_name(m)), None)
+        if decoder is None:
+            raise ModelError(f"its decoder takes no memory of the past ({' or '.join(CACHES)})")
         return decoder, find_blocks(decoder, layers)
     except (AdiError, AttributeError) as error:
         raise refuse(model, str(error)) from None
 
 
-def extra_outputs(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Sequence[nn.Module], ids: Tensor) -> list[int]:
-    """How many values each block gives beside the state, by what the blocks were given and gave in a pass over ``ids``.
+def memory_name(decoder: nn.Module) -> str | None:
+    """What its forward calls the memory of the past."""
+    return next((name for name in CACHES if name in inspect.signature(decoder.forward).parameters), None)
+
+
+def outputs_of(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Sequence[nn.Module], ids: Tensor) -> list[int]:
+    """How many values each block gives in a tuple (0: the state alone), by what the blocks were given and gave in a pass over
+    ``ids``.
 
     Every block is called once, in order. The states of a stack form one chain: each takes what the block before it gave.
     """
     looped = len(set(map(id, blocks))) < len(blocks)
     if [i for i, _, _ in chain] != list(range(len(blocks))):
         raise refuse(model, "its blocks are not each called once and in order")
-    extras, last = [], None
+    outputs, last = [], None
     for i, given, out in chain:
         state = state_of(out)
         if not isinstance(given, Tensor) or not isinstance(state, Tensor) or given.shape != state.shape:
@@ -95,6 +99,6 @@ def extra_outputs(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Seq
             raise refuse(model, f"block {i} gives a state of shape {tuple(state.shape)} for {ids.shape[1]} tokens")
         if last is not None and not looped and not torch.equal(given, last):
             raise refuse(model, f"something else happens between block {i - 1} and block {i}")
-        extras.append(len(out) - 1 if isinstance(out, tuple) else 0)
+        outputs.append(len(out) if isinstance(out, tuple) else 0)
         last = state
-    return extras
+    return outputs

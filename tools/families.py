@@ -1,0 +1,187 @@
+"""Which decoder families run exactly: ``python tools/families.py [FAMILY ...] [--engine hf|compiled] [--again] [--table]``.
+
+A tiny random model of every family of transformers' causal language models (hidden 32, 6 blocks, vocabulary 128, window 8)
+gives 24 greedy tokens after 12 under six policies and in a batch, and each must be ``model.generate``'s text. Results go to
+``docs/results/families.json``, one entry a family, so a run that was stopped goes on where it was (``--again`` measures what
+is there too); ``--table`` writes ``docs/families.md`` from it. Each family has a process of its own and ``--limit`` seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
+
+import adi
+from adi.errors import AdiError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from family_settings import KINDS, VOCABULARY, configuration
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "docs/results/families.json", ROOT / "docs/families.md"
+PROMPT, NEW, DRAFTS = 12, 24, 4
+SCALES = ((0.08, 0.05), (0.3, 0.16))  # of weights, and in blocks from the third on; the second where the first says one token
+
+
+def tiny(family: str, scale: tuple[float, float] = SCALES[0], seed: int = 0) -> Any:
+    """The family's random model in float32; end-of-sequence is switched off, so that texts have full length."""
+    kind = getattr(t, KINDS.get(family, FAMILIES.get(family, "")))
+    torch.manual_seed(seed)
+    model = kind(configuration(family)).eval().float()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            deep = any(f".{block}." in name for block in range(2, 64))
+            torch.nn.init.normal_(parameter, std=scale[deep])
+    generation = model.generation_config
+    generation.eos_token_id, generation.pad_token_id, generation.suppress_tokens = None, 0, None
+    for name in ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"):
+        setattr(generation, name, None)
+    return model
+
+
+def texts(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' own."""
+    with torch.no_grad():
+        return [
+            model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, min_new_tokens=NEW)[0, PROMPT:].tolist()
+            for ids in prompts
+        ]
+
+
+def prompts() -> list[list[int]]:
+    drawn = torch.randint(3, VOCABULARY - 1, (2, PROMPT), generator=torch.Generator().manual_seed(5))
+    return drawn.tolist()  # type: ignore[no-any-return]
+
+
+def policies(model: adi.Model) -> dict[str, Any]:
+    """Six, of which three draft in every round."""
+    layers = model.backbone.spec.layers
+    depths = tuple(sorted({max(1, layers // 3), max(1, 2 * layers // 3)} - {layers})) or (1,)
+    exits = adi.bare_exits(model, depths)
+    ragged = adi.AnyOf((adi.Threshold("stability", 0.6), adi.Threshold("top_probability", {depths[-1]: 0.0})))
+    return {
+        "exits": adi.Verified(exits),
+        "always": adi.Verified(exits, adi.Threshold("top_probability", 0.0), draft_tokens=DRAFTS),
+        "ragged": adi.Verified(exits, ragged, draft_tokens=DRAFTS),
+        "full": adi.FullDepth(),
+        "lookup": adi.Lookup(),
+        "verified": adi.Verified(),
+    }
+
+
+def measured(family: str, engine: str) -> dict[str, Any]:
+    """One family's entry: "exact", or why not."""
+    for scale in SCALES:
+        model = tiny(family, scale)
+        wanted = texts(model, prompts())
+        if len(set(wanted[0])) > 2:
+            break
+    try:
+        loaded = _loaded(model, engine)
+    except AdiError as error:
+        return {"result": "refused", "reason": str(error).split("\n")[0]}
+    drafted = accepted = 0
+    for name, policy in policies(loaded).items():
+        got = adi.generate(loaded, prompts()[0], policy, max_new_tokens=NEW)
+        if (found := _difference(wanted[0], got.token_ids)) is not None:
+            return {"result": "wrong", "reason": f"{name}: other text from token {found} on"}
+        drafted, accepted = drafted + got.counters.drafted, accepted + got.counters.accepted
+        if name in ("ragged", "full"):
+            both = adi.generate_batch(loaded, prompts(), policy, max_new_tokens=NEW)
+            if any(list(one.token_ids) != text for one, text in zip(both, wanted, strict=True)):
+                return {"result": "wrong", "reason": f"{name}: another text in a batch"}
+    return {"result": "exact", "drafted": drafted, "accepted": accepted, "different": len(set(wanted[0])), **_how(loaded)}
+
+
+def _how(loaded: adi.Model) -> dict[str, Any]:
+    split = getattr(loaded.backbone, "_split", None)
+    if split is None:
+        return {}
+    cache = loaded.backbone.new_cache()
+    return {"memory": split.way.name.lower() if cache.held else "cut"}
+
+
+def _loaded(model: Any, engine: str) -> adi.Model:
+    if engine == "hf":
+        return adi.load(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return adi.load(folder, backend="openvino", precision="fp32")
+
+
+def _difference(wanted: list[int], got: tuple[int, ...]) -> int | None:
+    return next(
+        (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), None if len(wanted) == len(got) else 0
+    )
+
+
+def alone(family: str, engine: str, limit: int) -> dict[str, Any]:
+    """The entry, from a process that may crash or take too long."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(read)
+        signal.alarm(limit)
+        try:
+            entry = measured(family, engine)
+        except BaseException as error:  # foreign code raises what it likes, and one family must not end the run
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            entry = {
+                "result": "failed",
+                "reason": f"{type(error).__name__}: {str(error).splitlines()[:1]} at {place.filename}:{place.lineno}",
+            }
+            if os.environ.get("TRACE"):
+                traceback.print_exc()
+        os.write(write, json.dumps(entry).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if said:
+        return json.loads(said)  # type: ignore[no-any-return]
+    return {
+        "result": "failed",
+        "reason": f"no answer within {limit} seconds" if os.WIFSIGNALED(status) else "the process ended",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--engine", default="hf", choices=("hf", "compiled"))
+    parser.add_argument("--limit", type=int, default=120)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--dry", action="store_true", help="show results and keep none")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    t.logging.set_verbosity_error()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    wanted = options.families or [*FAMILIES]
+    for family in wanted:
+        if not options.families and not options.again and options.engine in known.get(family, {}):
+            continue
+        started = time.perf_counter()
+        entry = alone(family, options.engine, options.limit)
+        print(
+            f"{family:26}{time.perf_counter() - started:6.1f} s  {entry['result']:8}{ {**entry, 'result': ''} }"[:400],
+            flush=True,
+        )
+        if not options.dry:
+            known[family] = {**known.get(family, {}), options.engine: entry}
+            RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
