@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import signal
 import socket
+import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +46,10 @@ def serve(
     temperature: Annotated[
         float, option("--temperature", "-t", min=0, max=2, help="Of requests that give none; 1 is OpenAI's default.")
     ] = 1.0,
+    ray: Annotated[
+        str | None, option("--ray", metavar="ADDRESS", help="Run replicas on this Ray cluster; local: one on this machine.")
+    ] = None,
+    replicas: Annotated[str, option("--replicas", help="With --ray: how many replicas, 2, or 1:4 by load.")] = "1",
     *,
     decoding: DecodingOptions,
     engine: EngineOptions,
@@ -66,10 +72,11 @@ def serve(
         temperature=temperature,
         spot_check=decoding.spot_check or SPOT_CHECK,
     )
+    if ray is not None:
+        _run_cluster(ray, replicas, (host, port), partial(_loaded, decoding, engine, model), options)
+        return
     with _bound(host, port) as place:
-        loaded, policy = decoding.load(engine, model)
-        _prepare(loaded, policy)
-        _run(loaded, policy, options, place)
+        _run(*_loaded(decoding, engine, model), options, place)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -84,12 +91,48 @@ def _bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def _prepare(model: Any, policy: Any) -> None:
-    """Compile and measure now, so that the first client does not wait for it."""
+def _loaded(decoding: DecodingOptions, engine: EngineOptions, source: str) -> tuple[Any, Any]:
+    """Model and policy, compiled and measured, so that the first client does not wait for it."""
     import adi.decoding.sampler  # noqa: F401  with torch, which requests that sample need
 
+    model, policy = decoding.load(engine, source)
     policy.prepare(model)
     model.backbone.prepare((), drafts=True, wait=True)
+    return model, policy
+
+
+def _run_cluster(address: str, replicas: str, place: tuple[str, int], loading: Any, options: ServerOptions) -> None:
+    """Until a signal, replicas on a Ray cluster."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(f"--ray {address} needs ray: pip install 'adi-lm[ray]'.")
+    import ray
+    from ray import serve as ray_serve
+
+    from adi.serve.cluster import ClusterOptions, application
+
+    cluster = ClusterOptions.of(replicas)
+    try:
+        if ":" in address:  # Ray itself tries for ten minutes
+            node, _, port = address.rpartition("/")[2].rpartition(":")
+            socket.create_connection((node, int(port)), 10).close()
+        ray.init(address=None if address == "local" else address, log_to_driver=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--ray {address} cannot be reached ({str(error)[:80]!r}); give an address, auto or local.") from None
+    stopped = threading.Event()
+    before = {one: signal.signal(one, lambda *_: stopped.set()) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray_serve.start(http_options={"host": place[0], "port": place[1]})
+        ray_serve.run(application(loading, options, cluster), name="adi")
+        say(
+            err(),
+            f"Serving {', '.join(options.names)} at http://{place[0]}:{place[1]} on Ray, replicas: {replicas}; Ctrl-C stops.",
+        )
+        stopped.wait()
+    finally:
+        ray_serve.delete("adi")
+        ray.shutdown()
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _run(model: Any, policy: Any, options: ServerOptions, place: socket.socket) -> None:

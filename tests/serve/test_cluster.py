@@ -1,0 +1,113 @@
+"""Replicas on a Ray cluster: the same answers, the same place for what begins alike, and a replica that dies."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("ray.serve")
+
+import httpx
+import ray
+from ray import serve
+
+import adi
+from adi.decoding.policies import default_policy
+from adi.errors import UsageError
+from adi.serve.app import ServerOptions
+from adi.serve.cluster import ClusterOptions, app, application, in_order, key_of
+
+
+def loading(folder: str) -> tuple[adi.Model, Any]:
+    model = adi.load(folder, backend="hf", threads=1)
+    return model, default_policy(model)
+
+
+@pytest.fixture(scope="module")
+def url(tiny_folder: Path) -> Iterator[str]:
+    """Two replicas, by an address of this machine's alone."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        made = application(
+            functools.partial(loading, str(tiny_folder)),
+            ServerOptions(names=("tiny",), most=2, queue=8, body_bytes=1 << 16, temperature=0.0),
+            ClusterOptions.of("2", cpus=0.5),
+        )
+        serve.run(made, name="adi")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port: int = place.getsockname()[1]
+        return port
+
+
+def ask(url: str, prompt: str, **more: Any) -> Any:
+    return httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 8, **more}, timeout=120)
+
+
+def test_replicas_answer_as_one_model_does(url: str, tiny_folder: Path) -> None:
+    model, _ = loading(str(tiny_folder))
+    for prompt in ("the quick", "brown fox jumps", "12 plus 30", "lazy dog"):
+        wanted = adi.generate(model, prompt, raw=True, max_new_tokens=8).text
+        assert ask(url, prompt).json()["choices"][0]["text"] == wanted
+        events = ask(url, prompt, stream=True).text.split("\n\n")
+        assert events[-2] == "data: [DONE]"
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+        assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == wanted
+
+
+def test_refusals_come_through(url: str) -> None:
+    assert ask(url, "the", best_off=2).json()["error"]["code"] == "unknown_parameter"
+    assert httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"] == "tiny"
+    assert ask(url, "x" * (1 << 17)).status_code == 413
+
+
+def test_a_replica_that_dies_costs_no_answer(url: str, tiny_folder: Path) -> None:
+    model, _ = loading(str(tiny_folder))
+    wanted = adi.generate(model, "the quick", raw=True, max_new_tokens=8).text
+    actors = [one for one in ray.util.list_named_actors(all_namespaces=True) if "#replica#" in one["name"]]
+    assert len(actors) == 2
+    ray.kill(ray.get_actor(actors[0]["name"], namespace=actors[0]["namespace"]), no_restart=True)
+    found = Counter(ask(url, "the quick").json()["choices"][0]["text"] for _ in range(6))
+    assert found == {wanted: 6}
+
+
+def test_what_begins_alike_goes_to_one_place_and_the_rest_is_spread() -> None:
+    turn = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    later = [*turn, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
+    keys = [key_of(json.dumps({"messages": messages}).encode()) for messages in (turn, later)]
+    assert keys[0] == keys[1] != ""
+    assert key_of(json.dumps({"prompt": "a b"}).encode()) == "a b"
+    assert key_of(b"no json") == key_of(b'{"messages": 3}') == key_of(b"[]") == ""
+    places = Counter(in_order(str(i), ["a", "b", "c"])[0] for i in range(600))
+    assert min(places.values()) > 130
+    moved = [i for i in range(600) if in_order(str(i), ["a", "b"])[0] != in_order(str(i), ["a", "b", "c"])[0]]
+    assert all(in_order(str(i), ["a", "b", "c"])[0] == "c" for i in moved)
+
+
+@pytest.mark.parametrize("replicas", ["0", "2:1", "two", "", "1:", ":2", "-1"])
+def test_replicas_that_mean_nothing_are_refused(replicas: str) -> None:
+    with pytest.raises(UsageError, match=r"replicas is .*give a number such as 2"):
+        ClusterOptions.of(replicas)
+
+
+def test_a_configuration_file_is_read() -> None:
+    with pytest.raises(UsageError, match="args has 'modle'"):
+        app({"modle": "x"})
+    assert app({"model": "smollm2-135m", "replicas": "1:2", "most": 4}) is not None
