@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 SPOT_CHECK = 0.05
+BACKLOG = 2048
 
 
 def serve(
@@ -148,6 +149,7 @@ def _run(model: Any, policy: Any, options: ServerOptions, place: socket.socket) 
     patience = round(options.seconds) + 1
     quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
     running = uvicorn.Server(uvicorn.Config(server.app, lifespan="on", timeout_graceful_shutdown=patience, **quiet))
+    place.listen(BACKLOG)  # who comes from now on is answered
     host, port = place.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     say(err(), f"Serving {', '.join(options.names)} at http://{shown}:{port} (API under /v1); Ctrl-C stops.")

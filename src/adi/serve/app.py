@@ -88,13 +88,13 @@ class Server:
     def app(self) -> FastAPI:
         """The application."""
         app = FastAPI(title="adi", version=adi.__version__, lifespan=self._lifespan, redoc_url=None, docs_url=None)
-        errors: dict[int | str, Any] = {
-            "default": {"description": "Why not.", "content": {"application/json": {"schema": ERROR}}}
-        }
-        post, get = partial(app.post, responses=errors), partial(app.get, responses=errors)
-        post("/v1/chat/completions")(self.chat)
-        post("/v1/completions")(self.completion)
-        post("/tokenize")(self.tokenize)
+        told = {"description": "Why not.", "content": {"application/json": {"schema": ERROR}}}
+        errors: dict[int | str, Any] = {"default": told}
+        streamed = {**errors, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+        post, get = app.post, partial(app.get, responses=errors)
+        post("/v1/chat/completions", responses=streamed)(self.chat)
+        post("/v1/completions", responses=streamed)(self.completion)
+        post("/tokenize", responses=errors)(self.tokenize)
         get("/v1/models")(self.models)
         get("/health")(self.health)
         get("/ready")(self.ready)

@@ -199,7 +199,8 @@ class Reading:
     def encoded_chat(self, body: ChatRequest | TokenizeRequest) -> tuple[int, ...]:
         """Token ids of the conversation in the chat template."""
         shown = body.tools if getattr(body, "tool_choice", "auto") == "auto" else None
-        return self._encoded("messages", body.messages, tools=shown or None, template_options=body.chat_template_kwargs)
+        messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
+        return self._encoded("messages", messages, tools=shown or None, template_options=body.chat_template_kwargs)
 
     @property
     def _template(self) -> str:

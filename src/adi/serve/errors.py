@@ -41,7 +41,9 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's findings about a body, with the parameter's name and value."""
     first = found[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    forms = {error["msg"] for error in found if error["loc"][:2] == first["loc"][:2]}
+    several = len(forms) > 1 and any(kind in place for kind in ("str", "bool"))  # none of the forms that it may have
+    param = (place[0] if several else ".".join(place)) or None
     if first["type"] == "extra_forbidden":
         said = f"{param} is not a parameter that adi serves; leave it out"
         return ApiError(400, f"{said}.", param=param, code="unknown_parameter")
@@ -50,5 +52,5 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     what = "the body is" if param is None else f"{param} is"
     if first["type"] == "missing":
         return ApiError(400, f"{what} missing.", param=param, code="missing_required_parameter")
-    said = first["msg"].removeprefix("Value error, ")
+    said = ", or ".join(sorted(forms)) if several else first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{what} {first.get('input')!r:.60}: {said[:1].lower()}{said[1:].rstrip('.')}.", param=param)

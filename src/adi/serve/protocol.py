@@ -24,7 +24,26 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        return {k: _whole(v) for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is a whole one."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class ChatMessage(Body):
+    """A message; what else it holds, such as ``tool_calls``, the chat template reads."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[dict[str, Any]] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
 class StreamOptions(Body):
@@ -95,7 +114,7 @@ class Answering(Body):
 class ChatRequest(Answering):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Whole | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -120,7 +139,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
