@@ -97,6 +97,16 @@ class TextOptions:
         bool, option("--keep-special-tokens", help="Spell special tokens in the text, such as [TOOL_CALLS].", rare=True)
     ] = False
     ignore_eos: Annotated[bool, option("--ignore-eos", help="Generate on past the end of the answer.", rare=True)] = False
+    response_format: Annotated[
+        str | None,
+        option(
+            "--response-format", metavar="JSON", help="json_object, or OpenAI's response_format as JSON or a file.", rare=True
+        ),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        option("--grammar", metavar="FILE", help="A grammar of the text, in llguidance's Lark.", rare=True),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """As ``generate`` takes them."""
@@ -106,6 +116,12 @@ class TextOptions:
         if self.stop_token_ids is not None:
             ends["stop_token_ids"] = whole_numbers("--stop-token-ids", self.stop_token_ids)
         ends["skip_special_tokens"] = not self.keep_special_tokens
+        if self.response_format is not None:
+            ends["response_format"] = read_object("--response-format", self.response_format)
+        if self.grammar is not None:
+            from adi.files import read_text
+
+            ends["grammar"] = read_text(self.grammar, "grammar")
         return {**ends, "raw": self.raw, "special_tokens": self.special_tokens}
 
 
@@ -346,13 +362,20 @@ def opened_history(model: Model, path: Path | None) -> History | None:
 def read_trigger(text: str) -> Trigger:
     """A trigger from JSON text or from a file that holds it."""
     from adi.exits.triggers import trigger_from_json
+
+    return trigger_from_json(read_object("--trigger", text))
+
+
+def read_object(name: str, text: str) -> Any:
+    """The JSON object that an option gives, as text or as a file that holds it; "json_object" is a ``type`` by itself."""
     from adi.files import expanded, parse_json, read_json
 
+    if text == "json_object":
+        return {"type": text}
     try:
-        value = parse_json(text) if text.lstrip().startswith("{") else read_json(expanded(text), "trigger")
+        return parse_json(text) if text.lstrip().startswith("{") else read_json(expanded(text), name.lstrip("-"))
     except ValueError as error:
-        raise UsageError(f"--trigger is neither JSON text nor a file of it: {str(error).rstrip('.')}.") from None
-    return trigger_from_json(value)
+        raise UsageError(f"{name} is neither JSON text nor a file of it: {str(error).rstrip('.')}.") from None
 
 
 def biases(text: str | None) -> dict[int, float] | None:
