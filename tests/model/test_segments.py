@@ -5,17 +5,20 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+from adi.model.backbone import Rows
 from adi.model.openvino import OpenVinoBackbone
 from adi.model.openvino.huge_pages import HugePages, mapped, without
 from adi.model.openvino.segments import BUCKETS, Segments
-from engines import Cached, engine, folder_of
+from engines import IDS, PROMPT, Cached, engine, folder_of, prefilled
 
 
 @pytest.fixture
@@ -76,6 +79,52 @@ def test_what_two_sessions_request_of_a_bucket_is_opened_for_both(backbone: Open
     assert segments.open == list(BUCKETS)
     spans = {(lo, hi) for lo, hi, bucket in segments._segments if bucket == BUCKETS[0]}
     assert spans == {(0, 2), (2, 4), (4, 6)}
+
+
+def test_copies_of_the_weights_are_made_as_far_as_memory_holds_them(made: Cached) -> None:
+    engine(made, "llama")
+    copy_bytes = engine(made, "llama").copies.copy_bytes
+    for copies, rows in ((0, ()), (1.5, BUCKETS[:1]), (2, BUCKETS[:2]), (3, BUCKETS)):
+        backbone = OpenVinoBackbone.open(folder_of("llama"), memory=int(copies * copy_bytes))
+        backbone.prepare((), drafts=True, wait=True)
+        assert backbone.copies.rows == rows
+        with backbone.without_copies():
+            assert backbone.copies.rows == ()
+        assert backbone.copies.rows == rows
+
+
+def test_without_room_for_copies_a_stop_cuts_the_segments_that_are_there(made: Cached) -> None:
+    engine(made, "llama")
+    alone, roomy = (OpenVinoBackbone.open(folder_of("llama"), memory=memory) for memory in (0, 1 << 30))
+    wanted = [(0, 3), (3, 6)]
+    for backbone in (alone, roomy):
+        backbone.prepare(())
+        assert sorted(backbone._segments._parts[0]) == wanted
+        backbone.prepare((2, 4))
+        backbone.prepare((5,))
+    assert sorted(alone._segments._parts[0]) == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    assert sorted(roomy._segments._parts[0]) == [(0, 2), (0, 3), (0, 5), (2, 4), (3, 6), (4, 6), (5, 6)]
+    found = []
+    for backbone in (alone, roomy):
+        cache, states = prefilled(backbone, IDS[:PROMPT]), None
+        for lo, hi in ((0, 2), (2, 5), (5, 6)):
+            (states,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 2], states)], lo, hi)
+        assert states is not None
+        found.append(states.hidden_TD)
+    assert torch.equal(*found)
+    assert {(lo, hi) for lo, hi, bucket in alone._segments._segments if not bucket} == alone._segments._parts[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_an_exports_files_are_let_go(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(8 << 20))
+    with (tmp_path / "weights.bin").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
+        with HugePages(tmp_path).noting():
+            assert not any(weights[:])
+        (at,) = mapped(tmp_path)
+        smaps = Path("/proc/self/smaps").read_text().split(f"{at[0]:x}-{at[1]:x}")[1]
+        assert int(smaps.split("Rss:")[1].split()[0]) < 1 << 10
+        assert weights[-1] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -21,7 +21,7 @@ from adi.progress import Reporter
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from adi.measure.inspect import Headroom
+    from adi.measure.inspect import CopiesGain, Headroom
 
 
 def inspect(
@@ -58,7 +58,18 @@ def inspect(
     title = f"The model's own head at each depth, untrained ({found.tokens} tokens)"
     console.print(table(title, ("depth", "agrees with the full model's token"), shares))
     console.print(_ceilings(found))
+    if (copies := found.copies) is not None:
+        say(console, _copies(copies))
     say(console, found.advice)
+
+
+def _copies(found: CopiesGain) -> str:
+    there = f"there are copies for passes of {', '.join(map(str, found.rows))} rows" if found.rows else "there is no copy"
+    gains = ", ".join(f"{gain:.2f}" for gain in found.gains)
+    return (
+        f"The blocks' weights take {found.copy_mb} MB, and so does each copy for a fixed number of rows. {found.memory_mb} MB "
+        f"are allowed for copies (--memory), so {there}; passes of 1, 3 and 8 rows in turn are {gains} x as fast as without."
+    )
 
 
 def _ceilings(found: Headroom) -> Table:

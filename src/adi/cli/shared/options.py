@@ -70,13 +70,24 @@ class EngineOptions:
         str, option("--precision", help="auto (int8 on openvino), fp32, int8, int4; of hf fp32, bf16, fp16.", panel="Model")
     ] = "auto"
     device: DeviceOption = "auto"
+    memory: Annotated[
+        int | None,
+        option(
+            "--memory", metavar="MB", help="What copies of the weights may take for speed; 0: none.", panel="Model", rare=True
+        ),
+    ] = None
 
     def load(self, model: str, stops: Sequence[int] = ()) -> Model:
         """The model; what takes long is reported on standard error. Ready at once to stop at ``stops``."""
         from adi.model.load import load
 
         with Reporter(err(), f"Loading {model}") as progress:
-            settings: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "device": self.device}
+            settings: dict[str, Any] = {
+                "backend": self.backend,
+                "precision": self.precision,
+                "device": self.device,
+                "memory": self.memory,
+            }
             return load(model, **settings, stops=stops, notice=lambda text: progress(0, 0, text))
 
 

@@ -14,6 +14,7 @@ from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
+from adi.model.openvino.segments import COPIES_BYTES
 
 LEAST_BYTES = {"fp32": 4, "int8": 1, "int4": 0.5}  # of a weight on disk
 EXPORTING = threading.Lock()  # the tracer and NNCF change state of the whole process
@@ -30,6 +31,7 @@ def export_and_open(
     stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
+    memory: int = COPIES_BYTES,
     notice: Notice = lambda _: None,
 ) -> OpenVinoBackbone:
     """The OpenVINO engine of a transformers model (float32, on the CPU, in evaluation mode), which is left as it was.
@@ -44,7 +46,7 @@ def export_and_open(
         source: the folder that the model was read from; ``open_exported`` then finds the export without the model.
         samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
         stops: depths to be ready to stop at, as far as they exist.
-        kv_bytes, threads: as for ``OpenVinoBackbone.open``.
+        kv_bytes, threads, memory: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.
 
     Raises:
@@ -66,7 +68,7 @@ def export_and_open(
             export(HfBackbone(model, name, weights), folder, precision, samples, notice)
     if source is not None:
         manifest.remember(source, key)
-    return _opened(folder, stops, kv_bytes, threads)
+    return _opened(folder, stops, kv_bytes, threads, memory)
 
 
 def open_exported(
@@ -76,6 +78,7 @@ def open_exported(
     stops: Sequence[int] = (),
     kv_bytes: int = KV_BYTES,
     threads: int | None = None,
+    memory: int = COPIES_BYTES,
 ) -> OpenVinoBackbone | None:
     """The engine for the model folder ``source`` without reading its weights, or None where it must be exported first.
 
@@ -83,11 +86,11 @@ def open_exported(
     new export.
     """
     folder = manifest.recall(source, precision)
-    return None if folder is None else _opened(folder, stops, kv_bytes, threads)
+    return None if folder is None else _opened(folder, stops, kv_bytes, threads, memory)
 
 
-def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None) -> OpenVinoBackbone:
-    backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads)
+def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None, memory: int) -> OpenVinoBackbone:
+    backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads, memory=memory)
     invariant = settle_rows(backbone, folder)
     backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder))
     backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -19,7 +20,7 @@ from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import Embedding, OpenVinoModule, converted
-from adi.model.openvino.segments import BUCKETS, Config, Segment, Segments
+from adi.model.openvino.segments import BUCKETS, COPIES_BYTES, Config, Copies, Segment, Segments
 from adi.model.openvino.turns import block_in_graph
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class OpenVinoBackbone:
         folder: Path | None = None,
         kv_bytes: int = KV_BYTES,
         threads: int | None = None,
+        memory: int = COPIES_BYTES,
     ) -> None:
         import openvino as ov
 
@@ -83,18 +85,21 @@ class OpenVinoBackbone:
         self._companion = PagedCache(self.pool)
         self._companion.blocks = [SPARE]
         self._core = ov.Core()
-        self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool)
+        self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool, memory, folder)
         self._embedding = Embedding(self._core, blocks, self._config)
         self.spec = replace(self.spec, threads=self._segments.threads)
 
     @classmethod
-    def open(cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None) -> OpenVinoBackbone:
+    def open(
+        cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None, memory: int = COPIES_BYTES
+    ) -> OpenVinoBackbone:
         """An exported model from its folder; torch weights are not read.
 
         Args:
             folder: what ``export_and_open`` wrote.
             kv_bytes: the most that KV memory may take, all sequences together.
             threads: processor threads to use; by default the plugin's own choice.
+            memory: bytes that copies of the weights may take, which make short passes faster.
 
         Raises:
             ValueError: a folder that is damaged or of another format.
@@ -103,7 +108,7 @@ class OpenVinoBackbone:
 
         manifest = read_manifest(folder)
         blocks, head = read_graphs(folder, ov.Core())
-        return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads)
+        return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads, memory=memory)
 
     @property
     def has_mlp_tap(self) -> bool:
@@ -136,6 +141,20 @@ class OpenVinoBackbone:
                 self._segments.start()
         if wait:
             self._segments.wait()
+
+    @property
+    def copies(self) -> Copies:
+        """What copies of the weights take and which are there."""
+        return Copies(self._segments.copy_bytes, self._segments.memory, tuple(self._segments.open))
+
+    @contextmanager
+    def without_copies(self) -> Iterator[None]:
+        """Passes of any number of rows run on the weights that are held once; for measurements."""
+        self._segments.open, kept = [], self._segments.open
+        try:
+            yield
+        finally:
+            self._segments.open = kept
 
     def peek(self, cache: PagedCache, block: int, length: int) -> Tensor | None:
         """Keys and values of the first positions as the plugin stores them; None where it packs them otherwise."""
@@ -189,10 +208,8 @@ class OpenVinoBackbone:
             return token[0, : len(states)].tolist()  # type: ignore[no-any-return]
 
     def _head(self, states: States | Tensor) -> Any:
-        """The head's arrays; a bucket's head gets padding beside the true states."""
-        array = as_array(raw_of(states))
-        bucket = self._segments.bucket_for(len(array), self.least_rows)
-        return self._segments.heads[bucket].run(array, max(bucket, self.least_rows))
+        """The head's arrays."""
+        return self._segments.head.run(as_array(raw_of(states)), self.least_rows)
 
     def embed(self, ids: Sequence[int]) -> States:
         return States(self._embedding.run(ids))

@@ -7,6 +7,7 @@ projection of block i reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -113,8 +114,14 @@ def embedding_graph(blocks: Any) -> Any:
     return ov.Model([result], inputs_of([result]), "embedding")
 
 
+def constant_bytes(graph: Any) -> int:
+    """What a graph's constants take, as they are stored."""
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    return int(sum(math.prod(n.get_output_shape(0)) * n.get_output_element_type(0).bitwidth / 8 for n in constants))
+
+
 def fix_rows(graph: Any, rows: int, sequences: int, width: int) -> None:
-    """Give a segment or a head one number of rows, and a segment one number of sequences, for good."""
+    """Give a segment one number of rows and one number of sequences, for good."""
     fixed = {
         "input_ids": [1, rows],
         "position_ids": [1, rows],

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adi.errors import UsageError
+from adi.machine import give_back_memory
 from adi.model.backbone import Rows
-from adi.model.openvino.graph import SegmentGraph, cut, fill_holes, fix_rows
+from adi.model.openvino.graph import SegmentGraph, constant_bytes, cut, embedding_graph, fill_holes, fix_rows
 from adi.model.openvino.huge_pages import HugePages
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
@@ -22,6 +28,7 @@ ANY = 0  # the bucket of segments that take any number of rows
 BUCKETS = (1, 3, 8)
 WARM_UP_ROWS = 16
 COMPILING = 2  # segments at a time
+COPIES_BYTES = 350_000_000  # what copies of the weights may take together by default: three of the default model
 
 Config = dict[str, str]
 Span = tuple[int, int, int]
@@ -79,6 +86,15 @@ def _sizes(port: Any) -> list[int | None]:
     return [None if size.is_dynamic else size.get_length() for size in list(port.get_partial_shape())]
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Copies of the blocks' weights: what each takes, what all may take, and for which numbers of rows there are any."""
+
+    copy_bytes: int
+    memory_bytes: int
+    rows: tuple[int, ...]
+
+
 class Head:
     """The model's own norm and head: states ``[T, D]`` to logits ``[1, T, V]`` and the likeliest tokens ``[1, T]``."""
 
@@ -91,7 +107,6 @@ class Head:
 
     def run(self, hidden_TD: Any, least: int = 1) -> tuple[Any, Any]:
         """Arrays of logits and tokens, valid until the next run; ``least``: run so many rows, of which the last are padding."""
-        import numpy as np
         import openvino as ov
 
         rows = max(least, hidden_TD.shape[0])
@@ -111,18 +126,34 @@ class Segments:
 
     A graph with fixed shapes works no shapes out and plans its memory once: on two AVX-512 cores a token of SmolLM2-135M
     takes 6.8 instead of 7.8 ms at int4, and four rows 7.8 instead of 9.2. The bits are the same. Three rows are what most
-    rounds want: a bucket of four costs 0.9 ms more, for a third draft that is seldom right. A bucket costs a copy of the
-    weights and a second of compiling, in the background; until it is open, passes run on the segments for any number of rows.
+    rounds want: a bucket of four costs 0.9 ms more, for a third draft that is seldom right. A bucket costs a second of
+    compiling, in the background (until it is open, passes run on the segments for any number of rows), and a copy of the
+    blocks' weights, since every compiled graph packs its own; the head, which is no faster so, is held once. Segments that
+    overlap are copies too. Copies are made as far as ``memory`` bytes hold them; where they do not, cuts are added to the
+    segments that are there.
     """
 
-    def __init__(self, core: Any, blocks: Any, head: Any, manifest: Manifest, config: Config, pool: KVPool) -> None:
+    def __init__(
+        self,
+        core: Any,
+        blocks: Any,
+        head: Any,
+        manifest: Manifest,
+        config: Config,
+        pool: KVPool,
+        memory: int = COPIES_BYTES,
+        folder: Path | None = None,
+    ) -> None:
         self._core, self._blocks, self._manifest, self._config, self._pool = core, blocks, manifest, config, pool
         self.lock = threading.Lock()
-        self._head = head
-        self._pages = HugePages()
+        self.memory = memory
+        self.copy_bytes = constant_bytes(blocks) - constant_bytes(embedding_graph(blocks))  # that is read where it lies
+        self._parts: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # of the graph, compiled, by bucket
+        self._pages = HugePages(folder)
         with self._pages.noting():
-            self.heads = {ANY: Head(core, head, config)}
-        self.threads = self.heads[ANY].threads
+            self.head = Head(core, head, config)
+            self.head.run(np.zeros((1, manifest.width), np.float32))  # which packs its weights
+        self.threads = self.head.threads
         self.open: list[int] = []  # buckets, ascending
         self._segments: dict[Span, Segment] = {}
         self._paths: dict[Span, list[Segment]] = {}
@@ -140,11 +171,19 @@ class Segments:
 
     def request(self, stops: Sequence[int], buckets: Sequence[int]) -> None:
         """Have these buckets opened, with segments between these depths and those that others requested, once ``start`` is
-        called. What failed before is tried again. Holds the lock."""
+        called, as far as memory allows. What failed before is tried again. Holds the lock."""
         for bucket in buckets:
             self._failed.pop(bucket, None)
-            if bucket not in self.open or self._missing(stops, bucket):
-                self._wanted[bucket] = tuple(sorted({*self._wanted.get(bucket, ()), *stops}))
+            wanted = tuple(sorted({*self._wanted.get(bucket, ()), *stops}))
+            if (bucket not in self.open or self._missing(stops, bucket)) and self._room({**self._wanted, bucket: wanted}) >= 0:
+                self._wanted[bucket] = wanted
+
+    def _room(self, wanted: Mapping[int, Sequence[int]]) -> int:
+        """The bytes that are left for copies once these buckets have segments between these stops."""
+        buckets = {*self._parts, *wanted}
+        parts = [part for b in buckets for part in {*self._parts[b], *(self._missing(wanted[b], b) if b in wanted else ())}]
+        packed = self.copy_bytes * sum(hi - lo for lo, hi in parts) // len(self._manifest.holes)
+        return int(self.memory + self.copy_bytes - packed)
 
     def start(self) -> None:
         """Begin to open the buckets that are requested, in the background. Holds the lock."""
@@ -180,57 +219,61 @@ class Segments:
 
     def _open(self, bucket: int, stops: tuple[int, ...]) -> None:
         with self._pages.noting():
-            made = self._compiled(stops, bucket)
-            head = self.heads[bucket] if bucket in self.heads else self._fixed_head(bucket)
+            made = self._compiled(self._cuts(stops, bucket), bucket)
             with self.lock:
-                self._publish(made, bucket)
-                self.heads[bucket] = head
+                self._publish(*made, bucket)
                 self.open = sorted({*self.open, bucket})
 
-    def _fixed_head(self, bucket: int) -> Head:
-        graph = self._head.clone()
-        fix_rows(graph, bucket, 0, self._manifest.width)
-        return Head(self._core, graph, self._config)
-
-    def ready(self, stops: Sequence[int], bucket: int = ANY) -> None:
-        """Compile what is missing between these depths. Holds the lock."""
-        if not self._missing(stops, bucket):
+    def ready(self, stops: Sequence[int]) -> None:
+        """Compile what is missing between these depths for any number of rows. Holds the lock."""
+        if not self._missing(stops, ANY):
             return
+        ends = self._cuts(stops, ANY)
+        if tight := self._room({**self._wanted, ANY: stops}) < 0:
+            ends = tuple(sorted({*ends, *(hi for _, hi in self._parts[ANY])}))
         with self._pages.noting():
-            self._publish(self._compiled(stops, bucket), bucket)
+            self._publish(*self._compiled(ends, ANY), ANY)
+        if tight:
+            self._forget(self._parts[ANY] - set(pairwise((0, *ends))))
+
+    def _forget(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Free segments for any number of rows that others stand in for."""
+        for lo, hi in parts:
+            for span in self._spans(lo, hi):
+                del self._segments[*span[:2], ANY]
+            self._parts[ANY].remove((lo, hi))
+        self._paths.clear()
+        give_back_memory()
 
     def _cuts(self, stops: Sequence[int], bucket: int) -> tuple[int, ...]:
         """Where the graph is cut. What would be one segment for any number of rows is made in two halves: a compiler works on
         one with one thread, so two take half the time before the first token, and cost a call of 0.3 ms in long passes."""
+        if bad := [depth for depth in stops if not 0 < depth <= self._manifest.layers]:
+            raise UsageError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
         layers = len(self._manifest.holes)
         ends = cuts(self._manifest.turns, layers, stops)
         return ends if bucket or len(ends) > 1 or layers == 1 else (layers // 2, layers)
 
-    def _missing(self, stops: Sequence[int], bucket: int) -> bool:
-        """Whether this bucket lacks a segment between two of these depths."""
-        if bad := [depth for depth in stops if not 0 < depth <= self._manifest.layers]:
-            raise UsageError(f"stops {bad} do not exist; depths are 1 to {self._manifest.layers}.")
-        return any(self._lacks(*part, bucket) for part in pairwise((0, *self._cuts(stops, bucket))))
+    def _missing(self, stops: Sequence[int], bucket: int) -> list[tuple[int, int]]:
+        """The parts of the graph between these depths that this bucket lacks."""
+        return [part for part in pairwise((0, *self._cuts(stops, bucket))) if part not in self._parts[bucket]]
 
-    def _lacks(self, lo: int, hi: int, bucket: int) -> bool:
-        """Whether a part of the graph is not there, for all turns if need be."""
-        needed = spans(self._manifest.turns, lo, hi)[: None if hi else 1]  # the embedding runs once
-        return any((*span[:2], bucket) not in self._segments for span in needed)
+    def _spans(self, lo: int, hi: int) -> list[Any]:
+        """The blocks of the model that a part of the graph is, for each turn; the embedding runs once."""
+        return spans(self._manifest.turns, lo, hi)[: None if hi else 1]
 
-    def _compiled(self, stops: Sequence[int], bucket: int) -> list[Segment]:
-        """The segments between these depths that this bucket lacks."""
-        if not self._missing(stops, bucket):
-            return []
+    def _compiled(self, ends: Sequence[int], bucket: int) -> tuple[list[tuple[int, int]], list[Segment]]:
+        """The parts of the graph between these cuts that this bucket lacks, and their segments."""
         graph = self._blocks.clone()  # cutting leaves a graph in parts
         fill_holes(graph, self._manifest.attentions)
-        parts = cut(graph, self._cuts(stops, bucket), self._manifest.width)
-        missing = [part for part in parts if self._lacks(part.lo, part.hi, bucket)]
+        parts = [part for part in cut(graph, ends, self._manifest.width) if (part.lo, part.hi) not in self._parts[bucket]]
+        where = [(part.lo, part.hi) for part in parts]
         if bucket:  # in the background, where a program that ends lets no new threads begin
-            for part in missing:
+            for part in parts:
                 fix_rows(part.graph, bucket, max(self.threads, bucket), self._manifest.width)
-            return [segment for part in missing for segment in self._made(part)]
+            return where, [segment for part in parts for segment in self._made(part)]
         with ThreadPoolExecutor(COMPILING) as threads:
-            return [segment for made in threads.map(self._made, missing) for segment in made]
+            return where, [segment for made in threads.map(self._made, parts) for segment in made]
 
     def _made(self, part: SegmentGraph) -> list[Segment]:
         """A part of the graph, compiled once, as a segment for each turn."""
@@ -238,10 +281,11 @@ class Segments:
         turns = self._manifest.turns
         return [
             Segment(compiled, part.outputs, (lo, hi), turn, 1 if turn is None or turns is None else turns.turns)
-            for lo, hi, turn in spans(turns, part.lo, part.hi)[: None if part.hi else 1]
+            for lo, hi, turn in self._spans(part.lo, part.hi)
         ]
 
-    def _publish(self, made: Sequence[Segment], bucket: int) -> None:
+    def _publish(self, parts: Sequence[tuple[int, int]], made: Sequence[Segment], bucket: int) -> None:
+        self._parts[bucket].update(parts)
         for segment in made:
             segment.add_to(self._pool)
             self._segments[segment.lo, segment.hi, bucket] = segment
@@ -273,10 +317,11 @@ class Segments:
         return PassInputs(*key, self._manifest.width, 0 if self._manifest.turns is None else self._manifest.turns.turns)
 
     def path(self, lo: int, hi: int, bucket: int) -> list[Segment]:
-        """The longest segments of this bucket from ``lo`` to ``hi``; compiled where there are none. Holds the lock."""
+        """The longest segments of this bucket from ``lo`` to ``hi``; for any number of rows compiled where there are none.
+        Holds the lock."""
         path = self._assembled(lo, hi, bucket)
         if path is None:
-            self.ready([depth for depth in (lo, hi) if depth], bucket)
+            self.ready([depth for depth in (lo, hi) if depth])
             path = self._assembled(lo, hi, bucket)
         assert path is not None, "what was missing was compiled"
         return path
