@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         real = item.get_closest_marker("real") is not None
-        item.add_marker(pytest.mark.xdist_group("real" if real else item.nodeid.split("::")[0]))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("real" if real else item.nodeid.split("::")[0]))
     many = Counter(item.nodeid.split("::")[0] for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("real") is None, -many[item.nodeid.split("::")[0]]))
 
@@ -189,3 +190,12 @@ def probed_exits(model: adi.Model, depths: tuple[int, ...]) -> adi.Exits:
 def made() -> dict[Any, Any]:
     """Engines that the module's tests have made, by family and precision."""
     return {}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of two cores on this machine alone."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()

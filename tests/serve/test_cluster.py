@@ -25,6 +25,10 @@ from adi.errors import UsageError
 from adi.serve.app import ServerOptions
 from adi.serve.cluster import ClusterOptions, app, application, in_order, key_of
 
+pytestmark = pytest.mark.xdist_group("ray")
+
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of its tests
+
 
 def loading(folder: str) -> tuple[adi.Model, Any]:
     model = adi.load(folder, backend="hf", threads=1)
@@ -32,9 +36,8 @@ def loading(folder: str) -> tuple[adi.Model, Any]:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_folder: Path) -> Iterator[str]:
+def url(tiny_folder: Path, ray_cluster: None) -> Iterator[str]:
     """Two replicas, by an address of this machine's alone."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -47,7 +50,6 @@ def url(tiny_folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
-        ray.shutdown()
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from adi.cli.shared.options import DecodingOptions, EngineOptions, ModelArgument, option
 from adi.cli.shared.output import err, say
+from adi.clusters import join_cluster, require_ray
 from adi.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,21 +105,14 @@ def _loaded(decoding: DecodingOptions, engine: EngineOptions, source: str) -> tu
 
 def _run_cluster(address: str, replicas: str, place: tuple[str, int], loading: Any, options: ServerOptions) -> None:
     """Until a signal, replicas on a Ray cluster."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError(f"--ray {address} needs ray: pip install 'adi-lm[ray]'.")
+    require_ray(address)
     import ray
     from ray import serve as ray_serve
 
     from adi.serve.cluster import ClusterOptions, application
 
     cluster = ClusterOptions.of(replicas)
-    try:
-        if ":" in address:  # Ray itself tries for ten minutes
-            node, _, port = address.rpartition("/")[2].rpartition(":")
-            socket.create_connection((node, int(port)), 10).close()
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--ray {address} cannot be reached ({str(error)[:80]!r}); give an address, auto or local.") from None
+    join_cluster(address)
     stopped = threading.Event()
     before = {one: signal.signal(one, lambda *_: stopped.set()) for one in (signal.SIGTERM, signal.SIGINT)}
     try:

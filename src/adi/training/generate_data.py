@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ OWN_TURNS: Mapping[str, Any] = {"temperature": 1.0, "top_k": 48}  # how the mode
 LONGEST_PROMPT = 160
 FIRST_WORDS = 24  # tokens of its own that a model without a chat template goes on with
 MARK = "\u2063user\u2063"
+WORKERS = "workers"  # among a model's notes: what generates text in its place
+Workers = Callable[[Sequence[tuple[int, ...]], Path, "GenerateOptions", Progress], tuple[list[Path], list[Path]]]
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,28 @@ def generate_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = _Groups(model, prompts, folder, options)
+    _run(groups, options, progress)
+    return sides(path for group in groups.written for path in group)
+
+
+def generate_group(
+    model: Model, prompts: Sequence[tuple[int, ...]], folder: Path, options: GenerateOptions, number: int
+) -> list[Path]:
+    """The shards of one group of ``SHARD_TEXTS`` texts, in an empty folder, as ``generate_shards`` makes them; none where there
+    are not so many prompts."""
+    groups = _Groups(model, prompts, folder, options, number)
+    _run(groups, replace(options, tokens=sys.maxsize), no_progress)
+    return [path for group in groups.written for path in group]
+
+
+def sides(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The shards to train on and those held out."""
+    known = list(paths)
+    return [p for p in known if p.name.startswith("train")], [p for p in known if p.name.startswith("held")]
+
+
+def _run(groups: _Groups, options: GenerateOptions, progress: Progress) -> None:
+    model = groups.model
     with Scheduler(model.backbone, most=SIDE_BY_SIDE, observer=groups.recorder) as scheduler:
         while groups.tokens < options.tokens:
             groups.begin(scheduler)
@@ -186,22 +211,28 @@ def generate_shards(
                 raise error
             groups.write()
             progress(min(groups.generated, options.tokens), options.tokens, f"generating text, {model.backbone.spec.precision}")
-    paths = [path for group in groups.written for path in group]
-    return [p for p in paths if p.name.startswith("train")], [p for p in paths if p.name.startswith("held")]
 
 
 class _Groups:
     """Texts under way and finished, in groups of ``SHARD_TEXTS`` by their numbers; a group is written when it is whole and all
-    before it are."""
+    before it are. ``only``: this group alone."""
 
-    def __init__(self, model: Model, prompts: Sequence[tuple[int, ...]], folder: Path, options: GenerateOptions) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[tuple[int, ...]],
+        folder: Path,
+        options: GenerateOptions,
+        only: int | None = None,
+    ) -> None:
+        self.only, self.first = only, only or 0
         self.model, self.folder, self.options = model, folder, options
         self.template = PromptTemplate.of(model) if options.own_prompts > 0 else None
         self.recorder = _Recorder()
         self.written = [[folder / name for name in mark.read_text().split()] for mark in sorted(folder.glob("group-*"))]
         self.tokens = tokens_in(path for group in self.written for path in group)
         self.ready: dict[int, _Conversation] = {}
-        self.begun = SHARD_TEXTS * len(self.written)
+        self.begun = SHARD_TEXTS * (self.first + len(self.written))
         self.ended = False  # there is no further prompt
         self.waiting = islice(_conversations(prompts, options), self.begun, None)
 
@@ -216,10 +247,11 @@ class _Groups:
         longest = self.options.max_new_tokens
         mean = sum(len(one.tokens) for one in self.ready.values()) / len(self.ready) if self.ready else longest
         while len(self.recorder.running) < SIDE_BY_SIDE and not self.ended:
-            earlier = self.begun // SHARD_TEXTS - len(self.written)
+            earlier = self.begun // SHARD_TEXTS - self.first - len(self.written)
             if self.tokens + earlier * SHARD_TEXTS * mean >= self.options.tokens:
                 return
-            if (one := next(self.waiting, None)) is None:
+            done = self.only is not None and self.begun == SHARD_TEXTS * (self.only + 1)
+            if done or (one := next(self.waiting, None)) is None:
                 self.ended = True
                 return
             self.begun += 1
@@ -256,7 +288,7 @@ class _Groups:
     def write(self) -> None:
         """Write the groups that are whole: their shards, to train on and held out, and last the mark that all is there."""
         while True:
-            number = len(self.written)
+            number = self.first + len(self.written)
             first, stop = number * SHARD_TEXTS, (number + 1) * SHARD_TEXTS
             wanted = range(first, min(stop, self.begun) if self.ended else stop)
             if not wanted or any(n not in self.ready for n in wanted):
@@ -295,7 +327,8 @@ def generate_dataset(
         spec = model.backbone.spec
         stated = repr([FORMAT, spec.fingerprint, spec.precision, spec.backend, replace(options, tokens=0), list(prompts)])
         folder = work / f"texts-{hashlib.blake2b(stated.encode(), digest_size=6).hexdigest()}-{spec.precision}"
-        parts = generate_shards(model, prompts, folder, share, progress)
+        workers: Workers | None = model.notes.get(WORKERS)
+        parts = (workers or partial(generate_shards, model))(prompts, folder, share, progress)
         train += parts[0]
         held += parts[1]
     return train, held

@@ -46,6 +46,12 @@ ExitsOption = Annotated[
     ),
 ]
 BackendOption = Annotated[str, option("--backend", help="auto (openvino on a CPU, where it can), hf, openvino.", panel="Model")]
+RayOption = Annotated[
+    str | None,
+    option(
+        "--ray", metavar="ADDRESS", help="Generate text on this Ray cluster; auto: the one here, local: a new one.", rare=True
+    ),
+]
 DeviceOption = Annotated[str, option("--device", help="auto, cpu, cuda, ...", panel="Model")]
 RiskKindOption = Annotated[
     Literal["disagreement", "log_loss"],

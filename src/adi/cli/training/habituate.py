@@ -13,6 +13,7 @@ from adi.cli.shared.options import (
     EngineOptions,
     JsonOption,
     ModelArgument,
+    RayOption,
     listed,
     option,
 )
@@ -105,6 +106,7 @@ def habituate(
         bool, option("--measure-again", help="Measure anew on all held-out prompts, with whatever was trained.")
     ] = False,
     json_out: JsonOption = False,
+    ray: RayOption = None,
     *,
     used: UsedOptions,
     habits: HabituatingOptions,
@@ -118,11 +120,13 @@ def habituate(
     from adi.measure.habits.page import habits_page
     from adi.measure.habits.run import habituate as work
     from adi.measure.habits.run import verdict
+    from adi.training.workers import use_cluster
 
     options, items, other_items = habits.options(), read_prompts(prompts), read_prompts(others)
     page, result = folder / "habits.html", folder / "habits.json"
     require_writable(folder / "exits.json", page, result)
     loaded, engines, kept = used.load(model)
+    use_cluster(engines, model, ray)
     (folder / "work").mkdir(parents=True, exist_ok=True)
     with Reporter(err(), log=folder / "work" / "log.txt") as report:
         found = work(

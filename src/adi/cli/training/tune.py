@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, listed, option, whole_numbers
+from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, RayOption, listed, option, whole_numbers
 from adi.cli.shared.output import command_line, err, percent, say, table
 from adi.errors import UsageError
 from adi.files import require_file, require_writable
@@ -70,6 +70,7 @@ def tune(
     judge_only: Annotated[
         bool, _rare("--judge-only", help="Train nothing: measure the drafter of --keep again, on --talk tokens of fresh text.")
     ] = False,
+    ray: RayOption = None,
     *,
     training: TrainingOptions,
 ) -> None:
@@ -82,6 +83,7 @@ def tune(
     from adi.training.texts import MOST_TEXT_BYTES
     from adi.training.tune import begin_of, remeasure
     from adi.training.tune import tune as train
+    from adi.training.workers import use_cluster
 
     if judge_only and keep is None:
         raise UsageError("--judge-only measures the drafter of exits: give them with --keep.")
@@ -95,6 +97,7 @@ def tune(
     require_writable(out / "exits.json")
     loaded = EngineOptions(backend="hf", device=device).load(model)
     generators = [EngineOptions(precision=precision).load(model) for precision in listed(talk_precision)]
+    use_cluster(generators, model, ray)
     made_by = {"command": command_line(), "versions": {name: version(name) for name in ("adi-lm", "torch", "transformers")}}
     groups = [[item.prompt for item in items] for items in sets]
     (out / "work").mkdir(parents=True, exist_ok=True)
