@@ -18,7 +18,7 @@ SOURCE = Path(adi.__file__).parent
 # A module imports what stands in an earlier line, or in its own entry. "adi" itself is only the lazy front door.
 ORDER = """
 errors
-arguments files machine progress
+arguments clusters files machine progress
 cache
 schema
 prompts tasks

@@ -27,8 +27,6 @@ from adi.serve.cluster import ClusterOptions, app, application, in_order, key_of
 
 pytestmark = pytest.mark.xdist_group("ray")
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of its tests
-
 
 def loading(folder: str) -> tuple[adi.Model, Any]:
     model = adi.load(folder, backend="hf", threads=1)
