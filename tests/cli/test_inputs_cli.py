@@ -124,3 +124,12 @@ def test_tools_and_template_options_reach_the_template(tiny_folder: Path, tiny_m
     assert (refused.exit_code, "sets 'enable_thinking', which" in refused.stderr) == (2, True)
     chat = adi_("chat", "--model", tiny_folder, "-n", 2, "--chat-template", tmp_path / "c.jinja", *options, text="hi\n/bye\n")
     assert chat.exit_code == 0, chat.output
+
+
+def test_a_text_for_a_model_that_reads_none_is_refused_before_it_is_exported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
+    refused = adi_("run", "hi", "--model", "products")
+    assert (refused.exit_code, "products has no tokenizer" in refused.stderr) == (2, True)
+    assert not (tmp_path / "cache").exists()

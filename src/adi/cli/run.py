@@ -30,6 +30,7 @@ from adi.errors import UsageError
 from adi.files import require_writable
 from adi.machine import energy_meter
 from adi.measure.free_energy import FULL_PRICE
+from adi.model.hub import shipped_looped
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy
@@ -70,6 +71,8 @@ def run(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens or None, "sampling": sampling.sampling().settled()}
     options |= {**text.settings(), **chat.settings()}
     content = _content(prompt, messages, ids)
+    if ids is None and model in shipped_looped():
+        raise UsageError(f"{model} has no tokenizer, so it reads no text; give token ids with --ids, such as 1,4,6.")
     require_writable(trace)
     loaded, policy = decoding.load(engine, model)
     if decoding.mode in VERIFYING and loaded.backbone.spec.row_invariant is False:
