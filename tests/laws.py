@@ -20,8 +20,9 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from adi.decoding.drafting.controller import Controller
 from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.processors import processed
-from adi.decoding.requests import DraftStep, DraftToken, Emitted, Forward, Request, SequenceLogic
+from adi.decoding.requests import DraftToken, Emitted, Forward, Request, SequenceLogic
 from adi.decoding.sampler import Sampler, distribution
 from adi.decoding.sampling import Sampling
 from adi.decoding.speculate import Proposal, Proposing, Strategy, speculate
@@ -131,10 +132,21 @@ def _likeliest(depth: int, text: tuple[int, ...]) -> tuple[int, float]:
     return int(p_V.argmax()), float(p_V.max())
 
 
+@dataclass
+class Table:
+    """In a drafter's place: what depth 2 says after a text."""
+
+    text: tuple[int, ...]
+
+    def step(self, tokens: Sequence[int], state: None) -> tuple[list[Row], list[None]]:
+        self.text += tuple(tokens)
+        return [Row(2, self.text)], [None]
+
+
 def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Emitted], int]:
     """Drive a logic against the table: what it says, and how many drafts it made. ``slip`` rolls back that much too little."""
     ids: list[int] = []
-    said, drafted, reply, chain = list[Emitted](), 0, None, list[int]()
+    said, drafted, reply = list[Emitted](), 0, None
     while True:
         try:
             item = next(sequence) if reply is None else sequence.send(reply)
@@ -144,9 +156,9 @@ def run(sequence: SequenceLogic, slip: int = 0) -> tuple[list[Emitted], int]:
         if isinstance(item, Forward):
             ids[min(item.keep + slip, len(ids)) if item.keep < len(ids) else item.keep :] = item.ids
             reply = [Row(item.to, tuple(ids[: row + 1])) for row in range(len(ids) - item.read, len(ids))]
-        elif isinstance(item, DraftStep):
-            chain = [*(() if item.fresh else chain), item.after]
-            reply = [Row(2, (*ids[: item.known], *chain))]
+        elif isinstance(item, DraftRound):
+            item.drafting = Table(tuple(ids[: item.position - 1]))  # type: ignore[assignment]
+            draft_together([item])
         elif isinstance(item, DraftToken):
             drafted += 1
         else:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
+from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.drafting.proposers import ControlledProposer, ExitProposer, FixedLength, NgramSources, NoDrafts
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.reflex import Unverified
 from adi.decoding.requests import DraftToken, Emitted, Fallback, Forward, Request, SequenceLogic
 from adi.decoding.speculate import Strategy, Verification, speculate
@@ -50,6 +55,8 @@ class World:
                 ids[item.keep :] = item.ids
                 rows = range(len(ids) - item.read, len(ids))
                 reply = [self._read(item.to, row, ids) for row in rows]
+            elif isinstance(item, DraftRound):
+                draft_together([item])
             elif isinstance(item, DraftToken):
                 proposed += 1
             elif isinstance(item, Fallback):
@@ -65,6 +72,29 @@ class World:
             return Said(depth, self.truth[at])
         token, margin = self.early(depth, at)
         return Said(depth, token, {"margin": margin})
+
+
+class UntaughtCosts(CostModel):
+    """Costs that no clock moves."""
+
+    def passed(self, rows: int, seconds: float) -> None: ...
+    def drafted(self, seconds: float, first: bool = True, sequences: int = 1) -> None: ...
+
+
+@dataclass
+class ScriptedDrafter:
+    """In a drafter's place: ``guess`` gives token and confidence for a sequence and a place, which are its state."""
+
+    guess: Callable[[int, int], tuple[int, float]]
+    calls: list[int] = field(default_factory=list)  # sequences of each
+
+    def start(self, sequence: int, place: int = 0) -> Any:
+        return np.array([[sequence, place]])
+
+    def step(self, tokens: Sequence[int], state_TD: Any) -> tuple[list[Any], Any]:
+        self.calls.append(len(tokens))
+        found = [self.guess(*row) for row in state_TD.tolist()]
+        return [SimpleNamespace(token=t, signals={"top_probability": sure}) for t, sure in found], state_TD + np.array([[0, 1]])
 
 
 def request(prompt: int, budget: int) -> Request:

@@ -229,7 +229,7 @@ def test_both_engines_draft_alike() -> None:
     deep = States(torch.randn(1, slow.backbone.spec.width, generator=torch.Generator().manual_seed(5)))
     a, b, token = mine.start(States(deep.raw_TD.numpy())), theirs.start(deep), 7
     for _ in range(12):
-        (guess, a), (twin, b) = mine.step(token, a), theirs.step(token, b)
+        ((guess,), a), ((twin,), b) = mine.step([token], a), theirs.step([token], b)
         assert (guess.token, guess.depth) == (twin.token, 0)
         assert guess.signals["top_probability"] == pytest.approx(twin.signals["top_probability"], abs=1e-4)
         token = guess.token

@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from adi.decoding.drafting.rounds import DraftRound
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,18 +32,6 @@ class Forward:
     ids: tuple[int, ...]
     to: int
     read: int = 1
-
-
-@dataclass(frozen=True)
-class DraftStep:
-    """One step of the drafter after the token ``after``, which has entered no block; answered with one output.
-
-    ``fresh``: the drafter starts from the last state of position ``known - 1``, else from its own state of the step before.
-    """
-
-    after: int
-    known: int
-    fresh: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ class Fallback:
     lower: float
 
 
-Yields = Forward | DraftStep | DraftToken | Emitted | Fallback
+Yields = Forward | DraftRound | DraftToken | Emitted | Fallback
 Replies = Sequence[DepthOutput]
 SequenceLogic = Generator[Yields, Replies, None]
 

@@ -23,6 +23,7 @@ from itertools import accumulate
 from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
@@ -31,17 +32,18 @@ from adi.model.backbone import Backbone, States
 
 NEXT_TOKENS = 32  # of each sequence, for which KV memory should be free when another joins
 MOST = 32
-Need = BlockPass | HeadPass
+Need = BlockPass | HeadPass | DraftRound
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """The reply to a need. ``result`` is, for a ``BlockPass``, itself or a lower part of it with the states that it gave; for a
-    ``HeadPass``, what it gives for each of its rows. ``seconds`` are the engine's alone; ``shared``: with other sequences."""
+    ``HeadPass``, what it gives for each of its rows. ``seconds`` are the engine's alone, of a pass or call of so many ``rows``,
+    other sequences' among them."""
 
     result: Any
-    seconds: float
-    shared: bool
+    seconds: float = 0.0
+    rows: int = 0
 
 
 Work = Generator[Need | Event, Served | None, None]
@@ -137,7 +139,7 @@ class _Entry(Generic[S]):
             except BaseException:
                 self.end()
                 raise
-            if isinstance(item, (BlockPass, HeadPass)):
+            if isinstance(item, Need):
                 self.need = item
                 return
             yield from self._undelivered(self.stops.push(item))
@@ -304,10 +306,22 @@ class Scheduler(Generic[S]):
         longest = sorted(self._running, key=lambda entry: entry.served)
         heads = [(entry, entry.need) for entry in longest if isinstance(entry.need, HeadPass)]
         passes = [(entry, entry.need) for entry in longest if isinstance(entry.need, BlockPass)]
-        replies = self._score(heads) if heads else self._forward(passes) if passes else []
+        rounds = [(entry, entry.need) for entry in longest if isinstance(entry.need, DraftRound)]
+        if heads:
+            replies = self._score(heads)
+        elif rounds:
+            replies = self._draft(rounds, sum(len(need.rows.ids) for _, need in passes if need.lo == 0))
+        else:
+            replies = self._forward(passes) if passes else []
         now = 1 + max((entry.served for entry in longest), default=0)
         for entry, reply in replies:
             entry.need, entry.reply, entry.served = None, reply, now
+
+    def _draft(self, waiting: Sequence[tuple[_Entry[S], DraftRound]], beside: int) -> list[tuple[_Entry[S], Served]]:
+        """The drafts of all that will share the next pass, beside so many rows that wait for it already."""
+        most = self.backbone.spec.merged_rows
+        draft_together([item for _, item in waiting], beside if beside + len(waiting) <= most else 0, most)
+        return [(entry, Served(None)) for entry, _ in waiting]
 
     def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:
         """One call of the head for all of them, where rows do not depend on each other; else, and where the logits of one hold
@@ -328,7 +342,7 @@ class Scheduler(Generic[S]):
                 self._fail(entry, error)
                 continue
             self.observer.on_scores(entry.sequence, head, score)
-            replies.append((entry, Served(score, seconds, False)))
+            replies.append((entry, Served(score, seconds, len(head.states))))
         if together is not None and len(replies) == len(chosen):
             raise together  # alone each has a distribution: a fault of the engine, whose rows depend on each other
         return replies
@@ -340,7 +354,7 @@ class Scheduler(Generic[S]):
         for (entry, head), end in zip(chosen, accumulate(len(head.states) for _, head in chosen), strict=True):
             score = scores[end - len(head.states) : end]
             self.observer.on_scores(entry.sequence, head, score)
-            replies.append((entry, Served(score, seconds, True)))
+            replies.append((entry, Served(score, seconds, len(merged.states))))
         return replies
 
     def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
@@ -351,12 +365,12 @@ class Scheduler(Generic[S]):
         hi = min(need.hi for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
         found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))
-        replies = []
+        replies, rows = [], sum(len(need.rows.ids) for _, need in chosen)
         for (entry, need), states in zip(chosen, found, strict=True):
             done = replace(need, hi=hi)
             if not done.provisional:
                 self.observer.on_pass(entry.sequence, done, states)
-            replies.append((entry, Served((done, states), seconds, len(chosen) > 1)))
+            replies.append((entry, Served((done, states), seconds, rows)))
         return replies
 
 

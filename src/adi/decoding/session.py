@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from adi.arguments import real, several, whole
 from adi.artifact import Reader
-from adi.decoding.drafting.controller import MOST_DRAFTS
+from adi.decoding.drafting.rounds import DraftRound
 from adi.decoding.frontier import Frontier, HeadPass
 from adi.decoding.policies import Policy, required
 from adi.decoding.processors import LogitsProcessor, constraint, fields_for, logits_processors, penalties, token_ids
@@ -26,12 +26,11 @@ from adi.decoding.records import (
     Rejected,
     Step,
 )
-from adi.decoding.requests import DraftStep, DraftToken, Emitted, ExitCheck, Fallback, Forward, Request, TokenRule, likeliest
+from adi.decoding.requests import DraftToken, Emitted, ExitCheck, Fallback, Forward, Request, TokenRule, likeliest
 from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
-from adi.drafters.network import DraftGuess
 from adi.errors import MemoryFullError, UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
@@ -40,8 +39,6 @@ from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.model.prompt import Prompt, PromptKeywords
 from adi.model.tokenizer import Detokenizer
-
-COSTED_ROWS = MOST_DRAFTS + 1
 
 
 class Session:
@@ -112,7 +109,7 @@ class Session:
         self._after_prompt: States | None = None
         self._detokenizer = Detokenizer(self.model.tokenizer, not self._skip_special)
         self._spelled: dict[int, str] = {}
-        self._draft_state: Any = None  # as the drafter's engine has it
+        self._tells = False  # whether the next pass teaches the costs
         self._tokens: list[int] = []
         self._rounds = self._drafted = self._accepted = 0
         self._seconds: float | None = None
@@ -218,8 +215,11 @@ class Session:
             match item:
                 case Forward():
                     reply = yield from self._forward(item)
-                case DraftStep():
-                    reply = [self._draft_step(item)]
+                case DraftRound():
+                    yield self._with_drafter(item)
+                    if item.error is not None:
+                        raise item.error
+                    self._tells = item.tells
                 case DraftToken():
                     self._drafted += 1
                     yield Drafted(self._draft(item))
@@ -233,16 +233,11 @@ class Session:
                     self._fell_at = len(self._tokens)
                     yield DriftFound(self._fell_at, item.level, item.lower)
 
-    def _draft_step(self, request: DraftStep) -> DraftGuess:
-        drafting, costs = self.strategy.drafting, self.strategy.costs
-        assert drafting is not None
-        started = time.perf_counter()
-        if request.fresh:
-            self._draft_state = drafting.start(self.frontier.last_state(request.known - 1))
-        guess, self._draft_state = drafting.step(request.after, self._draft_state)
-        if costs is not None:
-            costs.drafted(time.perf_counter() - started, request.fresh)
-        return guess
+    def _with_drafter(self, item: DraftRound) -> DraftRound:
+        """Where the drafter begins: at the last state that has one."""
+        if item.drafter and (drafting := self.strategy.drafting) is not None:
+            item.drafting, item.state = drafting, drafting.start(self.frontier.last_state(item.position - 2))
+        return item
 
     def _forward(self, request: Forward) -> Generator[Any, Any, list[ExitOutput]]:
         """Do one request on the frontier and read its last rows there."""
@@ -265,9 +260,9 @@ class Session:
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=self._reads_logits)))
-        alone = len(replies) > 1 and not any(reply.shared for reply in replies)
-        if costs is not None and len(request.ids) <= COSTED_ROWS and alone:
-            costs.passed(len(request.ids), sum(reply.seconds for reply in replies))
+        if costs is not None and self._tells and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
+            costs.passed(rows, sum(reply.seconds for reply in replies))
+        self._tells = False
         return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]
 
     def _prompt_is_read(self) -> bool:

@@ -1,6 +1,6 @@
 """Speculative decoding of one sequence: propose, verify, accept, roll back. Every policy is this one loop.
 
-A generator that yields what it needs (``Forward``, ``DraftStep``) and is sent the outputs. It never calls a model, so a driver
+A generator that yields what it needs (``Forward``, ``DraftRound``) and is sent the outputs. It never calls a model, so a driver
 may run one sequence or merge the requests of many, and a test may answer from a script. Between requests it yields what has
 happened: drafts, final tokens, a fall-back.
 
@@ -79,7 +79,7 @@ class Verification:
 class Strategy:
     """How one sequence decodes: who proposes, how many tokens a round at most, and which of them are verified.
 
-    ``exits`` are read at depths ``stops``. ``drafting`` answers ``DraftStep``, ``costs`` are told what passes and steps take.
+    ``exits`` are read at depths ``stops``. ``drafting`` is the drafter at work, ``costs`` are told what passes take.
     ``propagate``: blocks that a final token skipped get keys and values from its exit's state.
     """
 

@@ -18,11 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from adi.errors import NoDistributionError
 from adi.exits import heads
 from adi.exits.heads import Shortlist, shortlist
 from adi.exits.signals import Prediction
-from adi.model.arrays import Array, as_array, as_tensor, digest, normalise, own_array
+from adi.model.arrays import Array, as_array, as_tensor, digest, joined, normalise, own_array
 from adi.model.backbone import Backbone, ReadOut, States, TensorFunction
 
 if TYPE_CHECKING:
@@ -185,19 +184,20 @@ class Drafting:
 
     def try_once(self) -> None:
         """One step on nothing, to be timed."""
-        self.step(0, self.start(self._alive()((0,))))
+        self.step([0], self.start(self._alive()((0,))))
 
     def start(self, states: States) -> Array:
         """The state to draft from after a position whose deep state is this, of one row."""
         return first_state(self._readout, states.raw_TD)
 
-    def step(self, token: int, state_1D: Array) -> tuple[DraftGuess, Array]:
-        """What comes after ``token``, which follows the position of ``state_1D``; and the state from which to go on."""
-        place, log, state_1D = self._step(self._alive()((token,)).raw_TD, state_1D)
-        probability = float(log[0])
-        if not math.isfinite(probability):
-            raise NoDistributionError(f"the drafter holds no distribution: its largest log-probability is {probability}.")
-        return DraftGuess(self._ids[int(place[0])], {"top_probability": math.exp(probability)}), state_1D
+    def step(self, tokens: Sequence[int], state_TD: Array) -> tuple[list[DraftGuess], Array]:
+        """What comes after each of the ``tokens``, of one or more texts, which follow the positions of ``state_TD``; and the
+        states from which to go on. A probability is NaN where the drafter holds no distribution."""
+        alive = self._alive()
+        embedded = [alive((token,)).raw_TD for token in tokens]
+        places, logs, state_TD = self._step(embedded[0] if len(tokens) == 1 else joined(embedded), state_TD)
+        pairs = zip(places.tolist(), logs.tolist(), strict=True)
+        return [DraftGuess(self._ids[place], {"top_probability": math.exp(log)}) for place, log in pairs], state_TD
 
     def _alive(self) -> Callable[[Sequence[int]], States]:
         embed = self._embed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.decoding.drafting.controller import Controller, DraftChoice
-from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.controller import Controller, DraftChoice, PassShare
 from adi.decoding.drafting.proposers import ControlledProposer, NgramSources
-from adi.decoding.requests import DraftStep, Emitted, Forward, Request
+from adi.decoding.drafting.rounds import DraftRound, draft_together
+from adi.decoding.requests import Emitted, Forward, Request
 from adi.decoding.speculate import Strategy, speculate
 from adi.drafters.ngram import NgramIndex, NgramMatch
+from scripted import ScriptedDrafter, UntaughtCosts
 
 LAYERS, END = 10, 99
 TRUTH = st.lists(st.integers(1, 5), min_size=40, max_size=40)
-COSTS = st.builds(lambda one, more, draft: CostModel({1: one, 16: one + more}, draft), *[st.floats(0.01, 9)] * 3)
+COSTS = st.builds(lambda one, more, draft: UntaughtCosts({1: one, 16: one + more}, draft), *[st.floats(0.01, 9)] * 3)
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ class Said:
     signals: Any = field(default_factory=dict)
 
 
-def run(wanted: Request, truth: list[int], drafts: list[tuple[int, float]], costs: CostModel, memory: bool) -> list[Emitted]:
+def run(
+    wanted: Request, truth: list[int], drafts: list[tuple[int, float]], costs: UntaughtCosts, memory: bool
+) -> list[Emitted]:
     """Answer from ``truth``; off the true path full depth says 0. The drafter says what ``drafts`` says, in turn."""
-    ids, final, said, guesses = list[int](), list(wanted.prompt), list[Emitted](), 0
-    before, reply = 0, None
+    ids, final, said = list[int](), list(wanted.prompt), list[Emitted]()
+    guesses = itertools.cycle(drafts)
+    reply = None
     sources = NgramSources((), NgramIndex() if memory else None)
     sequence = speculate(wanted, Strategy(ControlledProposer(wanted, Controller(costs), sources, True), 15))
     while True:
@@ -45,12 +50,11 @@ def run(wanted: Request, truth: list[int], drafts: list[tuple[int, float]], cost
             whole = [*wanted.prompt, *truth]
             rows = range(len(ids) - item.read, len(ids))
             reply = [Said(whole[r + 1] if ids[: r + 1] == whole[: r + 1] else 0) for r in rows]
-        elif isinstance(item, DraftStep):
-            assert item.known == len(final) - 1
-            assert item.after == (final[-1] if item.fresh else before)
-            before, sure = drafts[guesses % len(drafts)]
-            guesses += 1
-            reply = [Said(before, 0, {"top_probability": sure})]
+        elif isinstance(item, DraftRound):
+            assert (item.position, item.last) == (len(final), final[-1])
+            item.drafting = ScriptedDrafter(lambda _, place: next(guesses))  # type: ignore[assignment]
+            item.state = item.drafting.start(0)
+            draft_together([item])
         elif isinstance(item, Emitted):
             final.append(item.token)
             said.append(item)
@@ -95,39 +99,34 @@ def test_every_source_that_has_a_match_is_used() -> None:
 
 
 def test_the_controller_takes_the_memory_that_was_right_before() -> None:
-    controller = Controller(CostModel({1: 1.0, 16: 1.1}))
+    share = PassShare.alone(costs := UntaughtCosts({1: 1.0, 16: 1.1}))
+    controller = Controller(costs)
     good, bad = NgramMatch((1,) * 8, 2, "datastore"), NgramMatch((2,) * 8, 8, "context")
-    assert controller.choose([good, bad], False, 8).match is bad, "a run of eight in the text is rarely wrong"
+    assert controller.choose([good, bad], False, 8, share).match is bad, "a run of eight in the text is rarely wrong"
     for _ in range(12):
-        controller.update(DraftChoice("memory", 8, bad), [], 8, 0)
-        controller.update(DraftChoice("memory", 8, good), [], 8, 8)
-    assert controller.choose([good, bad], False, 8).match is good
+        controller.update(DraftChoice("memory", 8, bad), [], 8, 0, 0.0)
+        controller.update(DraftChoice("memory", 8, good), [], 8, 8, 0.0)
+    assert controller.choose([good, bad], False, 8, share).match is good
+
+
+def rounds_of(costs: UntaughtCosts, count: int, accepted: int = 0) -> list[list[int]]:
+    """Drafts of so many rounds with a drafter that is always sure."""
+    controller, found = Controller(costs), []
+    for _ in range(count):
+        one = DraftRound(controller, [], True, 9, 1, 5, lambda token: False)
+        one.drafting = ScriptedDrafter(lambda _, place: (2, 0.99))  # type: ignore[assignment]
+        one.state = one.drafting.start(0)
+        draft_together([one])
+        controller.update(one.choice, one.confidences, len(one.tokens), min(accepted, len(one.tokens)), one.seconds)
+        found.append(one.tokens)
+    return found
+
+
+def test_a_chain_goes_as_far_as_the_round_allows() -> None:
+    """How far is decided after each draft, by its confidence."""
+    assert rounds_of(UntaughtCosts({1: 1.0, 16: 1.01}, draft_seconds=0.01), 1) == [[2] * 9]
 
 
 def test_an_exploratory_look_of_the_drafter_is_one_draft() -> None:
     """However sure the drafter is: it has not paid so far, and one more draft costs more than it gives."""
-    costs = CostModel({1: 1.0, 2: 1.05, 16: 1.75}, draft_seconds=0.01)
-    wanted, looks = Request((1,), 9, LAYERS, lambda token: False), []
-    for look in (DraftChoice("drafter", 1), DraftChoice("drafter", 3)):
-        control = Controller(costs)
-        control.choose = lambda *_, look=look: look  # type: ignore[method-assign]
-        control.should_continue = lambda _: True  # type: ignore[method-assign]
-        proposing, drafts = ControlledProposer(wanted, control, NgramSources(), True).propose([1], 15), 0
-        next(proposing)
-        while True:
-            drafts += 1
-            try:
-                proposing.send([Said(2, 0, {"top_probability": 0.99})])
-            except StopIteration:
-                break
-        looks.append(drafts)
-    assert looks == [1, 3]
-
-
-def test_a_planned_chain_goes_as_far_as_the_round_allows() -> None:
-    """How far is decided after each draft, by its confidence."""
-    controller = Controller(CostModel({1: 1.0, 16: 1.01}, draft_seconds=0.01))
-    assert controller.choose([], True, 9) == DraftChoice("drafter", 9)
-    slow = Controller(CostModel({1: 1.0, 16: 30.0}, draft_seconds=1.0))
-    choices = [slow.choose([], True, 9) for _ in range(200)]
-    assert {choice.drafts for choice in choices if choice.level == "drafter"} == {1}
+    assert {len(tokens) for tokens in rounds_of(UntaughtCosts({1: 1.0, 16: 30.0}, draft_seconds=1.0), 200)} == {0, 1}

@@ -17,27 +17,19 @@ import torch
 import adi
 from adi.decoding import policies as policies_module
 from adi.decoding import speculate as speculate_module
-from adi.decoding.drafting.cost_model import CostModel
-from adi.decoding.requests import DepthOutput, DraftStep
+from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.requests import DepthOutput
 from adi.drafters.history import History
 from adi.drafters.network import DraftGuess, Drafting
 from conftest import exits_with_drafter
 from families import VOCABULARY, tiny
+from scripted import UntaughtCosts
 
 PROMPTS = [[1, 2, 3], [5], [7, 7, 7, 7], [100, 3, 50, 9, 100, 3], [(7 * i) % VOCABULARY for i in range(40)]]
 LONG = 28
 
 
-class FixedCosts(CostModel):
-    """Costs that no measurement moves, so that runs repeat."""
-
-    def passed(self, rows: int, seconds: float) -> None: ...
-    def drafted(self, seconds: float, first: bool = True) -> None: ...
-    def copy(self) -> CostModel:
-        return FixedCosts(dict(self.pass_seconds), self.draft_seconds)
-
-
-FLAT = FixedCosts({1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}, 0.5)
+FLAT = UntaughtCosts({1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}, 0.5)
 
 
 @dataclass
@@ -48,25 +40,25 @@ class Oracle:
     right: float = 1.0
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     favourite: int | None = None  # what it says when it is wrong; None for anything
-    at: dict[int, int] = field(default_factory=dict)
-    wanted: int = 0
 
-    def place(self, session: Any, request: DraftStep) -> None:
-        """Where in which text the next step is asked for."""
+    def place(self, session: Any, item: DraftRound) -> DraftRound:
+        """Where in which text the drafter begins is its state."""
         truth = (*session.prompt_ids, *self.truths[session.prompt_ids])
-        if request.fresh:
-            assert truth[request.known] == request.after, "the first guess follows the last final token"
-            assert session.frontier.length >= request.known
-            self.at[id(session)] = request.known
-        self.at[id(session)] += 1
-        at = self.at[id(session)]
-        self.wanted = truth[at] if at < len(truth) else 0
+        assert truth[item.position - 1] == item.last, "the first guess follows the last final token"
+        assert session.frontier.length >= item.position - 1
+        item.drafting = session.strategy.drafting
+        item.state = torch.tensor([[list(self.truths).index(session.prompt_ids), item.position]])
+        return item
 
-    def step(self, token: int, state_1D: torch.Tensor) -> tuple[DraftGuess, torch.Tensor]:
+    def step(self, tokens: Sequence[int], state_TD: torch.Tensor) -> tuple[list[DraftGuess], torch.Tensor]:
+        return [self.guess(*row) for row in state_TD.tolist()], state_TD + torch.tensor([[0, 1]])
+
+    def guess(self, text: int, at: int) -> DraftGuess:
+        truth = [token for part in list(self.truths.items())[text] for token in part]
         good = self.dice.random() < self.right
         other = self.favourite if self.favourite is not None else self.dice.randrange(VOCABULARY)
-        said = self.wanted if good else other
-        return DraftGuess(said, {"top_probability": self.dice.uniform(0.6, 0.99)}), state_1D
+        said = (truth[at] if at < len(truth) else 0) if good else other
+        return DraftGuess(said, {"top_probability": self.dice.uniform(0.6, 0.99)})
 
 
 @cache
@@ -114,14 +106,9 @@ def full_texts(model: adi.Model, length: int = LONG) -> dict[tuple[int, ...], tu
 @pytest.fixture
 def oracle(model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> Oracle:
     made = Oracle(full_texts(model))
-    guess = adi.Session._draft_step
-
-    def placed(session: Any, request: DraftStep) -> DraftGuess:
-        made.place(session, request)
-        return guess(session, request)
-
-    monkeypatch.setattr(adi.Session, "_draft_step", placed)
-    monkeypatch.setattr(Drafting, "step", lambda _, token, state: made.step(token, state))
+    monkeypatch.setattr(adi.Session, "_with_drafter", lambda session, item: made.place(session, item) if item.drafter else item)
+    monkeypatch.setattr(Drafting, "try_once", lambda _: None)
+    monkeypatch.setattr(Drafting, "step", lambda _, tokens, state: made.step(tokens, state))
     return made
 
 
@@ -260,8 +247,13 @@ def test_a_broken_acceptance_rule_would_be_seen(oracle: Oracle, model: adi.Model
             changed[0] = Agreeing(proposal.drafts[0].token, changed[0].depth, {})
         return accept(wanted, text, proposal, changed, rounds)
 
+    def unplaced(self: Oracle, session: Any, item: DraftRound) -> DraftRound:
+        item.drafting, item.state = session.strategy.drafting, torch.zeros(1, 2, dtype=torch.int64)
+        return item
+
     monkeypatch.setattr(speculate_module, "accept", gullible)
-    monkeypatch.setattr(Oracle, "place", lambda self, session, request: setattr(self, "wanted", 0))
+    monkeypatch.setattr(Oracle, "place", unplaced)
+    monkeypatch.setattr(Oracle, "guess", lambda *_: DraftGuess(0, {"top_probability": 0.9}))
     exits, differ = exits_with_drafter(model), 0
     oracle.right = 0.5
     for prompt in PROMPTS:

@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adi.decoding.drafting.controller import HOPELESS, LOSS, Controller, DraftChoice, bin_of
+from adi.decoding.drafting.controller import HOPELESS, LOSS, Controller, DraftChoice, PassShare, bin_of
 from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.drafters.ngram import NgramMatch
+from scripted import ScriptedDrafter, UntaughtCosts
 
 STEEP = {1: 20.0, 2: 20.2, 3: 23.8, 4: 25.4, 6: 33.7, 8: 42.6, 12: 48.5, 16: 57.5}  # measured, int8 on an AVX2 machine
 FLAT = {1: 26.0, 4: 28.0, 8: 31.0, 16: 40.0}
 TABLES = {
-    "steep": CostModel(STEEP, 1.2),
-    "flat": CostModel(FLAT, 1.5),
-    "dear": CostModel({1: 10.0, 2: 13.0, 4: 19.0, 8: 31.0}, 1.5),
+    "steep": UntaughtCosts(STEEP, 1.2),
+    "flat": UntaughtCosts(FLAT, 1.5),
+    "dear": UntaughtCosts({1: 10.0, 2: 13.0, 4: 19.0, 8: 31.0}, 1.5),
 }
 
 
@@ -48,33 +50,35 @@ def simulate(
     memory: bool = False,
     beside: Sequence[NgramMatch] = (),
     seed: int = 0,
+    sequences: int = 1,
 ) -> Outcome:
     """Decode with a drafter (or a memory with long matches; or a drafter with those ``beside`` it) that is right as ``right``
-    says."""
+    says; of several sequences, which share every pass, the outcome of all together."""
     rng = random.Random(seed)
-    controller = Controller(costs.copy())
-    now, position, rounds, times = 0.0, 0, [], []
-    while position < tokens:
-        matches = [NgramMatch((1,) * 15, 8, "context")] if memory else list(beside)
-        choice = controller.choose(matches, not memory, 15)
-        drafts, accepted, confidences = 0, 0, list[float]()
-        truths = [rng.random() < right(position + i) for i in range(16)]
-        if choice.level == "memory":
-            drafts = choice.drafts
-        elif choice.level == "drafter":
-            while True:
-                confidences.append(confidence(position + drafts, truths[drafts]))
-                drafts += 1
-                now += costs.draft_seconds
-                if drafts >= choice.drafts or not controller.should_continue(confidences):
-                    break
-        accepted = next((i for i in range(drafts) if not truths[i]), drafts)
-        now += costs.rows(drafts + 1)
-        if drafts:
-            controller.update(choice, confidences, drafts, accepted)
-        position += accepted + 1
-        times += [now] * (accepted + 1)
-        rounds.append((choice.level, drafts, accepted))
+    controllers = [Controller(costs.copy()) for _ in range(sequences)]
+    places, now, rounds, times = [0] * sequences, 0.0, [], []
+    truths: list[list[bool]] = [[]] * sequences
+    drafter = ScriptedDrafter(lambda i, draft: (1, confidence(places[i] + draft, truths[i][draft])))
+    matches = [NgramMatch((1,) * 15, 8, "context")] if memory else list(beside)
+    while min(places) * sequences < tokens:
+        truths = [[rng.random() < right(place + i) for i in range(16)] for place in places]
+        asked = [
+            DraftRound(c, matches, not memory, 15, 1, p, lambda _: False) for c, p in zip(controllers, places, strict=True)
+        ]
+        for i, one in enumerate(asked):
+            one.drafting, one.state = drafter, drafter.start(i)
+        drafter.calls.clear()
+        draft_together(asked)
+        now += costs.rows(sequences + sum(len(one.tokens) for one in asked))
+        for step, together in enumerate(drafter.calls):
+            now += costs.drafting(step + 1, together) - costs.drafting(step, together)
+        for i, one in enumerate(asked):
+            drafts = len(one.tokens)
+            accepted = next((j for j in range(drafts) if not truths[i][j]), drafts)
+            controllers[i].update(one.choice, one.confidences, drafts, accepted, one.seconds)
+            places[i] += accepted + 1
+            times += [now] * (accepted + 1)
+            rounds.append((one.choice.level, drafts, accepted))
     return Outcome(times[:tokens], rounds)
 
 
@@ -165,7 +169,9 @@ def test_bins_are_tenths() -> None:
 
 def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, float]:
     """The obvious way to plan: every number of drafts, none left out."""
-    costs, one = controller.costs, controller.costs.rows(1)
+    costs = controller.costs
+    assert costs is not None
+    one = costs.rows(1)
     best, most, tokens, reach = 0, 0.0, 1.0, 1.0
     for drafts, share in enumerate(list(controller._acceptances(offer)), 1):
         seconds = costs.rows(drafts + 1) + (costs.drafting(drafts) if offer.match is None else 0.0)
@@ -190,12 +196,15 @@ def planned_plainly(controller: Controller, offer: DraftChoice) -> tuple[int, fl
 def test_planning_gives_up_only_what_could_not_pay(steps, draft, source, matched, shares, most, past) -> None:
     costs = CostModel({rows: 5.0 + sum(steps[:rows]) for rows in range(1, 17)}, draft)
     controller = Controller(costs)
+    controller.choose([], False, 0, PassShare.alone(costs))
     matches = [NgramMatch((1,) * 15, matched, source), NgramMatch((1,) * len(shares), matched, "datastore", tuple(shares))]
     offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches if match.tokens]
     offers.append(DraftChoice("drafter", min(6, most)))
     for right in past:
         for offer in offers:
             if offer.drafts:
-                controller.update(DraftChoice(offer.level, 1, offer.match), [0.5], 1, int(right))
+                controller.update(
+                    DraftChoice(offer.level, 1, offer.match), [0.5], 1, int(right), controller._price(offer.source, 1)
+                )
     for offer in offers:
         assert controller._plan(offer) == pytest.approx(planned_plainly(controller, offer))

@@ -1,4 +1,5 @@
-"""The controller: who drafts next, how far, and when to verify, from what passes cost here and what was accepted so far.
+"""The controller of one sequence: who drafts next and how likely each draft is right, from what was accepted so far and what
+its share of the next pass costs. ``drafting.rounds`` then decides for all sequences of that pass together.
 
 With acceptances ``p_1, p_2, ...`` of the drafts in a row, k drafts are worth their time where ::
 
@@ -8,7 +9,8 @@ With acceptances ``p_1, p_2, ...`` of the drafts in a row, k drafts are worth th
 
 ``pass(n)`` being a pass over n rows with its head, ``drafting(k)`` k steps of the drafter, 0 for n-grams (Leviathan et al.
 2023, with costs measured by number of rows instead of assumed). The controller takes the k and the drafter with the largest
-left side, and looks again now and then at a level that has not paid.
+left side, and looks again now and then at a level that has not paid. In a pass that others share, ``pass`` is this sequence's
+share of it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from adi.decoding.drafting.cost_model import CostModel
 from adi.drafters.ngram import NgramMatch
@@ -51,12 +53,13 @@ GUESSED = 0.4
 
 class DraftChoice(NamedTuple):
     """What to do in this round: ``level`` "memory", "drafter" or "full", and at most so many ``drafts``, of ``match`` if it is
-    a memory's. A drafter's chain ends earlier where ``Controller.should_continue`` says so, after each draft, so a planned one
-    may have as many as the round allows; an exploratory look has one."""
+    a memory's. How many of them are made and verified is decided with all sequences of the pass, unless the choice is
+    ``settled``: an exploratory look, which has one, and what no controller chose."""
 
     level: str
     drafts: int = 0
     match: NgramMatch | None = None
+    settled: bool = False
 
     @property
     def source(self) -> str:
@@ -65,6 +68,63 @@ class DraftChoice(NamedTuple):
 
 
 FULL = DraftChoice("full")
+
+
+class PassShare(NamedTuple):
+    """What the next pass costs each of the ``sequences`` that may draft for it, in seconds: ``passes`` by its own rows, as if
+    all did alike; the ``first`` step of the drafter and a ``further`` one; and ``lone``, what a single further row costs."""
+
+    passes: Sequence[float]
+    first: float = 0.0
+    further: float = 0.0
+    lone: float = 0.0
+    sequences: int = 1
+
+    @classmethod
+    def alone(cls, costs: CostModel) -> PassShare:
+        """Of a sequence that has the pass to itself."""
+        return cls.of(costs, 1, 1, costs.passes(MOST_DRAFTS + 1))
+
+    @classmethod
+    def of(cls, costs: CostModel, sequences: int, plain: int, passes: Sequence[float]) -> PassShare:
+        """Of a pass of ``plain`` rows without drafts, one a token, for which so many sequences may draft; ``passes`` are its
+        seconds by number of rows, as far as it may grow."""
+        first = costs.drafting(1, sequences)
+        further, top = costs.drafting(2, sequences) - first, len(passes) - 1
+        lone = passes[min(plain + 1, top)] - passes[plain]
+        if plain == 1:
+            return cls(passes, first, further, lone)
+        slope = (passes[top] - passes[top // 2]) / (top - top // 2)
+        own = [0.0, base := passes[plain] / plain]
+        for rows in range(plain + sequences, plain + MOST_DRAFTS * sequences + 1, sequences):
+            seconds = passes[rows] if rows <= top else passes[top] + slope * (rows - top)
+            own.append(base + (seconds - passes[plain]) / sequences)
+        return cls(own, first / sequences, further / sequences, lone, sequences)
+
+    def drafting(self, steps: int) -> float:
+        """Seconds of so many steps of the drafter in a row."""
+        return self.first + (steps - 1) * self.further if steps else 0.0
+
+
+NOTHING = PassShare(())
+
+
+class DraftControl(Protocol):
+    """Chooses the drafter of a round and tells how likely its drafts are right; ``Controller`` adapts."""
+
+    costs: CostModel | None
+
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
+        """For these n-gram matches and perhaps a drafter, in a round of at most so many drafts."""
+        ...
+
+    def chances(self, choice: DraftChoice, confidences: Sequence[float]) -> Sequence[float]:
+        """Of each draft, to stand with all before it: the drafter's with these confidences, and those that may follow."""
+        return ()
+
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int, seconds: float) -> None:
+        """Full depth accepted so many of the drafts that it was shown; all drafting of the round took so long."""
+        return
 
 
 @dataclass(slots=True)
@@ -111,7 +171,7 @@ class Controller:
     ``steps`` is how often the drafter's first, second, ... draft in a row is right, those before it being so, where that was
     measured."""
 
-    costs: CostModel
+    costs: CostModel | None
     drafts: int = MOST_DRAFTS
     bins: Mapping[int, float] = field(default_factory=dict)
     steps: Sequence[float] = ()
@@ -120,17 +180,13 @@ class Controller:
     _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
     _ratio: dict[str, AcceptanceRatio] = field(default_factory=lambda: defaultdict(AcceptanceRatio))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _rate: float = 0.0
+    _share: PassShare = NOTHING
     _lost: float = 0.0  # seconds
 
-    def at_position(self, length: int) -> None:
-        """The next round begins behind so many positions."""
-        self.costs.at_position(length)
-
-    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
-        most = min(most, self.drafts)
-        plain = 1 / self.costs.rows(1)
+        self._share, most = share, min(most, self.drafts)
+        plain = 1 / share.passes[1]
         best, rate = FULL, plain
         offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches]
         if drafter:
@@ -142,43 +198,43 @@ class Controller:
             if reachable > rate:
                 best, rate = DraftChoice(offer.level, most if offer.match is None else drafts, offer.match), reachable
             elif reachable <= plain and best.level == "full" and self._may_explore(offer.source):
-                best = DraftChoice(offer.level, 1, offer.match)
-        if best.level == "full":
-            self._spend(0.0, 1)
-        else:
-            self._saved[best.source] = 0.0
-        self._rate = max(plain, rate)
+                best = DraftChoice(offer.level, 1, offer.match, settled=True)
         return best
 
     def _price(self, source: str, drafts: int) -> float:
         """Seconds that this many drafts cost if none of them is right."""
+        share = self._share
         steps = drafts if source == "drafter" else 0
-        return self.costs.rows(drafts + 1) - self.costs.rows(1) + self.costs.drafting(steps)
+        return share.passes[drafts + 1] - share.passes[1] + share.drafting(steps)
 
     def _affords(self, source: str, drafts: int) -> bool:
-        return self._lost + self._price(source, drafts) <= LOSS * self.costs.rows(1)
+        return self._lost + self._price(source, drafts) <= LOSS * self._share.passes[1]
 
     def _spend(self, seconds: float, tokens: int) -> None:
-        """A round gave ``tokens`` and took ``seconds`` longer than a pass of one row."""
-        plain = self.costs.rows(1)
+        """A round gave ``tokens`` and took ``seconds`` longer than without drafts."""
+        plain = self._share.passes[1]
         self._lost = max(0.0, self._lost + seconds - (tokens - 1) * plain - FORGIVEN * plain * tokens)
+
+    def _look(self, source: str) -> float:
+        """Seconds that one draft costs where nobody else drafts."""
+        return self._share.lone + self._share.drafting(source == "drafter")
 
     def _may_explore(self, source: str) -> bool:
         """Whether enough was saved up for one draft that may well be wrong."""
-        price = self._price(source, 1)
-        self._saved[source] += max(EXPLORING * self.costs.rows(1), price / PATIENCE)
+        price = self._look(source)
+        self._saved[source] += max(EXPLORING * self._share.passes[1], price / PATIENCE / self._share.sequences)
         return self._saved[source] >= price
 
     def _plan(self, offer: DraftChoice) -> tuple[int, float]:
         """The number of drafts that gives most, and the tokens per second that it gives."""
         best, most, tokens, reach = 0, 0.0, 1.0, 1.0
-        passes = self.costs.passes(offer.drafts + 1)
-        limit = (1 + LOSS) * passes[1] - self._lost
-        for drafts, share in enumerate(self._acceptances(offer), 1):
-            seconds = passes[drafts + 1]
+        share = self._share
+        limit = (1 + LOSS) * share.passes[1] - self._lost
+        for drafts, chance in enumerate(self._acceptances(offer), 1):
+            seconds = share.passes[drafts + 1]
             if offer.match is None:
-                seconds += self.costs.drafting(drafts)
-            reach *= share
+                seconds += share.drafting(drafts)
+            reach *= chance
             if seconds > limit or (reach < HOPELESS and drafts > 1):
                 break
             tokens += reach
@@ -231,30 +287,30 @@ class Controller:
             self._shares[key] = DecayedRate(self.bins.get(key[1], (key[1] + 0.5) / 10))
         return self._shares[key]
 
-    def should_continue(self, confidences: Sequence[float]) -> bool:
-        """Whether one more step of the drafter is worth its time and its row, after drafts of these confidences.
+    def chances(self, choice: DraftChoice, confidences: Sequence[float]) -> Sequence[float]:
+        """Of each draft, to stand with all before it: the drafter's with these confidences, and those that may follow, as far
+        as the budget of losses allows."""
+        made, source = len(confidences), choice.source
+        if choice.match is not None:
+            shares = list(self._acceptances(choice))
+        else:
+            ratio, end = self._ratio[source].value, min(max(LONGEST_CHAIN, made + 1), choice.drafts)
+            shares = [min(0.98, self._bin(confidence).value * ratio) for confidence in confidences] + self._chain[made:end]
+        found, reach = list[float](), 1.0
+        for drafts, share in enumerate(shares, 1):
+            reach *= share
+            if (reach < HOPELESS and drafts > 1) or (drafts > made and not self._affords(source, drafts)):
+                break
+            found.append(reach)
+        return found
 
-        Or several more: where passes cost the same up to some number of rows, the first beyond it pays for all that follow.
-        """
-        drafts, reach, gain = len(confidences), 1.0, 0.0
-        ratio = self._ratio["drafter"].value
-        for confidence in confidences:
-            reach *= min(0.98, self._bin(confidence).value * ratio)
-        passes, drafting = self.costs.passes(MOST_DRAFTS + 1), self.costs.drafting
-        done = passes[drafts + 1] + drafting(drafts)
-        for place in range(drafts + 1, min(max(LONGEST_CHAIN, drafts + 1), MOST_DRAFTS) + 1):
-            reach *= self._chain[place - 1]
-            gain += reach
-            if gain > self._rate * (passes[place + 1] + drafting(place) - done):
-                return self._affords("drafter", place)
-        return False
-
-    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
+    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int, seconds: float) -> None:
         """Full depth has spoken: ``accepted`` of ``drafts`` stand. What lies behind the first wrong one says nothing."""
         source = choice.source
-        self._spend(self._price(source, drafts), accepted + 1)
-        if accepted == drafts:
-            self._saved[source] += self._price(source, 1)  # it was right to look: look again at once
+        self._spend(seconds, accepted + 1)
+        if choice.level == "full":
+            return
+        self._saved[source] = self._look(source) if accepted == drafts > 0 else 0.0  # it was right to look: look again at once
         for draft in range(1, min(accepted + 1, drafts) + 1):
             right = float(draft <= accepted)
             if choice.match is not None:

@@ -137,8 +137,8 @@ class CostModel:
             each = interpolate(self.position_seconds, rows) if self.position_seconds else 0.0
             self._lines.append((interpolate(self.pass_seconds, rows), each))
 
-    def drafting(self, steps: int) -> float:
-        """Seconds of so many steps of the drafter in a row."""
+    def drafting(self, steps: int, sequences: int = 1) -> float:
+        """Seconds of so many steps of the drafter in a row, each for so many sequences."""
         if not steps:
             return 0.0
         if self._steps is None:
@@ -159,7 +159,7 @@ class CostModel:
         if self._learned > STALE:
             self._passes.clear()
 
-    def drafted(self, seconds: float, first: bool = True) -> None:
+    def drafted(self, seconds: float, first: bool = True, sequences: int = 1) -> None:
         """A drafter's step was timed in use, the first after a pass or a further one."""
         name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
         if table > 0:

@@ -6,8 +6,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adi.decoding.drafting.controller import FULL, DraftChoice
-from adi.decoding.requests import DraftStep, DraftToken, ExitCheck, Forward, Replies, Request, Yields
+from adi.decoding.drafting.controller import FULL, DraftChoice, DraftControl, PassShare
+from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.requests import DraftToken, ExitCheck, Forward, Replies, Request, Yields
 from adi.decoding.speculate import Proposal, Proposer, Proposing
 from adi.drafters.ngram import NgramIndex, NgramMatch
 from adi.exits.triggers import Trigger
@@ -77,35 +78,17 @@ class NgramSources:
         return [match for match in found if match is not None]
 
 
-class DraftControl(Protocol):
-    """Chooses the drafter of a round and how far it drafts; ``decoding.drafting.controller.Controller`` adapts."""
-
-    def at_position(self, length: int) -> None:
-        """The next round begins after so many positions."""
-        return
-
-    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
-        """For these n-gram matches and perhaps a drafter, in a round of at most so many drafts."""
-        ...
-
-    def should_continue(self, confidences: Sequence[float]) -> bool:
-        """Whether the drafter drafts once more, after drafts of these confidences."""
-        return True
-
-    def update(self, choice: DraftChoice, confidences: Sequence[float], drafts: int, accepted: int) -> None:
-        """Full depth accepted so many of these drafts."""
-        return
-
-
 @dataclass(frozen=True)
 class FixedLength(DraftControl):
     """No control: in every round as many drafts as allowed, of the drafter where there is one, else of the first match."""
 
-    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int) -> DraftChoice:
+    costs: None = None
+
+    def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
         """Whoever can draft, as far as possible."""
         if drafter and most:
-            return DraftChoice("drafter", most)
-        return DraftChoice("memory", min(len(matches[0].tokens), most), matches[0]) if matches else FULL
+            return DraftChoice("drafter", most, settled=True)
+        return DraftChoice("memory", min(len(matches[0].tokens), most), matches[0], True) if matches else FULL
 
 
 @dataclass
@@ -116,40 +99,16 @@ class ControlledProposer:
     control: DraftControl
     sources: NgramSources
     drafter: bool
-    _choice: DraftChoice = FULL
-    _drafts: list[DraftToken] = field(default_factory=list)
+    _round: DraftRound | None = None
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
         """By one drafter a round."""
-        self.control.at_position(len(text))
-        self._choice = choice = self.control.choose(self.sources.find(text, most), self.drafter, most)
-        self._drafts = drafts = []
-        if choice.match is not None:
-            drafts += [DraftToken(token, 0, level="memory") for token in self._to_the_end(choice.match.tokens[: choice.drafts])]
-        elif choice.level == "drafter":
-            yield from self._draft(text, choice.drafts)
-        return Proposal(len(text) - 1, drafts)
+        matches, drafter = self.sources.find(text, most), self.drafter and most > 0
+        self._round = made = DraftRound(self.control, matches, drafter, most, text[-1], len(text), self.request.ends)
+        yield made
+        return Proposal(len(text) - 1, [DraftToken(t, 0, level=made.choice.level, confidence=c) for t, c in made.drafts])
 
     def on_verified(self, accepted: int) -> None:
         """Tell the controller."""
-        if drafts := self._drafts:
-            self.control.update(self._choice, _confidences(drafts), len(drafts), accepted)
-
-    def _draft(self, text: Sequence[int], most: int) -> Generator[Yields, Replies, None]:
-        """One step of the drafter after the other, while the controller finds it worth its time."""
-        drafts, last = self._drafts, text[-1]
-        while True:
-            (output,) = yield DraftStep(last, len(text) - 1, fresh=not drafts)
-            last = output.token
-            drafts.append(DraftToken(last, 0, level="drafter", confidence=output.signals["top_probability"]))
-            if self.request.ends(last) or len(drafts) >= most or not self.control.should_continue(_confidences(drafts)):
-                return
-
-    def _to_the_end(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Nothing follows a token that ends the text."""
-        end = next((i + 1 for i, token in enumerate(tokens) if self.request.ends(token)), len(tokens))
-        return tokens[:end]
-
-
-def _confidences(drafts: Sequence[DraftToken]) -> list[float]:
-    return [draft.confidence for draft in drafts if draft.confidence is not None]
+        if (made := self._round) is not None:
+            self.control.update(made.choice, made.confidences, len(made.tokens), accepted, made.seconds)

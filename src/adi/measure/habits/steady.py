@@ -35,7 +35,7 @@ class SteadyCosts(CostModel):
         """Billed as in the table."""
         self.bill.append(self.rows(rows))
 
-    def drafted(self, seconds: float, first: bool = True) -> None:
+    def drafted(self, seconds: float, first: bool = True, sequences: int = 1) -> None:
         """Billed as in the table."""
         self.bill.append(self.drafting(1) if first else self.drafting(2) - self.drafting(1))
 
