@@ -154,9 +154,8 @@ class Verified(Policy):
         return None if self.adaptive or self.exits is None else self.trigger or self.exits.trigger
 
     def prepare(self, model: Model) -> None:
-        """Measure what passes cost, where a controller needs to know, and compile the drafter."""
+        """Compile the drafter."""
         if self.adaptive:
-            self._costs(model)
             _warm_up(self.exits, model)
 
     def strategy(self, request: Request, model: Model) -> Strategy:
@@ -184,7 +183,7 @@ class Verified(Policy):
 
     def _costs(self, model: Model) -> CostModel:
         drafting = None if self.exits is None else self.exits.drafting(model.backbone)
-        return cost_model_of(model) if drafting is None else cost_model_of(model, drafting.key, drafting.try_once)
+        return cost_model_of(model) if drafting is None else cost_model_of(model, drafting.key)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,8 @@ class Session:
         self._seconds = time.perf_counter() - self._started
         if stopped:
             self.finish = "stop"
+        if self.strategy.costs is not None:
+            self.strategy.costs.keep()
         self.policy.on_finished(self._tokens)
 
     @property

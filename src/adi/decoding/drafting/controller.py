@@ -15,6 +15,7 @@ share of it.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from adi.drafters.ngram import NgramMatch
 
 MOST_DRAFTS = 15
 LONGEST_CHAIN = 6  # of drafter steps
-EXPLORING = 0.015  # share of the time that may go into single drafts by levels that have not paid, to see whether they would
+EXPLORING = 0.015  # share of the time that may go into single drafts by levels that have not paid, to see whether they would;
+# of sequences in one pass over the root of their number: what they find is much the same
 PATIENCE = 48  # rounds after which such a draft is made even if it costs more
 LOSS = 4.0  # passes that drafting may have cost more than it gave, ...
 FORGIVEN = 0.01  # ... of which so many are forgiven with every token: over 200 tokens at most 6 passes, 3%, can be lost
@@ -222,7 +224,8 @@ class Controller:
     def _may_explore(self, source: str) -> bool:
         """Whether enough was saved up for one draft that may well be wrong."""
         price = self._look(source)
-        self._saved[source] += max(EXPLORING * self._share.passes[1], price / PATIENCE / self._share.sequences)
+        beside = self._share.sequences
+        self._saved[source] += max(EXPLORING * self._share.passes[1] / math.sqrt(beside), price / PATIENCE / beside)
         return self._saved[source] >= price
 
     def _plan(self, offer: DraftChoice) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""What passes cost on this machine by their number of rows, and what a step of the drafter costs."""
+"""What passes cost on this machine by their number of rows, and what a step of the drafter costs: learned from use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from msgspec import Meta
 
 from adi.cache import cache_folder
@@ -22,94 +23,151 @@ from adi.files import write_json
 from adi.machine import processor_hash
 from adi.model.backbone import Backbone, Rows
 from adi.model.load import Model
-from adi.schema import NonNegative, Record, read_json_as
+from adi.schema import Natural, Positive, Record, read_json_as
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 REPEATS = 7
-COST_TABLE_VERSION = 5  # to be raised when passes come to cost something else, so that tables measured before are measured anew
+COST_TABLE_VERSION = 6  # to be raised when passes come to cost something else, so that what was learned before is forgotten
+# Of a pass of one row: what more rows take, on the compiled engine, rather less than most machines; a step of the drafter, a
+# further one, and each in one call for more sequences; and a position more, for each row.
+USUAL = {1: 0.01, 3: 0.0112, 8: 0.014, 16: 0.023, 32: 0.038, 64: 0.07}
+USUAL_STEP, USUAL_FURTHER, MORE_SEQUENCES, USUAL_POSITION = 0.0012, 0.0006, 0.1, 2e-6
+SURE, NEAR = 4, 1.5  # timed so often, numbers of rows up to so many times more are known
 PAST, FAR = 64, 512  # positions before a pass that is measured
-LEARNING = 0.1  # weight of one more measurement during use
-FADING = 0.995  # of what was learned of each number of rows, with every measurement
+LEARNING, FAR_LEARNING = 0.1, 0.5  # weight of one more measurement during use; for what positions add
+FADING, SLOWLY = 0.995, 0.9995  # of what was learned of each number of rows, with every measurement; of usual costs
 USUAL_ROWS = 16  # numbers of rows that a controller thinks of
 PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
 OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
 STALE = 0.02  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
 KEPT, MOVED = 8, 16  # ... after so many passes, and so many positions on
 FIRST, FURTHER = "first", "further"
-_MEASURING = threading.Lock()  # two measurements at once would measure each other
+Logarithm = Annotated[float, Meta(ge=-50, le=50)]
+_READING = threading.Lock()
 
 
 @dataclass
 class CostCorrection:
     """How much longer things take in use than the table says, as logarithms: ``common`` to all passes, and beside that ``own``
-    to passes of about so many rows (1, 2 to 3, 4 to 7 and so on); ``steps`` of the drafter apart. One for all sequences of a
-    model that have the same drafter: what a neighbour on the same machine takes away, it takes from all of them. What was
-    learned of one number of rows, or of steps that are not taken, fades, or a slow moment would keep it from being tried."""
+    to passes of so many rows; ``far`` to what positions add; ``steps`` of the drafter apart, by kind and number of sequences.
+    One for all sequences of a model that have the same drafter: what a neighbour on the same machine takes away, it takes from
+    all of them. What was learned of one number of rows, or of steps that are not taken, fades, or a slow moment would keep it
+    from being tried.
+
+    ``timed`` counts passes by their rows where the table has only what is usual; None where it was measured. What was not
+    timed yet then counts in full, its first time apart, when kernels for its shape are made.
+    """
 
     common: float = 0.0
     own: dict[int, float] = field(default_factory=dict)
+    far: float = 0.0
     steps: dict[str, float] = field(default_factory=dict)
+    timed: dict[int, int] | None = None
     single: int = 0  # rounds in a row with one step at most
+    written: int = 2 * SURE  # passes that had been timed when it was written last
+    _begun: set[str] = field(default_factory=set, compare=False, repr=False)  # kinds of steps that were taken once
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)  # sequences may have threads
 
-    def of(self, rows: int) -> float:
-        """The factor for passes of so many rows."""
-        return math.exp(self.common + self.own.get(rows.bit_length(), 0.0))
+    def of(self, rows: Any) -> Any:
+        """The factor for passes of so many rows, or of each of several numbers; between those known, straight lines."""
+        return np.exp(self.common + self._own(rows, self.own))
 
-    def of_step(self, name: str) -> float:
+    def of_step(self, kind: str) -> float:
         """The factor for a step of the drafter."""
-        return math.exp(self.steps.get(name, 0.0))
+        return math.exp(self.steps.get(kind, self.steps.get(kind.partition(" ")[0], self._usual)))
 
-    def passed(self, rows: int, ratio: float) -> None:
-        """A pass took so many times what was expected."""
-        off = LEARNING * _mild(ratio)
+    def unsure(self, rows: int) -> bool:
+        """Whether nothing was timed that is near this number of rows."""
+        sure = [one for one, times in (self.timed or {}).items() if times >= SURE]
+        return self.timed is not None and not any(rows <= NEAR * one and one <= NEAR * rows for one in sure)
+
+    def passed(self, rows: int, ratio: float, far: float = 0.0) -> None:
+        """A pass took so many times what was expected; positions make a share of ``far`` of that."""
         with self._lock:
-            for key in self.own:
-                self.own[key] *= FADING
-            self.common += off
-            self.own[rows.bit_length()] = self.own.get(rows.bit_length(), 0.0) + off
+            times, place, weight, off = SURE, node(rows), LEARNING, _mild(ratio)
+            if self.timed is not None:
+                times = self.timed[rows] = self.timed.get(rows, 0) + 1
+                weight = max(LEARNING, 1 / times)
+                if times > SURE:
+                    self.far, off = self.far + FAR_LEARNING * far * off, (1 - far) * off
+            if times == 1:
+                return
+            if times == 2 and place not in self.own:
+                weight, off = 1.0, math.log(max(ratio, 1e-9))
+            own, fading = self.own, FADING if self.timed is None else SLOWLY
+            before = self._own(place, own)
+            self.common += off if not own else LEARNING * off if weight < 1 else 0.0
+            self.own = {one: value * fading for one, value in own.items()}
+            self.own[place] = float(before * fading + weight * off) if own else 0.0
 
-    def stepped(self, name: str, ratio: float) -> None:
+    def stepped(self, kind: str, ratio: float) -> None:
         """The same of a drafter's step."""
         with self._lock:
-            self.steps[name] = self.steps.get(name, 0.0) + LEARNING * _mild(ratio)
-            self.single = 0 if name == FURTHER else self.single + 1
+            before = math.log(self.of_step(kind))
+            if self.timed is None or kind in self.steps:
+                self.steps[kind] = before + LEARNING * _mild(ratio)
+            elif kind in self._begun:
+                self.steps[kind] = before + math.log(max(ratio, 1e-9))
+            self._begun.add(kind)
+            self.single = 0 if kind == FURTHER else self.single + 1
             if self.single > PATIENCE and FURTHER in self.steps:
-                self.steps[FURTHER] *= FADING
+                self.steps[FURTHER] += (1 - FADING) * (self._usual - self.steps[FURTHER])
+
+    @property
+    def _usual(self) -> float:
+        return 0.0 if self.timed is None else self.common
+
+    def _own(self, rows: Any, own: Mapping[int, float]) -> Any:
+        known = sorted(own)
+        return np.interp(rows, known, [own[one] for one in known]) if known else np.zeros(np.shape(rows))
 
 
 def _mild(ratio: float) -> float:
     return min(max(math.log(max(ratio, 1e-9)), -OUTLIER), OUTLIER)
 
 
+def node(rows: int) -> int:
+    """The number of rows that stands for this one and its neighbours: beyond 16 they differ little."""
+    return rows if rows <= 16 else 4 * round(rows / 4) if rows <= 32 else 8 * round(rows / 8)
+
+
 @dataclass
 class CostModel:
-    """Seconds of a full pass with its head by number of rows, after ``PAST`` positions, and what each further position adds to
-    it (attention goes row by row); of a drafter's first step after a pass and of a further one (None: the same). A pass reads
-    so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes 0.9 ms, a further one 0.4.
-    ``correction`` follows what use measures. A controller asks some forty times a round: the answers are kept for some rounds,
-    until they would differ by some percent."""
+    """Seconds of a full pass with its head by number of rows, all sequences together, after ``PAST`` positions, and what each
+    further position adds to it (attention goes row by row); of a drafter's first step after a pass and of a further one (None:
+    the same). A pass reads so many weights that the drafter's are not at hand after it: on SmolLM2-135M a first step takes
+    0.9 ms, a further one 0.4. ``correction`` follows what use measures. A controller asks some forty times a round: the
+    answers are kept for some rounds, until they would differ by some percent."""
 
     pass_seconds: dict[int, float]
     draft_seconds: float = 0.0
     further_seconds: float | None = None
     position_seconds: dict[int, float] = field(default_factory=dict)
     correction: CostCorrection = field(default_factory=CostCorrection)
+    path: Path | None = None
     _beyond: int = 0  # positions past ``PAST``
     _learned: float = field(default=0.0, compare=False, repr=False)  # since the passes were worked out
     _passes: list[float] = field(default_factory=list, compare=False, repr=False)
-    _steps: tuple[float, float] | None = field(default=None, compare=False, repr=False)
     _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.correction.timed is None and not self.correction.own:
+            self.correction.own = {node(rows): 0.0 for rows in self.pass_seconds}
+
+    @classmethod
+    def usual(cls, correction: CostCorrection) -> CostModel:
+        """By what passes of most models cost, relative to one another, until use has told more."""
+        return cls(USUAL, USUAL_STEP, USUAL_FURTHER, {1: USUAL_POSITION, 64: 64 * USUAL_POSITION}, correction)
 
     def at_position(self, length: int) -> None:
         """From now on passes come after about so many positions."""
         beyond = max(0, length - PAST)
         if abs(beyond - self._beyond) >= MOVED:
             self._beyond = beyond
-            self._passes.clear()
+            self._passes = []
 
     def rows(self, count: int) -> float:
-        """Seconds of a pass of so many rows; between measured numbers, and beyond them, straight lines."""
+        """Seconds of a pass of so many rows; between known numbers, and beyond them, straight lines."""
         return self.passes(count)[count]
 
     def passes(self, most: int) -> Sequence[float]:
@@ -118,11 +176,9 @@ class CostModel:
         if len(known) <= most:
             most = max(most, USUAL_ROWS)
             self._learned = 0.0
-            known[:] = [self._plain(rows) for rows in range(most + 1)]
-            for bits in range(1, most.bit_length() + 1):  # the factor is one for all numbers of so many bits
-                factor = self.correction.of(1 << bits - 1)
-                for rows in range(1 << bits - 1, min(1 << bits, most + 1)):
-                    known[rows] *= factor
+            plain = np.array([self._plain(rows) for rows in range(most + 1)])
+            corrected = plain * self.correction.of(np.arange(most + 1))
+            self._passes = known = np.minimum.accumulate(corrected[::-1])[::-1].tolist()  # more rows are never quicker
         return known
 
     def _plain(self, count: int) -> float:
@@ -130,7 +186,7 @@ class CostModel:
         if len(self._lines) <= count:
             self._line_up(count)
         seconds, each = self._lines[count]
-        return seconds + each * self._beyond
+        return seconds + each * self._beyond * math.exp(self.correction.far)
 
     def _line_up(self, most: int) -> None:
         for rows in range(len(self._lines), most + 1):
@@ -141,34 +197,47 @@ class CostModel:
         """Seconds of so many steps of the drafter in a row, each for so many sequences."""
         if not steps:
             return 0.0
-        if self._steps is None:
-            of_step = self.correction.of_step
-            self._steps = self.draft_seconds * of_step(FIRST), self._further * of_step(FURTHER)
-        first, further = self._steps
-        return first + (steps - 1) * further
+        return self._step(FIRST, sequences) + (steps - 1) * self._step(FURTHER, sequences)
 
-    @property
-    def _further(self) -> float:
-        return self.draft_seconds if self.further_seconds is None else self.further_seconds
+    def _step(self, kind: str, sequences: int) -> float:
+        return self._plain_step(kind, sequences) * self.correction.of_step(_of_several(kind, sequences))
+
+    def _plain_step(self, kind: str, sequences: int) -> float:
+        further = self.draft_seconds if self.further_seconds is None else self.further_seconds
+        return (self.draft_seconds if kind == FIRST else further) * (1 + MORE_SEQUENCES * (sequences - 1))
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        ratio = seconds / (self._plain(rows) * self.correction.of(rows))  # others may have taught it since
-        self.correction.passed(rows, ratio)
+        expected = self._plain(rows)
+        ratio = seconds / (expected * float(self.correction.of(rows)))  # others may have taught it since
+        self.correction.passed(rows, ratio, 1 - self._lines[rows][0] / expected)
         self._learned += LEARNING * abs(_mild(ratio)) + STALE / KEPT
         if self._learned > STALE:
-            self._passes.clear()
+            self._passes = []
 
     def drafted(self, seconds: float, first: bool = True, sequences: int = 1) -> None:
-        """A drafter's step was timed in use, the first after a pass or a further one."""
-        name, table = (FIRST, self.draft_seconds) if first else (FURTHER, self._further)
-        if table > 0:
-            self.correction.stepped(name, seconds / (table * self.correction.of_step(name)))
-            self._steps = None
+        """A drafter's step was timed in use, the first after a pass or a further one, of so many sequences in one call."""
+        kind = FIRST if first else FURTHER
+        if (expected := self._step(kind, sequences)) > 0:
+            self.correction.stepped(_of_several(kind, sequences), seconds / expected)
+
+    def keep(self) -> None:
+        """Write down what use has taught, where that is much more than was written before."""
+        learned = self.correction
+        if self.path is not None and learned.timed is not None and sum(learned.timed.values()) >= 2 * learned.written:
+            learned.written = sum(learned.timed.values())
+            table = CostTable(learned.common, learned.far, learned.own, learned.steps, learned.timed)
+            with contextlib.suppress(AdiError):
+                write_json(self.path, table.to_json())
 
     def copy(self) -> CostModel:
         """For one sequence, at a place of its own; what use teaches is shared."""
-        return replace(self, _passes=[], _steps=None, _lines=[])
+        return replace(self, _passes=[], _lines=[])
+
+
+def _of_several(kind: str, sequences: int) -> str:
+    """One name for about so many sequences."""
+    return kind if sequences == 1 else f"{kind} {sequences.bit_length()}"
 
 
 def interpolate(known: Mapping[int, float], at: int) -> float:
@@ -182,27 +251,28 @@ def interpolate(known: Mapping[int, float], at: int) -> float:
     return known[a] + max(0.0, slope) * (at - a)
 
 
-def cost_model_of(model: Model, key: str = "", draft: Callable[[], object] | None = None) -> CostModel:
-    """For one sequence of this model. Measured once for a model, precision and machine, a second or two the first time, kept in
-    the cache folder and, with what use teaches, with the model.
+def cost_model_of(model: Model, key: str = "") -> CostModel:
+    """For one sequence of this model. Nothing is measured for it: passes are timed as they come, and what use teaches is kept
+    with the model and, by ``CostModel.keep``, in the cache folder, for a model, precision and machine.
 
-    ``draft`` makes one drafter step, ``key`` tells one drafter from another.
+    ``key`` tells one drafter from another.
     """
     known: dict[str, CostModel] = model.notes.setdefault("costs", {})
-    if key not in known:
-        with _MEASURING:
-            if key not in known:
-                known[key] = _kept(model.backbone, key) or _measured(model.backbone, key, draft)
+    with _READING:
+        if key not in known:
+            path = _file(model.backbone, key)
+            known[key] = replace(CostModel.usual(_kept(path)), path=path)
     return known[key].copy()
 
 
 class CostTable(Record, frozen=True):
-    """A ``CostModel`` as its file has it."""
+    """A ``CostCorrection`` as its file has it."""
 
-    pass_seconds: dict[int, Annotated[float, Meta(gt=0, le=1e6)]]
-    position_seconds: dict[int, NonNegative]
-    draft: NonNegative
-    further: NonNegative | None
+    common: Logarithm
+    far: Logarithm
+    own: dict[Positive, Logarithm]
+    steps: dict[str, Logarithm]
+    timed: dict[Positive, Natural]
 
 
 def _file(backbone: Backbone, key: str) -> Path:
@@ -212,21 +282,12 @@ def _file(backbone: Backbone, key: str) -> Path:
     return cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
 
 
-def _kept(backbone: Backbone, key: str) -> CostModel | None:
-    """None where there is no such file, or none that can be used: it is measured again."""
+def _kept(path: Path) -> CostCorrection:
+    """Of the file; nothing known yet where there is none, or none that can be used."""
     with contextlib.suppress(AdiError, OSError):
-        found = read_json_as(_file(backbone, key), CostTable, "cost table")
-        if found.pass_seconds and min(found.pass_seconds) == 1:
-            return CostModel(found.pass_seconds, found.draft, found.further, found.position_seconds)
-    return None
-
-
-def _measured(backbone: Backbone, key: str, draft: Callable[[], object] | None) -> CostModel:
-    costs = measure(backbone, draft)
-    table = CostTable(costs.pass_seconds, costs.position_seconds, costs.draft_seconds, costs.further_seconds)
-    with contextlib.suppress(AdiError):
-        write_json(_file(backbone, key), table.to_json())
-    return costs
+        found = read_json_as(path, CostTable, "cost table")
+        return CostCorrection(found.common, dict(found.own), found.far, dict(found.steps), dict(found.timed))
+    return CostCorrection(timed={})
 
 
 def measure(backbone: Backbone, draft: Callable[[], object] | None = None) -> CostModel:

@@ -73,8 +73,9 @@ class DraftRound:
         """Whether the drafter is to make one more."""
         return self.choice.level == "drafter" and len(self.tokens) < self.wanted and not (self.ended or self.error)
 
-    def begin(self) -> None:
+    def begin(self, choice: DraftChoice) -> None:
         """Take the memory's drafts, up to one that ends the text, and as many as were settled."""
+        self.choice = choice
         for token in self.choice.match.tokens[: self.choice.drafts] if self.choice.match is not None else ():
             if not self.ended:
                 self.draft(token)
@@ -123,7 +124,7 @@ class _Plan:
 
     def __init__(self, rounds: Sequence[DraftRound], beside: int, most_rows: int) -> None:
         self.rounds, self.plain, self.rate = rounds, len(rounds) + beside, 0.0
-        asked = [one for one in rounds if one.control.costs is not None]
+        asked, unsure = [one for one in rounds if one.control.costs is not None], False
         self.passes: Sequence[float] = ()
         self.share = NOTHING
         if asked and (costs := asked[0].control.costs) is not None:
@@ -132,9 +133,10 @@ class _Plan:
             self.passes = costs.passes(max(self.most_rows, self.plain))
             self.share = PassShare.of(costs, len(asked), self.plain, self.passes)
             asked[0].tells = True
+            unsure = costs.correction.unsure(self.plain)
         for one in rounds:
-            one.choice = one.control.choose(one.matches, one.drafter, one.most, self.share)
-            one.begin()
+            choice = one.control.choose(one.matches, one.drafter, one.most, self.share)
+            one.begin(FULL if unsure and one in asked else choice)
         self.open = [one for one in rounds if not one.choice.settled and one.choice is not FULL]
         self.rows = self.plain + sum(one.wanted for one in rounds)
 

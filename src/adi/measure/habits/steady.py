@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adi.artifact import Exits
-from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.cost_model import CostModel, measure
 from adi.decoding.generate import generate
 from adi.decoding.policies import Verified
 from adi.drafters.history import History
@@ -62,9 +62,13 @@ class SteadyVerified(Verified):
             super().on_finished(tokens)
 
     def _costs(self, model: Model) -> CostModel:
-        known = super()._costs(model)
+        drafting = None if self.exits is None else self.exits.drafting(model.backbone)
+        known = model.notes.setdefault("steady costs", {})
+        if (key := drafting.key if drafting else "") not in known:
+            known[key] = measure(model.backbone, drafting.try_once if drafting else None)
+        found = known[key]
         return SteadyCosts(
-            known.pass_seconds, known.draft_seconds, known.further_seconds, known.position_seconds, bill=self.bill
+            found.pass_seconds, found.draft_seconds, found.further_seconds, found.position_seconds, bill=self.bill
         )
 
 
