@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_written_loses_what_was_learned_and_no_more(
 
 
 def test_what_was_never_timed_is_worked_out_from_what_was() -> None:
-    """The first pass of a shape makes its kernels and is not counted, the second counts in full."""
+    """The first pass of a shape makes its kernels and is not counted, the next ones count for much."""
     costs = CostModel.usual(CostCorrection(timed={}))
     unknown = costs.rows(8) / costs.rows(1)
     for seconds in (9.0, 2.0, 2.0):
@@ -97,14 +97,14 @@ def test_what_was_never_timed_is_worked_out_from_what_was() -> None:
     assert costs.rows(1) == pytest.approx(2.0)
     assert costs.rows(8) == pytest.approx(2.0 * unknown)
     assert costs.drafting(1) == pytest.approx(2.0 * USUAL_STEP / USUAL[1]), "and a step costs its share of a pass"
-    for seconds in (9.0, 5.0):
+    for seconds in (9.0, 5.0, 5.0, 5.0):
         costs.passed(8, seconds)
-    assert costs.rows(8) == pytest.approx(5.0, rel=0.01)
-    assert costs.rows(1) == pytest.approx(2.0, rel=0.01)
-    assert 2.0 < costs.rows(4) < 5.0
-    for seconds in (9.0, 0.5):
+    assert costs.rows(8) == pytest.approx(5.0, rel=0.05)
+    assert costs.rows(1) == pytest.approx(2.0, rel=0.1)
+    assert costs.rows(1) < costs.rows(4) < costs.rows(8)
+    for seconds in (9.0, *[0.5] * 9):
         costs.drafted(seconds)
-    assert costs.drafting(1) == pytest.approx(0.5)
+    assert costs.drafting(1) == pytest.approx(0.5, rel=0.1)
 
 
 def test_numbers_of_rows_are_sure_that_are_near_what_was_timed() -> None:

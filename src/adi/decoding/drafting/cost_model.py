@@ -54,8 +54,8 @@ class CostCorrection:
     all of them. What was learned of one number of rows, or of steps that are not taken, fades, or a slow moment would keep it
     from being tried.
 
-    ``timed`` counts passes by their rows where the table has only what is usual; None where it was measured. What was not
-    timed yet then counts in full, its first time apart, when kernels for its shape are made.
+    ``timed`` counts passes by their rows where the table has only what is usual; None where it was measured. What was seldom
+    timed then counts for more, but for its first time, when kernels for its shape are made.
     """
 
     common: float = 0.0
@@ -65,7 +65,7 @@ class CostCorrection:
     timed: dict[int, int] | None = None
     single: int = 0  # rounds in a row with one step at most
     written: int = 2 * SURE  # passes that had been timed when it was written last
-    _begun: set[str] = field(default_factory=set, compare=False, repr=False)  # kinds of steps that were taken once
+    _taken: dict[str, int] = field(default_factory=dict, compare=False, repr=False)  # steps of each kind
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)  # sequences may have threads
 
     def of(self, rows: Any) -> Any:
@@ -84,31 +84,28 @@ class CostCorrection:
     def passed(self, rows: int, ratio: float, far: float = 0.0) -> None:
         """A pass took so many times what was expected; positions make a share of ``far`` of that."""
         with self._lock:
-            times, place, weight, off = SURE, node(rows), LEARNING, _mild(ratio)
+            place, weight, off, fading = node(rows), LEARNING, _mild(ratio), FADING
             if self.timed is not None:
                 times = self.timed[rows] = self.timed.get(rows, 0) + 1
-                weight = max(LEARNING, 1 / times)
+                if times == 1:
+                    return
+                weight, fading = max(LEARNING, 1 / (times - 1)), SLOWLY
                 if times > SURE:
                     self.far, off = self.far + FAR_LEARNING * far * off, (1 - far) * off
-            if times == 1:
-                return
-            if times == 2 and place not in self.own:
-                weight, off = 1.0, math.log(max(ratio, 1e-9))
-            own, fading = self.own, FADING if self.timed is None else SLOWLY
-            before = self._own(place, own)
-            self.common += off if not own else LEARNING * off if weight < 1 else 0.0
-            self.own = {one: value * fading for one, value in own.items()}
-            self.own[place] = float(before * fading + weight * off) if own else 0.0
+            if not self.own:  # the first pass of all tells how fast the machine is
+                self.common, off = math.log(max(ratio, 1e-9)), 0.0
+            before = float(self._own(place, self.own))
+            self.own = {one: value * fading for one, value in self.own.items()}
+            self.own[place] = before * fading + weight * off
+            self.common += LEARNING * off
 
     def stepped(self, kind: str, ratio: float) -> None:
         """The same of a drafter's step."""
         with self._lock:
-            before = math.log(self.of_step(kind))
-            if self.timed is None or kind in self.steps:
-                self.steps[kind] = before + LEARNING * _mild(ratio)
-            elif kind in self._begun:
-                self.steps[kind] = before + math.log(max(ratio, 1e-9))
-            self._begun.add(kind)
+            before, times = math.log(self.of_step(kind)), self._taken.get(kind, 0)
+            self._taken[kind] = times + 1
+            if self.timed is None or times:
+                self.steps[kind] = before + (LEARNING if self.timed is None else max(LEARNING, 1 / (1 + times))) * _mild(ratio)
             self.single = 0 if kind == FURTHER else self.single + 1
             if self.single > PATIENCE and FURTHER in self.steps:
                 self.steps[FURTHER] += (1 - FADING) * (self._usual - self.steps[FURTHER])
