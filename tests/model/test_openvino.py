@@ -12,21 +12,25 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
+from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+import openvino as ov
+
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
 from adi.model.hf.weights import fingerprint
-from adi.model.openvino import OpenVinoBackbone, export_and_open, open_exported
+from adi.model.openvino import OpenVinoBackbone, export_and_open, manifest, open_exported
 from adi.model.openvino.export import pipeline as export_module
+from adi.model.openvino.row_invariance import rows_are_invariant
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
 
-EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox")
+EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", EXPORTED)
@@ -68,6 +72,26 @@ def test_verified_decoding_is_plain_decoding(made: Cached, precision: str) -> No
     if precision == "fp32":
         reference = adi.generate(adi.load(tiny("llama")), list(IDS[:PROMPT]), adi.FullDepth(), max_new_tokens=40)
         assert reference.token_ids == plain.token_ids
+
+
+def test_experts_have_no_copies_for_fixed_numbers_of_rows(made: Cached) -> None:
+    """With fixed shapes the plugin would run all experts and not the chosen ones alone."""
+    backbone = engine(made, "qwen3_moe")
+    backbone.prepare((), drafts=True, wait=True)
+    assert backbone.copies.rows == ()
+    assert rows_are_invariant(backbone)
+
+
+def test_sinks_take_their_share(made: Cached) -> None:
+    """Without them the same weights give other logits, so that they are seen at all."""
+    page = manifest.read_manifest(folder_of("gpt_oss")) if engine(made, "gpt_oss") else None
+    assert page is not None
+    assert all(len(a.sinks) == a.heads for a in page.attentions)
+    plain = replace(page, attentions=tuple(dataclasses.replace(a, sinks=()) for a in page.attentions))
+    blocks, head = manifest.read_graphs(folder_of("gpt_oss"), ov.Core())
+    other = OpenVinoBackbone(plain, blocks, head)
+    found = [b.forward([Rows(b.new_cache(), 0, IDS, None)], 0, LAYERS)[0].hidden_TD for b in (engine(made, "gpt_oss"), other)]
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 def test_an_export_opens_without_the_original(made: Cached) -> None:

@@ -19,8 +19,8 @@ from adi.schema import Natural, Positive
 
 BLOCK_TOKENS = 32  # positions in one block of KV memory: what the CPU plugin's paged attention is written for
 
-# What PagedAttentionExtension takes after its first thirteen inputs in OpenVINO 2026.4: parts of it that are not used here
-# (scores, cache rotation, sparse attention, sinks, eviction, token types, tree masks). Type and shape of empty constants.
+# What PagedAttentionExtension takes after its first thirteen inputs in OpenVINO 2026.4: parts of it that are not used here but
+# for sinks (scores, cache rotation, sparse attention, eviction, token types, tree masks). Type and shape of empty constants.
 UNUSED: tuple[tuple[type[np.generic], tuple[int, ...]], ...] = (
     *(((np.int32, (0,)),) * 3),
     *(((np.float32, (0,)),) * 2),
@@ -31,12 +31,14 @@ UNUSED: tuple[tuple[type[np.generic], tuple[int, ...]], ...] = (
     (np.uint8, (0,)),
     (np.int32, (0,)),
 )
+SINKS = 7  # which of these
 SEQUENCE_INPUTS = (("past_lens", 1), ("subsequence_begins", 1), ("block_indices", 1), ("block_indices_begins", 1))
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One block's attention: heads, widths of a head's queries and values, scale, and its window in positions (0: none)."""
+    """One block's attention: heads, widths of a head's queries and values, scale, its window in positions (0: none), and the
+    logit of each head's sink, a place without a value that takes its share of the attention (none: there are no sinks)."""
 
     heads: Positive
     kv_heads: Positive
@@ -44,6 +46,7 @@ class Attention:
     value_width: Positive
     scale: float
     window: Natural
+    sinks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
         caches = [new_input(f"{kind}_cache.{i}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
         numbers = [ops.constant(np.float32(a.scale)), ops.constant(np.int32(a.window)), ops.constant(np.zeros(0, np.float32))]
         unused = [ops.constant(np.zeros(shape, kind)) for kind, shape in UNUSED]
+        if a.sinks:
+            unused[SINKS] = ops.constant(np.array(a.sinks, np.float32).reshape(1, -1, 1, 1))
         sequence = [shared[name] for name, _ in SEQUENCE_INPUTS]
         nodes = [*flat, *caches, *sequence, *numbers, shared["max_context_len"], *unused]
         paged = _PagedAttentionExtension([node.output(0) for node in nodes])

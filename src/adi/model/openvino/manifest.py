@@ -25,7 +25,7 @@ from adi.model.hub import first_line
 from adi.model.openvino.graph import Attention
 from adi.schema import Positive, Record, read_json_as
 
-FORMAT = 7
+FORMAT = 8
 PRECISIONS = ("fp32", "int8", "int4")
 MADE_WITH = ("openvino", "nncf", "transformers")
 EXPORTER = ("openvino/export", "openvino/graph.py", "hf/blocks.py", "hf/readout.py", "hf/splitting.py")  # beside this package
@@ -42,7 +42,8 @@ class NormAndScale(Record, frozen=True):
 
 class Manifest(Record, frozen=True):
     """All but weights. ``readout`` holds norm, eps and scale, or the sentence that says why there is none. ``loop`` says which
-    blocks share weights, ``turns`` which of them the graph has once. ``holes`` counts each block's ``attentions``."""
+    blocks share weights, ``turns`` which of them the graph has once. ``holes`` counts each block's ``attentions``, and with
+    ``experts`` some blocks have a choice of them."""
 
     name: str
     family: str
@@ -53,6 +54,7 @@ class Manifest(Record, frozen=True):
     fingerprint: str
     precision: str
     has_mlp: bool
+    experts: bool
     attentions: tuple[Attention, ...]
     holes: tuple[Positive, ...]
     loop: Loop | None

@@ -146,7 +146,7 @@ class Segments:
     ) -> None:
         self._core, self._blocks, self._manifest, self._config, self._pool = core, blocks, manifest, config, pool
         self.lock = threading.Lock()
-        self.memory = memory
+        self.memory = 0 if manifest.experts else memory  # with fixed shapes the plugin runs all experts of a choice
         self.copy_bytes = constant_bytes(blocks) - constant_bytes(embedding_graph(blocks))  # that is read where it lies
         self._parts: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # of the graph, compiled, by bucket
         self._pages = HugePages(folder)

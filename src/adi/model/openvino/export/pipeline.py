@@ -52,7 +52,8 @@ def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Seque
 def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
     spec = hf.spec
     _, modules = decoder_of(hf.model)
-    found, given, places, mlps = attentions(hf.model, modules)
+    found, given, tape = attentions(hf.model, modules)
+    places, mlps = tape.places, len(tape.mlps)
     traced = trace(hf.model, modules, given)
     name_ports(traced, found, spec.layers, mlps)
     loop = compiled_loop(traced, spec.loop)
@@ -71,6 +72,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
         fingerprint=spec.fingerprint,
         precision=precision,
         has_mlp=mlps == spec.layers,
+        experts=tape.experts,
         attentions=tuple(found[i] for i in holes),
         holes=tuple(kept.count(block) for block in made),
         loop=spec.loop,

@@ -22,6 +22,7 @@ from adi.model.hf.blocks import find_down_projections
 from adi.model.openvino.graph import Attention
 
 HOLE = "adi_hole_{}"  # the name of our attention function while a model is traced; of each tracing its own
+IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 EXAMPLE_IDS = (3, 1, 2)
 GROWING_ROPE = ("dynamic", "longrope")
 WINDOW_TYPES = ("full_attention", "sliding_attention")
@@ -37,6 +38,8 @@ class Tape:
     values: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+    sinks: list[tuple[float, ...]] = field(default_factory=list)
+    experts: bool = False
     states: list[Tensor] = field(default_factory=list)
     entered: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
@@ -48,15 +51,16 @@ class Tape:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Stands in for transformers' attention: states ``[1, heads, T, width]`` in, ``[1, T, heads, width]`` out."""
-        if mask is not None:
+        if attention_mask is not None:
             raise ModelError("its attention takes a mask of its own making")
-        for name in ("softcap", "s_aux", "position_bias"):
+        for name in ("softcap", "position_bias"):
             if options.get(name) is not None:
                 raise ModelError(f"its attention uses {name}, which paged attention is not given")
         i = len(self.queries)
@@ -66,6 +70,7 @@ class Tape:
         self.values.append(value)
         self.scales.append(float(scaling if scaling is not None else query.shape[-1] ** -0.5))
         self.windows.append(int(sliding_window or 0))
+        self.sinks.append(() if s_aux is None else tuple(s_aux.detach().flatten().tolist()))
         if self.results is not None:
             return self.results[i], None
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -73,15 +78,23 @@ class Tape:
         )
         return out.transpose(1, 2), None
 
+    def route(self, module: nn.Module, *given: Tensor) -> Tensor:
+        """Stands in for transformers' experts, in the form that the plugin makes one product of the chosen ones alone from."""
+        from transformers.exporters.exporter_openvino import _tiled_experts_forward
+
+        self.experts = True
+        return _tiled_experts_forward(module, *given)  # type: ignore[no-any-return]
+
 
 @contextmanager
 def holes(model: Any, tape: Tape, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """The model's attention goes to ``tape``; afterwards every configuration and hook is what it was."""
+    """The model's attention and experts go to ``tape``; afterwards every configuration and hook is what it was."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     downs = find_down_projections(blocks, model.config.get_text_config(decoder=True).hidden_size)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    saved = {key: config._attn_implementation_internal for key, config in configs.items()}
+    saved = {key: [getattr(config, name, None) for name in IMPLEMENTATIONS] for key, config in configs.items()}
     handles = [block.register_forward_hook(lambda _, args, out: _note_state(tape, out)) for block in dict.fromkeys(blocks)]
     handles += [
         block.register_forward_pre_hook(lambda _, *given: _note_entered(tape, *given), with_kwargs=True)
@@ -91,15 +104,17 @@ def holes(model: Any, tape: Tape, blocks: Sequence[nn.Module]) -> Iterator[None]
         down.register_forward_pre_hook(lambda _, args: tape.mlps.append(args[0])) for down in dict.fromkeys(downs or ())
     ]
     name = HOLE.format(id(tape))
-    ALL_ATTENTION_FUNCTIONS[name] = tape.attend
+    ALL_ATTENTION_FUNCTIONS[name], ALL_EXPERTS_FUNCTIONS[name] = tape.attend, tape.route
     try:
         for config in configs.values():
-            config._attn_implementation_internal = name
+            for implementation in IMPLEMENTATIONS:
+                setattr(config, implementation, name)
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation_internal = saved[key]
-        del ALL_ATTENTION_FUNCTIONS[name]
+            for implementation, value in zip(IMPLEMENTATIONS, saved[key], strict=True):
+                setattr(config, implementation, value)
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_EXPERTS_FUNCTIONS[name]
         for handle in handles:
             handle.remove()
 
@@ -127,9 +142,9 @@ class Traced(nn.Module):
         return (logits, *tape.states, *tape.queries, *tape.keys, *tape.values, *tape.mlps, *tape.entered)
 
 
-def attentions(model: Any, blocks: Sequence[nn.Module]) -> tuple[list[Attention], list[Tensor], list[int], int]:
-    """Each attention, what it gave for a few tokens, which block it is of, and how many blocks show their MLP. ValueError says
-    why not."""
+def attentions(model: Any, blocks: Sequence[nn.Module]) -> tuple[list[Attention], list[Tensor], Tape]:
+    """Each attention, what it gave for a few tokens, and what was noted: which block each is of, how many blocks show their
+    MLP, whether there are experts. ValueError says why not."""
     _check_config(model)
     ids, positions = example(model)
     tape, width = Tape(), model.config.get_text_config(decoder=True).hidden_size
@@ -141,12 +156,15 @@ def attentions(model: Any, blocks: Sequence[nn.Module]) -> tuple[list[Attention]
         raise ModelError(f"it has states of width {odd.pop()}, and its head reads {width}")
     windows = _windows(model, tape.windows)
     found, given = [], []
-    for q, k, v, scale, window in zip(tape.queries, tape.keys, tape.values, tape.scales, windows, strict=True):
+    noted = zip(tape.queries, tape.keys, tape.values, tape.scales, windows, tape.sinks, strict=True)
+    for q, k, v, scale, window, sinks in noted:
         if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
             raise ModelError(f"its attention has shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-        found.append(Attention(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], scale, window))
+        if len(sinks) not in (0, q.shape[1]):
+            raise ModelError(f"its attention has {len(sinks)} sinks for {q.shape[1]} heads")
+        found.append(Attention(q.shape[1], k.shape[1], k.shape[-1], v.shape[-1], scale, window, sinks))
         given.append(torch.zeros((1, ids.shape[1], q.shape[1], v.shape[-1])))
-    return found, given, tape.places, len(tape.mlps)
+    return found, given, tape
 
 
 def example(model: Any) -> tuple[Tensor, Tensor]:
