@@ -34,6 +34,7 @@ drafters
 risk measure.free_energy
 artifact
 decoding
+attach lm_eval
 training measure.statistics measure.provenance measure.pages measure.trace
 measure.trace_page
 measure.trigger_study measure.calibration measure.bench

@@ -250,7 +250,7 @@ def _as_lists(places: Sequence[tuple[Scored, list[Scored]]], count: int, offset:
     for one, found in places:
         offsets.append(offset)
         offset += len(one.text)
-        best = [*found[:count], *(one for _ in found[:1])]
+        best = [one, *reversed(found[:count])]  # of those that are spelled alike the likeliest stands
         tops.append({each.text: _finite(each.logprob) for each in best} if found else None)
     return {
         "tokens": [one.text for one, _ in places],
