@@ -208,3 +208,77 @@ def test_planning_gives_up_only_what_could_not_pay(steps, draft, source, matched
                 )
     for offer in offers:
         assert controller._plan(offer) == pytest.approx(planned_plainly(controller, offer))
+
+
+BATCH_TABLES = {
+    "one bucket": UntaughtCosts(
+        {1: 43, 3: 47, 4: 50, 8: 62, 12: 105, 16: 130, 24: 175, 32: 215, 64: 420}, 4.0, 2.0
+    ),  # int4, AVX-512
+    "flat": UntaughtCosts(FLAT, 1.5, 0.7),
+    "steep": UntaughtCosts(STEEP, 1.2, 0.6),
+    "by the row": UntaughtCosts({1: 4.0, 64: 67.0}, 0.4),
+    "free": UntaughtCosts({1: 1.0, 64: 1.3}, 0.02),
+}
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("table", BATCH_TABLES)
+def test_no_load_makes_drafting_slower_than_full_depth(table: str, sequences: int) -> None:
+    """By the second of the whole batch, for drafters of every quality."""
+    costs, rounds = BATCH_TABLES[table], 200
+    for share in (0.0, 0.3, 0.6, 0.9):
+        dice = random.Random(sequences)
+        got = simulate(costs, lambda _, p=share: p, rounds * sequences, confidence=honest(dice), sequences=sequences)  # type: ignore[misc]
+        assert costs.rows(sequences) * rounds / got.seconds[-1] >= (0.97 if sequences == 1 else 0.98)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 4])
+@pytest.mark.parametrize("table", ["one bucket", "flat", "free"])
+def test_few_sequences_gain_about_what_the_best_fixed_length_would(table: str, sequences: int) -> None:
+    costs, rounds = BATCH_TABLES[table], 200
+    for share in (0.5, 0.7, 0.9):
+        dice = random.Random(sequences)
+        got = simulate(costs, lambda _, p=share: p, rounds * sequences, confidence=honest(dice), sequences=sequences)  # type: ignore[misc]
+        tokens = [sum(share**i for i in range(k + 1)) for k in range(7)]
+        best = max(many / (costs.rows((k + 1) * sequences) + costs.drafting(k, sequences)) for k, many in enumerate(tokens))
+        assert rounds / got.seconds[-1] > 0.92 * best
+
+
+def test_drafting_thins_out_as_load_grows() -> None:
+    dice, drafts = random.Random(0), []
+    for sequences in (1, 2, 4, 8, 16, 32):
+        got = simulate(BATCH_TABLES["one bucket"], lambda _: 0.7, 100 * sequences, confidence=honest(dice), sequences=sequences)
+        drafts.append(sum(made for _, made, _ in got.rounds) / len(got.rounds))
+    assert drafts == sorted(drafts, reverse=True)
+    assert drafts[0] > 2
+    assert drafts[-1] < 0.1
+
+
+def test_a_pass_holds_no_more_rows_than_share_their_bits() -> None:
+    costs = BATCH_TABLES["free"]
+    asked = [
+        DraftRound(Controller(costs), [NgramMatch((1,) * 15, 8, "context")], False, 15, 1, 9, lambda _: False) for _ in range(9)
+    ]
+    draft_together(asked, beside=5, most_rows=30)
+    assert sum(1 + len(one.tokens) for one in asked) + 5 == 30
+
+
+def test_the_likeliest_drafts_of_all_sequences_come_first() -> None:
+    """A row in a pass of eight costs most of a token's time: only drafts that are nearly sure are worth one."""
+    costs = UntaughtCosts({1: 1.0, 64: 19.9}, 0.0)  # each further row three tenths of the first
+    sure, unsure = NgramMatch((1,) * 15, 8, "context"), NgramMatch((1,) * 15, 1, "context")
+    asked = [DraftRound(Controller(costs), [match], False, 15, 1, 9, lambda _: False) for match in (unsure, sure) * 4]
+    draft_together(asked)
+    drafts = [len(one.tokens) for one in asked]
+    assert set(drafts[::2]) == {0}
+    assert min(drafts[1::2]) > 0
+
+
+def test_a_drafter_draws_for_all_sequences_in_one_call() -> None:
+    drafter = ScriptedDrafter(lambda i, _: (1, 0.99 if i < 3 else 0.01))
+    asked = [DraftRound(Controller(BATCH_TABLES["free"]), [], True, 15, 1, 9, lambda _: False) for _ in range(5)]
+    for i, one in enumerate(asked):
+        one.drafting, one.state = drafter, drafter.start(i)  # type: ignore[assignment]
+    draft_together(asked)
+    assert drafter.calls[0] == 5
+    assert drafter.calls[-1] == 3, "who is not sure stops earlier"

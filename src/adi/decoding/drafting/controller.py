@@ -29,9 +29,10 @@ LONGEST_CHAIN = 6  # of drafter steps
 EXPLORING = 0.015  # share of the time that may go into single drafts by levels that have not paid, to see whether they would;
 # of sequences in one pass over the root of their number: what they find is much the same
 PATIENCE = 48  # rounds after which such a draft is made even if it costs more
-LOSS = 4.0  # passes that drafting may have cost more than it gave, ...
+LOSS = 4.0  # passes that drafting may have cost more than it gave (of sequences in one pass over the root of their number), ...
 FORGIVEN = 0.01  # ... of which so many are forgiven with every token: over 200 tokens at most 6 passes, 3%, can be lost
 HOPELESS = 0.03  # a chance below which no more drafts are thought of
+MARGIN = 1.03  # by which drafts must beat none where sequences share passes: of many that learn, one is often too hopeful
 WEIGHT = 12.0  # of a prior, in drafts
 MEMORY = 0.985  # what counts of an observation after the next one
 RATIO_WEIGHT, RATIO_MEMORY = 6.0, 0.95
@@ -102,6 +103,16 @@ class PassShare(NamedTuple):
             seconds = passes[rows] if rows <= top else passes[top] + slope * (rows - top)
             own.append(base + (seconds - passes[plain]) / sequences)
         return cls(own, first / sequences, further / sequences, lone, sequences)
+
+    @property
+    def margin(self) -> float:
+        """How many times more tokens a second drafts must promise than none."""
+        return MARGIN if self.sequences > 1 else 1.0
+
+    @property
+    def most_lost(self) -> float:
+        """Seconds that drafting may have cost one of them more than it gave."""
+        return LOSS * self.passes[1] / math.sqrt(self.sequences)
 
     def drafting(self, steps: int) -> float:
         """Seconds of so many steps of the drafter in a row."""
@@ -188,8 +199,7 @@ class Controller:
     def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
         self._share, most = share, min(most, self.drafts)
-        plain = 1 / share.passes[1]
-        best, rate = FULL, plain
+        best, rate = FULL, (plain := share.margin / share.passes[1])
         offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches]
         if drafter:
             offers.append(DraftChoice("drafter", min(LONGEST_CHAIN, most)))
@@ -210,7 +220,7 @@ class Controller:
         return share.passes[drafts + 1] - share.passes[1] + share.drafting(steps)
 
     def _affords(self, source: str, drafts: int) -> bool:
-        return self._lost + self._price(source, drafts) <= LOSS * self._share.passes[1]
+        return self._lost + self._price(source, drafts) <= self._share.most_lost
 
     def _spend(self, seconds: float, tokens: int) -> None:
         """A round gave ``tokens`` and took ``seconds`` longer than without drafts."""
@@ -232,7 +242,7 @@ class Controller:
         """The number of drafts that gives most, and the tokens per second that it gives."""
         best, most, tokens, reach = 0, 0.0, 1.0, 1.0
         share = self._share
-        limit = (1 + LOSS) * share.passes[1] - self._lost
+        limit = share.passes[1] + share.most_lost - self._lost
         for drafts, chance in enumerate(self._acceptances(offer), 1):
             seconds = share.passes[drafts + 1]
             if offer.match is None:

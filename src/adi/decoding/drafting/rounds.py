@@ -149,7 +149,7 @@ class _Plan:
         offers.sort(key=itemgetter(0), reverse=True)  # stable: a sequence's drafts stay in their order
         tokens, drafting, best, rate = float(self.plain), 0.0, 0, self.rate
         seconds = self.passes[self.rows]
-        most = tokens - rate * seconds if rate else tokens / seconds
+        most = tokens - rate * seconds if rate else self.share.margin * tokens / seconds
         for drafts, (chance, step, _) in enumerate(offers[: max(0, self.most_rows - self.rows)], 1):
             tokens, drafting = tokens + chance, drafting + step
             seconds = self.passes[self.rows + drafts] + drafting
