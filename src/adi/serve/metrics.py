@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from adi.decoding.policies import Reflex
 from adi.decoding.records import Step
@@ -37,8 +37,8 @@ class Metrics:
         depths = Histogram("adi:token_depth", "Blocks run for a token of an answer.", ["model_name"],
                            buckets=(0, *steps), registry=self.registry)  # fmt: skip
         self._depth = depths.labels(name)
-        self._certificates = Enum("adi:certificate", "What is known of a certified level.", ["model_name", "kind", "level"],
-                                  states=STATES, registry=self.registry)  # fmt: skip
+        labels = ["model_name", "kind", "level", "state"]
+        self._certificates = Gauge("adi:certificate", "What is known of a certified level.", labels, registry=self.registry)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         made = Counter(f"adi:{name}", about, ["model_name", *labels], registry=self.registry)
@@ -55,7 +55,8 @@ class Metrics:
         """What spot checks say of a certified level by now."""
         monitor = None if policy is None else policy.monitor
         state = STATES[0] if monitor is None else STATES[1 + monitor.alarmed]
-        self._certificates.labels(self._name, kind, f"{level:g}").state(state)
+        for one in STATES:
+            self._certificates.labels(self._name, kind, f"{level:g}", one).set(one == state)
 
     def refused(self, status: int) -> None:
         """A request that was not answered."""
