@@ -6,6 +6,7 @@ import importlib.util
 import signal
 import socket
 import threading
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,35 +25,59 @@ SPOT_CHECK = 0.05
 BACKLOG = 2048
 
 
-def serve(
-    model: ModelArgument = "smollm2-135m",
-    host: Annotated[str, option("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, option("--port", "-p", min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
-    name: Annotated[
-        list[str] | None, option("--name", help="What clients call the model; may be repeated. By default MODEL.")
-    ] = None,
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where the server listens and who may ask it."""
+
+    host: Annotated[str, option("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1"
+    port: Annotated[int, option("--port", "-p", min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000
     api_key: Annotated[
         list[str] | None,
         option("--api-key", envvar="ADI_API_KEY", help="Ask clients for this key; may be repeated.", show_default=False),
-    ] = None,
+    ] = None
     cors_origin: Annotated[
         list[str] | None, option("--cors-origin", help="Let pages of this origin ask; may be repeated.", rare=True)
-    ] = None,
+    ] = None
     allowed_host: Annotated[
         list[str] | None, option("--allowed-host", help="A further name of this server; may be repeated.", rare=True)
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of ``ServerOptions``."""
+        hosts = (*(LOOPBACK if self.host in LOOPBACK else ()), *(self.allowed_host or ()))
+        return {"keys": tuple(self.api_key or ()), "origins": tuple(self.cors_origin or ()), "hosts": hosts}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How much the server takes on."""
+
+    most: Annotated[int, option("--most", min=1, help="Answers that run at once.")] = 32
+    queue: Annotated[int, option("--queue", min=0, help="Answers that may wait for a place; beyond it clients get 429.")] = 128
+    time_limit: Annotated[float, option("--time-limit", min=0.1, help="Seconds that a request may take.")] = 600
+    body_limit: Annotated[float, option("--body-limit", min=0.001, help="MiB that a request's body may have.", rare=True)] = 4
+    ray: Annotated[
+        str | None, option("--ray", metavar="ADDRESS", help="Run replicas on this Ray cluster; local: one on this machine.")
+    ] = None
+    replicas: Annotated[str, option("--replicas", help="With --ray: how many replicas, 2, or 1:4 by load.")] = "1"
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of ``ServerOptions``."""
+        body = round(self.body_limit * (1 << 20))
+        return {"most": self.most, "queue": self.queue, "seconds": self.time_limit, "body_bytes": body}
+
+
+def serve(
+    model: ModelArgument = "smollm2-135m",
+    name: Annotated[
+        list[str] | None, option("--name", help="What clients call the model; may be repeated. By default MODEL.")
     ] = None,
-    most: Annotated[int, option("--most", min=1, help="Answers that run at once.")] = 32,
-    queue: Annotated[int, option("--queue", min=0, help="Answers that may wait for a place; beyond it clients get 429.")] = 128,
-    time_limit: Annotated[float, option("--time-limit", min=0.1, help="Seconds that a request may take.")] = 600,
-    body_limit: Annotated[float, option("--body-limit", min=0.001, help="MiB that a request's body may have.", rare=True)] = 4,
     temperature: Annotated[
         float, option("--temperature", "-t", min=0, max=2, help="Of requests that give none; 1 is OpenAI's default.")
     ] = 1.0,
-    ray: Annotated[
-        str | None, option("--ray", metavar="ADDRESS", help="Run replicas on this Ray cluster; local: one on this machine.")
-    ] = None,
-    replicas: Annotated[str, option("--replicas", help="With --ray: how many replicas, 2, or 1:4 by load.")] = "1",
     *,
+    place: PlaceOptions,
+    load: LoadOptions,
     decoding: DecodingOptions,
     engine: EngineOptions,
 ) -> None:
@@ -61,24 +86,19 @@ def serve(
         raise UsageError(f"adi serve needs {absent[0]}: pip install 'adi-lm[serve]'.")
     from adi.serve.app import ServerOptions
 
-    hosts = (*(LOOPBACK if host in LOOPBACK else ()), *(allowed_host or ()))
     options = ServerOptions(
         names=tuple(name or [Path(model).name if Path(model).exists() else model]),
-        most=most,
-        queue=queue,
-        seconds=time_limit,
-        keys=tuple(api_key or ()),
-        origins=tuple(cors_origin or ()),
-        hosts=hosts,
-        body_bytes=round(body_limit * (1 << 20)),
         temperature=temperature,
         spot_check=decoding.spot_check or SPOT_CHECK,
+        **place.settings(),
+        **load.settings(),
     )
-    if ray is not None:
-        _run_cluster(ray, replicas, (host, port), partial(_loaded, decoding, engine, model), options)
+    if load.ray is not None:
+        where = (place.host, place.port)
+        _run_cluster(load.ray, load.replicas, where, partial(_loaded, decoding, engine, model), options)
         return
-    with _bound(host, port) as place:
-        _run(*_loaded(decoding, engine, model), options, place)
+    with _bound(place.host, place.port) as bound:
+        _run(*_loaded(decoding, engine, model), options, bound)
 
 
 def _bound(host: str, port: int) -> socket.socket:
