@@ -119,12 +119,18 @@ def bench(file: str, mode: str = "verified") -> str:
 
 
 def batches(file: str) -> str:
-    """Many prompts in shared passes against one after the other."""
-    rows = []
-    for run in (batch for batch in load(file)["batches"] if batch["error"] is None):
-        speeds = [f"{run['alone_tokens_per_second']:.1f}", f"{run['batch_tokens_per_second']:.1f}"]
-        rows.append([run["name"], *speeds, interval(run), "yes" if run["same"] else "no"])
-    return f"{table(['', 'one by one, tokens/s', 'together', 'ratio', 'same tokens'], rows)}\n\n{source(file)}."
+    """Many prompts in shared passes, by their number: tokens per second, and how many times as many as the others."""
+    ran = [batch for batch in load(file)["batches"] if batch["error"] is None]
+    names = list(dict.fromkeys(run["name"] for run in ran))
+    rows = [
+        [
+            *(str(run["batch"]), run["name"], f"{run['tokens_per_second']:.1f}"),
+            *(interval(run["against"][name]) if name in run["against"] else "" for name in names),
+            "yes" if run["same"] else "no",
+        ]
+        for run in ran
+    ]
+    return f"{table(['at once', '', 'tokens/s', *(f'x `{name}`' for name in names), 'as alone'], rows)}\n\n{source(file)}."
 
 
 def categories(file: str, others: Sequence[str]) -> str:

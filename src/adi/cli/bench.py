@@ -43,9 +43,7 @@ def bench(
     max_new_tokens: AnswerTokensOption = 128,
     prompt_tokens: Annotated[int | None, option("--prompt-tokens", min=1, help="Make every prompt exactly so long.")] = None,
     repeats: Annotated[int, option("--repeats", min=1, help="Runs of every prompt.")] = 1,
-    batch: Annotated[
-        int | None, option("--batch", help="Also so many texts at once at full depth, against one by one.")
-    ] = None,
+    batch: Annotated[str | None, option("--batch", help="Also so many texts at once; several with commas: 1,4,16.")] = None,
     threads: Annotated[int, option("--threads", min=1, help="Processor threads of every contestant.")] = 2,
     risk: Annotated[
         float | None, option("--risk", help="Reflex mode: a level that adi calibrate certified.", rare=True)
@@ -74,14 +72,14 @@ def bench(
     items = chosen_prompts(prompts, limit)
     chosen, pair = chosen_among(MODES, "--modes", modes), None if static is None else _pair(static)
     precisions = chosen_among(PRECISIONS, "--precision", precision)
-    _check_modes(chosen, pair, sweep, batch)
+    _check_modes(chosen, pair, sweep)
     _check_reflex(chosen, risk, threshold)
     names = [f"adi:{mode}:{p}" for p in precisions for mode in chosen]
     names += [] if not peers else PEERS if peers == "all" else chosen_among(tuple(PEERS), "--peers", peers)
     trained = exits if exits is not None else (model if model in shipped() else None)
     setting = Setting(model, trained, threshold, threads, seed, backend, pair, risk=risk)
     _check_engines(setting, precisions, None if trained is None else load_exits(trained))
-    extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, batch)
+    extent = Extent(max_new_tokens, repeats, prompt_tokens, sweep, restarts, _sizes(batch))
     require_writable(json_out)
     with Reporter(err(), "preparing") as report:
         found = measure(names, items, setting, extent, command=command_line(), result=json_out, progress=report)
@@ -91,9 +89,15 @@ def bench(
     _print(out(), found)
 
 
-def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool, batch: int | None) -> None:
-    if batch is not None and "full" not in chosen:
-        raise UsageError(f"--batch {batch} is measured with full depth; put full into --modes, or leave --batch out.")
+def _sizes(text: str | None) -> tuple[int, ...]:
+    """Of batches, in their order."""
+    found = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if bad := [part for part in found if not part.isdecimal()]:
+        raise UsageError(f"--batch is numbers of texts with commas, such as 1,4,16, not {bad[0]!r}.")
+    return tuple(dict.fromkeys(map(int, found)))
+
+
+def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool) -> None:
     given = ([f"--static {pair[0]},{pair[1]}"] if pair is not None else []) + (["--sweep"] if sweep else [])
     if "static" in chosen and len(given) != 1:
         raise UsageError(
@@ -161,19 +165,23 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _print_batches(console: Console, batches: Sequence[dict[str, Any]]) -> None:
+    ran = [entry for entry in batches if entry["error"] is None]
+    names = list(dict.fromkeys(entry["name"] for entry in ran))
     rows = [
         (
-            *(entry["name"], entry["batch"], entry["groups"]),
-            *(f"{entry[f'{how}_tokens_per_second']:.1f}" for how in ("alone", "batch")),
-            f"{entry['median']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})",
+            *(entry["batch"], entry["name"], entry["groups"], f"{entry['tokens_per_second']:.1f}"),
+            *(_times(entry["against"].get(name)) for name in names),
             "yes" if entry["same"] else "no",
         )
-        for entry in batches
-        if entry["groups"]
+        for entry in ran
     ]
     if rows:
-        names = ("", "at\nonce", "groups", "alone\ntokens/s", "batch\ntokens/s", "ratio", "same\ntokens")
-        console.print(table(None, names, rows, wrap=False))
+        heads = ("at\nonce", "", "groups", "tokens\n/s", *(f"x {name}" for name in names), "as\nalone")
+        console.print(table(None, heads, rows, wrap=False))
     for entry in batches:
         if entry["error"] is not None:
             say(console, f"{entry['name']} in batches: {entry['error']}")
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"

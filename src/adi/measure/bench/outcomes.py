@@ -60,21 +60,9 @@ class BatchOutcome:
     token_ids: tuple[Ids, ...]
     seconds: float
 
-
-@dataclass(frozen=True)
-class BatchPair:
-    """One group of prompts in one batch and one by one: seconds and tokens of each, and whether the tokens are the same."""
-
-    batch_seconds: float
-    batch_tokens: int
-    alone_seconds: float
-    alone_tokens: int
-    same: bool
-
     @property
-    def ratio(self) -> float:
-        """How many times the tokens per second of one by one."""
-        return (self.batch_tokens / self.batch_seconds) / (self.alone_tokens / self.alone_seconds)
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / self.seconds
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from adi.errors import UsageError
 from adi.measure.bench.genai_export import genai_export
-from adi.measure.bench.outcomes import Outcome, Runner, Setting, Task
+from adi.measure.bench.outcomes import BatchOutcome, Outcome, Runner, Setting, Task
 from adi.model.hub import gguf_file, quiet_transformers, source_folder
 
 DRAFT_TOKENS, NGRAM = 10, 3  # of prompt lookup, where a tool leaves the choice to its user
@@ -148,7 +149,35 @@ def genai_peer(weights: str, lookup: bool, setting: Setting) -> Runner:
 
     made = f"on {source.name}, read by itself" if weights == "gguf" else f"on a stateful graph with {HOW[weights]}"
     how = f", prompt lookup of {DRAFT_TOKENS} tokens, runs of {NGRAM}" if lookup else ""
-    return _runner(generate, f"OpenVINO GenAI {made}{how}; no prefix cache, all else at its defaults")
+    found = _runner(generate, f"OpenVINO GenAI {made}{how}; no prefix cache, all else at its defaults")
+    return found if lookup else replace(found, batch=functools.partial(_genai_batch, source, setting.threads))
+
+
+def _genai_batch(source: Path, threads: int, tasks: Sequence[Task]) -> BatchOutcome:
+    """All at once by GenAI's continuous batching, its scheduler at its defaults but without the memory of earlier prompts."""
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    pipeline = _genai_pipeline(source, threads)
+    configs = []
+    for task in tasks:
+        configs.append(genai.GenerationConfig(max_new_tokens=task.max_new_tokens, do_sample=False))
+        configs[-1].stop_token_ids = set(task.ends)
+    ids = [ov.Tensor(np.array([task.token_ids], dtype=np.int64)) for task in tasks]
+    start = time.perf_counter()
+    found = pipeline.generate(ids, configs)
+    seconds = time.perf_counter() - start
+    return BatchOutcome(tuple(tuple(map(int, one.m_generation_ids[0])) for one in found), seconds)
+
+
+@functools.cache
+def _genai_pipeline(source: Path, threads: int) -> Any:
+    import openvino_genai as genai
+
+    scheduling = genai.SchedulerConfig()
+    scheduling.enable_prefix_caching = False
+    return genai.ContinuousBatchingPipeline(source, scheduling, "CPU", {"INFERENCE_NUM_THREADS": threads})
 
 
 def genai_folder(weights: str, setting: Setting) -> Path:

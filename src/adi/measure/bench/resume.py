@@ -9,20 +9,20 @@ from typing import Any
 
 from adi.errors import FileError
 from adi.files import read_json, write_json
-from adi.measure.bench.outcomes import BatchPair, Outcome, Sweep
+from adi.measure.bench.outcomes import BatchOutcome, Outcome, Sweep
 from adi.measure.bench.worker import System
 from adi.schema import Natural, Record, from_json
 
-FORMAT, VERSION = "adi-bench-partial", 3
+FORMAT, VERSION = "adi-bench-partial", 4
 
 
 class SystemState(Record, frozen=True):
-    """What a system gave, by prompt, and by the first prompt of a batch."""
+    """What a system gave, by prompt, and by size and first prompt of a batch."""
 
     peak_bytes: Natural
     error: str | None
     outcomes: dict[int, list[Outcome]]
-    pairs: dict[int, BatchPair]
+    batches: dict[int, dict[int, BatchOutcome]]
 
 
 class Unfinished(Record, frozen=True):
@@ -39,7 +39,7 @@ class Unfinished(Record, frozen=True):
         for system in systems:
             if (kept := self.systems.get(system.name)) is not None:
                 system.peak_bytes, system.error = kept.peak_bytes, kept.error
-                system.outcomes, system.pairs = kept.outcomes, kept.pairs
+                system.outcomes, system.batches = kept.outcomes, kept.batches
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ResumeFile:
     def save(self, systems: Sequence[System], sweeps: Mapping[str, Sweep]) -> None:
         """Write all that is finished, whole or not at all."""
         if self.path is not None:
-            kept = {s.name: SystemState(s.peak_bytes, s.error, s.outcomes, s.pairs) for s in systems}
+            kept = {s.name: SystemState(s.peak_bytes, s.error, s.outcomes, s.batches) for s in systems}
             write_json(self.path, Unfinished(FORMAT, VERSION, dict(self.terms), dict(sweeps), kept).to_json())
 
     def discard(self) -> None:

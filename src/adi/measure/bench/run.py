@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.errors import UsageError
-from adi.measure.bench.outcomes import BatchOutcome, BatchPair, Outcome, Setting, Sweep, Task
+from adi.measure.bench.outcomes import Setting, Sweep, Task
 from adi.measure.bench.resume import ResumeFile
 from adi.measure.bench.summary import batch_entries, part_of, ratio_entries, run_entry
 from adi.measure.bench.worker import System, prepare
@@ -24,6 +24,7 @@ from adi.prompts import PromptItem, read_prompts, spread
 FORMAT, VERSION = "adi-bench", 2
 WARM_UP_TOKENS, BATCH_WARM_UP_TOKENS = 8, 4
 SWEEP_SET, SWEEP_PROMPTS, SWEEP_TOKENS = "train", 4, 48  # the set that exits are trained on
+BATCHING = ("adi:", "openvino-genai:")
 SPARE = 64  # positions beyond prompt and answer, for drafts that overshoot
 
 
@@ -32,8 +33,8 @@ class Extent:
     """How much to run. ``prompt_tokens`` makes every prompt exactly so long; ``sweep`` chooses static mode's setting.
 
     With ``restarts`` the prompts are dealt out to so many processes of each system, one after the other: where a process lies
-    in memory may be worth a tenth of its speed, and that then shows in the intervals. With ``batch``, after the paired runs,
-    each of adi's full depths also runs groups of so many prompts in one batch and one by one.
+    in memory may be worth a tenth of its speed, and that then shows in the intervals. With sizes in ``batch``, after the paired
+    runs, each system that can also runs all prompts in groups of each size, a group at once, in turn.
     """
 
     max_new_tokens: int = 128
@@ -41,26 +42,26 @@ class Extent:
     prompt_tokens: int | None = None
     sweep: bool = False
     restarts: int = 1
-    batch: int | None = None
+    batch: tuple[int, ...] = ()
 
     def check(self, prompts: int) -> None:
         """AdiError where so many prompts cannot be dealt out so."""
         if not 1 <= self.restarts <= prompts:
             raise UsageError(f"--restarts is {self.restarts} and there are {prompts} prompts; it must be from 1 to {prompts}.")
         smallest = prompts // self.restarts
-        if self.batch is not None and not 2 <= self.batch <= smallest:
-            raise UsageError(
-                f"--batch is {self.batch}; it must be at least 2, and at most the {smallest} prompts that each process gets."
-            )
+        for size in self.batch:
+            if not 1 <= size <= smallest:
+                raise UsageError(
+                    f"--batch is {size}; it must be at least 1, and at most the {smallest} prompts that each process gets."
+                )
 
     def parts(self, prompts: int) -> list[list[int]]:
         """The prompts of each restart."""
         return [[p for p in range(prompts) if part_of(p, self.restarts) == i] for i in range(self.restarts)]
 
     def groups(self, part: Sequence[int]) -> list[Sequence[int]]:
-        """Distinct prompts for each batch; what is left over joins none."""
-        size = self.batch
-        return [] if size is None else [part[at : at + size] for at in range(0, len(part) - size + 1, size)]
+        """Distinct prompts for each batch of a size, sizes in their order; what is left over joins none."""
+        return [part[at : at + size] for size in self.batch for at in range(0, len(part) - size + 1, size)]
 
 
 def bench(
@@ -108,7 +109,7 @@ def bench(
         "device": "cpu",
         "runs": [run_entry(s, systems, items, extent.restarts) for s in systems],
         "ratios": ratio_entries(systems, items, setting.seed, extent.restarts),
-        "batches": batch_entries(systems, extent.batch, extent.restarts, setting.seed),
+        "batches": batch_entries(systems, extent.restarts, setting.seed),
     }
 
 
@@ -132,7 +133,7 @@ def _terms(names: Sequence[str], facts: dict[str, Any], setting: Setting, extent
     files = files_hash(*(Path(name) for name in (setting.exits, setting.model) if name))
     where = {name: facts[name] for name in ("prompts_hash", "versions", "machine")}
     own = asdict(setting) | {"static": list(setting.static) if setting.static else None, "files": files}
-    return {"systems": list(names), **where, **own, **asdict(extent)}
+    return {"systems": list(names), **where, **own, **asdict(extent), "batch": list(extent.batch)}
 
 
 def _swept(name: str, setting: Setting) -> Sweep:
@@ -174,15 +175,16 @@ class _Bench:
                     system.stop()
 
     def _is_finished(self, part: Sequence[int]) -> bool:
-        batched = all(group[0] in s.pairs for group in self.extent.groups(part) for s in self._batching())
+        groups = self.extent.groups(part)
+        batched = all(group[0] in s.batches.get(len(group), ()) for group in groups for s in self._batching())
         return batched and self._finished_prompts().issuperset(part)
 
     def _finished_prompts(self) -> set[int]:
         return {p for system in self.systems for p in system.outcomes}
 
     def _batching(self) -> list[System]:
-        """Whose batches are measured: full depth, where nothing but the sharing of passes can make a difference."""
-        return [s for s in self.systems if s.name.startswith("adi:full:") and s.error is None and s.batch_error is None]
+        """Whose batches are measured: all that can."""
+        return [s for s in self.systems if s.name.startswith(BATCHING) and s.error is None and s.batch_error is None]
 
     def _start(self) -> list[Task]:
         """Load all and warm up; adi's modes first, since one of them encodes the prompts and knows how long they are."""
@@ -237,19 +239,26 @@ class _Bench:
             self.save()
 
     def _run_batches(self, tasks: Sequence[Task], groups: Sequence[Sequence[int]]) -> None:
-        """Every group that is not finished, by each of adi's full depths; ``save`` after each.
+        """Every group that is not finished, by each system that can, in turn; ``save`` after each.
 
         What goes wrong here is a line of its own in the result and leaves the paired runs as they are.
         """
+        begun: set[tuple[str, int]] = set()
         for place, group in enumerate(groups):
-            for system in self._batching():
-                self.progress(place, len(groups), f"{system.name} in batches")
-                if group[0] not in system.pairs:
-                    pair = _batched(system, [tasks[p] for p in group], batch_first=place % 2 == 0)
-                    if pair is None:
-                        system.batch_error, system.error = system.error, None
-                    else:
-                        system.pairs[group[0]] = pair
+            systems, size = self._batching(), len(group)
+            turn = place % max(1, len(systems))
+            for system in [*systems[turn:], *systems[:turn]]:
+                self.progress(place, len(groups), f"{system.name}, {size} at once")
+                found, given = system.batches.setdefault(size, {}), [tasks[p] for p in group]
+                if group[0] in found:
+                    continue
+                if (system.name, size) not in begun:
+                    begun.add((system.name, size))
+                    system.ask("batch", [replace(t, max_new_tokens=min(BATCH_WARM_UP_TOKENS, t.max_new_tokens)) for t in given])
+                if (outcome := system.ask("batch", given)) is None:
+                    system.batch_error, system.error = system.error, None
+                else:
+                    found[group[0]] = outcome
             self.save()
 
 
@@ -261,22 +270,3 @@ def _check_room(encoded: Sequence[Sequence[int]], new: int, context: int | None)
             f"prompt {longest + 1} has {len(encoded[longest])} tokens, and with --max-new-tokens {new} that is more than the "
             f"model's context of {context}: shorten it, or ask for fewer tokens."
         )
-
-
-def _batched(system: System, tasks: Sequence[Task], *, batch_first: bool) -> BatchPair | None:
-    """One group in a batch and one by one; None once something went wrong, with the system's ``error``."""
-    system.ask("batch", [replace(task, max_new_tokens=min(BATCH_WARM_UP_TOKENS, task.max_new_tokens)) for task in tasks])
-    batch: BatchOutcome | None = system.ask("batch", tasks) if batch_first else None
-    outcomes: list[Outcome | None] = [system.ask("run", task) for task in tasks]
-    if not batch_first:
-        batch = system.ask("batch", tasks)
-    alone = [outcome for outcome in outcomes if outcome is not None]
-    if batch is None or len(alone) < len(tasks):
-        return None
-    return BatchPair(
-        batch_seconds=batch.seconds,
-        batch_tokens=sum(map(len, batch.token_ids)),
-        alone_seconds=sum(outcome.seconds for outcome in alone),
-        alone_tokens=sum(len(outcome.token_ids) for outcome in alone),
-        same=[outcome.token_ids for outcome in alone] == list(batch.token_ids),
-    )

@@ -1,4 +1,4 @@
-"""From outcomes to the figures of the result: one entry per system, one per pair, one per system that ran batches."""
+"""From outcomes to the figures of the result: one entry per system, per pair, and per system and size of batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
-from adi.measure.bench.outcomes import accepted_share
+from adi.measure.bench.outcomes import BatchOutcome, accepted_share
 from adi.measure.bench.worker import System
 from adi.measure.statistics import clustered_median, common_prefix
 from adi.prompts import PromptItem
@@ -79,26 +79,37 @@ def ratio_entry(a: System, b: System, items: Sequence[PromptItem], seed: int, re
     }
 
 
-def batch_entries(systems: Sequence[System], size: int | None, restarts: int, seed: int) -> list[dict[str, Any]]:
-    """The figures of each system that ran batches, or its error: tokens per second both ways and their ratio.
-
-    ``same`` is whether every prompt of every group got the same tokens in the batch as alone.
+def batch_entries(systems: Sequence[System], restarts: int, seed: int) -> list[dict[str, Any]]:
+    """One entry for each system and size of batches: tokens per second, the median over groups; ``against`` every other system
+    how many times as many, by paired groups, with the interval. ``same``: every prompt got the tokens that it got alone.
     """
-    return [_batch_entry(s, size, restarts, seed) for s in systems if s.pairs or s.batch_error is not None]
+    found = [{"name": s.name, "batch": None, "error": s.batch_error} for s in systems if s.batch_error is not None]
+    sizes = sorted({size for s in systems for size in s.batches})
+    return found + [_batch_entry(s, systems, size, restarts, seed) for size in sizes for s in systems if s.batches.get(size)]
 
 
-def _batch_entry(system: System, size: int | None, restarts: int, seed: int) -> dict[str, Any]:
-    pairs = system.pairs
-    known = {"name": system.name, "batch": size, "groups": len(pairs), "error": system.batch_error}
-    if not pairs:
-        return known
+def _batch_entry(system: System, systems: Sequence[System], size: int, restarts: int, seed: int) -> dict[str, Any]:
+    mine = {first: group.tokens_per_second for first, group in system.batches[size].items()}
+    against = {}
+    for other in systems:
+        theirs = other.batches.get(size, {})
+        if other is not system and (both := mine.keys() & theirs.keys()):
+            ratios = {first: mine[first] / theirs[first].tokens_per_second for first in sorted(both)}
+            against[other.name] = interval(ratios, restarts, seed)
     return {
-        **known,
-        **interval({first: pair.ratio for first, pair in pairs.items()}, restarts, seed),
-        "batch_tokens_per_second": median(pair.batch_tokens / pair.batch_seconds for pair in pairs.values()),
-        "alone_tokens_per_second": median(pair.alone_tokens / pair.alone_seconds for pair in pairs.values()),
-        "same": all(pair.same for pair in pairs.values()),
+        "name": system.name,
+        "batch": size,
+        "groups": len(mine),
+        "error": None,
+        "tokens_per_second": median(mine.values()),
+        "against": against,
+        "same": all(_as_alone(system, first, group, restarts) for first, group in system.batches[size].items()),
     }
+
+
+def _as_alone(system: System, first: int, group: BatchOutcome, restarts: int) -> bool:
+    prompts = range(first, first + restarts * len(group.token_ids), restarts)
+    return all(system.outcomes[p][0].token_ids == ids for p, ids in zip(prompts, group.token_ids, strict=True))
 
 
 def speed(system: System, prompt: int) -> float:

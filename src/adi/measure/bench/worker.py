@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adi.errors import AdiError
-from adi.measure.bench.outcomes import BatchPair, Outcome, Runner, Setting, Sweep, Task
+from adi.measure.bench.outcomes import BatchOutcome, Outcome, Runner, Setting, Sweep, Task
 from adi.measure.bench.peers import HOW, build_peer, genai_folder, model_folder
 from adi.measure.bench.systems import adi_model, adi_runner, backend_for
 
@@ -38,7 +38,7 @@ class System:
     ends: frozenset[int] = field(default=frozenset())
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
     sweep: Sweep | None = None
-    pairs: dict[int, BatchPair] = field(default_factory=dict)  # groups in a batch and alone, by their first prompt
+    batches: dict[int, dict[int, BatchOutcome]] = field(default_factory=dict)  # by size and first prompt
     batch_error: str | None = None
 
     def start(self) -> None:
