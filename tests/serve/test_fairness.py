@@ -23,7 +23,7 @@ from families import tiny
 from serving import Running, serving
 
 FULL = FullDepth()
-LONG = 120  # tokens, which take long enough to be interrupted
+LONG = 80  # tokens, which take long enough to be interrupted
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class Answers:
     def _costs(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """What it took: ``usage``, and ``metrics`` in vLLM's shape with depth beside."""
         prompt, completion = sum(map(len, self.asked.prompts)), sum(len(one.steps) for one in generations)
-        cached = sum(getattr(one, "reused", 0) for one in self.job.sequences)
+        cached = sum(getattr(one.counters, "reused", 0) for one in generations)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         usage["prompt_tokens_details"] = {"cached_tokens": cached}  # type: ignore[assignment]
         costs: dict[str, Any] = {"usage": usage}

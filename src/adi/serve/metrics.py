@@ -78,7 +78,7 @@ class Metrics:
         if job.delivered[index] == job.submitted:
             assert sequence.begun is not None
             self._prompt.inc(len(sequence.prompt_ids))
-            self._reused.inc(getattr(sequence, "reused", 0))
+            self._reused.inc(getattr(sequence.counters, "reused", 0))
             self._first.observe(now - job.submitted)
             self._queued.observe(sequence.begun - job.submitted)
         else:

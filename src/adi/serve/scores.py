@@ -25,6 +25,13 @@ class Scored(NamedTuple):
     logprob: float
 
 
+class _Whole(Frontier):
+    """Takes nothing over from earlier texts: every row is to be seen."""
+
+    def reuse(self, *given: object) -> None:
+        return
+
+
 class Scores:
     """What full depth gives each token of ``ids`` after the first, and its ``count`` likeliest tokens in each place.
 
@@ -39,7 +46,12 @@ class Scores:
 
     def restart(self) -> None:
         """Be as new."""
-        self.frontier, self.found = Frontier(self.model.backbone), list[list[Scored]]()
+        self.frontier, self.found = _Whole(self.model.backbone), list[list[Scored]]()
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The text, to which it adds nothing."""
+        return self.prompt_ids
 
     def stops(self) -> StopStrings:
         """None: it writes nothing."""
