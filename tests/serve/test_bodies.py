@@ -33,7 +33,7 @@ CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance)
 
 @pytest.fixture(scope="module")
 def running(tiny_model: Model) -> Iterator[Running]:
-    with serving(tiny_model, FullDepth(), most=4, body_bytes=100_000, seconds=5) as one:
+    with serving(tiny_model, FullDepth(), most=4, queue=16, body_bytes=100_000) as one:
         yield one
 
 

@@ -134,6 +134,8 @@ class Engine:
         the queue is full (429), and for what the library refuses (400)."""
         if self.failure is not None:
             raise _failed(self.failure)
+        if count > self.places:
+            raise ApiError(400, f"{count} answers were asked for at once; this server has {self.places} places.", param="n")
         if self.open + count > self.places:
             wait = math.ceil(self.seconds * max(1, self.open // self.most))
             said = f"{self.open} answers run or wait, and {count} more would be over {self.places}; try again in {wait} s."

@@ -27,24 +27,30 @@ class ToolCalls:
             before, begin, after = self._held.partition(BEGIN)
             if not begin:
                 keep = next((n for n in range(len(BEGIN) - 1, 0, -1) if before.endswith(BEGIN[:n])), 0)
-                self._held = before[len(before) - keep :]
-                return content + before[: len(before) - keep], calls
+                given = self._unless_blank(before[: len(before) - keep])
+                self._held = before[len(given) :]
+                return content + given, calls
             body, end, later = after.partition(END)
+            given = self._unless_blank(before)
             if not end:
-                self._held = begin + after
-                return content + before, calls
+                self._held = self._held[len(given) :]
+                return content + given, calls
             if (call := _call(body)) is None:
                 content += before + begin + body + end
             else:
-                content += before if before.strip() else ""
+                content += given
                 calls.append({"index": self.count, **call})
                 self.count += 1
             self._held = later
 
+    def _unless_blank(self, text: str) -> str:
+        """The text, but not the spaces and line ends that stand between calls and after them."""
+        return "" if self.count and not text.strip() else text
+
     def rest(self) -> str:
         """What was held back, which became no call."""
         held, self._held = self._held, ""
-        return held if held.strip() or not self.count else ""
+        return self._unless_blank(held)
 
 
 def _call(body: str) -> dict[str, Any] | None:
