@@ -88,6 +88,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": ("Jamba", {**C, **KV, "mamba_dt_rank": 2, "mamba_d_state": 8, "attn_layer_period": 3, "attn_layer_offset": 1}),
     "deepseek_v32": ("DeepseekV32", {**C, **MLA, "index_topk": 512, "index_n_heads": 2, "index_head_dim": 8}),
+    "gemma3n": (
+        "Gemma3n",
+        {**C, **KV, "head_dim": 8, "sliding_window": 8, "num_kv_shared_layers": 2, "laurel_rank": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 3, "activation_sparsity_pattern": [0.0] * LAYERS}
+        | {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    ),
     "glm": ("Glm", {**C, **KV, "head_dim": 8, "pad_token_id": 0}),
     "nemotron": ("Nemotron", {**C, **KV}),
 }
@@ -105,7 +111,7 @@ def tiny(family: str) -> Any:
     """The family's random model in float32, made once; end-of-sequence is switched off, so that texts have full length."""
     kind, settings = FAMILIES[family]
     suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    config_class = getattr(t, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config_class = getattr(t, f"{kind}TextConfig" if kind in ("Gemma3", "Gemma3n") else f"{kind}Config")
     torch.manual_seed(0)
     model = getattr(t, f"{kind}{suffix}")(config_class(**settings)).eval().float()
     for name, parameter in model.named_parameters():

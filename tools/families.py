@@ -39,10 +39,10 @@ def tiny(family: str, scale: tuple[float, float] = SCALES[0], seed: int = 0) -> 
     """The family's random model in float32; end-of-sequence is switched off, so that texts have full length."""
     kind = getattr(t, KINDS.get(family, FAMILIES.get(family, "")))
     torch.manual_seed(seed)
-    model = kind(configuration(family)).eval().float()
+    model = kind(configuration(family, kind)).eval().float()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            deep = any(f".{block}." in name for block in range(2, 64))
+            deep = any(f".{block}." in name for block in range(2, 6))
             torch.nn.init.normal_(parameter, std=scale[deep])
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id, generation.suppress_tokens = None, 0, None
@@ -163,14 +163,18 @@ def main() -> None:
     parser.add_argument("--engine", default="hf", choices=("hf", "compiled"))
     parser.add_argument("--limit", type=int, default=120)
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--open", action="store_true", help="again what is not exact yet")
+    parser.add_argument("--reverse", action="store_true", help="from the end on, beside another run")
     parser.add_argument("--dry", action="store_true", help="show results and keep none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     t.logging.set_verbosity_error()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    wanted = options.families or [*FAMILIES]
+    measured("llama", "hf")  # imports once what every process needs
+    wanted = options.families or [*FAMILIES][:: -1 if options.reverse else 1]
     for family in wanted:
-        if not options.families and not options.again and options.engine in known.get(family, {}):
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may run at once
+        done = known.get(family, {}).get(options.engine, {}).get("result")
+        if not options.families and not options.again and (done == "exact" if options.open else done):
             continue
         started = time.perf_counter()
         entry = alone(family, options.engine, options.limit)
@@ -179,6 +183,7 @@ def main() -> None:
             flush=True,
         )
         if not options.dry:
+            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may run at once
             known[family] = {**known.get(family, {}), options.engine: entry}
             RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 

@@ -11,7 +11,7 @@ import transformers as t
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import adi
-from adi.model.backbone import Rows
+from adi.model.backbone import Rows, States
 from adi.model.hf import HfBackbone
 from adi.model.hf.weights import fingerprint
 from families import FAMILIES, IDS, LAYERS, VOCABULARY, C, own_logits, tiny
@@ -37,8 +37,7 @@ def test_any_split_gives_the_models_own_logits(family: str, split: int) -> None:
     (prefill,) = backbone.forward([Rows(cache, 0, IDS[:PROMPT], None)], 0, layers)
     torch.testing.assert_close(backbone.logits(prefill.hidden_TD), wanted[:PROMPT], atol=1e-4, rtol=0)
     ahead = [backbone.forward([Rows(cache, i, IDS[i : i + 1], None)], 0, split)[0] for i in range(PROMPT, len(IDS))]
-    shallow_TD = torch.cat([states.hidden_TD for states in ahead])
-    (deep,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT:], shallow_TD)], split, layers)
+    (deep,) = backbone.forward([Rows(cache, PROMPT, IDS[PROMPT:], States.joined(ahead))], split, layers)
     torch.testing.assert_close(backbone.logits(deep.hidden_TD), wanted[PROMPT:], atol=1e-4, rtol=0)
 
 

@@ -188,7 +188,7 @@ class Drafting:
 
     def start(self, states: States) -> Array:
         """The state to draft from after a position whose deep state is this, of one row."""
-        return first_state(self._readout, states.raw_TD)
+        return first_state(self._readout, states.head_TD)
 
     def step(self, tokens: Sequence[int], state_TD: Array) -> tuple[list[DraftGuess], Array]:
         """What comes after each of the ``tokens``, of one or more texts, which follow the positions of ``state_TD``; and the

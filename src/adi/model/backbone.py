@@ -119,7 +119,7 @@ class States:
     down projection reads), present when they were asked for. They become tensors when somebody asks, which most rounds of
     decoding never do; ``raw_TD`` is what is stored, in the engine's own kind of array. Nobody writes to any of them. Of a
     looped model more may be stored than ``hidden_TD``, which are its first ``width`` columns then: what stands behind them
-    depends on the ``depth`` where the pass stopped.
+    depends on the ``depth`` where the pass stopped. Where a head reads a mixture of what is stored, ``read`` makes it.
     """
 
     def __init__(
@@ -130,18 +130,24 @@ class States:
         *,
         width: int | None = None,
         depth: int | None = None,
+        read: Callable[[Array], Array] | None = None,
     ) -> None:
         self.raw_TD = hidden_TD
         self._before_TD, self._mlp_TF = before_TD, mlp_TF
-        self.width, self.depth = width, depth
+        self.width, self.depth, self._read = width, depth, read
+
+    @property
+    def head_TD(self) -> Array:  # noqa: N802, a shape
+        """What a head reads, in the engine's own kind of array."""
+        return self.raw_TD if self._read is None else self._read(self.raw_TD)
 
     @property
     def hidden_TD(self) -> Tensor:  # noqa: N802, a shape
-        return as_tensor(self.raw_TD)[:, : self.width]
+        return as_tensor(self.head_TD)[:, : self.width]
 
     @property
     def before_TD(self) -> Tensor:  # noqa: N802, a shape
-        return as_tensor(self._before_TD)[:, : self.width]
+        return as_tensor(self._before_TD if self._read is None else self._read(self._before_TD))[:, : self.width]
 
     @property
     def mlp_TF(self) -> Tensor | None:  # noqa: N802, a shape
@@ -155,7 +161,7 @@ class States:
         return self._like(*(None if a is None else a[rows] for a in (self.raw_TD, self._before_TD, self._mlp_TF)))
 
     def _like(self, hidden_TD: Array, before_TD: Array = None, mlp_TF: Array = None) -> States:
-        return States(hidden_TD, before_TD, mlp_TF, width=self.width, depth=self.depth)
+        return States(hidden_TD, before_TD, mlp_TF, width=self.width, depth=self.depth, read=self._read)
 
     @staticmethod
     def joined(parts: Sequence[States]) -> States:
@@ -168,7 +174,7 @@ class States:
         mlps = [part.mlp_TF for part in parts]
         return parts[0]._like(
             joined([as_tensor(part.raw_TD) for part in parts]),
-            joined([part.before_TD for part in parts]),
+            joined([as_tensor(part._before_TD) for part in parts]),
             None if any(mlp is None for mlp in mlps) else joined(mlps),
         )
 

@@ -22,7 +22,8 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     calls = _watched(decoder)
     if lists and max(map(calls.count, lists[0])) < 2:
         return list(lists[0])
-    if len(calls) == len(set(map(id, calls))):
+    own = [list(m) for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    if len(calls) == len(set(map(id, calls))) and calls not in own:  # else each block has several layers of attention
         raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}, and nothing runs again and again")
     return calls
 

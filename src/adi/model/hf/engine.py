@@ -135,16 +135,21 @@ class HfBackbone:
 
         def run(*rows_TD: Array) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return made(*(as_tensor(rows)[..., :width] for rows, width in zip(rows_TD, widths, strict=True)))
+                given = map(as_tensor, rows_TD)
+                return made(*(self._read(rows, width) for rows, width in zip(given, widths, strict=True)))
 
         return run
+
+    def _read(self, rows_TD: Tensor, width: int) -> Tensor:
+        """Rows as a head reads them."""
+        return (self._split.readable(rows_TD) if rows_TD.shape[-1] == self._split.stored else rows_TD)[..., :width]
 
     def embed(self, ids: Sequence[int]) -> States:
         """What the first block is given; it runs once for nothing."""
         run = Run(0, 1)
         self._split.decode(run, Rows(None, 0, tuple(ids), None), all_first=True)
         assert run.before is not None
-        return States(run.before[0])
+        return States(run.before[0], **self._split.reader)
 
     def last_mlp(self) -> dict[str, Tensor] | None:
         """The last block's gated MLP with its norm, ``gain_D``, ``gate_FD``, ``up_FD``, ``down_DF``; None where it has none."""
@@ -158,4 +163,6 @@ class HfBackbone:
 
     def readout(self) -> ReadOut:
         with torch.no_grad():
-            return take_apart(self._split.model, self._split.logits, self.spec.width, self._split.device)
+            split = self._split
+            stored = split.stored if split.reader else self.spec.width
+            return take_apart(split.model, split.logits, self.spec.width, stored, split.device)

@@ -8,6 +8,7 @@ worked out anew. In a stack of blocks only the last call is read later; a looped
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,56 @@ from adi.model.hf.passes import Run
 
 
 @dataclass(frozen=True)
+class Form:
+    """How what a block gives becomes rows, one a token, and back: its state, whatever its axes, and beside it other outputs
+    that the next block reads. ``axes`` and ``shapes`` are of each of them, without positions; ``places`` of the others in the
+    block's tuple."""
+
+    axes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    places: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, long: Sequence[tuple[int, Any, Any]], short: Sequence[tuple[int, Any, Any]], places: Sequence[int]) -> Form:
+        """By what blocks gave in passes over two numbers of tokens. ValueError where some output has no place for tokens."""
+        found = []
+        for one, other in zip(cls._outputs(long, places), cls._outputs(short, places), strict=True):
+            differ = [axis for axis, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b]
+            if len(differ) != 1 or not one.is_floating_point():
+                raise ValueError(f"what goes from block to block has the shape {list(one.shape)}, and not a row for each token")
+            found.append((differ[0], (*one.shape[: differ[0]], *one.shape[differ[0] + 1 :]), one.dtype))
+        axes, shapes, dtypes = zip(*found, strict=True)
+        return cls(axes, shapes, dtypes, tuple(places))
+
+    @staticmethod
+    def _outputs(chain: Sequence[tuple[int, Any, Any]], places: Sequence[int]) -> list[Tensor]:
+        _, _, out = chain[0]
+        return [state_of(out), *(out[place] for place in places)]
+
+    def rows(self, out: Any) -> Tensor:
+        """``[1, T, width]`` of what a block gave, or of a state alone."""
+        parts = [state_of(out), *(out[place] for place in self.places if isinstance(out, tuple))]
+        flat = [part.movedim(axis, 0).flatten(1) for part, axis in zip(parts, self.axes, strict=False)]
+        return torch.cat(flat, -1)[None] if len(flat) > 1 else flat[0][None]
+
+    def outputs(self, rows_BTD: Tensor) -> list[Tensor]:
+        """The state and the others again, of as many of them as the rows hold."""
+        found, start = [], 0
+        for axis, shape, dtype in zip(self.axes, self.shapes, self.dtypes, strict=True):
+            columns = rows_BTD[0, :, start : start + math.prod(shape)]
+            if columns.shape[-1]:
+                found.append(columns.unflatten(-1, shape).movedim(0, axis).to(dtype))
+            start += math.prod(shape)
+        return found
+
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return sum(map(math.prod, self.shapes))
+
+
+@dataclass(frozen=True)
 class StateLayout:
     """``at[d]``: the calls whose outputs, side by side, are the state after ``d`` blocks; first what a head can read.
 
@@ -34,10 +85,9 @@ class StateLayout:
     sizes: Sequence[int]
 
     @classmethod
-    def of_stack(cls, chain: Sequence[tuple[int, Any, Any]]) -> StateLayout:
-        """Of a pass in which each block takes what the one before it gave: only that is stored."""
-        layers = range(len(chain))
-        return cls([(), *((i,) for i in layers)], layers, [state_of(out).shape[-1] for _, _, out in chain])
+    def of_stack(cls, layers: int, width: int) -> StateLayout:
+        """Of a stack in which each block takes what the one before it gave: only that is stored."""
+        return cls([(), *((i,) for i in range(layers))], range(layers), [width] * layers)
 
     def joined(self, outs_BTD: Mapping[int, Tensor], depth: int) -> Tensor:
         """The state after ``depth`` blocks, ``[B, T, sum of sizes]``."""

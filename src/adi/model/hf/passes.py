@@ -63,6 +63,7 @@ class Steps:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.outputs = [0] * len(blocks)  # how many a block gives in a tuple; 0: the state alone
+        self.form: Any = None  # how what a block gives becomes rows, where that is no [1, T, D] already
         self.shares: dict[int, Any] = {}  # blocks whose keys and values later ones read, with the name that they have there
         self._lock = threading.RLock()
         self._run: Run | None = None
@@ -103,7 +104,7 @@ class Steps:
                 run.skipped()
             if i in self.shares and run.shared is not None:
                 _sharing(args, kwargs)[self.shares[i]] = run.shared(i)
-            return self._passed_on(i, run.given.get(i, hidden))
+            return self._passed_on(i, *self._outputs_of(run.given.get(i), hidden))
         known = dict(_sharing(args, kwargs)) if run.chain is not None else {}
         try:
             out = forward(*args, **kwargs)
@@ -115,14 +116,28 @@ class Steps:
                 if known.get(name) is not pair:
                     self.shares[i] = name
         if i in run.kept:
-            run.outs[i] = out[0] if isinstance(out, tuple) else out
+            run.outs[i] = self._rows_of(out)
         if i == run.hi - 1:
-            run.before = hidden
+            run.before = self._rows_of(hidden)
             raise Reached
         return out
 
-    def _passed_on(self, i: int, hidden: Tensor) -> Any:
-        return (hidden, *[None] * (self.outputs[i] - 1)) if self.outputs[i] else hidden
+    def _outputs_of(self, given: Tensor | None, hidden: Tensor) -> list[Tensor]:
+        if given is None or self.form is None:
+            return [hidden if given is None else given]
+        return self.form.outputs(given)  # type: ignore[no-any-return]
+
+    def _rows_of(self, out: Any) -> Tensor:
+        if self.form is not None:
+            return self.form.rows(out)  # type: ignore[no-any-return]
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+    def _passed_on(self, i: int, hidden: Tensor, *others: Tensor) -> Any:
+        """What a block gives whose state this is; ``others`` stand where ``form`` says."""
+        if not self.outputs[i]:
+            return hidden
+        places = {} if self.form is None else dict(zip(self.form.places, others, strict=False))
+        return (hidden, *(places.get(place) for place in range(1, self.outputs[i])))
 
     def take_apart(self, modules: Sequence[nn.Module]) -> None:
         """Have these take their rows piece by piece where a pass has pieces."""

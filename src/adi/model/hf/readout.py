@@ -17,14 +17,31 @@ Tail = Callable[[Tensor, Callable[[], object]], Tensor]
 NO_START = "exit heads cannot start from it (bare exits still work)"
 
 
-def take_apart(model: Any, logits_of: Tail, width: int, device: torch.device) -> ReadOut:
+def last_norm(model: Any, logits_of: Tail, stored: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module that is given the mixture of a state's parts that a head reads; ModelError where there is none."""
+    tail, _ = _watch(model, logits_of, _probe(stored).to(device, dtype))
+    found: nn.Module | None = next((module for module, _, _ in reversed(tail) if _weight_dim(module) < 2), None)
+    if found is None:
+        raise ModelError(f"the head of {type(model).__name__} has no norm: {NO_START}")
+    return found
+
+
+def _probe(width: int) -> Tensor:
+    return torch.randn((PROBE_ROWS, width), generator=torch.Generator().manual_seed(0))
+
+
+def take_apart(model: Any, logits_of: Tail, width: int, stored: int, device: torch.device) -> ReadOut:
     """The final norm and matrix as plain values, proved on random states; ValueError where they are something else.
 
-    ``logits_of(hidden_TD, begun)`` runs the model's own tail, and calls ``begun`` where it begins.
+    ``logits_of(hidden_TD, begun)`` runs the model's own tail, and calls ``begun`` where it begins. Where states are
+    ``stored`` wider than ``width`` it begins with the last norm, which is given a mixture of their parts.
     """
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn((PROBE_ROWS, width), generator=generator).to(device, model.dtype)
+    probe = _probe(stored).to(device, model.dtype)
     tail, logits = _watch(model, logits_of, probe)
+    if stored != width:
+        begins = max((i for i, step in enumerate(tail) if _weight_dim(step[0]) < 2), default=0)
+        tail = tail[begins:]
+        probe = tail[0][1].reshape(PROBE_ROWS, -1)
     norms = [step for step in tail if _weight_dim(step[0]) < 2]
     maps = [m for m, _, _ in tail if _weight_dim(m) == 2]
     head = model.get_output_embeddings()

@@ -95,9 +95,10 @@ def _takes(module: nn.Module) -> list[str]:
 
 def _angles(decoder: nn.Module, model: Any) -> Iterator[Any]:
     """For each rotary module and type of block: the angles of the first positions in a text of so many tokens."""
-    kinds = sorted(set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()))
+    types = sorted(set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()))
     for module in _rotary(decoder):
-        device = next(module.buffers()).device
+        device, own = next(module.buffers()).device, getattr(module, "rope_type", None)
+        kinds = sorted(own) if isinstance(own, dict) else types
         for kind in kinds if "layer_type" in _takes(module) else [None]:
             yield functools.partial(_first, module, device, {} if kind is None else {"layer_type": kind})
 

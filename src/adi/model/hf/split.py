@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adi.errors import ModelError
-from adi.model.backbone import Rows, States
+from adi.errors import AdiError, ModelError
+from adi.model.backbone import Rows, States, raw_of
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.kv_cache import StaircaseCache
-from adi.model.hf.layout import StateLayout, kinds_of, loop_of, watched_layout
+from adi.model.hf.layout import Form, StateLayout, kinds_of, loop_of, state_of, watched_layout
 from adi.model.hf.passes import Run, Steps
-from adi.model.hf.replay import Way, holders, pieces, with_front
+from adi.model.hf.readout import last_norm
+from adi.model.hf.replay import Way, holders, pieces, single, with_front
 from adi.model.hf.rope import always_far, edge_of, turns_again
-from adi.model.hf.splitting import decoder_of, memory_name, outputs_of, refuse, require_evaluation, require_numbers
+from adi.model.hf.splitting import (
+    decoder_of,
+    handed_on,
+    memory_name,
+    outputs_of,
+    refuse,
+    require_evaluation,
+    require_numbers,
+)
 from adi.model.hf.twin import Twin
 from adi.model.hf.weights import device_of
 
@@ -38,6 +49,7 @@ ACAUSAL = (
 )
 NOISY = "two passes over the same text differ: it draws noise; let it begin at zeros, or at noise that is fixed by position"
 UNEVEN = "how many turns it takes must not depend on the text"
+FOREIGN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 WEIGHTS = ("_modules", "_parameters")
 
 
@@ -63,19 +75,29 @@ class SplitModel:
         self.layout: StateLayout
         self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
         self.way = Way.FRONT
+        self._norm: Any = None
         self._memory = str(memory_name(self.decoder))
         self.vocabulary: int
         self.far: SplitModel | None = None
         self.edge: int | None = None
         self.context = context_of(self.config)
         if near is not None:
-            self._steps.outputs, self._steps.shares = near._steps.outputs, near._steps.shares
+            self._steps.outputs, self._steps.shares, self._steps.form = (
+                near._steps.outputs,
+                near._steps.shares,
+                near._steps.form,
+            )
             self.vocabulary, self.layout, self.slots, self.way = near.vocabulary, near.layout, near.slots, near.way
             self._ways(SELF_CHECK_IDS[:2])
             self.downs = None if near.downs is None else self.downs
             always_far(self.decoder, self.context or 0)
             return
-        self.vocabulary = self._self_check(len(self.blocks))
+        try:
+            self.vocabulary = self._self_check(len(self.blocks))
+        except FOREIGN as error:
+            if isinstance(error, AdiError):
+                raise
+            raise refuse(self.model, f"its own code does not run on a memory of adi's ({_said(error)})") from error
         self.edge = edge_of(self.model, self.decoder, self.context)
         if self.edge is not None:
             self.far, self.turns_again = SplitModel(source, self), turns_again(self.model, self.edge)
@@ -101,6 +123,8 @@ class SplitModel:
         if not cache.held:
             cache.rewind(lo, hi, start)
             return self._part(rows, lo, hi, mlp)
+        if self.way is Way.ALONE and start and len(rows.ids) > 1:
+            return States.stacked([self.part(row, lo, hi, mlp) for row in single(rows)])
         rows = with_front(self, rows, lo, hi)
         cache.rewind(lo, hi, rows.start)
         states = self._part(rows, lo, hi, mlp, front=start - rows.start)
@@ -117,20 +141,61 @@ class SplitModel:
             raise ModelError(f"{type(self.model).__name__} ran {run.calls} of {len(self.blocks)} blocks; {UNEVEN}.")
         stored = self.layout.joined({**run.given, **run.outs}, hi)[0]
         seen = None if run.mlp is None else run.mlp.reshape(len(rows.ids), -1)
-        more = {} if self.loop is None else {"width": self.width, "depth": hi}
-        return States(stored, run.before[0], seen, **more)
+        return States(stored, run.before[0], seen, **self._more(hi))
+
+    def _more(self, depth: int) -> dict[str, Any]:
+        """What states say of themselves beside their rows."""
+        if self.loop is not None:
+            return {"width": self.width, "depth": depth}
+        return self.reader
+
+    @property
+    def reader(self) -> dict[str, Any]:
+        """How states are read whose rows are no ``[T, D]`` that a head reads."""
+        return {} if self.loop is not None or self.stored == self.width else {"read": self.readable}
 
     def run_from(self, rows: Rows, lo: int, hi: int) -> Run:
         """A pass that begins with what is stored of these rows."""
+        wide = rows.states is None or not self.reader or raw_of(rows.states).shape[-1] == self.stored
+        assert wide, "what a head reads of a state is not all that the next block reads"
         run = Run(lo, hi, {} if rows.states is None else self.layout.parts(rows.states, lo), self.layout.at[hi])
         run.shared = lambda i: rows.cache.keys_and_values(i, rows.start + len(rows.ids))
         return run
 
+    @property
+    def stored(self) -> int:
+        """How wide a row of a state is after the last block; more than ``width`` where a head reads a mixture of its parts."""
+        return self.layout.sizes[self.layout.at[-1][0]]
+
+    @torch.no_grad()
+    def readable(self, raw_TD: Tensor) -> Tensor:
+        """What the model's last norm is given of these states, ``[T, D]``: what heads read."""
+        if not self.reader or raw_TD.shape[-1] == self.width:
+            return raw_TD
+        seen: list[Tensor] = []
+        with self._before_norm(lambda _, args: seen.append(args[0])):
+            self.logits(raw_TD)
+        return seen[-1].reshape(len(raw_TD), -1)
+
+    @contextmanager
+    def _before_norm(self, hook: Callable[[Any, Any], Any]) -> Iterator[None]:
+        if self._norm is None:
+            self._norm = last_norm(self.model, self.logits, self.stored, self.device, self.dtype)
+        handle = self._norm.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     @torch.no_grad()
     def logits(self, states: States | Tensor, begun: Callable[[], object] = lambda: None) -> Tensor:
         """The model's own forward with every block skipped; ``begun`` is called where its tail begins."""
+        if self.reader and isinstance(states, Tensor) and states.shape[-1] == self.width:  # as a head reads them
+            with self._before_norm(lambda _, args: (states.to(args[0]).reshape(args[0].shape),)):
+                return self.logits(torch.zeros(len(states), self.stored), begun)
         layers = len(self.blocks)
-        given = {i: part.to(self.device, self.dtype) for i, part in self.layout.parts(states, layers).items()}
+        dtype = self.dtype if self._steps.form is None else None  # a form knows its own
+        given = {i: part.to(self.device, dtype) for i, part in self.layout.parts(states, layers).items()}
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=self.device)
         return self._dry(Run(layers, layers + 1, given, skipped=begun), ids, torch.zeros_like(ids))[0].float()
 
@@ -146,21 +211,48 @@ class SplitModel:
         ids = torch.tensor([tokens], device=self.device)
         wanted = self._source(input_ids=ids, use_cache=False).logits[0].float()
         require_numbers(self._source, wanted)
-        run = Run(0, layers + 1, kept=range(layers), chain=[])
+        run, entered = Run(0, layers + 1, kept=range(layers), chain=[]), list[tuple[int, Any]]()
+        run.entered = lambda i, given: entered.append((i, given))
         self.decode(run, Rows(None, 0, tokens, None))
-        self._steps.outputs = outputs_of(self.model, run.chain or [], self.blocks, ids)
+        chain = run.chain or []
+        self._steps.outputs = outputs_of(self.model, chain, self.blocks, ids)
         if self.loop is None:
-            self.layout = StateLayout.of_stack(run.chain or [])
+            self.layout = self._stack(chain, entered, tokens)
+            if len(StaircaseCache(self).layers) != len(self.blocks):
+                self.slots = self._watched_slots(Rows(None, 0, tokens, None))
         else:
             positions = torch.arange(len(tokens), device=self.device)[None]
             self.layout = watched_layout(self._kinds, run.outs, lambda run: self._dry(run, ids, positions))
             self.slots = self._watched_slots(Rows(None, 0, tokens, None))
-        reason: str | None = ""
-        for way in self._ways(tokens):
+        ways, reasons = self._ways(tokens), list[str]()
+        for logits_TV, way in ((logits_TV, way) for logits_TV in self._own(ids, wanted) for way in ways):
             self.way = way
-            if (reason := self._reason(ids, wanted)) is None:
+            if (reason := self._reason(ids, logits_TV)) is None:
                 return int(wanted.shape[-1])
-        raise refuse(self.model, str(reason))
+            reasons.append(reason)
+        raise refuse(self.model, reasons[len(ways) - 1])
+
+    def _own(self, ids: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+        """The model's own logits, and those where it is told positions, as ``generate`` does, if they are others."""
+        yield wanted
+        if "position_ids" in inspect.signature(self._source.forward).parameters:
+            positions = torch.arange(ids.shape[1], device=self.device)[None]
+            told = self._source(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+            if not torch.equal(told, wanted):
+                yield told
+
+    def _stack(self, chain: list[Any], entered: list[tuple[int, Any]], tokens: tuple[int, ...]) -> StateLayout:
+        """The layout of a stack of blocks; states of other axes than ``[1, T, D]`` get a form."""
+        state, places = state_of(chain[0][2]), handed_on(chain, entered)
+        if places or state.dim() != 3 or state.shape[:2] != (1, len(tokens)):
+            short = Run(0, len(chain) + 1, chain=[])
+            self.decode(short, Rows(None, 0, tokens[:-1], None))
+            try:
+                self._steps.form = Form.of(chain, short.chain or [], places)
+            except ValueError as error:
+                raise refuse(self.model, str(error)) from None
+        form = self._steps.form
+        return StateLayout.of_stack(len(chain), state.shape[-1] if form is None else form.width)
 
     def _ways(self, tokens: tuple[int, ...]) -> list[Way]:
         """How rows may run whose memory cannot be cut, the quickest first."""
@@ -169,20 +261,21 @@ class SplitModel:
             return [Way.FRONT]
         found = holders(cache, self.blocks, lambda: self.decode(Run(0, len(self.blocks) + 1), Rows(cache, 0, tokens, None)))
         self._steps.take_apart(found)
-        return list(Way) if found else [Way.APART]
+        return list(Way) if found else [Way.APART, Way.ALONE]
 
     def _reason(self, ids: Tensor, wanted: Tensor) -> str | None:
         """Why what comes of parts is not what is ``wanted`` of these tokens; None where it is."""
         tokens, layers = tuple(ids[0].tolist()), len(self.blocks)
         try:
             found = self._in_parts(StaircaseCache(self), tokens, layers)
-        except (RuntimeError, TypeError, KeyError, IndexError, AssertionError) as error:
-            return f"running it in parts failed ({type(error).__name__}: {error})"
+        except FOREIGN as error:
+            return f"running it in parts failed ({_said(error)})"
         tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(wanted.abs().max()))
         error_ = max(float((got - wanted[at : at + len(got)]).abs().max()) for at, got in found)
         if error_ <= tolerance:
             return None
-        if not torch.equal(self._source(input_ids=ids, use_cache=False).logits[0].float(), wanted):
+        again = [self._source(input_ids=ids, use_cache=False).logits[0].float() for _ in range(2)]
+        if not torch.equal(*again):
             return NOISY
         alone = self._source(input_ids=ids[:, :2], use_cache=False).logits[0].float()
         if not float((alone - wanted[:2]).abs().max()) <= tolerance:
@@ -225,6 +318,10 @@ class SplitModel:
         if states.mlp_TF is None:
             self.downs = None
         return states
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a word'}"
 
 
 def context_of(config: Any) -> int | None:

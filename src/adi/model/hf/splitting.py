@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_blocks
@@ -95,10 +96,18 @@ def outputs_of(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Sequen
             raise refuse(model, f"block {i} does not turn one state into another of the same shape")
         if looped and given.shape[:1] == ids.shape[:1] and given.shape[1] < ids.shape[1]:
             raise refuse(model, f"block {i} runs over {given.shape[1]} of {ids.shape[1]} tokens; {ROUTED}")
-        if given.shape[:2] != ids.shape:
-            raise refuse(model, f"block {i} gives a state of shape {tuple(state.shape)} for {ids.shape[1]} tokens")
         if last is not None and not looped and not torch.equal(given, last):
             raise refuse(model, f"something else happens between block {i - 1} and block {i}")
         outputs.append(len(out) if isinstance(out, tuple) else 0)
         last = state
     return outputs
+
+
+def handed_on(chain: Sequence[tuple[int, Any, Any]], entered: Sequence[tuple[int, Any]]) -> list[int]:
+    """The places, in what blocks give, of outputs beside the state that the next block is called with."""
+    found = set()
+    for (_, _, out), (_, given) in zip(chain, entered[1:], strict=False):
+        leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        others = enumerate(out[1:], 1) if isinstance(out, tuple) else ()
+        found |= {place for place, other in others if any(other is leaf for leaf in leaves)}
+    return sorted(found)

@@ -1,0 +1,40 @@
+"""States of other axes than [1, T, D], and keys and values that blocks share."""
+
+from __future__ import annotations
+
+import torch
+
+import adi
+from adi.model.backbone import Rows
+from adi.model.hf import HfBackbone
+from families import IDS, own_logits, tiny
+
+
+def test_four_streams_are_stored_and_heads_read_their_mixture() -> None:
+    backbone, wanted = HfBackbone(tiny("gemma3n")), own_logits(tiny("gemma3n"), IDS)
+    (states,) = backbone.forward([Rows(backbone.new_cache(), 0, IDS, None)], 0, backbone.spec.layers)
+    assert states.raw_TD.shape == (len(IDS), 4 * backbone.spec.width)
+    assert states.hidden_TD.shape == states.before_TD.shape == (len(IDS), backbone.spec.width)
+    for given in (states, states.hidden_TD, states[:]):
+        torch.testing.assert_close(backbone.logits(given), wanted, atol=1e-4, rtol=0)
+
+
+def test_an_exit_head_and_a_bare_exit_read_the_same_mixture() -> None:
+    model = adi.load(tiny("gemma3n"))
+    backbone = model.backbone
+    (states,) = backbone.forward([Rows(backbone.new_cache(), 0, IDS, None)], 0, 3)
+    read = backbone.compile("as it is", lambda: lambda rows_TD: (rows_TD,), [backbone.spec.width])
+    torch.testing.assert_close(read(states.raw_TD)[0], states.hidden_TD)
+    torch.testing.assert_close(read(states.hidden_TD)[0], states.hidden_TD)
+    assert read(backbone.embed(IDS).raw_TD)[0].shape == states.hidden_TD.shape
+
+
+def test_what_a_skipped_block_wrote_is_shown_to_the_blocks_that_read_it() -> None:
+    backbone, wanted = HfBackbone(tiny("gemma3n")), own_logits(tiny("gemma3n"), IDS)
+    assert backbone._split._steps.shares == {2: "sliding_attention", 3: "full_attention"}
+    cache = backbone.new_cache()
+    (shallow,) = backbone.forward([Rows(cache, 0, (*IDS[:20], 5, 6), None)], 0, 5)  # ahead of what reads them
+    backbone.forward([Rows(cache, 0, IDS[:20], shallow[:20])], 5, 6)
+    (shallow,) = backbone.forward([Rows(cache, 20, IDS[20:], None)], 0, 4)
+    (deep,) = backbone.forward([Rows(cache, 20, IDS[20:], shallow)], 4, 6)
+    torch.testing.assert_close(backbone.logits(deep), wanted[20:], atol=1e-4, rtol=0)
