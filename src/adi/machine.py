@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+M_MMAP_THRESHOLD = -3  # malloc.h
 VECTORS = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 VNNI", "avx2": "AVX2"}
 
 
@@ -36,6 +37,13 @@ def give_back_memory() -> None:
     """Have the C library return freed memory to the system, where it can (glibc); after something large was built."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_at_once() -> None:
+    """From now on have the C library (glibc) return large blocks as soon as they are freed, instead of keeping them for later;
+    before much is calculated once with large arrays."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def energy_meter(powercap: Path = Path("/sys/class/powercap")) -> Callable[[], float | None]:

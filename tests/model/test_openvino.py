@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import shutil
@@ -224,11 +225,34 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(family: str) -> None:
         export_and_open(tiny(family), name=family, precision="fp32")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_weights_in_16_bits_are_exported_as_they_are(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Calculated with in 32 bits, and never there in as many all together; in 8 bits too, and the model stays as it was."""
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
+    monkeypatch.setattr("adi.model.openvino.export.constants.SMALL", 100)
+    half = copy.deepcopy(tiny(family)).bfloat16()
+    wide, before = copy.deepcopy(half).float(), half.state_dict()
+    found = {}
+    for precision in ("fp32", "int8"):
+        for model in (half, wide):
+            with torch.no_grad():
+                engine = export_and_open(model, name=family, precision=precision, weights=f"00{model is wide:d}")
+            found[precision, model is wide] = engine.forward([Rows(engine.new_cache(), 0, IDS, None)], 0, LAYERS)[0].hidden_TD
+        torch.testing.assert_close(found[precision, False], found[precision, True], atol=1e-5, rtol=1e-5)
+    sizes = {folder.name[:3]: (folder / "blocks.bin").stat().st_size for folder in (tmp_path / "openvino").glob("*-fp32-*")}
+    assert sizes["000"] < 0.6 * sizes["001"]
+    assert half.state_dict().keys() == before.keys()
+    assert all(
+        torch.equal(value, before[name]) and value.dtype == before[name].dtype for name, value in half.state_dict().items()
+    )
+    assert not half._forward_pre_hooks
+
+
 def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="precision 'int3' is not one of"):
         export_and_open(tiny("llama"), name="llama", precision="int3")
-    half = t.LlamaForCausalLM(tiny("llama").config).eval().bfloat16()
-    with pytest.raises(ValueError, match=r"it is in torch\.bfloat16 on cpu, and export starts from float32"):
+    half = t.LlamaForCausalLM(tiny("llama").config).eval().double()
+    with pytest.raises(ValueError, match=r"it is in torch\.float64 on cpu, and export starts from float32"):
         export_and_open(half, name="half")
     odd = t.LlamaForCausalLM(t.LlamaConfig(**{**C, **KV, "intermediate_size": 48})).eval()
     with pytest.raises(ValueError, match="a matrix with 48 inputs does not divide into groups of 32 for int4; choose int8"):

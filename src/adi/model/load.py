@@ -275,15 +275,22 @@ def _wrap(
 
 def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed: Fields, notice: Notice) -> Model:
     import torch
+
+    target = _device(device)
+    runs_in = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
+    model, tokenizer, name, config = _read_path(source, tokenizer, notice)
+    return _wrap(_placed(model, target, dtype, precision), tokenizer, source, changed, name, config)
+
+
+def _read_path(source: str, tokenizer: Any, notice: Notice) -> tuple[Any, Any, str, Fields]:
+    """The model as it is stored, its tokenizer where none is given, its fingerprint and its configuration."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     import adi.model.looped  # noqa: F401  so that the auto classes know it
     from adi.model.hf.weights import fingerprint
 
-    target = _device(device)
     place = source_folder(source, notice)
-    runs_in = precision if precision != "auto" else ("fp32" if target == "cpu" else "auto")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(runs_in)
     try:
         with quiet_transformers():
             options: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # nor asks whether to
@@ -297,8 +304,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed
     except Exception as error:  # readers of foreign files raise what they like
         raise_if_no_memory(error)
         raise ModelError(unreadable(source, error)) from error
-    name = fingerprint(model)  # of the weights as they are stored, before they are rounded to what they run in
-    return _wrap(_placed(model, target, dtype, precision), tokenizer, source, changed, name, config)
+    return model.eval(), tokenizer, fingerprint(model), config  # of the weights before they are rounded to what they run in
 
 
 def _placed(model: Any, target: str, dtype: Any, precision: str) -> Any:
@@ -343,12 +349,10 @@ def _load_openvino(
         found = tokenizer or _read_tokenizer(source, folder)
         backbone = opening.result()
     if backbone is None:
-        loaded = _load_path(str(folder), found, "fp32", "cpu", changed, notice)
-        hf: Any = loaded.backbone
-        samples = calibration_texts(loaded.tokenizer) if chosen != "fp32" else ()
+        model, found, weights, _ = _read_path(str(folder), found, notice)
+        samples = calibration_texts(None if found is None else Tokenizer(found)) if chosen != "fp32" else ()
         options: Any = {"source": folder, "samples": samples, "notice": notice, **opened}
-        weights = loaded.backbone.spec.fingerprint
-        backbone = export_and_open(hf.model, name=source, precision=chosen, weights=weights, **options)
+        backbone = export_and_open(model, name=source, precision=chosen, weights=weights, **options)
     backbone.spec = replace(backbone.spec, name=source)  # an export keeps the name it was first loaded by
     eos_ids = end_tokens(generation, read_json(folder / "config.json", "configuration"), found)
     return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source, generation)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adi.cache import usable_cache
-from adi.errors import UsageError
+from adi.errors import AdiError, UsageError
+from adi.machine import give_back_at_once
 from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
+from adi.model.openvino.huge_pages import let_go
 from adi.model.openvino.row_invariance import merged_rows, settle_rows
 from adi.model.openvino.segments import COPIES_BYTES
 
@@ -34,7 +37,8 @@ def export_and_open(
     memory: int = COPIES_BYTES,
     notice: Notice = lambda _: None,
 ) -> OpenVinoBackbone:
-    """The OpenVINO engine of a transformers model (float32, on the CPU, in evaluation mode), which is left as it was.
+    """The OpenVINO engine of a transformers model (on the CPU, in evaluation mode), which is left as it was, but for one in 16
+    bits that cannot be exported so: that becomes one in 32.
 
     The export is kept in the cache folder under the weights, the configuration, the precision and the versions that made it.
 
@@ -54,6 +58,7 @@ def export_and_open(
     """
     from adi.model.hf import HfBackbone  # here, because opening an export needs no transformers
     from adi.model.hf.weights import fingerprint
+    from adi.model.openvino.export.in_float32 import in_float32
     from adi.model.openvino.export.pipeline import export
 
     if precision not in manifest.PRECISIONS:
@@ -65,7 +70,15 @@ def export_and_open(
         if not (folder / "model.json").exists():
             usable_cache(int(sum(p.numel() for p in model.parameters()) * LEAST_BYTES[precision]))
             folder = manifest.export_dir(key, precision)  # perhaps in another cache by now
-            export(HfBackbone(model, name, weights), folder, precision, samples, notice)
+            give_back_at_once()
+            made: Any = (folder, precision, samples, notice, partial(let_go, source) if source else lambda: None)
+            try:
+                with in_float32(model):
+                    export(HfBackbone(model, name, weights), *made)
+            except AdiError:
+                if model.dtype.itemsize >= 4:
+                    raise
+                export(HfBackbone(model.float(), name, weights), *made)  # one that looks at other modules' weights
     if source is not None:
         manifest.remember(source, key)
     return _opened(folder, stops, kv_bytes, threads, memory)

@@ -147,6 +147,11 @@ class OpenVinoBackbone:
         """What copies of the weights take and which are there."""
         return Copies(self._segments.copy_bytes, self._segments.memory, tuple(self._segments.open))
 
+    def hold(self, lo: int, hi: int) -> None:
+        """Compile blocks [lo, hi) and free all others, for a look at a model that is too large as a whole."""
+        with self._segments.lock:
+            self._segments.hold(lo, hi)
+
     @contextmanager
     def without_copies(self) -> Iterator[None]:
         """Passes of any number of rows run on the weights that are held once; for measurements."""

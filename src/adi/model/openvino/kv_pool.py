@@ -69,10 +69,15 @@ class KVPool:
         """
         if name in self._ports:
             return
-        assert not self.blocks, "the pool is in use"
         kind, shape = port.get_element_type(), [size.get_length() for size in list(port.get_partial_shape())[1:]]
         self._ports[name] = (kind, shape, turns)
         self.block_bytes += turns * _bytes(kind, shape)
+        if self.blocks:
+            import openvino as ov
+
+            self.tensors[name] = ov.Tensor(kind, ov.Shape([(self.blocks + 1) * turns, *shape]))
+            self.tensors[name].data[:] = 0
+            self.version += 1
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether ``reserve`` would succeed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -236,6 +236,12 @@ class Segments:
         if tight:
             self._forget(self._parts[ANY] - set(pairwise((0, *ends))))
 
+    def hold(self, lo: int, hi: int) -> None:
+        """Have this part for any number of rows, and no other. Holds the lock."""
+        self._forget(tuple(self._parts[ANY]))
+        ends = sorted({end for end in (lo, hi, len(self._manifest.holes)) if end})
+        self._publish(*self._compiled(ends, ANY, {(lo, hi)}), ANY)
+
     def _forget(self, parts: Iterable[tuple[int, int]]) -> None:
         """Free segments for any number of rows that others stand in for."""
         for lo, hi in parts:
@@ -262,11 +268,14 @@ class Segments:
         """The blocks of the model that a part of the graph is, for each turn; the embedding runs once."""
         return spans(self._manifest.turns, lo, hi)[: None if hi else 1]
 
-    def _compiled(self, ends: Sequence[int], bucket: int) -> tuple[list[tuple[int, int]], list[Segment]]:
-        """The parts of the graph between these cuts that this bucket lacks, and their segments."""
+    def _compiled(
+        self, ends: Sequence[int], bucket: int, only: Collection[tuple[int, int]] = ()
+    ) -> tuple[list[tuple[int, int]], list[Segment]]:
+        """The parts of the graph between these cuts that this bucket lacks (``only`` these), and their segments."""
         graph = self._blocks.clone()  # cutting leaves a graph in parts
         fill_holes(graph, self._manifest.attentions)
-        parts = [part for part in cut(graph, ends, self._manifest.width) if (part.lo, part.hi) not in self._parts[bucket]]
+        wanted = (set(only) or set(pairwise((0, *ends)))) - self._parts[bucket]
+        parts = [part for part in cut(graph, ends, self._manifest.width) if (part.lo, part.hi) in wanted]
         where = [(part.lo, part.hi) for part in parts]
         if bucket:  # in the background, where a program that ends lets no new threads begin
             for part in parts:

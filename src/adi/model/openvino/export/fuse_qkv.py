@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from adi.model.openvino.export.constants import is_weight
+
 
 def is_linear(node: Any) -> bool:
     """Whether this is a product with a constant matrix ``[N, K]``."""
-    if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
+    if node.get_type_name() != "MatMul" or not is_weight(node.input_value(1)):
         return False
     given = node.get_attributes()
     return bool(given["transpose_b"] and not given["transpose_a"] and len(node.input_value(1).get_shape()) == 2)
@@ -54,8 +56,8 @@ def fuse_matrices(graph: Any, results: Sequence[Any]) -> None:
 def _fuse(group: list[Any]) -> None:
     from openvino import opset13 as ops
 
-    weights = [node.input_value(1).get_node().data for node in group]
-    product = ops.matmul(group[0].input_value(0), ops.constant(np.concatenate(weights)), False, True)
+    weights = [node.input_value(1) for node in group]
+    product = ops.matmul(group[0].input_value(0), ops.concat(weights, 0), False, True)
     product.set_friendly_name(group[0].get_friendly_name())
     ends = group
     biases = [_bias(node) for node in group]
@@ -63,7 +65,7 @@ def _fuse(group: list[Any]) -> None:
         values = [bias.input_value(1).get_node().data.reshape(-1) for bias in biases if bias is not None]
         product = ops.add(product, ops.constant(np.concatenate(values)))
         ends = biases
-    lengths = ops.constant(np.array([len(weight) for weight in weights], np.int64))
+    lengths = ops.constant(np.array([weight.get_shape()[0] for weight in weights], np.int64))
     parts = ops.variadic_split(product, ops.constant(np.int64(-1)), lengths)
     for i, end in enumerate(ends):
         for user in end.output(0).get_target_inputs():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adi.errors import ModelError
 from adi.model.backbone import Loop
+from adi.model.openvino.export.constants import settle_small
 from adi.model.openvino.export.fuse_qkv import fuse_matrices
 from adi.model.openvino.graph import Attention, by_name, inject, inputs_of, partial_shape
+
+STAGE_BYTES = 300 << 20  # of weights in 32 bits that are compiled at a time
 
 
 def name_ports(graph: Any, attentions: Sequence[Attention], layers: int, mlps: int) -> None:
@@ -28,7 +32,9 @@ def name_ports(graph: Any, attentions: Sequence[Attention], layers: int, mlps: i
 
 
 def tidy(graph: Any) -> None:
-    """Rows are counted by positions, and what makes query, key and value of one input is one product."""
+    """Small weights are plain constants, rows are counted by positions, and what makes query, key and value of one input is one
+    product."""
+    settle_small(graph)
     _count_rows_by_positions(graph)
     kinds = ("query.", "key.", "value.")
     fuse_matrices(graph, [node for node in graph.get_results() if node.get_friendly_name().startswith(kinds)])
@@ -127,11 +133,32 @@ def split_head(graph: Any, layers: int, width: int) -> tuple[Any, Any]:
     return ov.Model(list(results.values()), graph.get_parameters(), "blocks"), ov.Model([logits, token], needed, "head")
 
 
-def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[tuple[str, int], str]) -> Any:
-    """A copy of the blocks with ordinary causal attention in the holes (windows left out), for whole texts of one sequence.
+def observed(
+    blocks: Any, attentions: Sequence[Attention], outputs: Mapping[Any, str], samples: Sequence[Sequence[int]]
+) -> Iterator[tuple[Any, Any]]:
+    """What enters the product of each name in ``outputs``, ``[T, K]``, with its key, for each of some texts, token ids.
 
-    It gives what enters the product of each name in ``outputs``, in their order; keys of ``outputs`` are not looked at.
+    Some blocks at a time are compiled and run over all texts, so that their weights in 32 bits are never all there.
     """
+    import openvino as ov
+
+    core = ov.Core()
+    states: list[Any] = [None] * len(samples)
+    for part, keys in _stages(blocks, attentions, outputs):
+        request = core.compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        for i, ids in enumerate(samples):
+            tokens = np.array([ids], np.int64)
+            given = {"input_ids": tokens, "position_ids": np.arange(len(ids))[None], "hidden": states[i]}
+            request.infer({port.get_any_name(): given[port.get_any_name()] for port in request.model_inputs})
+            for at, key in enumerate(keys):
+                seen = request.get_output_tensor(at).data
+                yield key, seen.reshape(-1, seen.shape[-1])
+            states[i] = request.get_output_tensor(len(keys)).data.copy()
+
+
+def _stages(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[Any, str]) -> Iterator[tuple[Any, list[Any]]]:
+    """The blocks in parts with ordinary causal attention in the holes (windows and sinks left out); each gives what is asked of
+    it and the state that leaves it."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -145,6 +172,21 @@ def attended_plainly(blocks: Any, attentions: Sequence[Attention], outputs: Mapp
         attended = ops.transpose(paid, ops.constant(np.array([0, 2, 1, 3], np.int64)))
         for user in inputs[f"attended.{i}"].output(0).get_target_inputs():
             user.replace_source_output(attended.output(0))
-    nodes = by_name(graph.get_ordered_ops())
-    ends = [ops.result(nodes[name].input_value(0)) for name in outputs.values()]
-    return ov.Model(ends, [inputs["input_ids"], inputs["position_ids"]], "attended_plainly")
+    layers = sum(name.startswith("state.") for name in results) - 1
+    ends = [*range(stage_blocks(graph, layers), layers, stage_blocks(graph, layers)), layers]
+    sources = {end: results[f"state.{end}"].input_value(0) for end in ends}
+    for end in ends[:-1]:
+        inject(results[f"state.{end}"], int(sources[end].get_partial_shape()[-1].get_length()))
+    left = dict(outputs)
+    for end in ends:
+        last = ops.result(sources[end])
+        nodes = by_name(ov.Model([last], inputs_of([last]), "part").get_ordered_ops())
+        keys = [key for key, name in left.items() if name in nodes]
+        found = [ops.result(nodes[left.pop(key)].input_value(0)) for key in keys]
+        yield ov.Model([*found, last], inputs_of([*found, last]), "part"), keys
+
+
+def stage_blocks(graph: Any, layers: int) -> int:
+    """How many blocks are run at a time where weights take 32 bits."""
+    numbers = sum(math.prod(n.get_output_shape(0)) for n in graph.get_ops() if n.get_type_name() == "Constant")
+    return max(1, int(STAGE_BYTES * layers / (4 * numbers)))

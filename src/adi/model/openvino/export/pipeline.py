@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,28 @@ from adi.model.hf import HfBackbone
 from adi.model.hf.splitting import decoder_of
 from adi.model.hub import Notice
 from adi.model.openvino.engine import OpenVinoBackbone
-from adi.model.openvino.export.graphs import compiled_loop, name_ports, rolled, split_head, tidy
+from adi.model.openvino.export.graphs import compiled_loop, name_ports, rolled, split_head, stage_blocks, tidy
 from adi.model.openvino.export.quantize import quantize
 from adi.model.openvino.export.trace import attentions, foreign, trace
 from adi.model.openvino.graph import cut, fill_holes
 from adi.model.openvino.manifest import Manifest, NormAndScale, write_export
 from adi.model.openvino.turns import cuts
 
+Ran = Sequence[tuple[Any, int, tuple[int, ...]]]  # cache, first position and tokens of some rows
 CHECK_TOKENS = 40  # past the first block of KV memory
 CHECK_WINDOW = 1100  # windows up to here are left behind in the check
 TOLERANCE = 1e-3
 
 
-def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Sequence[int]], notice: Notice) -> None:
-    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples`` are as for ``quantize``.
+def export(
+    hf: HfBackbone,
+    folder: Path,
+    precision: str,
+    samples: Sequence[Sequence[int]],
+    notice: Notice,
+    let_go: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the model of ``hf`` to ``folder`` for ``OpenVinoBackbone.open``; ``samples``, ``let_go`` are as for ``quantize``.
 
     Raises ValueError, in one sentence that names the architecture, for a model that cannot be exported, or whose exported
     graph does not give the model's own logits.
@@ -36,12 +45,11 @@ def export(hf: HfBackbone, folder: Path, precision: str, samples: Sequence[Seque
     notice(f"Exporting {hf.spec.name} to OpenVINO once, in {precision} (kept in {folder})")
     try:
         manifest, blocks, head = _graphs(hf, precision)
+        let_go()
         with foreign(RuntimeError):  # the plugin may not know an operation
-            _check(hf, manifest, blocks.clone(), head.clone())
+            _check(hf, manifest, blocks.clone(), head.clone(), let_go)
         read = [ids[: manifest.context] for ids in samples]
-        blocks, head = quantize(
-            blocks.clone(), head.clone(), precision, manifest.attentions, read
-        )  # NNCF would follow what they share
+        blocks, head = quantize(blocks.clone(), head.clone(), precision, manifest.attentions, read, let_go)
     except AdiError as error:
         reason = str(error).rstrip(".")
         raise NotExportableError(f"{type(hf.model).__name__} cannot be exported to OpenVINO: {reason}.") from error
@@ -107,7 +115,7 @@ def _with_readout(hf: HfBackbone, manifest: Manifest) -> tuple[Manifest, ReadOut
     return replace(manifest, readout=NormAndScale(readout.norm, readout.eps, readout.scale)), readout
 
 
-def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any) -> None:
+def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any, let_go: Callable[[], object]) -> None:
     """In float32, run in parts, after a rollback and beside another sequence: the model's own logits, or no export."""
     windows = [a.window for a in manifest.attentions if 0 < a.window <= CHECK_WINDOW]
     length = min(max([CHECK_TOKENS, *(w + 8 for w in windows)]), manifest.context or CHECK_TOKENS)
@@ -115,18 +123,38 @@ def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any) -> None:
     ids = tuple(torch.randint(0, manifest.vocabulary, (length,), generator=generator).tolist())
     with torch.no_grad():
         wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+    let_go()
     fp32 = OpenVinoBackbone(replace(manifest, precision="fp32"), blocks, head)  # KV memory in 32 bits too
-    half = max(1, manifest.layers // 2)
-    cache, mate = fp32.new_cache(), fp32.new_cache()
-    past, layers = length // 2, manifest.layers
-    fp32.forward([Rows(cache, 0, ids[: past + 1], None), Rows(mate, 0, ids[1:4], None)], 0, layers)
-    early = [
-        *fp32.forward([Rows(cache, past, ids[past : past + 1], None)], 0, half),
-        *fp32.forward([Rows(cache, past + 1, ids[past + 1 :], None), Rows(mate, 3, ids[4:6], None)], 0, half)[:1],
-    ]
-    hidden_TD = torch.cat([states.hidden_TD for states in early])
-    if half < layers:
-        hidden_TD = fp32.forward([Rows(cache, past, ids[past:], hidden_TD)], half, layers)[0].hidden_TD
+    cache, mate, past = fp32.new_cache(), fp32.new_cache(), length // 2
+    first = [(cache, 0, ids[: past + 1]), (mate, 0, ids[1:4])]
+    early = [[(cache, past, ids[past : past + 1])], [(cache, past + 1, ids[past + 1 :]), (mate, 3, ids[4:6])]]
+    hidden_TD = _in_parts(fp32, blocks, first, early, [(cache, past, ids[past:])], let_go)
     error = float((fp32.logits(hidden_TD) - wanted[past:]).abs().max())
     if not error <= TOLERANCE * max(1.0, float(wanted.abs().max())):
         raise ModelError(f"run in parts its logits differ from its own forward by {error:.2g}")
+
+
+def _in_parts(
+    fp32: OpenVinoBackbone, blocks: Any, first: Ran, early: Sequence[Ran], late: Ran, let_go: Callable[[], object]
+) -> torch.Tensor:
+    """What leaves the last block of the rows ``late`` where ``early`` ran the first half, all after the rows ``first``. Some
+    blocks at a time are compiled, so that their weights in 32 bits are never all there."""
+    layers, loop = fp32.spec.layers, fp32.spec.loop
+    half, step = max(1, layers // 2), layers if loop else stage_blocks(blocks, layers)
+    ends = sorted({*range(0, half, step), *range(half, layers, step), layers})
+    states: dict[int, Any] = {}
+
+    def run(rows: Ran, lo: int, hi: int) -> None:
+        given = states.get(id(rows), [None] * len(rows))
+        states[id(rows)] = [s.hidden_TD for s in fp32.forward([Rows(*r, s) for r, s in zip(rows, given, strict=True)], lo, hi)]
+
+    for lo, hi in pairwise(ends):
+        if len(ends) > 3:
+            fp32.hold(lo, hi)
+        let_go()
+        for rows in (first, *early) if hi <= half else (first, late):
+            run(rows, lo, hi)
+        if hi == half:
+            states[id(late)] = [torch.cat([states[id(rows)][0] for rows in early])]
+    found: torch.Tensor = states[id(late)][0]
+    return found

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, by NNCF, or mostly in 4; activations stay in float32 between the matrices.
+"""Weights in 8 bits, or mostly in 4; activations stay in float32 between the matrices.
 
 At "int4" the matrices after attention take 4 bits (GPTQ, groups of 32). In 8 bits stay the embedding, the head, what makes
 queries, keys and values, and the matrices that would err most, up to a fifth of the rest: measured on SmolLM2-135M,
@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from adi.errors import ModelError
+from adi.model.openvino.export.constants import is_weight, slabs, weight_of
 from adi.model.openvino.export.fuse_qkv import is_linear, linears_before
 from adi.model.openvino.export.gptq import GROUP, FourBits, gptq
-from adi.model.openvino.export.graphs import attended_plainly
+from adi.model.openvino.export.graphs import observed
 from adi.model.openvino.export.smoothquant import smooth
 from adi.model.openvino.graph import Attention
 
@@ -26,9 +27,15 @@ SPARED = 1 / 5  # of the weights that could take 4 bits, so many stay in 8: thos
 
 
 def quantize(
-    blocks: Any, head: Any, precision: str, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]
+    blocks: Any,
+    head: Any,
+    precision: str,
+    attentions: Sequence[Attention],
+    samples: Sequence[Sequence[int]],
+    let_go: Callable[[], object] = lambda: None,
 ) -> tuple[Any, Any]:
-    """Both graphs with weights in ``precision``, by how they act on ``samples``, texts as token ids.
+    """Both graphs with weights in ``precision``, by how they act on ``samples``, texts as token ids. ``let_go`` is called after
+    each matrix.
 
     ValueError where a matrix that should take 4 bits has a number of inputs that groups of 32 do not divide.
     """
@@ -38,11 +45,47 @@ def quantize(
         smooth(blocks, attentions, samples)
     else:
         _four_bits(blocks, attentions, samples)
-    with quiet_nncf():
-        import nncf
+    for graph in (blocks, head):
+        _eight_bits(graph, let_go)
+    return blocks, head
 
-        mode = nncf.CompressWeightsMode.INT8_ASYM
-        return nncf.compress_weights(blocks, mode=mode), nncf.compress_weights(head, mode=mode)
+
+def _eight_bits(graph: Any, let_go: Callable[[], object]) -> None:
+    """Round what is left of constant matrices, the embedding among them: 256 levels from each output's least to its largest
+    weight. A matrix that several read is rounded once."""
+    made: dict[tuple[str, int, bool], Any] = {}
+    for node in graph.get_ordered_ops():
+        kind = node.get_type_name()
+        for port in {"MatMul": (0, 1), "Gather": (0,)}.get(kind, ()):
+            source = node.input_value(port)
+            if len(source.get_partial_shape()) < 2 or not is_weight(source):
+                continue
+            across = kind == "MatMul" and node.get_attributes()[("transpose_a", "transpose_b")[port]] == (port == 0)
+            key = source.get_node().get_name(), source.get_index(), across
+            if key not in made:
+                made[key] = _rounded(source, -2 if across else -1)
+                let_go()
+            node.input(port).replace_source_output(made[key])
+    graph.validate_nodes_and_infer_types()
+
+
+def _rounded(source: Any, axis: int) -> Any:
+    """A weight in 8 bits, with a scale and a zero point for all numbers along an axis, and what makes numbers of it again."""
+    from openvino import opset13 as ops
+
+    shape = tuple(source.get_shape())
+    least = (*shape[:axis], 1, *shape[axis:][1:])
+    codes, zeros, scales = np.empty(shape, np.uint8), np.empty(least, np.uint8), np.empty(least, np.float32)
+    for at, part in slabs(source) if len(shape) > 2 or axis == -1 else [(0, weight_of(source))]:
+        rows = slice(at, at + len(part))
+        low, high = part.min(axis, keepdims=True).clip(max=0), part.max(axis, keepdims=True).clip(min=0)
+        scales[rows] = scale = np.maximum((high - low) / 255, np.finfo(np.float32).tiny)
+        zeros[rows] = zero = np.round(-low / scale)
+        part = part / scale
+        part += zero
+        codes[rows] = np.round(part, out=part).clip(0, 255, out=part)
+    whole, origin = (ops.convert(ops.constant(values, shared_memory=True), "f32") for values in (codes, zeros))
+    return ops.multiply(ops.subtract(whole, origin), ops.constant(scales)).output(0)
 
 
 def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]) -> None:
@@ -62,8 +105,7 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
     hessians = _hessians(blocks, attentions, chosen, samples)
     found: list[tuple[Any, FourBits]] = []
     for node in chosen:
-        weight = torch.from_numpy(node.input_value(1).get_node().data.astype(np.float32))
-        found.append((node, gptq(weight, hessians[_source(node)])))
+        found.append((node, gptq(torch.from_numpy(weight_of(node.input_value(1))), hessians[_source(node)])))
     left = SPARED * sum(made.codes_NK.numel() for _, made in found)
     for node, made in sorted(found, key=lambda pair: -pair[1].error):
         left -= made.codes_NK.numel()
@@ -73,20 +115,14 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
 
 def _hessians(blocks: Any, attentions: Sequence[Attention], nodes: Sequence[Any], samples: Sequence[Sequence[int]]) -> Any:
     """``sum of x x^T`` over the inputs x of each matrix, by the input's name; the identity where there is no text."""
-    import openvino as ov
     import torch
 
     widths = {_source(node): node.input_value(1).get_shape()[1] for node in nodes}
     found = {name: torch.eye(width) * (not samples) for name, width in widths.items()}
-    if not samples:
-        return found
-    graph = attended_plainly(blocks, attentions, {_source(node): node.get_friendly_name() for node in nodes})
-    request = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
-    for ids in samples:
-        request.infer([np.array([ids], np.int64), np.arange(len(ids), dtype=np.int64)[None]])
-        for i, name in enumerate(widths):
-            x_TK = torch.from_numpy(request.get_output_tensor(i).data.reshape(-1, widths[name]))
-            found[name].addmm_(x_TK.T, x_TK)
+    names = {_source(node): node.get_friendly_name() for node in nodes}
+    for name, x in observed(blocks, attentions, names, samples) if samples else ():
+        x_TK = torch.from_numpy(x)
+        found[name].addmm_(x_TK.T, x_TK)
     return found
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from adi.model.openvino.export.constants import slabs
 from adi.model.openvino.export.fuse_qkv import is_linear
-from adi.model.openvino.export.graphs import attended_plainly
+from adi.model.openvino.export.graphs import observed
 from adi.model.openvino.graph import Attention
 
 WINDOWS = 8  # of the sample texts, spread over them
@@ -36,17 +37,19 @@ class Gain:
 def smooth(blocks: Any, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]) -> None:
     """Scale the channels behind every gain of ``blocks`` that only constant matrices read, by how loud they are on ``samples``,
     texts as token ids; without texts, or without such gains, nothing changes."""
+    from openvino import opset13 as ops
+
     found = list(_gains(blocks))
     if not found or not samples:
         return
     for gain, loud_K in zip(found, _loudness(blocks, attentions, found, samples), strict=True):
-        matrices = [reader.input_value(1).get_node().data for reader in gain.readers]
-        heavy_K = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
-        scale_K = scales(loud_K, heavy_K)
+        parts = [np.abs(part).max(0) for reader in gain.readers for _, part in slabs(reader.input_value(1))]
+        scale_K = scales(loud_K, np.max(parts, axis=0))
         before = gain.node.input_value(gain.port).get_node().data
-        _replace(gain.node, gain.port, (before.reshape(-1) / scale_K).reshape(before.shape))
-        for reader, matrix in zip(gain.readers, matrices, strict=True):
-            _replace(reader, 1, matrix * scale_K)
+        softer = np.ascontiguousarray((before.reshape(-1) / scale_K).reshape(before.shape), np.float32)
+        gain.node.input(gain.port).replace_source_output(ops.constant(softer).output(0))
+        for reader in gain.readers:
+            reader.input(1).replace_source_output(ops.multiply(reader.input_value(1), ops.constant(scale_K)).output(0))
 
 
 def scales(loud_K: Any, heavy_K: Any) -> Any:
@@ -72,21 +75,8 @@ def _loudness(
     blocks: Any, attentions: Sequence[Attention], gains: Sequence[Gain], samples: Sequence[Sequence[int]]
 ) -> list[Any]:
     """The largest value of each channel behind each gain, ``[K]``, over some of the texts."""
-    import openvino as ov
-
-    names = {(gain.node.get_friendly_name(), 0): gain.readers[0].get_friendly_name() for gain in gains}
-    graph = attended_plainly(blocks, attentions, names)
-    request = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    names = {i: gain.readers[0].get_friendly_name() for i, gain in enumerate(gains)}
     found: list[Any] = [0.0] * len(gains)
-    for ids in samples[:: max(1, len(samples) // WINDOWS)][:WINDOWS]:
-        request.infer([np.array([ids], np.int64), np.arange(len(ids), dtype=np.int64)[None]])
-        for i in range(len(gains)):
-            seen = np.abs(request.get_output_tensor(i).data)
-            found[i] = np.maximum(found[i], seen.reshape(-1, seen.shape[-1]).max(0))
+    for i, x_TK in observed(blocks, attentions, names, samples[:: max(1, len(samples) // WINDOWS)][:WINDOWS]):
+        found[i] = np.maximum(found[i], np.abs(x_TK).max(0))
     return found
-
-
-def _replace(node: Any, port: int, values: Any) -> None:
-    from openvino import opset13 as ops
-
-    node.input(port).replace_source_output(ops.constant(np.ascontiguousarray(values, np.float32)).output(0))
