@@ -30,6 +30,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 
 from adi.measure.provenance import provenance
 from adi.prompts import read_prompts, spread
@@ -162,8 +164,6 @@ def serve_genai(model: str, precision: str, port: int) -> None:
     import openvino as ov
     import openvino_genai as genai
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import StreamingResponse
 
     from adi.measure.bench.genai_export import genai_export
     from adi.model.hub import source_folder
@@ -235,7 +235,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{url} is not this machine's loopback address; load is sent nowhere else.")
             urls[name] = url or stack.enter_context(server(system, options))
         first = next(url for name, url in urls.items() if name.startswith("adi"))
-        tell = lambda text: httpx.post(f"{first}/tokenize", json={"messages": [{"role": "user", "content": text}]})  # noqa: E731
+        tell = lambda text: httpx.post(f"{first}/tokenize", json={"messages": [{"role": "user", "content": text}]}, timeout=60)  # noqa: E731
         prompts = [tell(text).json()["tokens"] for text in (item.prompt for item in items)]
         texts: dict[tuple[str, int], set[str]] = {}
         for clients in counts:

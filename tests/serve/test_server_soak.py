@@ -1,6 +1,6 @@
 """Many requests of every kind, some given up: each has the text that it has alone, and nothing is kept.
 
-SERVE_REQUESTS=24000 makes it a soak.
+With SERVE_REQUESTS=24000, and -o faulthandler_timeout=0 for pytest, it is a soak.
 """
 
 from __future__ import annotations
