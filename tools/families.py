@@ -35,6 +35,43 @@ PROMPT, NEW, DRAFTS = 12, 24, 4
 SCALES = ((0.08, 0.05), (0.3, 0.16))  # of weights, and in blocks from the third on; the second where the first says one token
 
 
+HEAD = """# Families
+
+Every family that transformers {version} maps to a causal language model ({families}), tried with a tiny random model (hidden
+32, 6 blocks, vocabulary 128, sliding windows of 8) by `python tools/families.py`; this page is `python tools/families.py
+--table` over [the results](results/families.json). **Exact** means that 24 greedy tokens after 12 are those of
+`model.generate` under six policies (drafts from bare exits as the controller likes, always four drafts, ragged ones from two
+depths, full depth, lookup, `Verified()`), also in a batch. On transformers' modules {exact} of {families} are exact.
+
+What **memory** says: *cut*: keys and values, going back is a smaller length. *front*: memory that cannot be cut; what was
+accepted since the last snapshot runs again in front of the next rows, at no pass of its own. *apart*: the same in a pass of
+its own, since what writes that memory could not be told from the whole block. *singly*: the modules that write it get rows one
+by one. Sizes of real checkpoints, and texts longer than these, were not tried here.
+"""
+_NO_LM = "no language model by itself: it needs"
+WHY = {
+    "blt": "its blocks read bytes and patches of them, and its configuration has no one number of blocks",
+    "cpmant": "it puts places for a prompt before the text, and its position bias is of both",
+    "gemma3n": "its vision tower needs Pillow and timm; gemma3n_text is its text part",
+    "gemma4_assistant": f"{_NO_LM} the states of a Gemma 4 to draft for",
+    "gemma4_unified_assistant": f"{_NO_LM} the states of a Gemma 4 to draft for",
+    "hy_v4": "blocks read which keys the block before chose: as many indices as the text is long, which are not stored",
+    "inkling2_text": "its head reads the token's embedding beside the last state, and a state alone does not have it",
+    "minimax": "its forward takes no cache but one of its own class",
+    "mllama": "blocks that look at an image are skipped where there is none",
+    "musicgen": f"{_NO_LM} an encoder's states",
+    "musicgen_melody": f"{_NO_LM} an encoder's states",
+    "openai-gpt": "its code keeps no memory of the past",
+    "prophetnet": "its cache is an encoder-decoder's",
+    "recurrent_gemma": "its modules keep a part of their state in themselves and not in the cache",
+    "reformer": "its cache keeps buckets of hashed states, not keys and values",
+    "rwkv": "its code keeps its memory in a list of its own and not in a cache",
+    "xlm": "transformers runs it as an encoder alone",
+    "xlnet": "its code keeps no cache of keys and values",
+    "xlstm": "its code keeps its memory in a class of its own and not in a cache",
+}
+
+
 def tiny(family: str, scale: tuple[float, float] = SCALES[0], seed: int = 0) -> Any:
     """The family's random model in float32; end-of-sequence is switched off, so that texts have full length."""
     kind = getattr(t, KINDS.get(family, FAMILIES.get(family, "")))
@@ -157,6 +194,33 @@ def alone(family: str, engine: str, limit: int) -> dict[str, Any]:
     }
 
 
+def page(known: dict[str, Any]) -> str:
+    """``docs/families.md``."""
+    entries = {family: known.get(family, {}) for family in FAMILIES}
+    count = sum(entry.get("hf", {}).get("result") == "exact" for entry in entries.values())
+    lines = [HEAD.format(version=t.__version__, families=len(FAMILIES), exact=count)]
+    lines += ["| family | class | transformers' modules | memory | compiled, fp32 |", "|---|---|---|---|---|"]
+    for family, entry in entries.items():
+        hf, compiled = entry.get("hf", {}), entry.get("compiled", {})
+        ours, theirs = _cell(hf, WHY.get(family, "")), _cell(compiled, "")
+        lines.append(f"| {family} | {FAMILIES[family]} | {ours} | {hf.get('memory', '')} | {theirs} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(entry: dict[str, Any], why: str) -> str:
+    if not entry:
+        return why or "not tried"
+    if entry["result"] == "exact":
+        few = "" if entry["different"] > 1 else ", a text of one token again and again"
+        return "exact" + (few or ("" if entry["accepted"] else ", no draft accepted"))
+    return f"{entry['result'].replace('failed', 'not tried')}: {why or _short(entry['reason'])}"
+
+
+def _short(reason: str) -> str:
+    said = reason.partition("between blocks: ")[2] or reason
+    return said.replace("|", "/").replace("\n", " ").rstrip(".")[:200]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
@@ -166,7 +230,11 @@ def main() -> None:
     parser.add_argument("--open", action="store_true", help="again what is not exact yet")
     parser.add_argument("--reverse", action="store_true", help="from the end on, beside another run")
     parser.add_argument("--dry", action="store_true", help="show results and keep none")
+    parser.add_argument("--table", action="store_true", help="write the page and try nothing")
     options = parser.parse_args()
+    if options.table:
+        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        return
     torch.set_num_threads(1)
     t.logging.set_verbosity_error()
     measured("llama", "hf")  # imports once what every process needs

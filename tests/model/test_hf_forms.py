@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+import transformers as t
 
 import adi
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from families import IDS, own_logits, tiny
+from families import IDS, KV, VOCABULARY, C, own_logits, tiny
 
 
 def test_four_streams_are_stored_and_heads_read_their_mixture() -> None:
@@ -38,3 +42,20 @@ def test_what_a_skipped_block_wrote_is_shown_to_the_blocks_that_read_it() -> Non
     (shallow,) = backbone.forward([Rows(cache, 20, IDS[20:], None)], 0, 4)
     (deep,) = backbone.forward([Rows(cache, 20, IDS[20:], shallow)], 4, 6)
     torch.testing.assert_close(backbone.logits(deep), wanted[20:], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_transformers_has_among_readers_of_images_alone_is_found_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seeing: dict[str, Any] = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    text = dict(model_type="mistral", **C, **KV, head_dim=8)
+    config = t.Mistral3Config(text_config=text, vision_config={**seeing, "num_attention_heads": 2, "head_dim": 8})
+    hf = t.Mistral3ForConditionalGeneration(config).eval()
+    for parameter in hf.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    hf.generation_config.eos_token_id = None
+    hf.save_pretrained(tmp_path)
+    wanted = hf.generate(torch.tensor([IDS]), max_new_tokens=8, do_sample=False)[0, len(IDS) :].tolist()
+    model = adi.load(tmp_path, backend="hf")
+    assert model.backbone.spec.vocabulary == VOCABULARY
+    assert list(adi.generate(model, IDS, adi.Verified(adi.bare_exits(model, (2,))), max_new_tokens=8).token_ids) == wanted

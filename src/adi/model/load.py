@@ -285,7 +285,7 @@ def _load_path(source: str, tokenizer: Any, precision: str, device: str, changed
 
 def _read_path(source: str, tokenizer: Any, notice: Notice) -> tuple[Any, Any, str, Fields]:
     """The model as it is stored, its tokenizer where none is given, its fingerprint and its configuration."""
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     import adi.model.looped  # noqa: F401  so that the auto classes know it
     from adi.model.hf.weights import fingerprint
@@ -295,7 +295,7 @@ def _read_path(source: str, tokenizer: Any, notice: Notice) -> tuple[Any, Any, s
         with quiet_transformers():
             options: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # nor asks whether to
             with READING:
-                model, report = AutoModelForCausalLM.from_pretrained(place, **options)
+                model, report = _reader(Path(place)).from_pretrained(place, **options)
             if lacks := [*report["missing_keys"], *report["mismatched_keys"]]:
                 raise ModelError(f"the checkpoint lacks {len(lacks)} weights, among them {', '.join(map(str, lacks[:3]))}.")
             home = model.config._name_or_path if getattr(model, "_hf_peft_config_loaded", False) else place  # an adapter's base
@@ -305,6 +305,18 @@ def _read_path(source: str, tokenizer: Any, notice: Notice) -> tuple[Any, Any, s
         raise_if_no_memory(error)
         raise ModelError(unreadable(source, error)) from error
     return model.eval(), tokenizer, fingerprint(model), config  # of the weights before they are rounded to what they run in
+
+
+def _reader(place: Path) -> Any:
+    """transformers' reader of models that write text; of those that it has among readers of images alone, that one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    if not (place / "config.json").is_file():
+        return AutoModelForCausalLM
+    kind = read_json(place / "config.json", "configuration").get("model_type")
+    seeing = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
 def _placed(model: Any, target: str, dtype: Any, precision: str) -> Any:

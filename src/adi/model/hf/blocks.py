@@ -20,8 +20,9 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     model the calls of the modules that run again and again, with what runs before and after them."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     calls = _watched(decoder)
-    if lists and max(map(calls.count, lists[0])) < 2:
-        return list(lists[0])
+    blocks = next((m for m in lists if m[0] in calls), next(iter(lists), None))  # another may be an image encoder's
+    if blocks is not None and max(map(calls.count, blocks)) < 2:
+        return list(blocks)
     own = [list(m) for m in decoder.children() if isinstance(m, nn.ModuleList)]
     if len(calls) == len(set(map(id, calls))) and calls not in own:  # else each block has several layers of attention
         raise ModelError(f"no list of {layers} blocks was found in {type(decoder).__name__}, and nothing runs again and again")

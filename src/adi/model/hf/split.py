@@ -76,6 +76,7 @@ class SplitModel:
         self.slots: list[tuple[int, ...]] | None = None  # of the KV cache, that each block writes; None: its own number
         self.way = Way.FRONT
         self._norm: Any = None
+        self._more_is_read = False  # by blocks, of those before them, than what is stored: each must do without
         self._memory = str(memory_name(self.decoder))
         self.vocabulary: int
         self.far: SplitModel | None = None
@@ -243,7 +244,7 @@ class SplitModel:
 
     def _stack(self, chain: list[Any], entered: list[tuple[int, Any]], tokens: tuple[int, ...]) -> StateLayout:
         """The layout of a stack of blocks; states of other axes than ``[1, T, D]`` get a form."""
-        state, places = state_of(chain[0][2]), handed_on(chain, entered)
+        state, (places, self._more_is_read) = state_of(chain[0][2]), handed_on(chain, entered)
         if places or state.dim() != 3 or state.shape[:2] != (1, len(tokens)):
             short = Run(0, len(chain) + 1, chain=[])
             self.decode(short, Rows(None, 0, tokens[:-1], None))
@@ -287,14 +288,15 @@ class SplitModel:
         at what is beside it; where memory is held, of more in rounds that keep one of two drafts."""
         half = max(1, layers // 2)
 
-        def run(start: int, end: int, ahead: int) -> tuple[int, Tensor]:
-            shallow = [self._seen(Rows(cache, i, tokens[i : i + ahead], None), 0, half) for i in range(start, end, ahead)]
+        def run(start: int, end: int, ahead: int, depth: int = half) -> tuple[int, Tensor]:
+            shallow = [self._seen(Rows(cache, i, tokens[i : i + ahead], None), 0, depth) for i in range(start, end, ahead)]
             states = States.joined(shallow)
-            deep = self._seen(Rows(cache, start, tokens[start:end], states), half, layers) if half < layers else states
+            deep = self._seen(Rows(cache, start, tokens[start:end], states), depth, layers) if depth < layers else states
             return start, self.logits(deep)
 
         rounds = [(0, 4, 2), (2, 3, 1)] + [(3, 6, 1), (4, 6, 1), (4, 7, 3), (6, 8, 2)] * bool(cache.held)
-        return [run(*strand) for strand in rounds]
+        others = range(1, layers) if self._more_is_read else ()
+        return [run(*strand) for strand in rounds] + [run(2, 3, 1, depth) for depth in others]
 
     def _watched_slots(self, rows: Rows) -> list[tuple[int, ...]]:
         """Which layers of a KV cache each block writes, seen in one pass."""

@@ -103,11 +103,13 @@ def outputs_of(model: Any, chain: Sequence[tuple[int, Any, Any]], blocks: Sequen
     return outputs
 
 
-def handed_on(chain: Sequence[tuple[int, Any, Any]], entered: Sequence[tuple[int, Any]]) -> list[int]:
-    """The places, in what blocks give, of outputs beside the state that the next block is called with."""
-    found = set()
+def handed_on(chain: Sequence[tuple[int, Any, Any]], entered: Sequence[tuple[int, Any]]) -> tuple[list[int], bool]:
+    """The places, in what blocks give, of outputs beside the state that the next block is called with and that can be stored
+    as rows of numbers; and whether there are others, such as indices, whose number depends on the length of the text."""
+    found = dict[int, Tensor]()
     for (_, _, out), (_, given) in zip(chain, entered[1:], strict=False):
         leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
         others = enumerate(out[1:], 1) if isinstance(out, tuple) else ()
-        found |= {place for place, other in others if any(other is leaf for leaf in leaves)}
-    return sorted(found)
+        found |= {place: other for place, other in others if any(other is leaf for leaf in leaves)}
+    stored = sorted(place for place, other in found.items() if other.is_floating_point())
+    return stored, len(stored) < len(found)
