@@ -91,6 +91,7 @@ results: peers
 	$(BIN)/adi habituate smollm2-135m --prompts workloads --precision int4,int8 --out out/habits --minutes 30
 	cp out/habits/habits.json $(RESULTS)/habits.json
 	$(BIN)/python tools/learned.py --out out/learned --frozen out/habits --minutes 180 --json $(RESULTS)/learned.json
+	$(BIN)/python tools/families.py --again --json $(RESULTS)/families.json && $(BIN)/python tools/families.py --table
 	$(BIN)/adi study sparsity --out out/sparsity --json $(RESULTS)/sparsity.json
 	$(BIN)/adi study exposure --out out/exposure --json $(RESULTS)/exposure.json
 	$(BIN)/adi study exposure --out out/exposure_high --prices 0,1,3 --shapes looped --json $(RESULTS)/exposure_high.json

@@ -52,6 +52,7 @@ _NO_LM = "no language model by itself: it needs"
 WHY = {
     "blt": "its blocks read bytes and patches of them, and its configuration has no one number of blocks",
     "cpmant": "it puts places for a prompt before the text, and its position bias is of both",
+    "dots3_note": "tried as dots3_note_text, its text part",
     "gemma3n": "its vision tower needs Pillow and timm; gemma3n_text is its text part",
     "gemma4_assistant": f"{_NO_LM} the states of a Gemma 4 to draft for",
     "gemma4_unified_assistant": f"{_NO_LM} the states of a Gemma 4 to draft for",
@@ -230,17 +231,18 @@ def main() -> None:
     parser.add_argument("--open", action="store_true", help="again what is not exact yet")
     parser.add_argument("--reverse", action="store_true", help="from the end on, beside another run")
     parser.add_argument("--dry", action="store_true", help="show results and keep none")
+    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="write the page and try nothing")
     options = parser.parse_args()
     if options.table:
-        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        PAGE.write_text(page(json.loads(options.json.read_text())))
         return
     torch.set_num_threads(1)
     t.logging.set_verbosity_error()
     measured("llama", "hf")  # imports once what every process needs
     wanted = options.families or [*FAMILIES][:: -1 if options.reverse else 1]
     for family in wanted:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may run at once
+        known = json.loads(options.json.read_text()) if options.json.exists() else {}  # others may run at once
         done = known.get(family, {}).get(options.engine, {}).get("result")
         if not options.families and not options.again and (done == "exact" if options.open else done):
             continue
@@ -251,9 +253,9 @@ def main() -> None:
             flush=True,
         )
         if not options.dry:
-            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may run at once
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}  # others may run at once
             known[family] = {**known.get(family, {}), options.engine: entry}
-            RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+            options.json.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 3},
 }
 
-SETTINGS["dots3_note"] = {"text_config": SETTINGS["dots3_note_text"]}
-
 
 def configuration(family: str, model: Any = None) -> Any:
     """The family's configuration with all sizes tiny; its text part where ``model``, the class, takes no other."""
