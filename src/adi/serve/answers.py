@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes: whole, or as a stream of chunks."""
+"""Completions in OpenAI's shapes: whole, or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
 DONE = b"data: [DONE]\n\n"
 
 
-class Answers:
+class Completions:
     """The answers of one job, as they grow. Subclasses say how the protocol spells them."""
 
     kind: str
@@ -144,7 +144,7 @@ class Answers:
         return []
 
 
-class ChatAnswers(Answers):
+class ChatCompletions(Completions):
     """``/v1/chat/completions``."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
@@ -181,7 +181,7 @@ class ChatAnswers(Answers):
         }
 
 
-class TextAnswers(Answers):
+class TextCompletions(Completions):
     """``/v1/completions``."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"

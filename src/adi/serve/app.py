@@ -24,7 +24,7 @@ from adi.decoding.policies import Policy
 from adi.decoding.scheduler import MOST
 from adi.measure.pages import render
 from adi.model.load import Model
-from adi.serve.answers import Answers, ChatAnswers, TextAnswers
+from adi.serve.answers import ChatCompletions, Completions, TextCompletions
 from adi.serve.asking import Asked, Policies, Reading
 from adi.serve.errors import ApiError, invalid
 from adi.serve.jobs import Engine, Job
@@ -126,13 +126,13 @@ class Server:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
-        return await self._answered(request, body, self.reading.chat, ChatAnswers)
+        return await self._answered(request, body, self.reading.chat, ChatCompletions)
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
-        return await self._answered(request, body, self.reading.completion, TextAnswers)
+        return await self._answered(request, body, self.reading.completion, TextCompletions)
 
-    async def _answered(self, request: Request, body: Any, read: Callable[[Any], Asked], kind: type[Answers]) -> Response:
+    async def _answered(self, request: Request, body: Any, read: Callable[[Any], Asked], kind: type[Completions]) -> Response:
         self._require_ready()
         asked = await run_in_threadpool(read, body)
         job = await self.engine.submit(asked.sequences, asked.count, self.options.seconds)
