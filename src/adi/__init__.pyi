@@ -42,6 +42,7 @@ from adi.measure.trigger_study.study import study_triggers as study_triggers
 from adi.model.backbone import Backbone as Backbone
 from adi.model.load import Model as Model
 from adi.model.load import load as load
+from adi.model.prefix_cache import PrefixCache as PrefixCache
 from adi.risk.certificate import Certificate as Certificate
 from adi.risk.drift import DriftMonitor as DriftMonitor
 from adi.training.tune import TuneOptions as TuneOptions

@@ -104,30 +104,31 @@ def test_a_copy_that_finds_no_room_reads_the_prompt_itself(tiny_model: adi.Model
         raise MemoryFullError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tiny_model.backbone), "fork", full)
+        patch.setattr(type(tiny_model.backbone), "resume", full)
         prompts = read(tiny_model, patch)
         assert [g.token_ids for g in adi.generate(tiny_model, PROMPT, n=3, **HOT)] == [g.token_ids for g in wanted]
     assert len(prompts) == 3
 
 
 # B11
-def test_one_that_begins_when_the_first_has_ended_or_begins_again_reads_itself(tiny_model: adi.Model) -> None:
-    first, second, third = (
-        adi.Session(tiny_model, PROMPT, sampling=adi.Sampling(1.5, seed=seed), max_new_tokens=9) for seed in (1, 2, 3)
-    )
-    for session in (first, second, third):
-        session.like = first
+def test_one_that_begins_when_the_first_has_ended_or_begins_again_gives_the_same(tiny_model: adi.Model) -> None:
     alone = [
         tuple(s.token for s in adi.stream(tiny_model, PROMPT, temperature=1.5, seed=i, max_new_tokens=9)) for i in (1, 2, 3)
     ]
-    assert tuple(step.token for step in first.steps()) == alone[0]
-    assert tuple(step.token for step in second.steps()) == alone[1]
-    with Scheduler[adi.Session](tiny_model.backbone) as scheduler:
-        scheduler.add(third)
-        scheduler.step()
-        third.close()
-        third.restart()
-        assert tuple(step.token for step in third.steps()) == alone[2]
+    with adi.PrefixCache(tiny_model) as kept:
+        first, second, third = (
+            adi.Session(tiny_model, PROMPT, sampling=adi.Sampling(1.5, seed=seed), max_new_tokens=9, prefix_cache=kept)
+            for seed in (1, 2, 3)
+        )
+        assert tuple(step.token for step in first.steps()) == alone[0]
+        assert tuple(step.token for step in second.steps()) == alone[1]
+        with Scheduler[adi.Session](tiny_model.backbone, prefix_cache=kept) as scheduler:
+            scheduler.add(third)
+            scheduler.step()
+            third.close()
+            third.restart()
+            assert tuple(step.token for step in third.steps()) == alone[2]
+    assert second.counters.reused == third.counters.reused == len(second.prompt_ids)
 
 
 @pytest.mark.parametrize("n", [0, -1, "2", True, 1.5])

@@ -88,7 +88,8 @@ def test_a_turn_is_compiled_once_and_has_kv_memory_of_its_own_in_each(loaded: ad
         assert set(backbone.pool.tensors) == {"key_cache.0", "value_cache.0"}
         held = [backbone.peek(cache, block, len(IDS)) for block in range(4)]
         assert all(not torch.equal(one, other) for i, one in enumerate(held) for other in held[:i])
-        with backbone.fork(cache, 33) as copy:
+        with backbone.new_cache() as copy:
+            assert backbone.resume(copy, [backbone.part(cache, 0, 33)], 33)
             assert all(torch.equal(backbone.peek(copy, i, 33), backbone.peek(cache, i, 33)) for i in range(4))
 
 

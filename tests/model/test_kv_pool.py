@@ -37,55 +37,91 @@ def test_a_pool_hands_out_every_block_once(pool: KVPool) -> None:
     caches = [PagedCache(pool) for _ in range(BLOCKS)]
     for cache in caches:
         pool.reserve([(cache, 32)])
-    assert sorted(b for cache in caches for b in cache.blocks) == list(range(1, BLOCKS + 1)), "the first is nobody's"
+    assert sorted(b.number for cache in caches for b in cache.blocks) == list(range(1, BLOCKS + 1)), "the first is nobody's"
     assert pool.free == 0
     with pytest.raises(MemoryFullError):
         pool.reserve([(PagedCache(pool), 1)])
 
 
-class Interrupted(list[int]):
-    """Free blocks that are interrupted before or after they take more."""
+class Interrupted(list[Any]):
+    """Free blocks, of which one is taken and then there is an interruption."""
 
-    after = False
-
-    def extend(self, blocks: Any) -> None:
-        if self.after:
-            super().extend(blocks)
+    def pop(self, *args: Any) -> Any:
+        super().pop(*args)
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_blocks_are_not_lost_when_giving_them_back_is_interrupted(pool: KVPool, after: bool) -> None:
-    kept, lost = PagedCache(pool), PagedCache(pool)
-    pool.reserve([(kept, 32 * 10), (lost, 32 * 30)])
-    mine = list(kept.blocks)
-    pool._free = Interrupted(pool._free)
-    pool._free.after = after
+def test_blocks_are_not_lost_when_taking_them_is_interrupted(pool: KVPool) -> None:
+    kept, other = PagedCache(pool), PagedCache(pool)
+    pool.reserve([(kept, 32 * 10)])
+    mine = [block.number for block in kept.blocks]
+    plain = pool._free
+    pool._free = Interrupted(plain)
     with pytest.raises(KeyboardInterrupt):
-        lost.close()
-    del lost
-    gc.collect()
-    pool._free = list(pool._free)
-    other = PagedCache(pool)
+        pool.reserve([(other, 32)])
+    plain[:] = pool._free
+    pool._free = plain
     with pytest.raises(MemoryFullError):
         pool.reserve([(other, 32 * 41)])
     pool.reserve([(other, 32 * 40)])
-    assert kept.blocks == mine
-    assert sorted([*mine, *other.blocks]) == list(range(1, BLOCKS + 1))
+    assert [block.number for block in kept.blocks] == mine
+    assert sorted([*mine, *(block.number for block in other.blocks)]) == list(range(1, BLOCKS + 1))
 
 
-def test_blocks_that_were_found_are_not_given_back_a_second_time(pool: KVPool) -> None:
-    """Another thread may have ended a sequence whose turn to give its blocks back comes after they were found."""
-    late = PagedCache(pool)
-    pool.reserve([(late, 32 * 30)])
-    blocks = late.blocks
-    late._close.detach()
-    del late
-    gc.collect()
+def test_a_sequence_that_is_forgotten_gives_its_blocks_back(pool: KVPool) -> None:
+    for _ in range(3):
+        pool.reserve([(PagedCache(pool), 32 * BLOCKS)])
+        gc.collect()
+        assert pool.free == BLOCKS
+
+
+def test_a_block_is_free_when_the_last_who_held_it_has_let_go(pool: KVPool) -> None:
+    first, second = PagedCache(pool), PagedCache(pool)
+    pool.reserve([(first, 70)])
+    part = pool.part(first, 32, 70)
+    assert [b.number for b in part.blocks] == [b.number for b in first.blocks[1:]]
+    assert part.shared
+    assert first.shared
+    pool.resume(second, [pool.part(first, 0, 32), part], 40)
+    assert second.blocks[0] is first.blocks[0]
+    assert second.blocks[1] is not first.blocks[1], "it will write there"
+    assert pool.used == 4
+    first.close()
+    assert (pool.used, part.shared) == (4, False)
+    part.close()
+    assert pool.used == 2
+    second.close()
+    assert pool.free == BLOCKS
+
+
+class Keeping:
+    """Holds the blocks of some texts that ended."""
+
+    def __init__(self, caches: list[PagedCache]) -> None:
+        self.caches = caches
+
+    def idle(self) -> int:
+        return sum(not cache.shared for cache in self.caches)
+
+    def evict(self) -> bool:
+        if (lone := next((cache for cache in self.caches if not cache.shared), None)) is None:
+            return False
+        self.caches.remove(lone)
+        lone.close()
+        return True
+
+
+def test_blocks_that_are_only_kept_make_room(pool: KVPool) -> None:
+    caches = [PagedCache(pool) for _ in range(BLOCKS)]
+    for cache in caches:
+        pool.reserve([(cache, 32)])
+    used, keeping = pool.part(caches[3], 0, 32), Keeping(caches)
+    pool.keepers.add(keeping)
     other = PagedCache(pool)
-    pool.reserve([(other, 32 * BLOCKS)])
-    pool.give_back(blocks)
-    assert pool.free == 0
-    other.close()
-    assert sorted(pool._free) == list(range(1, BLOCKS + 1))
-    assert not pool._owners
+    assert pool.fits([(other, 32 * (BLOCKS - 1))])
+    assert not pool.fits([(other, 32 * BLOCKS)])
+    pool.reserve([(other, 32 * 10)])
+    assert len(keeping.caches) == BLOCKS - 10
+    with pytest.raises(MemoryFullError):
+        pool.reserve([(other, 32 * BLOCKS)])
+    assert keeping.caches[0].blocks == used.blocks

@@ -13,6 +13,7 @@ pytest.importorskip("openvino")
 from adi.model.backbone import Rows
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import BLOCKS_AT_ONCE, ROWS_APART, Layout, PassInputs
+from adi.model.openvino.kv_pool import Block
 
 REQUEST = st.tuples(st.integers(0, 200), st.integers(1, ROWS_APART + 6))
 
@@ -21,7 +22,7 @@ def rows_of(requests: list[tuple[int, int]]) -> list[Rows]:
     """Requests of (start, count), each over blocks of its own."""
     made = []
     for i, (start, count) in enumerate(requests):
-        blocks = [1000 * (i + 1) + n for n in range(-(-(start + count) // BLOCK_TOKENS))]
+        blocks = [Block(1000 * (i + 1) + n) for n in range(-(-(start + count) // BLOCK_TOKENS))]
         made.append(Rows(SimpleNamespace(blocks=blocks), start, tuple(range(count)), None))
     return made
 
@@ -44,7 +45,7 @@ def test_every_row_is_attended_over_its_own_blocks_as_far_as_it_goes(requests: l
         seen += [(past + n, blocks) for n in range(count)]
     wanted = [(r.start + n, r) for r in rows for n in range(len(r.ids))]
     assert [place for place, _ in seen] == [place for place, _ in wanted] == a["position_ids"][0]
-    assert all(blocks == r.cache.blocks[: len(blocks)] for (_, blocks), (_, r) in zip(seen, wanted, strict=True))
+    assert all(blocks == [b.number for b in r.cache.blocks[: len(blocks)]] for (_, blocks), (_, r) in zip(seen, wanted, strict=True))
     assert a["max_context_len"] == max(place for place, _ in wanted) + 1
     assert len(a["past_lens"]) >= threads
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adi.model.backbone import Backbone, Rows, States
+from adi.model.backbone import KV_BLOCK, Backbone, Rows, States
+from adi.model.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class HeadPass:
 class Frontier:
     """One sequence's progress through the layers.
 
-    ``row_blocks`` counts rows times blocks run so far, ``block_passes`` blocks run however many rows they carried.
+    ``row_blocks`` counts rows times blocks run so far, ``block_passes`` blocks run however many rows they carried. The first
+    ``prompt`` positions are a prompt's, and ``reused`` so many of them were not run but taken over from other texts.
     """
 
     def __init__(self, backbone: Backbone, *, mlp: bool = False) -> None:
@@ -49,6 +51,8 @@ class Frontier:
         self.filled = [0] * backbone.spec.layers
         self.row_blocks = 0
         self.block_passes = 0
+        self.prompt = self.reused = 0
+        self.prefix_cache: PrefixCache | None = None
         self.last: States | None = None
         self.mlp = mlp
         self.cache = backbone.new_cache()
@@ -62,34 +66,61 @@ class Frontier:
         """Put tokens at the end; nothing runs yet."""
         self.ids.extend(ids)
 
+    def reuse(self, prefix_cache: PrefixCache, ids: Sequence[int]) -> None:
+        """Begin with what is known of this prompt, which ``read`` will be given, and let others know what is found of it."""
+        assert not self.ids
+        self.prefix_cache = prefix_cache
+        length, last = prefix_cache.begin(self.cache, ids, states=not self.mlp)  # which may hold no MLP activations
+        self.ids, self.filled, self.reused = list(ids[:length]), [length] * len(self.filled), length
+        if last is not None:
+            self.last, self._runs = last, [(length - 1, length, last)]
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Put a prompt at the beginning: its rows do not depend on the passes in which they run, nor on what was reused."""
+        assert tuple(self.ids) == tuple(ids[: self.length])
+        self.append(ids[self.length :])
+        self.prompt = self.length
+
     def rollback(self, length: int) -> None:
         """Forget every position from ``length`` on."""
         assert 0 <= length <= self.length, f"cannot roll back from {self.length} to {length}"
         del self.ids[length:]
+        self.prompt = min(self.prompt, length)
         self.filled = [min(f, length) for f in self.filled]
         self._forget(length)
 
     def next_pass(self, to: int) -> BlockPass | None:
-        """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up."""
+        """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up. A part of a
+        prompt comes to that depth before the next one begins."""
         if to == 0 or self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
             return None
-        lo, hi = 0, to
-        if self.filled[0] != self.filled[to - 1]:
-            lo = next(layer for layer in range(to) if self.filled[layer] < self.length)
+        deep, lo, hi = self.filled[to - 1], 0, to
+        end = self.length if deep >= self.prompt else self.backbone.spec.prompt_pass(deep, self.prompt)
+        if self.filled[0] != deep:
+            lo = next(layer for layer in range(to) if self.filled[layer] < end)
             hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
         start = self.filled[lo]
-        entering = self.states(start, self.length) if lo else None
-        return BlockPass(Rows(self.cache, start, tuple(self.ids[start:]), entering), lo, hi)
+        entering = self.states(start, end) if lo else None
+        return BlockPass(Rows(self.cache, start, tuple(self.ids[start:end]), entering, start < self.prompt), lo, hi)
 
     def absorb(self, done: BlockPass, states: States) -> None:
-        """Take in what a pass gave: its rows are now as deep as it went."""
+        """Take in what a pass gave, or a lower part of it, or one over the first of its rows, now as deep as it went."""
         start, end = done.rows.start, done.rows.start + len(done.rows.ids)
-        self._forget(0 if done.hi == len(self.filled) else start)  # a pass goes up to the last position
+        self._forget(0 if done.hi == len(self.filled) else start)  # nothing has run behind these rows
         self._runs.append((start, end, states))
         self.filled[done.lo : done.hi] = [end] * (done.hi - done.lo)
         self.row_blocks += (end - start) * (done.hi - done.lo)
         self.block_passes += done.hi - done.lo
         self.last = states
+        if self.prefix_cache is not None and start < self.prompt and done.hi == len(self.filled):
+            self._share(self.prefix_cache, end)
+
+    def _share(self, prefix_cache: PrefixCache, end: int) -> None:
+        """Let others begin with the first positions of the prompt, whole blocks of them until it has been read."""
+        if end < self.prompt:
+            prefix_cache.keep(self.cache, self.ids[: end - end % KV_BLOCK])
+        elif self.last is not None:
+            prefix_cache.keep(self.cache, self.ids[:end], self.last[-1:].copied())
 
     def advance(self, to: int, on_pass: Callable[[BlockPass, States], None] = lambda done, states: None) -> None:
         """Bring every position to depth ``to``: for each layer below it, the positions that layer has not seen. ``on_pass``
@@ -120,16 +151,6 @@ class Frontier:
                     self.row_blocks += (end - start) * (done.hi - done.lo)
                     self.block_passes += done.hi - done.lo
         return states
-
-    def begin_as(self, other: Frontier, length: int, last: States) -> None:
-        """Take over the first ``length`` positions of another sequence, which every block of it has processed, instead of
-        running them; ``last`` is the state of the last of them. MemoryFullError where there is no room for a copy."""
-        assert not self.ids
-        assert other.filled[-1] >= length
-        cache = self.backbone.fork(other.cache, length)
-        self.cache.close()
-        self.cache, self.ids, self.filled = cache, other.ids[:length], [length] * len(self.filled)
-        self.last, self._runs = last, [(length - 1, length, last)]
 
     def propagate(self) -> None:
         """Give the blocks that the newest positions have not run keys and values made from their states so far: they count as

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any, TypedDict, Unpack, cast, overload
 
 from adi.arguments import whole
 from adi.decoding.policies import Policy
 from adi.decoding.processors import LogitsProcessor
-from adi.decoding.records import Event, Generation, Step
+from adi.decoding.records import Generation, Step
 from adi.decoding.sampling import Sampling
-from adi.decoding.scheduler import MOST, Observer, Scheduler
+from adi.decoding.scheduler import LEAST_SHARED, MOST, Observer, Scheduler
 from adi.decoding.session import Session
 from adi.errors import AdiError, MemoryFullError
 from adi.model.load import Model
+from adi.model.prefix_cache import PrefixCache, alike
 from adi.model.prompt import Prompt, PromptKeywords, opened_batch
 
 
@@ -48,6 +50,7 @@ class GenerateKeywords(SamplingKeywords, PromptKeywords, total=False):
     logits_processor: Sequence[LogitsProcessor]
     response_format: Mapping[str, Any] | None
     grammar: str | None
+    prefix_cache: PrefixCache | None
 
 
 class BatchMemoryError(MemoryFullError):
@@ -101,6 +104,8 @@ def stream(
         response_format: the form of the text, as in OpenAI's API: ``{"type": "json_object"}``, or ``{"type": "json_schema",
             "json_schema": {"schema": ...}}``. Needs llguidance (the extra ``grammar``).
         grammar: a grammar that the text follows, in llguidance's Lark.
+        prefix_cache: an ``adi.PrefixCache(model)``, what was computed of earlier prompts: the text starts where its prompt
+            first differs from all of them, with the same bits, and leaves there what it computes.
 
     Raises:
         AdiError: before any work, for a prompt or option without meaning.
@@ -139,9 +144,7 @@ def generate(
     given = {name: value for name, value in given.items() if name not in PromptKeywords.__annotations__}
     ways = [sampling.of_prompt(i) for i in range(1, count)]
     others = [Session(model, first.prompt_ids, policy, sampling=way, **given) for way in ways]
-    for session in (first, *others):
-        session.like = first
-    return _together(model, [first, *others], MOST, None, ahead=1)
+    return _together(model, [first, *others], MOST, None)
 
 
 def generate_batch(
@@ -156,7 +159,8 @@ def generate_batch(
     """Generate for all prompts together; the results, in their order, are those of ``generate`` for each alone.
 
     On an engine whose rows do not depend on each other (``spec.row_invariant``) they are the same bit for bit, in every
-    precision. Where KV memory is full, the texts that came last begin again when others have ended, which costs time only.
+    precision. Where KV memory is full, the texts that came last begin again when others have ended, which costs time only. What
+    prompts have in common is read once, with and without a ``prefix_cache``.
 
     Args:
         prompts: each as for ``generate``; none gives an empty list.
@@ -180,20 +184,17 @@ def generate_batch(
     return _together(model, sessions, count, observer)
 
 
-def _together(
-    model: Model, sessions: Sequence[Session], most: int, observer: Observer[Session] | None, ahead: int = 0
-) -> list[Generation]:
-    """The texts of all, of which the first ``ahead`` run up to their first event before the others join."""
+def _together(model: Model, sessions: Sequence[Session], most: int, observer: Observer[Session] | None) -> list[Generation]:
+    """The texts of all."""
     steps: dict[Session, list[Step]] = {session: [] for session in sessions}
-    with Scheduler(model.backbone, most=most, observer=observer) as scheduler:
-        begun = list[tuple[Session, Event]]()
-        for session in sessions[:ahead]:
+    with ExitStack() as stack:
+        kept = next((session.prefix_cache for session in sessions), None)
+        if kept is None and observer is None and _begin_alike(sessions):  # an observer is to see all that a text computes
+            kept = stack.enter_context(PrefixCache(model, answers=False))
+        scheduler = stack.enter_context(Scheduler(model.backbone, most=most, observer=observer, prefix_cache=kept))
+        for session in sessions:
             scheduler.add(session)
-        while scheduler.busy and not begun:
-            begun = scheduler.step()
-        for session in sessions[ahead:]:
-            scheduler.add(session)
-        for session, event in chain(begun, scheduler):
+        for session, event in scheduler:
             if isinstance(event, Step):
                 steps[session].append(event)
     for failure in scheduler.failed.values():
@@ -205,3 +206,9 @@ def _together(
         first, message = unfit[0]
         raise BatchMemoryError(f"prompt {first}: {message}", [i for i, _ in unfit], texts)
     return list(texts.values())
+
+
+def _begin_alike(sessions: Sequence[Session]) -> bool:
+    """Whether two of the prompts begin with the same tokens, so many that it is worth while to read them once."""
+    prompts = sorted(session.prompt_ids for session in sessions)
+    return any(alike(a[:LEAST_SHARED], b[:LEAST_SHARED]) == LEAST_SHARED for a, b in pairwise(prompts))

@@ -134,7 +134,8 @@ Event = Step | Drafted | Rejected | DriftFound
 @dataclass(frozen=True)
 class Counters:
     """What a generation cost. ``row_blocks`` counts rows x blocks, the prompt's included; ``block_passes`` blocks run,
-    however many rows each carried; ``rounds`` passes that reached full depth."""
+    however many rows each carried; ``rounds`` passes that reached full depth; ``reused`` tokens of the prompt that a prefix
+    cache had."""
 
     rounds: int
     drafted: int
@@ -142,6 +143,7 @@ class Counters:
     row_blocks: int
     block_passes: int
     seconds: float
+    reused: int = 0
 
 
 class Summary(Record, frozen=True):

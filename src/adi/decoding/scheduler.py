@@ -4,7 +4,8 @@ A sequence is a generator of needs (block passes, head passes) and events. The d
 serves it together, passes that begin at the lowest block first, so that sequences which lag catch up and share what lies above.
 Reading weights is most of the cost of a pass over few rows, so eight sequences in one pass cost little more than one. Beyond
 some rows (64) a pass gains nothing more, and its kernels have other bits than a sequence alone gets: those that waited longest
-go first.
+go first. A long prompt goes in parts, beside the rows of those that are answered (Agrawal et al. 2023), as long ones as these
+can wait for.
 
 A verified round of sequence A beside a sequence B, one call of ``step`` a line::
 
@@ -29,7 +30,15 @@ from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
 from adi.model.backbone import Backbone, States
+from adi.model.prefix_cache import PrefixCache
 
+WAIT = 1.5  # ordinary passes, for which others' next tokens may wait for a part of a prompt
+FIRST_PART = 16  # rows of a prompt beside others, before it is known how long they take
+LEARNING = 0.25  # weight of one more measurement
+LEAST_PART = 2  # rows: a lone one would be attended by another kernel
+ENDED = object()
+LEAST_SHARED = 16  # tokens, of which a prompt waits for another that is being read and begins with them too
+SETTLED_ROWS = 64  # of a text that ended are read in one pass, so that who comes meanwhile does not wait long
 NEXT_TOKENS = 32  # of each sequence, for which KV memory should be free when another joins
 MOST = 32
 Need = BlockPass | HeadPass | DraftRound
@@ -57,6 +66,11 @@ class Schedulable(Protocol):
 
     @property
     def prompt_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The prompt and the tokens so far."""
+        ...
 
     @property
     def budget(self) -> int:
@@ -114,6 +128,7 @@ class _Entry(Generic[S]):
     repeated: int = 0  # of these, since it began again
     drafts: int = 0  # that the consumer has, and nobody verified yet
     ended: bool = False  # or failed, or cancelled
+    completed: bool = False
 
     def __post_init__(self) -> None:
         self.begin()
@@ -149,6 +164,7 @@ class _Entry(Generic[S]):
         if not self.ended:
             self.end()
             self.sequence.complete(self.stops.hit is not None)
+            self.completed = True
 
     def _undelivered(self, events: Sequence[Event]) -> Iterator[Event]:
         """Those that the consumer did not have before a restart, after which steps are the same; drafts may differ."""
@@ -193,21 +209,34 @@ class Scheduler(Generic[S]):
     again later; what its consumer has had is not given twice. From then on a sequence joins only where all that run may become
     as long as their budget allows: so none begins again twice, and the oldest always goes on.
 
+    With a ``prefix_cache`` each begins with what is known of its prompt, or waits until another has read what they share, and
+    texts that ended are read again, as their next turn's prompt will be, once nothing else is to be done.
+
     One that does not fit even alone, or raises an AdiError, is put into ``failed``, never completed; the others go on. A bug in
     one is raised, once.
     """
 
-    def __init__(self, backbone: Backbone, *, most: int = MOST, observer: Observer[S] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        most: int = MOST,
+        observer: Observer[S] | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.backbone, self.most, self.observer = backbone, most, observer or Observer()
+        self.prefix_cache = prefix_cache
         self.failed: dict[S, AdiError] = {}
         self._waiting: deque[_Entry[S]] = deque()
         self._running: list[_Entry[S]] = []  # in the order in which they joined
+        self._settling: deque[Iterator[None]] = deque()  # texts that ended, to be read again
         self._crowded = False
+        self._pace = Pace()
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        """Whether a sequence waits or runs, or a text that ended is to be read again."""
+        return bool(self._waiting or self._running or self._settling)
 
     def add(self, sequence: S) -> None:
         """It joins with the next step, or when there is room."""
@@ -224,6 +253,7 @@ class Scheduler(Generic[S]):
         """Cancel all."""
         for entry in (*self._running, *self._waiting):
             self._drop(entry)
+        self._settling.clear()
 
     def _drop(self, entry: _Entry[S]) -> None:
         for entries in (self._running, self._waiting):
@@ -247,6 +277,10 @@ class Scheduler(Generic[S]):
 
     def _step(self) -> Iterator[tuple[S, Event]]:
         """Each event as soon as it is there, so that none is lost where a later one fails."""
+        if not self._waiting and not self._running and self._settling:
+            if next(self._settling[0], ENDED) is ENDED:
+                self._settling.popleft()
+            return
         yield from self._join()
         yield from self._advance()
         while True:
@@ -254,7 +288,10 @@ class Scheduler(Generic[S]):
                 self._serve()
                 break
             except MemoryFullError as error:  # before anything has run
-                yield from self._make_room(error)
+                if self._settling:
+                    self._settling.clear()
+                else:
+                    yield from self._make_room(error)
         yield from self._advance()
 
     def _advance(self) -> Iterator[tuple[S, Event]]:
@@ -268,11 +305,47 @@ class Scheduler(Generic[S]):
             finally:
                 if entry.ended:
                     self._drop(entry)
+                if entry.completed and self.prefix_cache is not None and self.prefix_cache.answers:
+                    self._settling.append(self._settle(self.prefix_cache, entry.sequence.text_ids))
 
     def _join(self) -> Iterator[tuple[S, Event]]:
-        while self._waiting and len(self._running) < self.most and self._has_room_for(self._waiting[0]):
-            self._running.append(self._waiting.popleft())
+        for entry in list(self._waiting):
+            if len(self._running) >= self.most or not self._has_room_for(entry):
+                return
+            if self._awaits_another(entry) or entry not in self._waiting:  # cancelled meanwhile
+                continue
+            self._waiting.remove(entry)
+            if self.prefix_cache is not None:
+                entry.sequence.frontier.reuse(self.prefix_cache, entry.sequence.prompt_ids)
+            self._running.append(entry)
             yield from self._advance()
+
+    def _awaits_another(self, entry: _Entry[S]) -> bool:
+        """Whether one that runs is reading something that this one then need not read."""
+        if self.prefix_cache is None:
+            return False
+        ids = entry.sequence.prompt_ids
+        others = [o.sequence.prompt_ids for o in self._running if o.sequence.frontier.filled[-1] < len(o.sequence.prompt_ids)]
+        alike = [other for other in others if other[:LEAST_SHARED] == ids[:LEAST_SHARED] and len(ids) >= LEAST_SHARED]
+        shared = LEAST_SHARED + (self.prefix_cache.match(ids) if alike else 0)
+        return any(other[:shared] == ids[:shared] for other in alike if min(len(ids), len(other)) >= shared)
+
+    def _settle(self, prefix_cache: PrefixCache, ids: tuple[int, ...]) -> Iterator[None]:
+        """Read a text that ended as the prompt that it will be the beginning of, so that the prefix cache has it; one pass each
+        time. Where KV memory is full it is let be."""
+        frontier, layers = Frontier(self.backbone), self.backbone.spec.layers
+        try:
+            frontier.reuse(prefix_cache, ids)
+            frontier.read(ids[: max(frontier.length, self.backbone.spec.whole(len(ids)))])
+            while (ahead := frontier.next_pass(layers)) is not None:
+                ahead = self._cut(ahead, SETTLED_ROWS)
+                (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi)
+                frontier.absorb(ahead, states)
+                yield
+        except MemoryFullError:
+            return
+        finally:
+            frontier.close()
 
     def _has_room_for(self, entry: _Entry[S]) -> bool:
         if not self._running:
@@ -358,10 +431,12 @@ class Scheduler(Generic[S]):
         return replies
 
     def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
-        """One pass for those that begin lowest, as far as all of them go."""
-        lo = min(need.lo for _, need in waiting)
+        """One pass for those that begin lowest, as far as all of them go. A prompt's are the lowest only where there are no
+        others: or these would wait until it is all read."""
+        answered = [(entry, need) for entry, need in waiting if not _begins_prompt(need)]
+        lo = min(need.lo for _, need in answered or waiting)
         lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
-        chosen = [lowest[i] for i in sharing([len(need.rows.ids) for _, need in lowest], self.backbone.spec.merged_rows)]
+        chosen = self._beside_prompts(lowest) if self.backbone.spec.chunk == 1 else self._fitting(lowest)
         hi = min(need.hi for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
         found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))
@@ -371,7 +446,73 @@ class Scheduler(Generic[S]):
             if not done.provisional:
                 self.observer.on_pass(entry.sequence, done, states)
             replies.append((entry, Served((done, states), seconds, rows)))
+        of_prompts = sum(len(need.rows.ids) for _, need in chosen if need.rows.prompt)
+        if of_prompts < sum(len(need.rows.ids) for _, need in chosen):
+            self._pace.seen(seconds, of_prompts)
         return replies
+
+    def _fitting(self, waiting: Sequence[_Waiting[S]]) -> list[_Waiting[S]]:
+        """Those that share a pass as they are."""
+        together = sharing([len(need.rows.ids) for _, need in waiting], self.backbone.spec.merged_rows)
+        return [waiting[i] for i in together]
+
+    def _beside_prompts(self, waiting: Sequence[_Waiting[S]]) -> list[_Waiting[S]]:
+        """Those that share a pass, with as much of prompts beside others as these can wait for."""
+        prompts = [(entry, need) for entry, need in waiting if _begins_prompt(need)]
+        others = [(entry, need) for entry, need in waiting if not _begins_prompt(need)]
+        if not prompts or not others:
+            return self._fitting(waiting)
+        most, wanted = self.backbone.spec.merged_rows, self._pace.rows()
+        chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
+        left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
+        for entry, need in prompts:
+            if left < LEAST_PART:
+                break
+            part = self._cut(need, left)
+            chosen.append((entry, part))
+            left -= len(part.rows.ids)
+        return chosen
+
+    def _cut(self, need: BlockPass, rows: int) -> BlockPass:
+        """The first of a prompt's rows, where that is as good: never one alone, nor all but one."""
+        have = len(need.rows.ids)
+        if have <= rows or self.backbone.spec.chunk > 1:
+            return need
+        rows = max(LEAST_PART, rows - (have - rows == 1))
+        return need if rows >= have - 1 else replace(need, rows=replace(need.rows, ids=need.rows.ids[:rows]))
+
+
+_Waiting = tuple[_Entry[S], BlockPass]
+
+
+def _begins_prompt(need: BlockPass) -> bool:
+    return need.rows.prompt and need.lo == 0
+
+
+@dataclass
+class Pace:
+    """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what
+    passes without such rows took lately, and by how much longer those with some did."""
+
+    ordinary: float | None = None
+    row: float | None = None
+
+    def rows(self) -> int:
+        """At least two."""
+        if self.ordinary is None or self.row is None:
+            return FIRST_PART
+        return max(LEAST_PART, int(WAIT * self.ordinary / self.row))
+
+    def seen(self, seconds: float, rows: int) -> None:
+        """A pass took so long, with so many rows of prompts."""
+        if not rows:
+            self.ordinary = _learned(self.ordinary, seconds)
+        elif self.ordinary is not None:
+            self.row = _learned(self.row, max(seconds - self.ordinary, 0.01 * self.ordinary) / rows)
+
+
+def _learned(known: float | None, seen: float) -> float:
+    return seen if known is None else known + LEARNING * (seen - known)
 
 
 T = TypeVar("T")

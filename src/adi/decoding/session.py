@@ -31,12 +31,13 @@ from adi.decoding.sampling import Sampling
 from adi.decoding.scheduler import Scheduler, Served, Work
 from adi.decoding.speculate import speculate
 from adi.decoding.stop_strings import StopStrings
-from adi.errors import MemoryFullError, UsageError
+from adi.errors import UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
 from adi.measure.free_energy import least_free_energy
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
+from adi.model.prefix_cache import PrefixCache, checked
 from adi.model.prompt import Prompt, PromptKeywords
 from adi.model.tokenizer import Detokenizer
 
@@ -65,6 +66,7 @@ class Session:
         logits_processor: Sequence[LogitsProcessor] = (),
         response_format: Mapping[str, Any] | None = None,
         grammar: str | None = None,
+        prefix_cache: PrefixCache | None = None,
         **reading: Unpack[PromptKeywords],
     ) -> None:
         started = time.perf_counter()
@@ -91,7 +93,7 @@ class Session:
             raise UsageError(f"min_new_tokens is {self.sampling.min_new_tokens}, more than max_new_tokens, {self.budget}.")
         before = time.perf_counter()
         self.policy.prepare(model)
-        self.like: Session | None = None  # one that reads the same prompt first; itself, if it is that one
+        self.prefix_cache = checked(prefix_cache, model)
         self._begin()
         self._started = started + time.perf_counter() - before  # measuring and compiling are not this generation's time
 
@@ -106,7 +108,6 @@ class Session:
         backbone.prepare(strategy.stops, drafts=strategy.draft_tokens > 0 and strategy.verification.always)
         self.frontier = Frontier(backbone, mlp=mlp and backbone.has_mlp_tap)
         self.finish = "length"
-        self._after_prompt: States | None = None
         self._detokenizer = Detokenizer(self.model.tokenizer, not self._skip_special)
         self._spelled: dict[int, str] = {}
         self._tells = False  # whether the next pass teaches the costs
@@ -118,7 +119,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Event]:
         """The events, in order, once; ending early (closing the iterator) leaves the model as it was."""
-        with Scheduler[Session](self.model.backbone) as scheduler:
+        with Scheduler[Session](self.model.backbone, prefix_cache=self.prefix_cache) as scheduler:
             scheduler.add(self)
             for _, event in scheduler:
                 yield event
@@ -167,7 +168,12 @@ class Session:
         """What it has cost so far."""
         seconds = time.perf_counter() - self._started if self._seconds is None else self._seconds
         f = self.frontier
-        return Counters(self._rounds, self._drafted, self._accepted, f.row_blocks, f.block_passes, seconds)
+        return Counters(self._rounds, self._drafted, self._accepted, f.row_blocks, f.block_passes, seconds, f.reused)
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The prompt and the tokens so far."""
+        return (*self.prompt_ids, *self._tokens)
 
     def generation(self, steps: Sequence[Step]) -> Generation:
         """The finished text of these steps."""
@@ -245,16 +251,16 @@ class Session:
         """Do one request on the frontier and read its last rows there."""
         frontier, costs = self.frontier, self.strategy.costs
         replies: list[Served] = []
-        if request.keep or not self._prompt_is_read():
+        if request.keep:
             frontier.rollback(request.keep)
             frontier.append(request.ids)
+        else:
+            frontier.read(request.ids)
         while (ahead := frontier.next_pass(request.to)) is not None:
             replies.append((yield ahead))
             frontier.absorb(*replies[-1].result)
         assert frontier.last is not None
         states = frontier.last[-request.read :]
-        if self.like is self and not request.keep:
-            self._after_prompt = states
         if request.to < self.request.layers:
             assert self._read is not None
             assert self.strategy.exits is not None
@@ -262,21 +268,10 @@ class Session:
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=self._reads_logits)))
-        if costs is not None and self._tells and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
+        if costs is not None and self._tells and request.keep and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
             costs.passed(rows, sum(reply.seconds for reply in replies))
         self._tells = False
         return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]
-
-    def _prompt_is_read(self) -> bool:
-        """Whether the prompt's KV memory could be taken over from the session that this one is like."""
-        other, length = self.like, len(self.prompt_ids)
-        if other is None or other is self or other._after_prompt is None or other.frontier.last is None:
-            return False
-        try:
-            self.frontier.begin_as(other.frontier, length, other._after_prompt)
-        except MemoryFullError:
-            return False
-        return True
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
         """Of one row at full depth, whose score is its likeliest token, or its logits where they are read."""

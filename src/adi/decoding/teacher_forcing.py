@@ -33,7 +33,7 @@ READ: dict[str, Callable[[Prediction], Tensor]] = {"top_probability": top_probab
 class KnownText:
     """Tokens to run. The row of token ``i`` predicts token ``i + 1``; rows from ``first`` on are handed out.
 
-    The first ``prefill`` rows share one pass (None: all rows do); those behind them go in passes of at most
+    The first ``prefill`` rows (None: all) are read as a prompt is; those behind them go in passes of at most
     ``Spec.merged_rows`` rows, which give the bits of decoding token by token on an engine whose rows are invariant.
     """
 
@@ -94,7 +94,7 @@ def forced_pass(
                 for one, left in zip(chosen, looked, strict=True):
                     one.keep(depth, left, details)
             for one in chosen:
-                one.advance(spec.merged_rows)
+                one.advance()
             while running and not running[0].unfinished:
                 yield running.popleft().result()
     finally:
@@ -121,11 +121,11 @@ def _look(backbone: Backbone, rows: Sequence[Rows], depth: int, states: list[Sta
 
 
 class _RunningText:
-    """One text under way: its KV cache, where its next pass starts and ends, and the parts of what is handed out."""
+    """One text under way: its KV cache, where its next pass starts, and the parts of what is handed out."""
 
     def __init__(self, backbone: Backbone, text: KnownText) -> None:
-        self.text, self.cache, self.start = text, backbone.new_cache(), 0
-        self.end = len(text.ids) if text.prefill is None else min(len(text.ids), text.prefill)
+        self.text, self.cache, self.start, self._spec = text, backbone.new_cache(), 0, backbone.spec
+        self.prompt = len(text.ids) if text.prefill is None else min(len(text.ids), text.prefill)
         self._parts: dict[str, dict[int, list[Tensor]]] = {"hidden": {}, "before": {}, "mlp": {}}
 
     @property
@@ -133,8 +133,15 @@ class _RunningText:
         return self.start < len(self.text.ids)
 
     @property
+    def end(self) -> int:
+        """Of the next pass."""
+        if self.start < self.prompt:
+            return self._spec.prompt_pass(self.start, self.prompt)
+        return min(self.start + self._spec.merged_rows, len(self.text.ids))
+
+    @property
     def rows(self) -> Rows:
-        return Rows(self.cache, self.start, self.text.ids[self.start : self.end], None)
+        return Rows(self.cache, self.start, self.text.ids[self.start : self.end], None, self.start < self.prompt)
 
     def keep(self, depth: int, states: States, details: bool) -> None:
         shown = {"hidden": states.hidden_TD}
@@ -145,8 +152,8 @@ class _RunningText:
         for name, rows in shown.items():
             self._parts[name].setdefault(depth, []).append(rows[max(0, self.text.first - self.start) :])
 
-    def advance(self, most: int) -> None:
-        self.start, self.end = self.end, min(self.end + most, len(self.text.ids))
+    def advance(self) -> None:
+        self.start = self.end
         if not self.unfinished:
             self.cache.close()
 

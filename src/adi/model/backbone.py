@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 MERGED_ROWS = 64
+KV_BLOCK = 32  # positions: what is kept of a text that ended is kept in so many at a time
+CHUNK = 64
+PROMPT_ROWS = 256  # of a prompt, at most, share a pass where any number may
 TensorFunction = Callable[..., "tuple[Tensor, ...]"]
 
 
@@ -60,6 +63,9 @@ class Spec:
     many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked. Of several texts at
     most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads``
     are the processor threads that it runs on, None where others decide. ``loop`` says which blocks share their weights.
+
+    A prompt is read in passes that begin at multiples of ``chunk``, so that what they give depends on the text alone, whoever
+    reads it and whatever was known of it before. 1: at any position, since it was found not to matter.
     """
 
     name: str
@@ -77,6 +83,23 @@ class Spec:
     row_invariant: bool | None = None
     merged_rows: int = MERGED_ROWS
     threads: int | None = None
+    chunk: int = CHUNK
+
+    def prompt_pass(self, start: int, end: int) -> int:
+        """Where the pass ends that begins at ``start`` of a prompt of ``end`` tokens. Where passes may end anywhere no lone row
+        is left over: another kernel would attend it."""
+        if self.chunk > 1:
+            return min(end, start - start % self.chunk + self.chunk)
+        stop = min(end, start + PROMPT_ROWS)
+        return stop - (end - stop == 1)
+
+    def prompt_start(self, known: int, end: int) -> int:
+        """Where a prompt of ``end`` tokens is read from, whose first ``known`` positions are there; some are always left."""
+        return max(0, min(known, end - 2)) if self.chunk == 1 else self.whole(min(known, end - 1))
+
+    def whole(self, length: int) -> int:
+        """How many of a prompt's first positions would be the same in any longer prompt."""
+        return length - length % self.chunk
 
     def tail(self, depth: int) -> tuple[tuple[int, int], ...]:
         """Blocks ``[lo, hi)`` that must run to read a stop, because the head was never shown what a turn leaves: a coda
@@ -87,9 +110,19 @@ class Spec:
 class KVCache(ABC):
     """KV memory of one sequence, from ``Backbone.new_cache``; a context manager that closes it."""
 
+    @property
+    def bytes(self) -> int:
+        """What it takes, where the engine counts it."""
+        return 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether others hold all or some of its memory too, so that it is not free when this is closed."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
-        """Free the memory; the cache is empty then, and not to be used again. Closing twice is allowed."""
+        """Let go of the memory; the cache is empty then, and not to be used again. Closing twice is allowed."""
 
     def __enter__(self) -> Self:
         return self
@@ -98,18 +131,32 @@ class KVCache(ABC):
         self.close()
 
 
+class Keeper(Protocol):
+    """Holds KV memory of texts that ended, as long as nobody wants it."""
+
+    def idle(self) -> int:
+        """How many parts of ``KV_BLOCK`` positions nobody else holds."""
+        ...
+
+    def evict(self) -> bool:
+        """Let go of one of these; False where there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
     """Consecutive positions ``start, start + 1, ...`` of one sequence, on their way through blocks ``[lo, hi)``.
 
     ``cache`` is the sequence's own, from ``new_cache``. ``ids`` are the tokens at these positions. ``states`` are what enters
-    block ``lo``; None when ``lo`` is 0, where the embedding makes it.
+    block ``lo``; None when ``lo`` is 0, where the embedding makes it. ``prompt``: several rows of a prompt, which are attended
+    together, however few; other rows one by one, however many share the pass.
     """
 
     cache: Any  # the engine's own KVCache
     start: int
     ids: tuple[int, ...]
     states: States | Tensor | None
+    prompt: bool = False
 
 
 class States:
@@ -159,6 +206,11 @@ class States:
     def __getitem__(self, rows: slice) -> States:
         """These rows of it, over the same memory."""
         return self._like(*(None if a is None else a[rows] for a in (self.raw_TD, self._before_TD, self._mlp_TF)))
+
+    def copied(self) -> States:
+        """In memory of its own, where it may be a part of a longer pass's."""
+        parts = (self.raw_TD, self._before_TD, self._mlp_TF)
+        return self._like(*(a if a is None else a.clone() if hasattr(a, "clone") else a.copy() for a in parts))
 
     def _like(self, hidden_TD: Array, before_TD: Array = None, mlp_TF: Array = None) -> States:
         return States(hidden_TD, before_TD, mlp_TF, width=self.width, depth=self.depth, read=self._read)
@@ -244,9 +296,18 @@ class Backbone(Protocol):
         """KV memory for one more sequence."""
         ...
 
-    def fork(self, cache: Any, length: int) -> KVCache:
-        """KV memory of another sequence that begins with the same ``length`` positions, of which every block holds keys and
-        values. ``MemoryFullError`` as for ``forward``."""
+    def part(self, cache: Any, start: int, end: int) -> KVCache | None:
+        """Keys and values of positions [start, end) of a sequence, which every block has and nobody will change, for others to
+        begin with; None where they cannot be taken apart. ``start`` is a multiple of ``KV_BLOCK``."""
+        ...
+
+    def resume(self, cache: Any, parts: Sequence[Any], length: int) -> bool:
+        """Let the empty KV memory of a new sequence begin with the first ``length`` positions of these parts, one after the
+        other. False where the model is not any more what they were made by. ``MemoryFullError`` as for ``forward``."""
+        ...
+
+    def add_keeper(self, keeper: Keeper) -> None:
+        """Ask it for KV memory where that is full, until it is forgotten."""
         ...
 
     def fits(self, wanted: Sequence[tuple[Any, int]]) -> bool:

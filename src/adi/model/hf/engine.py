@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from adi.errors import UsageError
 from adi.model.arrays import Array, as_tensor
-from adi.model.backbone import CompiledModule, ReadOut, Rows, Spec, States, TensorFunction, require_number
-from adi.model.hf.kv_cache import StaircaseCache
+from adi.model.backbone import CHUNK, CompiledModule, Keeper, ReadOut, Rows, Spec, States, TensorFunction, require_number
+from adi.model.hf.kv_cache import KVPart, StaircaseCache
 from adi.model.hf.mlp import gated_mlp
 from adi.model.hf.passes import Run
 from adi.model.hf.readout import take_apart
@@ -22,6 +23,7 @@ from adi.model.hf.split import SplitModel
 from adi.model.hf.splitting import require_evaluation
 from adi.model.hf.weights import fingerprint
 
+GPU_CHUNK = 512  # on a GPU a pass over few rows takes as long as one over many
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +59,7 @@ class HfBackbone:
             backend="hf",
             precision=next((k for k, v in PRECISIONS.items() if v == split.dtype), str(split.dtype)),
             device=str(split.device),
+            chunk=sys.maxsize if split.far is not None else CHUNK if split.device.type == "cpu" else GPU_CHUNK,
         )
 
     def _look(self) -> None:
@@ -79,9 +82,15 @@ class HfBackbone:
         self._look()
         return StaircaseCache(self._split)
 
-    def fork(self, cache: StaircaseCache, length: int) -> StaircaseCache:
-        """A copy of the first positions."""
-        return cache.fork(length)
+    def part(self, cache: StaircaseCache, start: int, end: int) -> KVPart | None:
+        """A copy of these positions."""
+        return cache.part(start, end)
+
+    def resume(self, cache: StaircaseCache, parts: Sequence[KVPart], length: int) -> bool:
+        return cache.resume(parts, length)
+
+    def add_keeper(self, keeper: Keeper) -> None:
+        """Nothing to do: KV memory grows as torch allows."""
 
     def fits(self, wanted: Sequence[tuple[StaircaseCache, int]]) -> bool:
         """True: KV memory grows as torch allows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         return self.length
 
+    def piece(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """A copy of these positions."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[..., start:end, :].clone(), self.values[..., start:end, :].clone()
+
+    def fill(self, pieces: Sequence[tuple[Tensor, Tensor]], length: int) -> None:
+        """Hold the first ``length`` positions of these, and nothing else."""
+        keys, values = zip(*pieces, strict=True)
+        self.keys, self.values = torch.cat(keys, -2)[..., :length, :], torch.cat(values, -2)[..., :length, :]
+        self.length, self.is_initialized = length, True
+
 
 class GrowingHybrid(RecordedLayer, GrowingLayer):
     """Keys and values beside a linear layer's state, which is held."""
@@ -95,6 +107,21 @@ def _of_ours(layer: Any) -> Any:
     return layer
 
 
+class KVPart(KVCache):
+    """Keys and values of some positions in each layer that has some. ``stamp`` tells the weights' values at the time."""
+
+    def __init__(self, model: Any, layers: list[tuple[Tensor, Tensor] | None]) -> None:
+        self.model, self.layers, self.stamp = model, layers, model.stamp()
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.nbytes for layer in self.layers if layer is not None for piece in layer)
+
+    def close(self) -> None:
+        """Free the copies."""
+        self.layers.clear()
+
+
 class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
     """A cache that is given where the next rows start instead of deriving it from its first layer.
 
@@ -125,11 +152,24 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
         while self.model.loop is not None and len(self.layers) <= slot:
             self.layers.append(GrowingLayer(sliding=False))
 
-    def fork(self, length: int) -> StaircaseCache:
-        """Another cache with the first ``length`` positions of this one."""
-        made = self._copy()
-        made.rewind(0, len(made.layers), length)
-        return made
+    def part(self, start: int, end: int) -> KVPart | None:
+        """A copy of positions [start, end); None where a layer keeps more than keys and values by position."""
+        if self.far is not None or self.held or any(getattr(layer, "indexer_length", 0) for layer in self.layers):
+            return None
+        grown = [layer if isinstance(layer, GrowingLayer) and layer.keys is not None else None for layer in self.layers]
+        return KVPart(self.model, [None if layer is None else layer.piece(start, end) for layer in grown])
+
+    def resume(self, parts: Sequence[KVPart], length: int) -> bool:
+        """Begin with copies of these parts; False where the model has changed since they were made."""
+        if any(part.model is not self.model or part.stamp != parts[-1].stamp for part in parts):
+            return False
+        if parts[-1].stamp != self.model.stamp():
+            return False
+        self.make_room(len(parts[0].layers) - 1)
+        for layer, *pieces in zip(self.layers, *(part.layers for part in parts), strict=True):
+            if pieces[0] is not None:
+                layer.fill(pieces, length)
+        return True
 
     def _copy(self) -> StaircaseCache:
         made = copy.copy(self)

@@ -109,6 +109,10 @@ class SplitModel:
     def has_other_weights(self) -> bool:
         return self._twin.changed(WEIGHTS)
 
+    def stamp(self) -> int:
+        """Another number whenever weights were changed in place, as far as torch counts it."""
+        return sum(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
+
     @torch.no_grad()
     def decode(self, run: Run, rows: Rows, *, mlp: bool = False, all_first: bool = False) -> None:
         """The decoder's forward over these rows, as far as ``run`` says; ``all_first``: each at position 0, with no past."""

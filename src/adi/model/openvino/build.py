@@ -12,11 +12,12 @@ from typing import Any
 from adi.cache import usable_cache
 from adi.errors import AdiError, UsageError
 from adi.machine import give_back_at_once
+from adi.model.backbone import CHUNK
 from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
 from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
 from adi.model.openvino.huge_pages import let_go
-from adi.model.openvino.row_invariance import merged_rows, settle_rows
+from adi.model.openvino.row_invariance import merged_rows, prompt_chunk, settle_rows
 from adi.model.openvino.segments import COPIES_BYTES
 
 LEAST_BYTES = {"fp32": 4, "int8": 1, "int4": 0.5}  # of a weight on disk
@@ -105,6 +106,7 @@ def open_exported(
 def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None, memory: int) -> OpenVinoBackbone:
     backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads, memory=memory)
     invariant = settle_rows(backbone, folder)
-    backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder))
+    chunk = prompt_chunk(backbone, folder) if invariant else CHUNK
+    backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder), chunk=chunk)
     backbone.prepare([depth for depth in stops if 0 < depth < backbone.spec.layers])  # a hint, perhaps of another model
     return backbone

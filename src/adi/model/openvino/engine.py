@@ -14,10 +14,10 @@ import numpy as np
 
 from adi.errors import ModelError, UsageError
 from adi.model.arrays import as_array, joined
-from adi.model.backbone import ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
+from adi.model.backbone import Keeper, ReadOut, Rows, Spec, States, TensorFunction, raw_of, require_number
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
-from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
+from adi.model.openvino.kv_pool import KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import Embedding, OpenVinoModule, converted
 from adi.model.openvino.segments import BUCKETS, COPIES_BYTES, Config, Copies, Segment, Segments
@@ -83,7 +83,7 @@ class OpenVinoBackbone:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
         self.least_rows = 1
         self._companion = PagedCache(self.pool)
-        self._companion.blocks = [SPARE]
+        self._companion.blocks = [self.pool.spare]
         self._core = ov.Core()
         self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool, memory, folder)
         self._embedding = Embedding(self._core, blocks, self._config)
@@ -118,10 +118,18 @@ class OpenVinoBackbone:
     def new_cache(self) -> PagedCache:
         return PagedCache(self.pool)
 
-    def fork(self, cache: PagedCache, length: int) -> PagedCache:
-        """A copy of the blocks of the first positions."""
+    def part(self, cache: PagedCache, start: int, end: int) -> PagedCache:
+        """The same blocks: nothing is copied."""
+        return self.pool.part(cache, start, end)
+
+    def resume(self, cache: PagedCache, parts: Sequence[PagedCache], length: int) -> bool:
+        """The same blocks, and a copy of the last one where it is not full."""
         with self._segments.lock:
-            return self.pool.fork(cache, length)
+            self.pool.resume(cache, parts, length)
+        return True
+
+    def add_keeper(self, keeper: Keeper) -> None:
+        self.pool.keepers.add(keeper)
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether the pool has blocks for these caches to grow to so many positions."""
@@ -185,7 +193,7 @@ class OpenVinoBackbone:
         return self._forward(rows, lo, hi, mlp, bucket)
 
     def _forward(self, rows: Sequence[Rows], lo: int, hi: int, mlp: bool, bucket: int) -> list[States]:
-        layout = Layout.of(rows, self._segments.threads)
+        layout = Layout.of(rows, max(self._segments.threads, bucket))
         with self._segments.lock:
             path = self._segments.path(lo, hi, bucket)
             self.pool.reserve([(r.cache, r.start + len(r.ids)) for r in rows])

@@ -13,7 +13,7 @@ from adi.model.backbone import Rows, raw_of
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 BLOCKS_AT_ONCE = 64  # the list of KV blocks has room for a multiple of this, so that a growing text seldom wants new arrays
-ROWS_APART = 64  # a request of up to so many rows is attended row by row, a longer one (a prompt) as a whole
+ROWS_APART = 64  # a request of up to so many rows is attended row by row, a longer one and a prompt as a whole
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Layout:
     """How the rows of a pass are shown to attention.
 
     Each row of a short request is a sequence of its own of one new token, over the same KV blocks: attention then runs one
-    kernel, whatever rows are beside it, and so a row's bits do not depend on its company. (With several new tokens in a
-    sequence the plugin runs another kernel, whose results differ, and which on long texts costs more.) ``spans`` are
+    kernel, whatever rows are beside it, and so a row's bits do not depend on its company. With several new tokens in a
+    sequence the plugin runs another kernel, whose results differ, and which on long texts costs more for few rows and less for
+    many: a prompt's, in every pass that reads some of it. Either kernel's bits are a row's own. ``spans`` are
     request, offset and rows of each sequence; ``blocks`` its blocks of KV memory. Empty sequences fill up to one for each
     thread: with fewer, the plugin splits a text among threads, and sums in another order.
     """
@@ -33,13 +34,13 @@ class Layout:
     sequences: int
 
     @classmethod
-    def of(cls, rows: Sequence[Rows], threads: int) -> Layout:
+    def of(cls, rows: Sequence[Rows], least: int) -> Layout:
         spans: list[tuple[int, int, int]] = []
         for i, r in enumerate(rows):
             count = len(r.ids)
-            spans += [(i, 0, count)] if count > ROWS_APART else [(i, offset, 1) for offset in range(count)]
+            spans += [(i, 0, count)] if r.prompt or count > ROWS_APART else [(i, offset, 1) for offset in range(count)]
         blocks = tuple(-(-(rows[i].start + offset + n) // BLOCK_TOKENS) for i, offset, n in spans)
-        return cls(tuple(len(r.ids) for r in rows), tuple(spans), blocks, max(threads, len(spans)))
+        return cls(tuple(len(r.ids) for r in rows), tuple(spans), blocks, max(least, len(spans)))
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -81,11 +82,12 @@ class PassInputs:
             a["input_ids"][0, at : at + count] = r.ids
             a["position_ids"][0, at : at + count] = range(r.start, r.start + count)
             at += count
+        numbers = [[block.number for block in r.cache.blocks] for r in rows]
         at = block = longest = 0
         for j, ((i, offset, n), blocks) in enumerate(zip(layout.spans, layout.blocks, strict=True)):
             past = rows[i].start + offset
             a["past_lens"][j] = past
-            a["block_indices"][block : block + blocks] = rows[i].cache.blocks[:blocks]
+            a["block_indices"][block : block + blocks] = numbers[i][:blocks]
             at, block, longest = at + n, block + blocks, max(longest, past + n)
             a["subsequence_begins"][j + 1], a["block_indices_begins"][j + 1] = at, block
         for turn in range(self.turns):

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from adi.errors import MemoryFullError
-from adi.model.backbone import KVCache
+from adi.model.backbone import Keeper, KVCache
 from adi.model.openvino.graph import BLOCK_TOKENS
 
 FIRST_BLOCKS = 16
 SPARE = 0
 
 
+class Block:
+    """A block of KV memory, by its number. It is free again when nobody holds it any more."""
+
+    __slots__ = ("__weakref__", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Place(weakref.ref[Block]):
+    """Where a number's block is: dead while the block is free."""
+
+    __slots__ = ("number",)
+    number: int
+
+
 class PagedCache(KVCache):
-    """One sequence's blocks, in the order of its positions. They go back to the pool when it is closed or forgotten."""
+    """One sequence's blocks, in the order of its positions. Others may hold some of them too, but write to none of these."""
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self.blocks: list[int] = []
-        pool.own(self)
-        self._close = weakref.finalize(self, pool.give_back, self.blocks)
+        self.blocks: list[Block] = []
+
+    @property
+    def bytes(self) -> int:
+        return len(self.blocks) * self.pool.block_bytes
+
+    @property
+    def shared(self) -> bool:
+        return any(_holders(self.blocks, i) > ALONE for i in range(len(self.blocks)))
 
     def close(self) -> None:
-        """Give the blocks back; the cache is empty then, and not to be used again."""
-        self._close()
+        """Let go of the blocks; the cache is empty then, and not to be used again."""
+        self.blocks.clear()
+
+
+def _holders(blocks: list[Block], i: int) -> int:
+    """CPython's count of who refers to a block, a few temporary ones included."""
+    return sys.getrefcount(blocks[i])
+
+
+ALONE = _holders([Block(SPARE)], 0)
 
 
 class KVPool:
     """Blocks by number, in one tensor for each block's keys and values; it doubles on demand up to ``budget_bytes``.
 
-    One more, ``SPARE``, is nobody's: rows that count for nothing write there.
+    One more, ``spare``, is nobody's: rows that count for nothing write there. Who holds a block is Python's business: no count
+    of ours can be left wrong by an interruption, or by a sequence that is forgotten. ``keepers`` hold blocks of texts that
+    ended, and let go of them when they are wanted.
 
     ``version`` changes when the tensors do. ``block_bytes`` is what 32 positions of one sequence take, in all layers.
     """
@@ -42,8 +75,10 @@ class KVPool:
         self.version = 0
         self.block_bytes = 0
         self.blocks = 0
-        self._owners: dict[int, tuple[weakref.ref[PagedCache], list[int]]] = {}  # by the list's id
-        self._free: list[int] = []
+        self.spare = Block(SPARE)
+        self.keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+        self._places: dict[int, _Place] = {}
+        self._free: list[_Place] = []
         self._ports: dict[str, tuple[Any, list[int], int]] = {}
 
     @property
@@ -58,7 +93,7 @@ class KVPool:
 
     @property
     def used(self) -> int:
-        """How many blocks sequences hold."""
+        """How many blocks somebody holds."""
         return self.blocks - len(self._free)
 
     def add(self, name: str, port: Any, turns: int = 1) -> None:
@@ -81,25 +116,25 @@ class KVPool:
 
     def fits(self, wanted: Sequence[tuple[PagedCache, int]]) -> bool:
         """Whether ``reserve`` would succeed."""
-        return sum(_missing(wanted).values()) <= self.free
+        missing = _missing(wanted)
+        return missing <= self.free or missing <= self.free + sum(keeper.idle() for keeper in self.keepers)
 
     def reserve(self, wanted: Sequence[tuple[PagedCache, int]]) -> None:
         """See to it that each cache holds so many positions; MemoryFullError, with nothing changed, where the budget ends."""
         missing = _missing(wanted)
-        total = sum(missing.values())
-        if total > self.free:
+        if missing > self.free:
             self._recount()
-        if total > self.free:
+        while missing > self.free and any(keeper.evict() for keeper in self.keepers):
+            pass
+        if missing > self.free:
             raise MemoryFullError(
-                f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {total} more blocks of {BLOCK_TOKENS} "
+                f"the KV memory of {self.budget_bytes / 2**20:.0f} MiB is full: {missing} more blocks of {BLOCK_TOKENS} "
                 f"positions are needed and {self.free} of {self.capacity} are free. Close other sequences or raise kv_bytes."
             )
-        while total > len(self._free):
+        while missing > len(self._free):
             self._grow()
-        for cache, _ in wanted:
-            rest = len(self._free) - missing.pop(id(cache), 0)
-            taken, left = self._free[rest:][::-1], self._free[:rest]
-            cache.blocks[len(cache.blocks) :], self._free = taken, left  # in one: an interruption must not come between
+        for cache, tokens in wanted:
+            cache.blocks += [self._take() for _ in range(_blocks(tokens) - len(cache.blocks))]
 
     def peek(self, cache: PagedCache, attention: int, turn: int, length: int) -> Any:
         """A copy of what one attention of the model holds, in one turn, of the first ``length`` positions, as a flat float32
@@ -111,47 +146,57 @@ class KVPool:
         for name in (f"key_cache.{attention}", f"value_cache.{attention}"):
             if name not in self.tensors or self._ports[name][1][1] != BLOCK_TOKENS:
                 return None
-            pages = self._by_block(name)[cache.blocks, turn].astype(np.float32)  # [blocks, heads, 32, size]
+            numbers = [block.number for block in cache.blocks]
+            pages = self._by_block(name)[numbers, turn].astype(np.float32)  # [blocks, heads, 32, size]
             rows = pages.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1] * pages.shape[3])
             found.append(rows[:length].ravel())
         return torch.from_numpy(np.concatenate(found))
 
-    def fork(self, cache: PagedCache, length: int) -> PagedCache:
-        """Another sequence with the same first ``length`` positions; MemoryFullError where there are no blocks for them."""
+    def part(self, cache: PagedCache, start: int, end: int) -> PagedCache:
+        """The blocks of positions [start, end), held by one more."""
         made = PagedCache(self)
-        self.reserve([(made, length)])
-        for name in self.tensors:
-            self._by_block(name)[made.blocks] = self._by_block(name)[cache.blocks[: len(made.blocks)]]
+        made.blocks += cache.blocks[start // BLOCK_TOKENS : _blocks(end)]
         return made
+
+    def resume(self, cache: PagedCache, parts: Sequence[PagedCache], length: int) -> None:
+        """Let an empty cache begin with so many positions of these parts: their blocks, and a copy of the last one where it is
+        not full, which is where the sequence will write. MemoryFullError where there is none for it."""
+        whole = length // BLOCK_TOKENS
+        held = [block for part in parts for block in part.blocks]
+        if length % BLOCK_TOKENS:
+            with PagedCache(self) as copy:
+                self.reserve([(copy, 1)])
+                for name in self.tensors:
+                    memory = self._by_block(name)
+                    memory[copy.blocks[0].number] = memory[held[whole].number]
+                held[whole:] = copy.blocks
+        cache.blocks += held[: _blocks(length)]
 
     def _by_block(self, name: str) -> Any:
         """The memory itself, ``[blocks, turns, heads, ...]``."""
         data, (_, shape, turns) = self.tensors[name].data, self._ports[name]
         return data.reshape(-1, turns, *shape)
 
-    def give_back(self, blocks: list[int]) -> None:
-        """Take blocks back from a sequence that has ended."""
-        self._free.extend(blocks)
-        blocks.clear()
-        self._owners.pop(id(blocks), None)
+    def _block(self, number: int) -> Block:
+        """A block of this number, which goes among the free ones when nobody holds it any more: by no code of ours, which could
+        be interrupted."""
+        block = Block(number)
+        place = _Place(block, self._free.append)
+        place.number = number
+        self._places[number] = place
+        return block
 
-    def own(self, cache: PagedCache) -> None:
-        """Know of a sequence, so that its blocks can be found when it is gone."""
-        self._owners[id(cache.blocks)] = weakref.ref(cache), cache.blocks
+    def _take(self) -> Block:
+        while True:
+            place = self._free.pop()
+            if self._places[place.number] is place:  # and not one that a recount has found as well
+                return self._block(place.number)
 
     def _recount(self) -> None:
-        """Free is what no living sequence holds: an interruption may have come while blocks were given back.
-
-        Only ``reserve`` may ask for it, or it would run beside one. Lists of the dead are emptied, so that one whose turn to be
-        given back is still to come gives nothing twice.
-        """
-        owners = list(self._owners.items())
-        held = {block for _, (cache, blocks) in owners if cache() is not None for block in blocks}
-        for key, (cache, blocks) in owners:
-            if cache() is None:
-                blocks.clear()
-                self._owners.pop(key, None)
-        self._free = [block for block in range(self.blocks, SPARE, -1) if block not in held]
+        """Free is what nobody holds: an interruption may have come while a block was taken, or memory grew."""
+        for number in {*range(1, self.blocks + 1)} - {*self._places}:
+            self._block(number)
+        self._free[:] = [place for _, place in sorted(self._places.items(), reverse=True) if place() is None]
 
     def begin(self) -> None:
         """See to it that there are tensors at all, the spare block at least."""
@@ -171,13 +216,15 @@ class KVPool:
             )
             if used:
                 tensors[name].data[: used * turns] = self.tensors[name].data
-        free = [*self._free, *range(size, self.blocks, -1)]
-        self.tensors, self._free, self.blocks, self.version = tensors, free, size, self.version + 1
+        new = range(size, self.blocks, -1)
+        self.tensors, self.blocks, self.version = tensors, size, self.version + 1
+        for number in new:
+            self._block(number)  # nobody holds it
 
 
-def _missing(wanted: Sequence[tuple[PagedCache, int]]) -> dict[int, int]:
-    """How many blocks each cache, by its ``id``, lacks."""
-    return {id(cache): max(0, _blocks(tokens) - len(cache.blocks)) for cache, tokens in wanted}
+def _missing(wanted: Sequence[tuple[PagedCache, int]]) -> int:
+    """How many blocks these caches lack."""
+    return sum(max(0, _blocks(tokens) - len(cache.blocks)) for cache, tokens in wanted)
 
 
 def _blocks(tokens: int) -> int:

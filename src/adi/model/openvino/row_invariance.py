@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from adi.errors import FileError
 from adi.files import read_json, write_json
 from adi.machine import processor_hash
-from adi.model.backbone import MERGED_ROWS, Rows
+from adi.model.backbone import CHUNK, MERGED_ROWS, Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.kv_pool import PagedCache
 from adi.model.openvino.segments import BUCKETS
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 9
 MERGED = (MERGED_ROWS, 32, 16)  # of several texts in one pass; to be found fit, or else as many as the longest bucket has
 PAST = 28  # so that rows cross from the first block of KV memory into the second
+PROMPT, PARTS = 200, (4, 40, 150)  # the length of a prompt, and the longest of its passes
 SEED = 0
 
 
@@ -96,6 +97,43 @@ def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
         return next((most for most in MERGED if _alike_apart(backbone, most)), BUCKETS[-1])
 
     return _noted(backbone, folder, "merged", (*MERGED, BUCKETS[-1]), find)
+
+
+def prompt_chunk(backbone: OpenVinoBackbone, folder: Path) -> int:
+    """``Spec.chunk``: 1 where a prompt has the same bits in whatever passes it is read, found once on each kind of machine,
+    with ``least_rows`` settled, and kept beside the export; else that of any engine."""
+    return _noted(backbone, folder, "prompts", (1, CHUNK), lambda: 1 if _parts_are_invariant(backbone) else CHUNK)
+
+
+def _parts_are_invariant(backbone: OpenVinoBackbone) -> bool:
+    """Whether states and KV memory of a prompt, the states of blocks of it and beside others, are the same in one pass and in
+    passes of few and of many rows."""
+    import torch
+
+    rng, layers = random.Random(SEED), backbone.spec.layers
+    length = min(PROMPT, backbone.spec.context or PROMPT)
+    ids = tuple(rng.randrange(backbone.spec.vocabulary) for _ in range(length))
+
+    def read(most: int) -> tuple[Tensor, list[Tensor | None]]:
+        parts, start = [], 0
+        with backbone.new_cache() as cache, backbone.new_cache() as mate:
+            while start < length:
+                rest = length - start
+                rows = min(rest, rng.randrange(2, most + 1)) if most else rest
+                rows += rest - rows == 1
+                given = [Rows(cache, start, ids[start : start + rows], None, True), Rows(mate, 0, ids[:1], None)]
+                parts.append(backbone.forward(given if most else given[:1], 0, layers)[0].hidden_TD)
+                start += rows
+            return torch.cat(parts), [backbone.peek(cache, block, length) for block in range(layers)]
+
+    whole_TD, kept = read(0)
+    for most in PARTS:
+        parts_TD, memory = read(most)
+        if not torch.equal(parts_TD, whole_TD):
+            return False
+        if not all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, memory, strict=True)):
+            return False
+    return True
 
 
 def _noted(backbone: OpenVinoBackbone, folder: Path, what: str, allowed: Sequence[int], find: Callable[[], int]) -> int:

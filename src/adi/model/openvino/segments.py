@@ -20,7 +20,7 @@ from adi.model.backbone import Rows
 from adi.model.openvino.graph import SegmentGraph, constant_bytes, cut, embedding_graph, fill_holes, fix_rows
 from adi.model.openvino.huge_pages import HugePages
 from adi.model.openvino.inputs import Layout, PassInputs
-from adi.model.openvino.kv_pool import SPARE, KVPool, PagedCache
+from adi.model.openvino.kv_pool import KVPool, PagedCache
 from adi.model.openvino.manifest import Manifest
 from adi.model.openvino.turns import cuts, spans
 
@@ -311,7 +311,7 @@ class Segments:
         """
         rows = bucket or min(WARM_UP_ROWS, self._manifest.context or WARM_UP_ROWS)
         with PagedCache(self._pool) as nobody:
-            nobody.blocks = [SPARE] * rows  # more than enough, and no memory that a sequence could want
+            nobody.blocks = [self._pool.spare] * rows  # more than enough, and no memory that a sequence could want
             given = Rows(nobody, 0, (0,) * rows, None)
             layout = Layout.of([given], self.threads)
             self._pool.begin()
