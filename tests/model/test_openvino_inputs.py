@@ -45,7 +45,9 @@ def test_every_row_is_attended_over_its_own_blocks_as_far_as_it_goes(requests: l
         seen += [(past + n, blocks) for n in range(count)]
     wanted = [(r.start + n, r) for r in rows for n in range(len(r.ids))]
     assert [place for place, _ in seen] == [place for place, _ in wanted] == a["position_ids"][0]
-    assert all(blocks == [b.number for b in r.cache.blocks[: len(blocks)]] for (_, blocks), (_, r) in zip(seen, wanted, strict=True))
+    assert all(
+        blocks == [b.number for b in r.cache.blocks[: len(blocks)]] for (_, blocks), (_, r) in zip(seen, wanted, strict=True)
+    )
     assert a["max_context_len"] == max(place for place, _ in wanted) + 1
     assert len(a["past_lens"]) >= threads
 

@@ -306,7 +306,8 @@ class Scheduler(Generic[S]):
                 if entry.ended:
                     self._drop(entry)
                 if entry.completed and self.prefix_cache is not None and self.prefix_cache.answers:
-                    self._settling.append(self._settle(self.prefix_cache, entry.sequence.text_ids))
+                    if len(ids := entry.sequence.text_ids) > len(entry.sequence.prompt_ids):
+                        self._settling.append(self._settle(self.prefix_cache, ids))
 
     def _join(self) -> Iterator[tuple[S, Event]]:
         for entry in list(self._waiting):

@@ -268,7 +268,7 @@ class Session:
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=self._reads_logits)))
-        if costs is not None and self._tells and request.keep and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
+        if costs is not None and self._tells and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
             costs.passed(rows, sum(reply.seconds for reply in replies))
         self._tells = False
         return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]

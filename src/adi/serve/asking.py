@@ -58,10 +58,7 @@ class Asked:
         for ids in self.prompts if self.answers else ():
             sampling = self.sampling.settled()
             ways = [sampling] if self.n == 1 else [sampling.of_prompt(i) for i in range(self.n)]
-            answers = [Answer(self.model, ids, self.policy, sampling=way, **self.options) for way in ways]
-            for one in answers[1:]:
-                one.like = answers[0].like = answers[0]
-            made += answers
+            made += [Answer(self.model, ids, self.policy, sampling=way, **self.options) for way in ways]
         scored = () if self.scored is None else self.prompts
         return [*made, *(Scores(self.model, ids, self.scored or 0) for ids in scored)]
 

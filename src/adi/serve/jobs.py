@@ -21,6 +21,7 @@ from adi.decoding.scheduler import Schedulable, Scheduler, Work
 from adi.decoding.session import Session
 from adi.errors import AdiError
 from adi.model.backbone import Backbone
+from adi.model.prefix_cache import PrefixCache
 from adi.serve.errors import ApiError, refused
 
 USUAL_SECONDS = 10.0  # of a sequence, before one has ended
@@ -111,7 +112,6 @@ class Engine:
         self._on_part, self._on_failure = on_part, on_failure
         self._orders = SimpleQueue[Callable[[Scheduler[Any]], None] | None]()
         self._owners: dict[Served, tuple[Job, int]] = {}  # the engine thread's
-        self._held: dict[Served, list[Served]] = defaultdict(list)  # those that join when another's prompt was read
         self._thread = threading.Thread(target=self._run, name="adi engine", daemon=True)
 
     def start(self) -> None:
@@ -161,7 +161,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with Scheduler[Any](self.backbone, most=self.most) as scheduler:
+            kept = PrefixCache(self.backbone)
+            with kept, Scheduler[Any](self.backbone, most=self.most, prefix_cache=kept) as scheduler:
                 while self._obey(scheduler):
                     self._tell(self._step(scheduler))
             end = ApiError(503, "the server was stopped.", "server_error")
@@ -189,18 +190,13 @@ class Engine:
             return
         for index, sequence in enumerate(sequences):
             self._owners[sequence] = (job, index)
-            first = getattr(sequence, "like", None) or sequence
-            if first is sequence:
-                scheduler.add(sequence)
-            else:
-                self._held[first].append(sequence)
+            scheduler.add(sequence)
         job.sequences = sequences
         made.set_result(None)
 
     def _drop(self, scheduler: Scheduler[Any], job: Job) -> None:
         for sequence in [one for one, (owner, _) in self._owners.items() if owner is job]:
             scheduler.cancel(sequence)
-            self._held.pop(sequence, None)
             del self._owners[sequence]
 
     def _step(self, scheduler: Scheduler[Any]) -> list[tuple[Job, Part | ApiError]]:
@@ -210,8 +206,6 @@ class Engine:
             events[sequence].append(event)
         news: list[tuple[Job, Part | ApiError]] = []
         for sequence in [one for one in self._owners if one.ended or one in events]:
-            for other in self._held.pop(sequence, ()):
-                scheduler.add(other)
             job, index = self._owners.pop(sequence) if sequence.ended else self._owners[sequence]
             news.append((job, Part(index, tuple(events[sequence]), sequence.ended)))
         failed = {self._owners[one][0]: refused(error) for one, error in scheduler.failed.items() if one in self._owners}

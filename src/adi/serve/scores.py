@@ -61,7 +61,7 @@ class Scores:
         """Its passes; each one's rows are scored before the next one runs."""
         self.begun = self.begun or perf_counter()
         spec, frontier = self.model.backbone.spec, self.frontier
-        frontier.append(self.prompt_ids)
+        frontier.read(self.prompt_ids)
         while (ahead := frontier.next_pass(spec.layers)) is not None:
             reply = yield ahead
             assert reply is not None
