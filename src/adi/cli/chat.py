@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adi.decoding.sampling import Sampling
     from adi.decoding.session import Session
     from adi.model.load import Model
+    from adi.model.prefix_cache import PrefixCache
 
 ANSWER_SHARE = 0.25
 HELP = "/reset starts over, /depth shows the last answer's figures, /bye (or Ctrl-D) ends."
@@ -37,6 +38,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the conversation."""
     from adi.cli.shared.paint import legend
+    from adi.model.prefix_cache import PrefixCache
 
     console, drawn, more = out(), sampling.sampling(), template.settings()
     loaded, policy = decoding.load(engine, model)
@@ -46,7 +48,8 @@ def chat(
         say(console, HELP, "dim")
         console.print(legend(policy.depths, loaded.backbone.spec.layers))
     start = [{"role": "system", "content": system}] if system else []
-    _Conversation(console, loaded, policy, max_new_tokens, more, drawn, start).hold()
+    with PrefixCache(loaded) as kept:
+        _Conversation(console, loaded, policy, max_new_tokens, more, drawn, start, kept).hold()
 
 
 @dataclass
@@ -60,6 +63,7 @@ class _Conversation:
     template: dict[str, Any]
     sampling: Sampling
     start: list[dict[str, str]]
+    kept: PrefixCache  # so that a turn reads what is new in it
     turns: list[dict[str, str]] = field(default_factory=list)
     last: str = "no answer yet"
 
@@ -84,7 +88,8 @@ class _Conversation:
         sampling = self.sampling.of_prompt(len(self.start) + len(turns))
         try:
             ids, length = self._fitting(turns)
-            session = Session(self.model, ids, self.policy, sampling=sampling, max_new_tokens=length)
+            options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": length, "prefix_cache": self.kept}
+            session = Session(self.model, ids, self.policy, **options)
         except AdiError as error:
             say(self.console, f"{error} Type /reset to start over.", "red")
             return

@@ -305,9 +305,8 @@ class Scheduler(Generic[S]):
             finally:
                 if entry.ended:
                     self._drop(entry)
-                if entry.completed and self.prefix_cache is not None and self.prefix_cache.answers:
-                    if len(ids := entry.sequence.text_ids) > len(entry.sequence.prompt_ids):
-                        self._settling.append(self._settle(self.prefix_cache, ids))
+                if entry.completed:
+                    self._read_again(entry.sequence)
 
     def _join(self) -> Iterator[tuple[S, Event]]:
         for entry in list(self._waiting):
@@ -330,6 +329,12 @@ class Scheduler(Generic[S]):
         alike = [other for other in others if other[:LEAST_SHARED] == ids[:LEAST_SHARED] and len(ids) >= LEAST_SHARED]
         shared = LEAST_SHARED + (self.prefix_cache.match(ids) if alike else 0)
         return any(other[:shared] == ids[:shared] for other in alike if min(len(ids), len(other)) >= shared)
+
+    def _read_again(self, sequence: S) -> None:
+        """Have an answer kept too, where that is wanted, once nothing else is to be done."""
+        kept = self.prefix_cache
+        if kept is not None and kept.answers and len(sequence.text_ids) > len(sequence.prompt_ids):
+            self._settling.append(self._settle(kept, sequence.text_ids))
 
     def _settle(self, prefix_cache: PrefixCache, ids: tuple[int, ...]) -> Iterator[None]:
         """Read a text that ended as the prompt that it will be the beginning of, so that the prefix cache has it; one pass each
