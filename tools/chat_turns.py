@@ -1,8 +1,7 @@
 """Seconds to the first token of each turn of a chat: with a prefix cache, without, and of that turn's own message alone.
 
-A conversation of messages of so many tokens and greedy answers, each turn in the three ways in turn, on a conversation of its own
-for each repeat. Prints a line of JSON for each turn with the medians, and for the last one how many times the message alone it
-takes. Let nothing else run meanwhile.
+Messages of so many tokens and greedy answers, each turn in the three ways in turn, a conversation of its own for each repeat.
+Prints a line of JSON for each turn: medians, and how many times the message alone it takes. Let nothing else run meanwhile.
 """
 
 from __future__ import annotations
