@@ -27,8 +27,7 @@ class Block:
 class _Place(weakref.ref[Block]):
     """Where a number's block is: dead while the block is free."""
 
-    __slots__ = ("number",)
-    number: int
+    number = SPARE  # until it has one: an interruption may come before
 
 
 class PagedCache(KVCache):
@@ -188,8 +187,10 @@ class KVPool:
 
     def _take(self) -> Block:
         while True:
+            if not self._free:
+                self._recount()
             place = self._free.pop()
-            if self._places[place.number] is place:  # and not one that a recount has found as well
+            if self._places.get(place.number) is place:  # and not one that a recount has found as well, or has no number
                 return self._block(place.number)
 
     def _recount(self) -> None:
