@@ -36,7 +36,7 @@ def token_by_token(backbone: Any, text: KnownText) -> ForcedPass:
     for start, end in ((0, prefill), *((at, at + 1) for at in range(prefill, len(text.ids)))):
         hidden_TD, lo = None, 0
         for hi in (*DEPTHS, layers):
-            (states,) = backbone.forward([Rows(cache, start, text.ids[start:end], hidden_TD)], lo, hi)
+            (states,) = backbone.forward([Rows(cache, start, text.ids[start:end], hidden_TD, start < prefill)], lo, hi)
             hidden_TD, lo = states.hidden_TD, hi
             parts["hidden"][hi].append(states.hidden_TD)
             parts["before"][hi].append(states.before_TD)

@@ -137,7 +137,7 @@ def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], end
     start = 0
     with backbone.new_cache() as cache:
         for count in pieces:
-            piece = Rows(cache, start, tuple(ids[start : start + count]), None)
+            piece = Rows(cache, start, tuple(ids[start : start + count]), None, prompt=count > 1)
             for depth, (states,) in run_to_stops(backbone, [piece], ends):
                 rows[depth].append(states.hidden_TD.clone())
             start += count
@@ -167,7 +167,7 @@ class RandomDrafts:
         self._at = {depth: torch.zeros(length + MOST, spec.width) for depth in self.ends}
         self._seen = {depth: torch.zeros(length + MOST, dtype=torch.bool) for depth in self.ends}
         with self._frontier.cache as cache:
-            self._frontier.append(ids[:start])
+            self._frontier.read(ids[:start])
             self._advance(self.ends[-1])
             verified = start
             while verified < length:
