@@ -24,7 +24,8 @@ schema
 prompts tasks
 model.ouro model.sparse
 model.arrays model.stored model.looped
-model.backbone model.prompt model.messages model.fast_tokenizer model.generation_config model.hub
+model.backbone
+model.prefix_cache model.prompt model.messages model.fast_tokenizer model.generation_config model.hub
 model.tokenizer
 model.hf
 model.openvino
