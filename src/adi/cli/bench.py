@@ -40,6 +40,9 @@ def bench(
     precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "auto",
     backend: BackendOption = "auto",
     exits: ExitsOption = None,
+    shape: Annotated[
+        str | None, option("--shape", help="In MODEL's place random weights: llama-0.3b, llama-1b or llama-3b.", rare=True)
+    ] = None,
     max_new_tokens: AnswerTokensOption = 128,
     prompt_tokens: Annotated[int | None, option("--prompt-tokens", min=1, help="Make every prompt exactly so long.")] = None,
     repeats: Annotated[int, option("--repeats", min=1, help="Runs of every prompt.")] = 1,
@@ -70,6 +73,7 @@ def bench(
     from adi.measure.bench.systems import MODES
 
     items = chosen_prompts(prompts, limit)
+    model = model if shape is None else _shaped(shape)
     chosen, pair = chosen_among(MODES, "--modes", modes), None if static is None else _pair(static)
     precisions = chosen_among(PRECISIONS, "--precision", precision)
     _check_modes(chosen, pair, sweep)
@@ -95,6 +99,14 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     if bad := [part for part in found if not part.isdecimal()]:
         raise UsageError(f"--batch is numbers of texts with commas, such as 1,4,16, not {bad[0]!r}.")
     return tuple(dict.fromkeys(map(int, found)))
+
+
+def _shaped(name: str) -> str:
+    """The folder of a model of that shape."""
+    from adi.measure.bench.shapes import SHAPES, shaped
+
+    (found,) = chosen_among(tuple(SHAPES), "--shape", name)
+    return str(shaped(found))
 
 
 def _check_modes(chosen: Sequence[str], pair: tuple[int, int] | None, sweep: bool) -> None:
@@ -137,7 +149,17 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:
-    columns = ("", "tokens\n/s", "first\nms", "a\nround", "drafts\naccepted", "same\ntext", "same\nstart", "peak\nMiB")
+    columns = (
+        "",
+        "tokens\n/s",
+        "first\nms",
+        "a\nround",
+        "drafts\naccepted",
+        "same\ntext",
+        "same\nstart",
+        "peak\nMiB",
+        "held\nMiB",
+    )
     rows = [_row(run) for run in found["runs"] if run["error"] is None]
     console.print(table(f"{found['prompts']} prompts, {found['max_new_tokens']} tokens at most", columns, rows, wrap=False))
     for run in found["runs"]:
@@ -160,7 +182,7 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
         *(run["name"], f"{run['tokens_per_second']:.1f}", f"{1e3 * run['ttft_seconds']:.0f}"),
         "" if a_round is None else f"{a_round:.2f}",
         *map(percent, (run["accepted_share"], run["match"], run["match_tokens"])),
-        f"{run['peak_bytes'] / 2**20:.0f}",
+        *(f"{run[kind] / 2**20:.0f}" for kind in ("peak_bytes", "resident_bytes")),
     )
 
 

@@ -41,6 +41,7 @@ def run_entry(system: System, systems: Sequence[System], items: Sequence[PromptI
         **known,
         "error": None,
         "peak_bytes": system.peak_bytes,
+        "resident_bytes": system.resident_bytes,
         "tokens_per_round": median(rounds) if rounds else None,
         "accepted_share": accepted_share(every),
         **_figures(system, reference, prompts),

@@ -34,6 +34,7 @@ class System:
     setting: Setting
     error: str | None = None
     peak_bytes: int = 0
+    resident_bytes: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     ends: frozenset[int] = field(default=frozenset())
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
@@ -66,7 +67,8 @@ class System:
         if outcome is not None and not outcome.token_ids:
             self.error = "it gave no token"
             return None
-        self.peak_bytes = max(self.peak_bytes, self.ask("peak") or 0)
+        peak, self.resident_bytes = self.ask("memory") or (0, self.resident_bytes)
+        self.peak_bytes = max(self.peak_bytes, peak)
         return outcome
 
     def stop(self) -> None:
@@ -96,7 +98,7 @@ def prepare(names: Sequence[str], setting: Setting) -> None:
 
 
 def serve(connection: Connection, name: str, setting: Setting) -> None:
-    """Load, then answer ("peak",) and orders to call the ``Runner``, such as ("run", task), until the pipe is closed.
+    """Load, then answer ("memory",) and orders to call the ``Runner``, such as ("run", task), until the pipe is closed.
 
     An answer is a value and None, or None and an error.
     """
@@ -112,7 +114,7 @@ def serve(connection: Connection, name: str, setting: Setting) -> None:
             what, *given = connection.recv()
             answer: tuple[Any, str | None]
             try:
-                answer = peak_bytes() if what == "peak" else getattr(runner, what)(*given), None
+                answer = (peak_bytes(), resident_bytes()) if what == "memory" else getattr(runner, what)(*given), None
             except Exception as error:
                 answer = None, failure(error)
             connection.send(answer)
@@ -144,10 +146,19 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """The resident memory that this process has now; its largest where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_bytes()
+    return pages * resource.getpagesize()
+
+
 def _first_use(name: str, setting: Setting) -> Iterator[tuple[Any, ...]]:
     """What a system would have to make if it came first: functions, each with its arguments."""
     kind, _, rest = name.partition(":")
-    if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) == "openvino":
+    if kind == "adi" and backend_for(setting.backend, precision := rest.partition(":")[2]) != "hf":
         yield adi_model, precision, setting
     elif kind.startswith("openvino-genai") and rest in HOW:
         yield genai_folder, rest, setting
