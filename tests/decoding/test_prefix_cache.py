@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import adi
 from adi.decoding.frontier import Frontier
-from adi.decoding.scheduler import Pace, Scheduler
+from adi.decoding.passes.sharing import Pace
+from adi.decoding.scheduler import Scheduler
 from adi.errors import UsageError
 from engines import engine
 from families import VOCABULARY, tiny

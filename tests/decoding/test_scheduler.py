@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import adi
 from adi.decoding.frontier import BlockPass, HeadPass
+from adi.decoding.passes.sharing import sharing
 from adi.decoding.records import Drafted, Rejected
-from adi.decoding.scheduler import Observer, Scheduler, sharing
+from adi.decoding.scheduler import Observer, Scheduler
 from adi.decoding.stop_strings import StopStrings
 from adi.model.backbone import Rows, States
 from adi.model.hf import HfBackbone

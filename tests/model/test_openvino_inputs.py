@@ -13,7 +13,7 @@ pytest.importorskip("openvino")
 from adi.model.backbone import Rows
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import BLOCKS_AT_ONCE, ROWS_APART, Layout, PassInputs
-from adi.model.openvino.kv_pool import Block
+from adi.model.openvino.kv_pool import KVBlock
 
 REQUEST = st.tuples(st.integers(0, 200), st.integers(1, ROWS_APART + 6))
 
@@ -22,7 +22,7 @@ def rows_of(requests: list[tuple[int, int]]) -> list[Rows]:
     """Requests of (start, count), each over blocks of its own."""
     made = []
     for i, (start, count) in enumerate(requests):
-        blocks = [Block(1000 * (i + 1) + n) for n in range(-(-(start + count) // BLOCK_TOKENS))]
+        blocks = [KVBlock(1000 * (i + 1) + n) for n in range(-(-(start + count) // BLOCK_TOKENS))]
         made.append(Rows(SimpleNamespace(blocks=blocks), start, tuple(range(count)), None))
     return made
 

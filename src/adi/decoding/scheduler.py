@@ -26,16 +26,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
+from adi.decoding.passes.sharing import Pace, begins_prompt, chosen_for, cut, sharing
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
 from adi.model.backbone import Backbone, States
 from adi.model.prefix_cache import PrefixCache
 
-WAIT = 1.5  # ordinary passes, for which others' next tokens may wait for a part of a prompt
-FIRST_PART = 16  # rows of a prompt beside others, before it is known how long they take
-LEARNING = 0.25  # weight of one more measurement
-LEAST_PART = 2  # rows: a lone one would be attended by another kernel
 ENDED = object()
 LEAST_SHARED = 16  # tokens, of which a prompt waits for another that is being read and begins with them too
 SETTLED_ROWS = 64  # of a text that ended are read in one pass, so that who comes meanwhile does not wait long
@@ -344,7 +341,7 @@ class Scheduler(Generic[S]):
             frontier.reuse(prefix_cache, ids)
             frontier.read(ids[: max(frontier.length, self.backbone.spec.whole(len(ids)))])
             while (ahead := frontier.next_pass(layers)) is not None:
-                ahead = self._cut(ahead, SETTLED_ROWS)
+                ahead = cut(self.backbone.spec, ahead, SETTLED_ROWS)
                 (states,) = self.backbone.forward([ahead.rows], ahead.lo, ahead.hi)
                 frontier.absorb(ahead, states)
                 yield
@@ -439,10 +436,10 @@ class Scheduler(Generic[S]):
     def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
         """One pass for those that begin lowest, as far as all of them go. A prompt's are the lowest only where there are no
         others: or these would wait until it is all read."""
-        answered = [(entry, need) for entry, need in waiting if not _begins_prompt(need)]
+        answered = [(entry, need) for entry, need in waiting if not begins_prompt(need)]
         lo = min(need.lo for _, need in answered or waiting)
         lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
-        chosen = self._beside_prompts(lowest) if self.backbone.spec.chunk == 1 else self._fitting(lowest)
+        chosen = chosen_for(self.backbone.spec, lowest, self._pace)
         hi = min(need.hi for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
         found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))
@@ -457,69 +454,6 @@ class Scheduler(Generic[S]):
             self._pace.seen(seconds, of_prompts)
         return replies
 
-    def _fitting(self, waiting: Sequence[_Waiting[S]]) -> list[_Waiting[S]]:
-        """Those that share a pass as they are."""
-        together = sharing([len(need.rows.ids) for _, need in waiting], self.backbone.spec.merged_rows)
-        return [waiting[i] for i in together]
-
-    def _beside_prompts(self, waiting: Sequence[_Waiting[S]]) -> list[_Waiting[S]]:
-        """Those that share a pass, with as much of prompts beside others as these can wait for."""
-        prompts = [(entry, need) for entry, need in waiting if _begins_prompt(need)]
-        others = [(entry, need) for entry, need in waiting if not _begins_prompt(need)]
-        if not prompts or not others:
-            return self._fitting(waiting)
-        most, wanted = self.backbone.spec.merged_rows, self._pace.rows()
-        chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
-        left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
-        for entry, need in prompts:
-            if left < LEAST_PART:
-                break
-            part = self._cut(need, left)
-            chosen.append((entry, part))
-            left -= len(part.rows.ids)
-        return chosen
-
-    def _cut(self, need: BlockPass, rows: int) -> BlockPass:
-        """The first of a prompt's rows, where that is as good: never one alone, nor all but one."""
-        have = len(need.rows.ids)
-        if have <= rows or self.backbone.spec.chunk > 1:
-            return need
-        rows = max(LEAST_PART, rows - (have - rows == 1))
-        return need if rows >= have - 1 else replace(need, rows=replace(need.rows, ids=need.rows.ids[:rows]))
-
-
-_Waiting = tuple[_Entry[S], BlockPass]
-
-
-def _begins_prompt(need: BlockPass) -> bool:
-    return need.rows.prompt and need.lo == 0
-
-
-@dataclass
-class Pace:
-    """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what
-    passes without such rows took lately, and by how much longer those with some did."""
-
-    ordinary: float | None = None
-    row: float | None = None
-
-    def rows(self) -> int:
-        """At least two."""
-        if self.ordinary is None or self.row is None:
-            return FIRST_PART
-        return max(LEAST_PART, int(WAIT * self.ordinary / self.row))
-
-    def seen(self, seconds: float, rows: int) -> None:
-        """A pass took so long, with so many rows of prompts."""
-        if not rows:
-            self.ordinary = _learned(self.ordinary, seconds)
-        elif self.ordinary is not None:
-            self.row = _learned(self.row, max(seconds - self.ordinary, 0.01 * self.ordinary) / rows)
-
-
-def _learned(known: float | None, seen: float) -> float:
-    return seen if known is None else known + LEARNING * (seen - known)
-
 
 T = TypeVar("T")
 
@@ -527,15 +461,3 @@ T = TypeVar("T")
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     start = perf_counter()
     return work(), perf_counter() - start
-
-
-def sharing(counts: Sequence[int], most: int) -> list[int]:
-    """The places of those that share a pass (or a call of the head): as many as fit in ``most`` rows together, the first ones
-    before others, and the very first whatever it takes. At least one."""
-    chosen: list[int] = []
-    left = most
-    for place, count in enumerate(counts):
-        if not chosen or count <= left:
-            chosen.append(place)
-            left -= count
-    return chosen

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from adi.artifact import Exits
 from adi.decoding.generate import generate_batch
+from adi.decoding.passes.sharing import sharing
 from adi.decoding.policies import FullDepth
 from adi.decoding.records import Generation
-from adi.decoding.scheduler import sharing
 from adi.exits.probe import networks_of
 from adi.exits.signals import Prediction, entropy, top_probability
 from adi.model.backbone import Backbone, Rows, States

@@ -15,7 +15,7 @@ FIRST_BLOCKS = 16
 SPARE = 0
 
 
-class Block:
+class KVBlock:
     """A block of KV memory, by its number. It is free again when nobody holds it any more."""
 
     __slots__ = ("__weakref__", "number")
@@ -24,7 +24,7 @@ class Block:
         self.number = number
 
 
-class _Place(weakref.ref[Block]):
+class _Place(weakref.ref[KVBlock]):
     """Where a number's block is: dead while the block is free."""
 
     number = SPARE  # until it has one: an interruption may come before
@@ -35,7 +35,7 @@ class PagedCache(KVCache):
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self.blocks: list[Block] = []
+        self.blocks: list[KVBlock] = []
 
     @property
     def bytes(self) -> int:
@@ -50,12 +50,12 @@ class PagedCache(KVCache):
         self.blocks.clear()
 
 
-def _holders(blocks: list[Block], i: int) -> int:
+def _holders(blocks: list[KVBlock], i: int) -> int:
     """CPython's count of who refers to a block, a few temporary ones included."""
     return sys.getrefcount(blocks[i])
 
 
-ALONE = _holders([Block(SPARE)], 0)
+ALONE = _holders([KVBlock(SPARE)], 0)
 
 
 class KVPool:
@@ -74,7 +74,7 @@ class KVPool:
         self.version = 0
         self.block_bytes = 0
         self.blocks = 0
-        self.spare = Block(SPARE)
+        self.spare = KVBlock(SPARE)
         self.keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
         self._places: dict[int, _Place] = {}
         self._free: list[_Place] = []
@@ -176,16 +176,16 @@ class KVPool:
         data, (_, shape, turns) = self.tensors[name].data, self._ports[name]
         return data.reshape(-1, turns, *shape)
 
-    def _block(self, number: int) -> Block:
+    def _block(self, number: int) -> KVBlock:
         """A block of this number, which goes among the free ones when nobody holds it any more: by no code of ours, which could
         be interrupted."""
-        block = Block(number)
+        block = KVBlock(number)
         place = _Place(block, self._free.append)
         place.number = number
         self._places[number] = place
         return block
 
-    def _take(self) -> Block:
+    def _take(self) -> KVBlock:
         while True:
             if not self._free:
                 self._recount()

@@ -1,0 +1,87 @@
+"""Who shares a pass, and how much of a long prompt goes beside those that are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from adi.decoding.frontier import BlockPass
+from adi.model.backbone import Spec
+
+WAIT = 1.5  # ordinary passes, for which others' next tokens may wait for a part of a prompt
+FIRST_PART = 16  # rows of a prompt beside others, before it is known how long they take
+LEARNING = 0.25  # weight of one more measurement
+LEAST_PART = 2  # rows: a lone one would be attended by another kernel
+
+E = TypeVar("E")
+
+
+def begins_prompt(need: BlockPass) -> bool:
+    """Whether these are a prompt's rows that enter the first block."""
+    return need.rows.prompt and need.lo == 0
+
+
+@dataclass
+class Pace:
+    """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what
+    passes without such rows took lately, and by how much longer those with some did."""
+
+    ordinary: float | None = None
+    row: float | None = None
+
+    def rows(self) -> int:
+        """At least two."""
+        if self.ordinary is None or self.row is None:
+            return FIRST_PART
+        return max(LEAST_PART, int(WAIT * self.ordinary / self.row))
+
+    def seen(self, seconds: float, rows: int) -> None:
+        """A pass took so long, with so many rows of prompts."""
+        if not rows:
+            self.ordinary = _learned(self.ordinary, seconds)
+        elif self.ordinary is not None:
+            self.row = _learned(self.row, max(seconds - self.ordinary, 0.01 * self.ordinary) / rows)
+
+
+def _learned(known: float | None, seen: float) -> float:
+    return seen if known is None else known + LEARNING * (seen - known)
+
+
+def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace) -> list[tuple[E, BlockPass]]:
+    """Those of the lowest that share a pass, with as much of prompts beside others as these can wait for."""
+    prompts = [(entry, need) for entry, need in waiting if begins_prompt(need)]
+    others = [(entry, need) for entry, need in waiting if not begins_prompt(need)]
+    if not prompts or not others or spec.chunk > 1:
+        return [waiting[i] for i in sharing([len(need.rows.ids) for _, need in waiting], spec.merged_rows)]
+    most, wanted = spec.merged_rows, pace.rows()
+    chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
+    left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
+    for entry, need in prompts:
+        if left < LEAST_PART:
+            break
+        part = cut(spec, need, left)
+        chosen.append((entry, part))
+        left -= len(part.rows.ids)
+    return chosen
+
+
+def cut(spec: Spec, need: BlockPass, rows: int) -> BlockPass:
+    """The first of a prompt's rows, where that is as good: never one alone, nor all but one."""
+    have = len(need.rows.ids)
+    if have <= rows or spec.chunk > 1:
+        return need
+    rows = max(LEAST_PART, rows - (have - rows == 1))
+    return need if rows >= have - 1 else replace(need, rows=replace(need.rows, ids=need.rows.ids[:rows]))
+
+
+def sharing(counts: Sequence[int], most: int) -> list[int]:
+    """The places of those that share a pass (or a call of the head): as many as fit in ``most`` rows together, the first ones
+    before others, and the very first whatever it takes. At least one."""
+    chosen: list[int] = []
+    left = most
+    for place, count in enumerate(counts):
+        if not chosen or count <= left:
+            chosen.append(place)
+            left -= count
+    return chosen
