@@ -17,7 +17,7 @@ from adi.measure.trace import FORMAT, VERSION, rounded, trace_of
 from adi.schema import to_json
 from adi.serve.asking import Asked
 from adi.serve.errors import ApiError
-from adi.serve.jobs import Answer, Job, Part
+from adi.serve.jobs import Answer, Job, JobPart
 from adi.serve.scores import Scored, Scores, spelled
 from adi.serve.tool_calls import ToolCalls
 
@@ -65,7 +65,7 @@ class Completions:
         except ApiError as error:
             yield b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
 
-    def _chunks(self, part: Part) -> list[bytes]:
+    def _chunks(self, part: JobPart) -> list[bytes]:
         steps = [event for event in part.events if isinstance(event, Step)]
         self.steps[part.index] += steps
         text, calls = "".join(step.text for step in steps), list[dict[str, Any]]()
@@ -103,7 +103,7 @@ class Completions:
     def _costs(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """What it took: ``usage``, and ``metrics`` in vLLM's shape with depth beside."""
         prompt, completion = sum(map(len, self.asked.prompts)), sum(len(one.steps) for one in generations)
-        cached = sum(getattr(one.counters, "reused", 0) for one in generations)
+        cached = sum(one.counters.reused for one in generations)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         usage["prompt_tokens_details"] = {"cached_tokens": cached}  # type: ignore[assignment]
         costs: dict[str, Any] = {"usage": usage}

@@ -14,7 +14,7 @@ from adi.errors import AdiError
 from adi.measure.free_energy import FULL_PRICE
 from adi.model.load import Model, looped_network
 from adi.serve.errors import ApiError, refused
-from adi.serve.jobs import Answer, Served
+from adi.serve.jobs import Answer, ServedSequence
 from adi.serve.protocol import AdiFields, Answering, ChatRequest, CompletionRequest, TokenizeRequest
 from adi.serve.scores import Scores, spelled
 from adi.serve.tool_calls import BEGIN
@@ -51,10 +51,10 @@ class Asked:
         """How many sequences."""
         return self.answers + (0 if self.scored is None else len(self.prompts))
 
-    def sequences(self) -> list[Served]:
+    def sequences(self) -> list[ServedSequence]:
         """The answers, then the scores of the prompts. Each answer has the text that it would have alone: of one prompt's
         answers each draws as in ``adi.generate(..., n=n)``."""
-        made = list[Served]()
+        made = list[ServedSequence]()
         for ids in self.prompts if self.answers else ():
             sampling = self.sampling.settled()
             ways = [sampling] if self.n == 1 else [sampling.of_prompt(i) for i in range(self.n)]

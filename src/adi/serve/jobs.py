@@ -27,7 +27,7 @@ from adi.serve.errors import ApiError, refused
 USUAL_SECONDS = 10.0  # of a sequence, before one has ended
 
 
-class Served(Schedulable, Protocol):
+class ServedSequence(Schedulable, Protocol):
     """A sequence of a request: when the model began to read it, and whether it is at its end."""
 
     begun: float | None
@@ -52,7 +52,7 @@ class Answer(Session):
 
 
 @dataclass(frozen=True)
-class Part:
+class JobPart:
     """What one pass gave sequence ``index`` of a job, and whether it was the last one."""
 
     index: int
@@ -68,9 +68,9 @@ class Job:
         self.deadline = self.submitted + seconds
         self.sequences: Sequence[Any] = ()
         self.delivered = [self.submitted] * count  # when each sequence last gave something
-        self.inbox = asyncio.Queue[Part | ApiError]()
+        self.inbox = asyncio.Queue[JobPart | ApiError]()
 
-    async def parts(self) -> AsyncIterator[Part]:
+    async def parts(self) -> AsyncIterator[JobPart]:
         """What passes gave, as it comes, until all its sequences are at their end; ApiError where one fails."""
         left = len(self.sequences)
         while left:
@@ -102,7 +102,7 @@ class Engine:
         *,
         most: int,
         queue: int,
-        on_part: Callable[[Job, Part], None] = lambda job, part: None,
+        on_part: Callable[[Job, JobPart], None] = lambda job, part: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.backbone, self.most, self.places = backbone, most, most + queue
@@ -111,7 +111,7 @@ class Engine:
         self.seconds = USUAL_SECONDS  # that a sequence takes, of late
         self._on_part, self._on_failure = on_part, on_failure
         self._orders = SimpleQueue[Callable[[Scheduler[Any]], None] | None]()
-        self._owners: dict[Served, tuple[Job, int]] = {}  # the engine thread's
+        self._owners: dict[ServedSequence, tuple[Job, int]] = {}  # the engine thread's
         self._thread = threading.Thread(target=self._run, name="adi engine", daemon=True)
 
     def start(self) -> None:
@@ -129,7 +129,7 @@ class Engine:
         """Sequences that the model has begun to read."""
         return sum(one.begun is not None for one in tuple(self._owners))
 
-    async def submit(self, make: Callable[[], Sequence[Served]], count: int, seconds: float) -> Job:
+    async def submit(self, make: Callable[[], Sequence[ServedSequence]], count: int, seconds: float) -> Job:
         """A job of the ``count`` sequences that ``make`` makes, in the engine thread, for ``seconds`` at most. ApiError where
         the queue is full (429), and for what the library refuses (400)."""
         if self.failure is not None:
@@ -180,7 +180,9 @@ class Engine:
             order(scheduler)
         return True
 
-    def _begin(self, scheduler: Scheduler[Any], job: Job, make: Callable[[], Sequence[Served]], made: Future[None]) -> None:
+    def _begin(
+        self, scheduler: Scheduler[Any], job: Job, make: Callable[[], Sequence[ServedSequence]], made: Future[None]
+    ) -> None:
         if not made.set_running_or_notify_cancel():
             return
         try:
@@ -199,15 +201,15 @@ class Engine:
             scheduler.cancel(sequence)
             del self._owners[sequence]
 
-    def _step(self, scheduler: Scheduler[Any]) -> list[tuple[Job, Part | ApiError]]:
+    def _step(self, scheduler: Scheduler[Any]) -> list[tuple[Job, JobPart | ApiError]]:
         """One pass: what it gave to whom, and which jobs failed or ran out of time."""
-        events = defaultdict[Served, list[Event]](list)
+        events = defaultdict[ServedSequence, list[Event]](list)
         for sequence, event in scheduler.step():
             events[sequence].append(event)
-        news: list[tuple[Job, Part | ApiError]] = []
+        news: list[tuple[Job, JobPart | ApiError]] = []
         for sequence in [one for one in self._owners if one.ended or one in events]:
             job, index = self._owners.pop(sequence) if sequence.ended else self._owners[sequence]
-            news.append((job, Part(index, tuple(events[sequence]), sequence.ended)))
+            news.append((job, JobPart(index, tuple(events[sequence]), sequence.ended)))
         failed = {self._owners[one][0]: refused(error) for one, error in scheduler.failed.items() if one in self._owners}
         scheduler.failed.clear()
         now = perf_counter()
@@ -219,16 +221,16 @@ class Engine:
             self._drop(scheduler, job)
         return [*news, *failed.items()]
 
-    def _tell(self, news: Sequence[tuple[Job, Part | ApiError]]) -> None:
+    def _tell(self, news: Sequence[tuple[Job, JobPart | ApiError]]) -> None:
         if news and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hand_over, news)
 
-    def _hand_over(self, news: Sequence[tuple[Job, Part | ApiError]]) -> None:
+    def _hand_over(self, news: Sequence[tuple[Job, JobPart | ApiError]]) -> None:
         """In the event loop: to those who wait."""
         for job, item in news:
             if not job.left:
                 continue  # cancelled meanwhile
-            if isinstance(item, Part):
+            if isinstance(item, JobPart):
                 self._gone(job, item.ended)
                 self._on_part(job, item)
                 job.delivered[item.index] = now = perf_counter()

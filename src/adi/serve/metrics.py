@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from adi.decoding.policies import Reflex
 from adi.decoding.records import Step
 from adi.model.backbone import Spec
-from adi.serve.jobs import Answer, Job, Part
+from adi.serve.jobs import Answer, Job, JobPart
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4)
 STATES = ("unwatched", "holds", "refuted")
@@ -62,7 +62,7 @@ class Metrics:
         """A request that was not answered."""
         self._failed.labels(self._name, str(status)).inc()
 
-    def saw(self, job: Job, part: Part) -> None:
+    def saw(self, job: Job, part: JobPart) -> None:
         """What a pass gave a job."""
         sequence = job.sequences[part.index] if job.sequences else None
         if not isinstance(sequence, Answer):
@@ -78,7 +78,7 @@ class Metrics:
         if job.delivered[index] == job.submitted:
             assert sequence.begun is not None
             self._prompt.inc(len(sequence.prompt_ids))
-            self._reused.inc(getattr(sequence.counters, "reused", 0))
+            self._reused.inc(sequence.counters.reused)
             self._first.observe(now - job.submitted)
             self._queued.observe(sequence.begun - job.submitted)
         else:
