@@ -260,18 +260,18 @@ class Session:
             replies.append((yield ahead))
             frontier.absorb(*replies[-1].result)
         assert frontier.last is not None
-        states = frontier.last[-request.read :]
+        states = _last(frontier.last, request.read)
         if request.to < self.request.layers:
             assert self._read is not None
             assert self.strategy.exits is not None
-            states = (yield from frontier.look(request.to))[-request.read :]
+            states = _last((yield from frontier.look(request.to)), request.read)
             read = functools.partial(self._read, request.to, states)
             return [ExitOutput(request.to, read, states, probe=self.strategy.exits.probe)]
         replies.append((yield HeadPass(states, logits=self._reads_logits)))
         if costs is not None and self._tells and len(replies) == 2 and replies[0].rows == (rows := replies[1].rows):
             costs.passed(rows, sum(reply.seconds for reply in replies))
         self._tells = False
-        return [self._full_output(states[i : i + 1], score) for i, score in enumerate(replies[-1].result)]
+        return [self._full_output(_row(states, i), score) for i, score in enumerate(replies[-1].result)]
 
     def _full_output(self, row: States, score: Any) -> ExitOutput:
         """Of one row at full depth, whose score is its likeliest token, or its logits where they are read."""
@@ -361,6 +361,15 @@ class Session:
             tokenizer = self.model.tokenizer
             text = self._spelled[token] = tokenizer.decode([token], not self._skip_special) if tokenizer else str(token)
         return text
+
+
+def _last(states: States, count: int) -> States:
+    """The last rows: mostly all there are, of which no view is made."""
+    return states if len(states) == count else states[-count:]
+
+
+def _row(states: States, place: int) -> States:
+    return states if len(states) == 1 else states[place : place + 1]
 
 
 def _full_prediction(backbone: Backbone, states: States) -> Prediction:
