@@ -73,7 +73,7 @@ results: peers
 	$(BENCH) --limit 6 --modes full,verified --precision int8 --peers all --max-new-tokens 48 --json $(RESULTS)/peers.json
 	$(BENCH) --modes full,verified --precision fp32 --peers hf:fp32 --max-new-tokens 48 --json $(RESULTS)/fp32.json
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
-	$(BENCH) --limit 8 --modes full --precision int4,int8,fp32 --batch 8 --repeats 3 --json $(RESULTS)/batch.json
+	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
