@@ -156,6 +156,28 @@ def test_a_bucket_opens_with_the_first_short_pass(made: Cached) -> None:
     assert {(lo, hi) for lo, hi, bucket in backbone._segments._segments if bucket} == {(0, 2), (2, LAYERS)}
 
 
+def test_where_copies_would_change_bits_there_are_none(made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with GLM 4 or Cohere 2: bits go before speed."""
+    engine(made, "llama")
+    looks: list[tuple[int, ...]] = []
+
+    def invariant(backbone: OpenVinoBackbone, *given: Any, **options: Any) -> bool:
+        looks.append(backbone.copies.rows)
+        return not backbone.copies.rows
+
+    monkeypatch.setattr("adi.model.openvino.row_invariance.rows_are_invariant", invariant)
+    for expected in ([(), BUCKETS], []):  # the second is told by the note
+        backbone = OpenVinoBackbone.open(folder_of("llama"))
+        looks.clear()
+        assert settle_rows(backbone, tmp_path)
+        assert looks == expected
+        assert backbone.least_rows == 1
+        backbone.prepare((), drafts=True, wait=True)
+        assert backbone.copies.rows == ()
+        cache = prefilled(backbone, IDS[:PROMPT])
+        assert len(backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 3], None)], 0, LAYERS)[0]) == 3
+
+
 def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
     made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

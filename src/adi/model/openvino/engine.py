@@ -155,6 +155,11 @@ class OpenVinoBackbone:
         """What copies of the weights take and which are there."""
         return Copies(self._segments.copy_bytes, self._segments.memory, tuple(self._segments.open))
 
+    def forgo_copies(self) -> None:
+        """Have no copies of the weights from now on."""
+        with self._segments.lock:
+            self._segments.forgo_copies()
+
     def hold(self, lo: int, hi: int) -> None:
         """Compile blocks [lo, hi) and free all others, for a look at a model that is too large as a whole."""
         with self._segments.lock:

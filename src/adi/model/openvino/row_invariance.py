@@ -81,12 +81,15 @@ def _in_company(
 def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     """Make rows invariant if that can be had, by running lone rows in company if need be; whether they are.
 
-    Found with a stop half-way, once on each kind of machine, and kept beside the export: ``least_rows``, or 0 where rows
-    depend on their company whatever their number.
+    Found with a stop half-way, once on each kind of machine, and kept beside the export: ``least_rows``, below zero where it
+    holds without copies for fixed numbers of rows only, which are then forgone (with some families' rotary angles and gates the
+    plugin fuses a graph of fixed shapes otherwise), or 0 where rows depend on their company whatever their number.
     """
-    least = _noted(backbone, folder, f"buckets {BUCKETS}, fixed", (0, 1, 2), lambda: _least_rows(backbone))
-    backbone.least_rows = max(1, least)
-    return least > 0
+    least = _noted(backbone, folder, f"buckets {BUCKETS}, or none", (-2, -1, 0, 1, 2), lambda: _least_rows(backbone))
+    backbone.least_rows = max(1, abs(least))
+    if least < 0:
+        backbone.forgo_copies()
+    return least != 0
 
 
 def merged_rows(backbone: OpenVinoBackbone, folder: Path) -> int:
@@ -169,11 +172,12 @@ def _alike_apart(backbone: OpenVinoBackbone, rows: int) -> bool:
 
 
 def _least_rows(backbone: OpenVinoBackbone) -> int:
-    """How many rows a pass must have for its rows not to depend on each other: 1, 2, or 0 for no number."""
+    """How many rows a pass must have for its rows not to depend on each other: 1, 2, or 0 for no number; below zero where that
+    is so without copies alone."""
     half = (max(1, backbone.spec.layers // 2),)
     for least in (1, 2):
         backbone.least_rows = least
         if rows_are_invariant(backbone, stops=half):
             backbone.prepare((), drafts=True, wait=True)  # and with buckets, once for all
-            return least if rows_are_invariant(backbone, stops=half) else 0
+            return least if rows_are_invariant(backbone, stops=half) else -least
     return 0

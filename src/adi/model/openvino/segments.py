@@ -236,6 +236,16 @@ class Segments:
         if tight:
             self._forget(self._parts[ANY] - set(pairwise((0, *ends))))
 
+    def forgo_copies(self) -> None:
+        """Close all buckets for good. Holds the lock."""
+        self.memory, self.open = 0, []
+        self._wanted.clear()
+        self._paths.clear()
+        self._segments = {span: segment for span, segment in self._segments.items() if span[2] == ANY}
+        for bucket in [bucket for bucket in self._parts if bucket != ANY]:
+            del self._parts[bucket]
+        give_back_memory()
+
     def hold(self, lo: int, hi: int) -> None:
         """Have this part for any number of rows, and no other. Holds the lock."""
         self._forget(tuple(self._parts[ANY]))
