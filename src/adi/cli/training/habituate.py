@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,8 @@ def habituate(
 ) -> None:
     """Make your kind of work cheap: drafter, memory and exits learn from the model's own answers.
 
-    The model stays as it is, unless --train-model. A quarter of the prompts is held out; the page in --out compares before and
-    after on these and on other prompts. Output stays exactly full depth's. A stopped run resumes with the same command.
+    The model stays as it is, unless --train-model, and output full depth's. A quarter of the prompts is held out; the page in
+    --out compares before and after on these and on other prompts. A stopped run resumes with the same command.
     """
     from adi.measure.habits.page import habits_page
     from adi.measure.habits.run import habituate as work
@@ -148,7 +149,11 @@ def habituate(
     write_text(page, habits_page(found))
     if json_out:
         show_json(found)
-    for line in () if json_out else verdict(found):
-        say(out(), line)
+    _say_verdict(() if json_out else verdict(found))
     use = f"adi run --model {model} --exits {folder}" + (f" --history {folder / 'history'}" if loaded.tokenizer else "")
     say(err(), f"Page: {page}. Use them: {use} 'your prompt'")
+
+
+def _say_verdict(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(out(), line)

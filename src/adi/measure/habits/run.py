@@ -69,10 +69,8 @@ def habituate(
     workload = split(model, items, options)
     if train is not None and (held := len(workload.choosing) + len(workload.testing)) < LEAST_PROMPTS:
         raise UsageError(f"{held} held-out prompts are too few to certify a reflex of the trained model; give more prompts.")
-    known = {prompt.text_or_ids for prompt in (*items, *others)}
-    talk = spread([one for one in talk if one.text_or_ids not in known], round(REHEARSED * len(workload.train)))
-    rehearsed = _encoded(model, talk, options.max_new_tokens)
-    run = Habituation(model, engines, out, workload, keep, options, progress, [ids for _, ids in rehearsed])
+    rehearsed = _rehearsed(model, talk, (*items, *others), round(REHEARSED * len(workload.train)), options)
+    run = Habituation(model, engines, out, workload, keep, options, progress, rehearsed)
     stages = run.stages()
     exits, heads = run.with_heads(stages[-1].exits)
     made_by = {**exits.made_by, "habits": {"command": command, "options": asdict(options)}}
@@ -171,6 +169,15 @@ class _Measuring:
             "exact": spec.row_invariant,
             **{kind: {**summary_of(rows), "by_category": by_category(rows)} if rows else None for kind, rows in sides.items()},
         }
+
+
+def _rehearsed(
+    model: Model, talk: Sequence[PromptItem], used: Sequence[PromptItem], count: int, options: HabitOptions
+) -> list[Ids]:
+    """Token ids of so many prompts of other work, evenly over the set, none of which is used otherwise."""
+    known = {prompt.text_or_ids for prompt in used}
+    chosen = spread([one for one in talk if one.text_or_ids not in known], count)
+    return [ids for _, ids in _encoded(model, chosen, options.max_new_tokens)]
 
 
 def _encoded(model: Model, items: Sequence[PromptItem], new: int) -> list[tuple[str, Ids]]:
