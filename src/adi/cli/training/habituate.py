@@ -124,8 +124,7 @@ def habituate(
     from adi.training.workers import use_cluster
 
     options, items, other_items = habits.options(), read_prompts(prompts), read_prompts(others)
-    page, result = folder / "habits.html", folder / "habits.json"
-    require_writable(folder / "exits.json", page, result)
+    require_writable(folder / "exits.json", page := folder / "habits.html", result := folder / "habits.json")
     loaded, engines, kept = used.load(model)
     use_cluster(engines, model, ray)
     (folder / "work").mkdir(parents=True, exist_ok=True)
@@ -150,8 +149,8 @@ def habituate(
     if json_out:
         show_json(found)
     _say_verdict(() if json_out else verdict(found))
-    use = f"adi run --model {model} --exits {folder}" + (f" --history {folder / 'history'}" if loaded.tokenizer else "")
-    say(err(), f"Page: {page}. Use them: {use} 'your prompt'")
+    history = f" --history {folder / 'history'}" if loaded.tokenizer else ""
+    say(err(), f"Page: {page}. Use them: adi run --model {model} --exits {folder}{history} 'your prompt'")
 
 
 def _say_verdict(lines: Iterable[str]) -> None:
