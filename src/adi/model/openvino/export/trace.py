@@ -191,6 +191,8 @@ def _windows(model: Any, given: Sequence[int]) -> list[int]:
     from transformers.cache_utils import DynamicCache
 
     layers = DynamicCache(config=model.config).layers
+    if shared := [i for i, layer in enumerate(layers) if not hasattr(layer, "is_sliding")]:
+        raise ModelError(f"{len(shared)} of its blocks, from {shared[0]} on, attend to what others have stored")
     kept = [int(layer.sliding_window) if layer.is_sliding else 0 for layer in layers]
     kept = kept if len(kept) == len(given) else list(given)  # a cache that grows as it is used, or a looped model's
     for i, (own, other) in enumerate(zip(kept, given, strict=True)):
