@@ -89,7 +89,7 @@ def _rounded(source: Any, axis: int) -> Any:
 
 
 def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[Sequence[int]]) -> None:
-    """Put 4-bit weights in place of the matrices of ``blocks`` that take them; NNCF leaves those alone afterwards."""
+    """Put 4-bit weights in place of the matrices of ``blocks`` that take them; the others take 8 bits afterwards."""
     import torch
 
     keys = {f"{kind}.{i}" for kind in ("query", "key", "value") for i in range(len(attentions))}
