@@ -49,7 +49,7 @@ def both(plain: Any, attached: Any, **options: Any) -> tuple[Any, Any]:
         {"max_new_tokens": 12, "num_return_sequences": 1, "return_dict_in_generate": True},
         {"max_new_tokens": 9, "prefix_allowed_tokens_fn": lambda batch, ids: [5, 6, 7, 8 + len(ids) % 3]},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_greedy_tokens_are_transformers_own(plain: Any, attached: Any, options: Any) -> None:
     theirs, ours = both(plain, attached, **options)
@@ -113,7 +113,7 @@ def test_sampling_repeats_by_torchs_seed(attached: Any) -> None:
         ({"max_length": 3}, "max_length is 3"),
         ({"stop_strings": "x"}, "tokenizer"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_cannot_be_meant_is_refused(attached: Any, given: Any, said: str) -> None:
     with pytest.raises((UsageError, adi.errors.ModelError), match=said):
