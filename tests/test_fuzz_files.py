@@ -99,6 +99,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
         "attentions": [attention],
         "holes": [1],
         "loop": None,
+        "experts": False,
         "turns": None,
     }
     (place / "model.json").write_text(json.dumps({"format": FORMAT, **stated, **counts}))

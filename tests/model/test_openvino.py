@@ -39,7 +39,12 @@ def test_states_and_logits_are_those_of_transformers(made: Cached, family: str) 
     backbone, hf = engine(made, family), HfBackbone(model_of(family))
     mine, theirs = backbone.new_cache(), hf.new_cache()
     ids, layers = IDS[: PROMPT + 9], backbone.spec.layers
-    assert dataclasses.replace(backbone.spec, backend="hf", name=hf.spec.name, row_invariant=None, threads=None) == hf.spec
+    assert (
+        dataclasses.replace(
+            backbone.spec, backend="hf", name=hf.spec.name, row_invariant=None, threads=None, chunk=hf.spec.chunk
+        )
+        == hf.spec
+    )
 
     def both(start: int, end: int, hidden_TD: Any, lo: int, hi: int) -> Any:
         rows = [Rows(cache, start, ids[start:end], hidden_TD) for cache in (mine, theirs)]
