@@ -49,7 +49,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
         "precision 'int8' is not known; choose",
     ),
     "bench risk": (["bench", "--modes", "reflex", "--risk", "0.5"], "0.5 was never certified"),
-    "bench batch": (["bench", "--batch", "1", "--limit", "2"], "--batch is 1; it must be at least 2"),
+    "bench batch": (["bench", "--batch", "1,x", "--limit", "2"], "--batch is numbers of texts with commas"),
     "audit": (["audit", "--precision", "fp32,fp12"], "precision 'fp12' is not known"),
     "audit exits": (["audit", "--exits", "nothing"], "there are no exits 'nothing'"),
     "audit draws": (["audit", "--draws", "0"], "'--draws': got '0'"),

@@ -43,7 +43,8 @@ def policies(model: adi.Model) -> list[Any]:
 
 def same(a: adi.Generation, b: adi.Generation) -> bool:
     steps = [(s.token, s.depth, s.round, s.drafted, s.accepted, s.text) for s in a.steps]
-    counts = [(c.rounds, c.drafted, c.accepted, c.row_blocks) for c in (a.counters, b.counters)]
+    done = [c.row_blocks + c.reused * a.layers for c in (a.counters, b.counters)]  # a prompt in common is read once
+    counts = [(c.rounds, c.drafted, c.accepted, rows) for c, rows in zip((a.counters, b.counters), done, strict=True)]
     return (
         steps == [(s.token, s.depth, s.round, s.drafted, s.accepted, s.text) for s in b.steps]
         and counts[0] == counts[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +101,7 @@ def test_closing_the_driver_while_events_are_read_completes_nothing() -> None:
 def test_logits_without_a_distribution_end_their_own_sequence_only(llama: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(llama.backbone, "spec", SimpleNamespace(**{**vars(llama.backbone.spec), "row_invariant": True}))
+    monkeypatch.setattr(llama.backbone, "spec", replace(llama.backbone.spec, row_invariant=True))
     options: dict[str, Any] = {"max_new_tokens": 6, "stop_at_eos": False}
     wanted = [adi.generate(llama, prompt, adi.FullDepth(), **options).token_ids for prompt in PROMPTS]
     sessions = [adi.Session(llama, prompt, adi.FullDepth(), **options) for prompt in PROMPTS]

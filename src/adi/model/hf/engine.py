@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,12 +141,14 @@ class HfBackbone:
 
     def compile(self, name: str, function: Callable[[], TensorFunction], widths: Sequence[int]) -> CompiledModule:
         """The function as it is, without gradients."""
-        made = function()
+        made, reading = function(), weakref.WeakMethod(self._read)  # who keeps the function does not keep the engine
 
         def run(*rows_TD: Array) -> tuple[Tensor, ...]:
+            read = reading()
+            assert read is not None
             with torch.no_grad():
                 given = map(as_tensor, rows_TD)
-                return made(*(self._read(rows, width) for rows, width in zip(given, widths, strict=True)))
+                return made(*(read(rows, width) for rows, width in zip(given, widths, strict=True)))
 
         return run
 

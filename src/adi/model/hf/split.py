@@ -98,6 +98,9 @@ class SplitModel:
         except FOREIGN as error:
             if isinstance(error, AdiError):
                 raise
+            self._source(
+                input_ids=torch.tensor([SELF_CHECK_IDS[:2]], device=self.device) % 2, use_cache=False
+            )  # raises its own
             raise refuse(self.model, f"its own code does not run on a memory of adi's ({_said(error)})") from error
         self.edge = edge_of(self.model, self.decoder, self.context)
         if self.edge is not None:
