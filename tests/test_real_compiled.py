@@ -116,12 +116,16 @@ def test_a_seed_draws_the_same_text_verified_and_at_full_depth(compiled: adi.Mod
 
 
 def test_the_report_holds_on_other_prompts(compiled: adi.Model, exits: adi.Exits) -> None:
-    """Agreement on prompts that training never saw, here and now: well above the bare head's at every depth."""
-    prompts = [item.prompt for item in read_prompts("bench")[5::16]]
+    """Agreement on prompts that training never saw: well above the bare head's on the same texts, at every depth."""
+    prompts = [item.prompt for item in read_prompts("bench")[5::8]]
     scores = adi.study_triggers(compiled, exits, prompts, max_new_tokens=32).scores
     seen = {score.depth: score.agreement for score in scores}
-    for depth, bare in BARE_AGREEMENT.items():
-        assert seen[depth] > bare + 0.05, seen
+    untrained = adi.bare_exits(compiled, list(BARE_AGREEMENT))
+    bare = {
+        score.depth: score.agreement for score in adi.study_triggers(compiled, untrained, prompts, max_new_tokens=32).scores
+    }
+    for depth in BARE_AGREEMENT:
+        assert seen[depth] > bare[depth] + 0.08, (seen, bare)
     surest = [s for s in scores if s.signal == "entropy" and s.depth == 24]
     assert surest[0].auroc is not None
     assert surest[0].auroc > 0.7
@@ -138,7 +142,7 @@ def test_prompts_of_a_batch_have_the_states_that_they_have_alone(compiled: adi.M
         for each, found in zip(rows, given, strict=True):
             for prompt in prompts:  # what all begin with is read once, so a pass has the rest
                 if hi == compiled.backbone.spec.layers and prompt[each.start :] == each.ids:
-                    states[prompt] = found.hidden_TD[-4:]
+                    states[prompt] = found.hidden_TD
         return given
 
     monkeypatch.setattr(compiled.backbone, "forward", noted)
@@ -147,7 +151,9 @@ def test_prompts_of_a_batch_have_the_states_that_they_have_alone(compiled: adi.M
     for prompt in prompts:
         adi.generate(compiled, prompt, adi.FullDepth(), max_new_tokens=1)
     assert set(together) == set(prompts)
-    assert all(torch.equal(together[prompt], states[prompt]) for prompt in prompts)
+    rows = {prompt: len(together[prompt]) for prompt in prompts}  # what follows what a prompt has in common with another
+    assert sum(rows.values()) > 64
+    assert all(torch.equal(together[prompt], states[prompt][-rows[prompt] :]) for prompt in prompts)
 
 
 def test_shipped_certificates_hold_on_prompts_that_nobody_calibrated_on(exits: adi.Exits, compiled: adi.Model) -> None:

@@ -56,17 +56,9 @@ class Sample:
     threads: int
 
 
-def _alive() -> int:
-    return sum(type(thing) is Frontier for thing in gc.get_objects())
-
-
 def look(model: adi.Model, generations: int, seconds: float) -> Sample:
-    """Without collecting garbage before: what waits for that is memory too. A sequence that waits for it, as one cut off in the
-    middle of a pass sometimes does, is not counted as alive; ``tests/test_soak.py`` looks for those apart."""
-    alive = _alive()
-    if alive:
-        gc.collect()
-        alive = _alive()
+    """Without collecting garbage before: what waits for that is memory too."""
+    alive = sum(type(thing) is Frontier for thing in gc.get_objects())
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {name: int(rest.split()[0]) for name, _, rest in (s.partition(":") for s in lines) if name in ("VmRSS", "RssAnon")}
     counts = [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]  # noqa: PTH208

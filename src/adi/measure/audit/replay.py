@@ -1,6 +1,6 @@
-"""Replay: a run that was drafted and rolled back at random, against one full pass over the same text.
+"""Replay: a run that was drafted and rolled back at random, against the same text as a prompt and one pass over all the rest.
 
-What rounding alone does is measured beside it: ordinary decoding, token by token, against that same pass. A drafted run may be
+What rounding alone does is measured beside it: ordinary decoding, token by token, against the same. A drafted run may be
 four times as far off, and a hundred-thousandth of a typical position's largest value; an error in the frontier is far
 beyond that. Ordinary decoding has a bound too, a share of its own values, or a broken engine would excuse whatever it does.
 """
@@ -30,9 +30,10 @@ JUMP = 0.3  # chance that blocks run without stopping at the depths between
 
 @dataclass(frozen=True)
 class StateDrift:
-    """Largest differences from one full pass: of ``drafted``, of ``plain`` decoding, and what is ``allowed``; ``size`` is the
-    largest value of a typical position. ``rough`` is by what share of its position plain decoding is off at most, and ``most``
-    what that may be. ``of`` is "states", "memory" (keys and values of the blocks since the depth before) or "logits"."""
+    """Largest differences from the run in two passes: of ``drafted``, of ``plain`` decoding, and what is ``allowed``; ``size``
+    is the largest value of a typical position. ``rough`` is by what share of its position plain decoding is off at most, and
+    ``most`` what that may be. ``of`` is "states", "memory" (keys and values of the blocks since the depth before) or
+    "logits"."""
 
     of: str
     depth: int
@@ -114,10 +115,10 @@ class RecordedRun:
 
 
 def replay(backbone: Backbone, ids: Sequence[int], start: int, depths: Sequence[int], seed: int) -> Replay:
-    """Three runs over ``ids``, of which the first ``start`` are the prompt: in one pass, token by token, drafted."""
+    """Three runs over ``ids``, of which the first ``start`` are the prompt: the rest in one pass, token by token, drafted."""
     ends = (*depths, backbone.spec.layers)
     random_run = RandomDrafts(backbone, ends, random.Random(seed))
-    whole = _straight(backbone, ids, [len(ids)], ends)
+    whole = _straight(backbone, ids, [start, len(ids) - start], ends)
     plain = _straight(backbone, ids, [start, *[1] * (len(ids) - start)], ends)
     drafted = random_run.run(ids, start)
     runs = (whole, plain, drafted)
@@ -132,12 +133,12 @@ def replay(backbone: Backbone, ids: Sequence[int], start: int, depths: Sequence[
 
 
 def _straight(backbone: Backbone, ids: Sequence[int], pieces: Sequence[int], ends: Sequence[int]) -> RecordedRun:
-    """Run ``ids`` in passes of so many rows."""
+    """Run ``ids`` in passes of so many rows, the first over the prompt."""
     rows: dict[int, list[Tensor]] = {depth: [] for depth in ends}
     start = 0
     with backbone.new_cache() as cache:
         for count in pieces:
-            piece = Rows(cache, start, tuple(ids[start : start + count]), None, prompt=count > 1)
+            piece = Rows(cache, start, tuple(ids[start : start + count]), None, prompt=start == 0)
             for depth, (states,) in run_to_stops(backbone, [piece], ends):
                 rows[depth].append(states.hidden_TD.clone())
             start += count
