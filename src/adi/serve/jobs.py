@@ -178,6 +178,7 @@ class Engine:
             if (order := self._orders.get()) is None:
                 return False
             order(scheduler)
+            del order  # it holds its request while this thread waits for the next one
         return True
 
     def _begin(
