@@ -112,6 +112,13 @@ def test_importing_adi_loads_no_torch() -> None:
     assert _fresh(f"import adi, sys; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 
+def test_openvino_reports_to_nobody() -> None:
+    """Its telemetry forks the process several times for each conversion, and sends what it can to an address on the network."""
+    pytest.importorskip("openvino")
+    code = "import adi, openvino; from openvino.tools.ovc import telemetry_utils; print(telemetry_utils.tm.__name__)"
+    assert _fresh(code).strip() == "openvino.tools.ovc.telemetry_stub"
+
+
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['adi', 'run', '--help']\n"

@@ -11,11 +11,15 @@ Importing this loads neither torch nor transformers; the first verb does.
 from __future__ import annotations
 
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Or OpenVINO would report its import and each conversion to its makers, from forks of this process.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")  # names the public names and their modules
 _HOME = {name: home for home, name in re.findall(r"^from (\S+) import (\w+) as", _STUB, re.MULTILINE)}

@@ -1,8 +1,8 @@
 """A looped model that stops where its gate says so: each item of a puzzle as a whole, each place of a text by itself.
 
 What has halted leaves the pass. A place of a text that has halted stays for later places as it was: from then on they attend to
-keys and values made from its last state. ``run_masked`` is the slow twin, which runs all rows and throws away. An item may run
-from several starts of which the first to halt wins ("Speed is Confidence", 2601.19085).
+keys and values made from its last state. An item may run from several
+starts of which the first to halt wins ("Speed is Confidence", 2601.19085).
 """
 
 from __future__ import annotations
@@ -117,26 +117,6 @@ def run_halting(
         return state, model.lm_head(read_NTD).float(), model.gate(read_NTD, rule.price).mean(-1)
 
     return items_until_halt(model, ids_BT, rule, asked_BT, noise_BTD, turn)
-
-
-@torch.no_grad()
-def run_masked(model: LoopedForCausalLM, ids_BT: Tensor, rule: Rule) -> Halted:
-    """The same, from one start, by running every row through every turn and keeping the state of what has halted."""
-    decoder, config = model.model, model.config
-    given_BTD, attention = inputs_of(model, ids_BT)
-    state = decoder.first_state(given_BTD)
-    logits = torch.zeros(*ids_BT.shape, config.vocab_size)
-    turns, open_BT = torch.zeros_like(ids_BT), torch.ones_like(ids_BT, dtype=torch.bool)
-    standing = Standing(rule)
-    for turn in range(1, rule.most + 1):
-        new = decoder.turn(state, given_BTD, 0, **attention)
-        state = torch.where(open_BT[..., None], new, state)
-        read = decoder.read_out(state, 0, attention)
-        logits = torch.where(open_BT[..., None], model.lm_head(read).float(), logits)
-        turns = torch.where(open_BT, turn, turns)
-        stops = standing.now(rule.chance(model, read), logits.argmax(-1))
-        open_BT = open_BT & ~(stops if config.causal else stops[:, None])
-    return Halted(logits, turns)
 
 
 def inputs_of(model: LoopedForCausalLM, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:

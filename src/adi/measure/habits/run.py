@@ -27,7 +27,6 @@ from adi.training.train_model import ModelOptions
 
 FORMAT, VERSION = "adi-habits", 1
 CURVE_PROMPTS, REPEATED_PROMPTS = 24, 8
-UNKNOWN = "other"
 
 
 def habituate(
