@@ -232,6 +232,28 @@ def test_a_long_prompt_goes_in_parts_beside_those_that_are_answered(made: Any, m
     assert all((False, 1) in one for one in parts), "a token of the first beside each part"
 
 
+def test_a_batch_reads_its_prompts_first_in_whole_passes(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the first of its texts, so no pass is kept short for them."""
+    pytest.importorskip("openvino")
+    model = adi.Model(engine(made, "llama"), None, frozenset())
+    prompts = [IDS[start : start + 45] for start in range(0, 320, 40)]
+    wanted = [adi.generate(model, ids, adi.FullDepth(), max_new_tokens=9, **LONG).token_ids for ids in prompts]
+    passes, forward = [], model.backbone.forward
+
+    def counted(given: Any, lo: int, hi: int, **more: Any) -> Any:
+        passes.append([(r.prompt, len(r.ids)) for r in given])
+        return forward(given, lo, hi, **more)
+
+    monkeypatch.setattr(model.backbone, "forward", counted)
+    found = adi.generate_batch(model, prompts, adi.FullDepth(), max_new_tokens=9, **LONG)
+    assert [one.token_ids for one in found] == wanted
+    reading = [one for one in passes if any(prompt for prompt, _ in one)]
+    assert len(reading) == 6, "eight prompts of 45 rows"
+    assert all(sum(rows for _, rows in one) >= 63 for one in reading[:-1]), "no part is one row alone"
+    assert all(all(prompt for prompt, _ in one) for one in reading[:-1])
+    assert sum(len(one) for one in passes) - sum(prompt for one in passes for prompt, _ in one) == 8 * (9 - 1)
+
+
 def test_parts_are_as_long_as_others_can_wait_for() -> None:
     pace = Pace()
     for _ in range(40):

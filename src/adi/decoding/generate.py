@@ -191,7 +191,8 @@ def _together(model: Model, sessions: Sequence[Session], most: int, observer: Ob
         kept = next((session.prefix_cache for session in sessions), None)
         if kept is None and observer is None and _begin_alike(sessions):  # an observer is to see all that a text computes
             kept = stack.enter_context(PrefixCache(model, answers=False))
-        scheduler = stack.enter_context(Scheduler(model.backbone, most=most, observer=observer, prefix_cache=kept))
+        made = Scheduler(model.backbone, most=most, observer=observer, prefix_cache=kept, patient=True)
+        scheduler = stack.enter_context(made)
         for session in sessions:
             scheduler.add(session)
         for session, event in scheduler:

@@ -209,6 +209,8 @@ class Scheduler(Generic[S]):
     With a ``prefix_cache`` each begins with what is known of its prompt, or waits until another has read what they share, and
     texts that ended are read again, as their next turn's prompt will be, once nothing else is to be done.
 
+    ``patient``: nobody reads the answers as they come, so prompts are read first, in whole passes: less time in all.
+
     One that does not fit even alone, or raises an AdiError, is put into ``failed``, never completed; the others go on. A bug in
     one is raised, once.
     """
@@ -220,6 +222,7 @@ class Scheduler(Generic[S]):
         most: int = MOST,
         observer: Observer[S] | None = None,
         prefix_cache: PrefixCache | None = None,
+        patient: bool = False,
     ) -> None:
         self.backbone, self.most, self.observer = backbone, most, observer or Observer()
         self.prefix_cache = prefix_cache
@@ -228,7 +231,7 @@ class Scheduler(Generic[S]):
         self._running: list[_Entry[S]] = []  # in the order in which they joined
         self._settling: deque[Iterator[None]] = deque()  # texts that ended, to be read again
         self._crowded = False
-        self._pace = Pace()
+        self._pace = None if patient else Pace()
 
     @property
     def busy(self) -> bool:
@@ -435,8 +438,8 @@ class Scheduler(Generic[S]):
 
     def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
         """One pass for those that begin lowest, as far as all of them go. A prompt's are the lowest only where there are no
-        others: or these would wait until it is all read."""
-        answered = [(entry, need) for entry, need in waiting if not begins_prompt(need)]
+        others, or these are patient: or they would wait until it is all read."""
+        answered = [] if self._pace is None else [(entry, need) for entry, need in waiting if not begins_prompt(need)]
         lo = min(need.lo for _, need in answered or waiting)
         lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
         chosen = chosen_for(self.backbone.spec, lowest, self._pace)
@@ -450,7 +453,7 @@ class Scheduler(Generic[S]):
                 self.observer.on_pass(entry.sequence, done, states)
             replies.append((entry, Served((done, states), seconds, rows)))
         of_prompts = sum(len(need.rows.ids) for _, need in chosen if need.rows.prompt)
-        if of_prompts < sum(len(need.rows.ids) for _, need in chosen):
+        if self._pace is not None and of_prompts < sum(len(need.rows.ids) for _, need in chosen):
             self._pace.seen(seconds, of_prompts)
         return replies
 

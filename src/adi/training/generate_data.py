@@ -199,7 +199,7 @@ def sides(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
 
 def _run(groups: _Groups, options: GenerateOptions, progress: Progress) -> None:
     model = groups.model
-    with Scheduler(model.backbone, most=SIDE_BY_SIDE, observer=groups.recorder) as scheduler:
+    with Scheduler(model.backbone, most=SIDE_BY_SIDE, observer=groups.recorder, patient=True) as scheduler:
         while groups.tokens < options.tokens:
             groups.begin(scheduler)
             if not scheduler.busy:

@@ -48,12 +48,15 @@ def _learned(known: float | None, seen: float) -> float:
     return seen if known is None else known + LEARNING * (seen - known)
 
 
-def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace) -> list[tuple[E, BlockPass]]:
-    """Those of the lowest that share a pass, with as much of prompts beside others as these can wait for."""
+def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace | None) -> list[tuple[E, BlockPass]]:
+    """Those of the lowest that share a pass, with as much of prompts beside others as these can wait for; without a ``pace``
+    nobody minds waiting, and prompts come first."""
     prompts = [(entry, need) for entry, need in waiting if begins_prompt(need)]
     others = [(entry, need) for entry, need in waiting if not begins_prompt(need)]
-    if not prompts or not others or spec.chunk > 1:
+    if not prompts or spec.chunk > 1 or not (others or pace is None):
         return [waiting[i] for i in sharing([len(need.rows.ids) for _, need in waiting], spec.merged_rows)]
+    if pace is None:
+        return filled(spec, [*prompts, *others])
     most, wanted = spec.merged_rows, pace.rows()
     chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
     left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
@@ -63,6 +66,19 @@ def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace) -
         part = cut(spec, need, left)
         chosen.append((entry, part))
         left -= len(part.rows.ids)
+    return chosen
+
+
+def filled(spec: Spec, waiting: Sequence[tuple[E, BlockPass]]) -> list[tuple[E, BlockPass]]:
+    """A whole pass: the first ones before others, the last one cut where it is a prompt's. The very first may be longer."""
+    chosen: list[tuple[E, BlockPass]] = []
+    left = spec.merged_rows
+    for entry, need in waiting:
+        rows = len(need.rows.ids)
+        part = cut(spec, need, left) if chosen and begins_prompt(need) and left >= LEAST_PART else need
+        if not chosen or len(part.rows.ids) <= left:
+            chosen.append((entry, part))
+            left -= min(left, rows)
     return chosen
 
 
