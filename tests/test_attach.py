@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -128,11 +130,101 @@ def test_a_pipeline_uses_it(attached: Any, plain: Any, tiny_tokenizer: Any) -> N
     assert said[0] == said[1]
 
 
-def test_a_folder_with_custom_generate_does_it(tiny_folder: Path, tmp_path: Path, plain: Any) -> None:
-    source = Path(__file__).parent.parent / "examples" / "custom_generate"
-    (tmp_path / "custom_generate").symlink_to(source)
-    ids = torch.tensor(PROMPT)
-    before = set(sys.modules)
-    ours = copy.deepcopy(plain).generate(ids, custom_generate=str(tmp_path), trust_remote_code=True, max_new_tokens=9)
-    assert torch.equal(ours, plain.generate(ids, max_new_tokens=9))
-    assert before <= set(sys.modules)
+@pytest.fixture(scope="module")
+def with_code(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder with ``custom_generate`` in it."""
+    folder = tmp_path_factory.mktemp("custom") / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copytree(Path(__file__).parent.parent / "examples" / "custom_generate", folder / "custom_generate")
+    return folder
+
+
+def test_a_folder_with_custom_generate_does_it(with_code: Path, plain: Any) -> None:
+    ids, model, options = torch.tensor(PROMPT), copy.deepcopy(plain), {"max_new_tokens": 9}
+    for _ in range(2):
+        ours = model.generate(ids, custom_generate=str(with_code), trust_remote_code=True, **options)
+        assert torch.equal(ours, plain.generate(ids, **options))
+    assert "generate" not in vars(model), "the model is left as it is"
+
+
+def test_a_model_of_such_a_folder_has_it(with_code: Path, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = t.AutoModelForCausalLM.from_pretrained(with_code, trust_remote_code=True), torch.tensor(PROMPT)
+    monkeypatch.setattr(t.GenerationMixin, "generate", None)
+    ours = [model.generate(ids, max_new_tokens=9), model.generate(input_ids=ids, max_new_tokens=9)]
+    monkeypatch.undo()
+    assert torch.equal(ours[0], ours[1])
+    assert torch.equal(ours[0], plain.generate(ids, max_new_tokens=9))
+
+
+def test_transformers_serve_uses_it(with_code: Path, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = pytest.importorskip("transformers.cli.serving.model_manager")
+    from transformers.cli.serving.utils import GenerateManager
+
+    model, tokenizer = (
+        serving.ModelManager(device="cpu", trust_remote_code=True, force_model=str(with_code))
+        .loaded_models[f"{with_code}@main"]
+        .model,
+        t.AutoTokenizer.from_pretrained(with_code),
+    )
+    inputs, config = tokenizer("the dog", return_tensors="pt"), t.GenerationConfig(max_new_tokens=9, do_sample=False)
+    monkeypatch.setattr(t.GenerationMixin, "generate", None)
+    said = asyncio.run(GenerateManager().generate_non_streaming(model, tokenizer, inputs, config, "one"))
+    monkeypatch.undo()
+    assert said[2].tolist() == plain.generate(**inputs, generation_config=config)[0, said[1] :].tolist()
+
+
+def test_a_copy_of_an_attached_model_has_its_own_weights(attached: Any, plain: Any) -> None:
+    theirs, ours, ids = copy.deepcopy(plain), copy.deepcopy(attached), torch.tensor(PROMPT)
+    before = attached.generate(ids, max_new_tokens=9)
+    for model in (theirs, ours):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+    assert torch.equal(ours.generate(ids, max_new_tokens=9), theirs.generate(ids, max_new_tokens=9))
+    assert torch.equal(attached.generate(ids, max_new_tokens=9), before)
+
+
+def test_a_trainer_may_call_it(attached: Any, plain: Any) -> None:
+    """In training mode, with a forward of the trainer's around the model's, and with other weights after each step."""
+    model, ids = copy.deepcopy(attached), torch.tensor(PROMPT)
+    original = model.forward
+
+    def forward(self: Any, *given: Any, **options: Any) -> Any:
+        return original(*given, **options)
+
+    model.forward = MethodType(forward, model)
+    model.train()
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, max_new_tokens=9), plain.generate(ids, max_new_tokens=9))
+        assert model.training
+        assert model.model.layers[0].training
+    theirs = copy.deepcopy(plain)
+    for one in (model, theirs):
+        with torch.no_grad():
+            one.model.layers[1].mlp.down_proj.weight.mul_(-2)
+    assert torch.equal(model.generate(ids, max_new_tokens=9), theirs.generate(ids, max_new_tokens=9))
+
+
+@pytest.mark.parametrize("way", ["attach", "folder"])
+def test_trl_trains_with_it(
+    tiny_folder: Path, with_code: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    folder = with_code if way == "folder" else tiny_folder
+    model = t.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=way == "folder")
+    if way == "attach":
+        adi.attach(model)
+    tokenizer = t.AutoTokenizer.from_pretrained(folder, pad_token="<|end|>")
+    monkeypatch.setattr(t.GenerationMixin, "generate", None)
+    options: Any = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    quiet: Any = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "learning_rate": 1e-2}
+    trainer = trl.GRPOTrainer(
+        model=model, processing_class=tokenizer, args=trl.GRPOConfig(output_dir=str(tmp_path), **options, **quiet),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["the quick", "12 plus 30"] * 4}),
+    )  # fmt: skip
+    assert trainer.train().global_step == 2
+    monkeypatch.undo()
+    model.eval()
+    ours = model.generate(torch.tensor(PROMPT), max_new_tokens=9, do_sample=False)
+    vars(model).pop("generate")
+    assert torch.equal(ours, model.generate(torch.tensor(PROMPT), max_new_tokens=9, do_sample=False))

@@ -35,7 +35,7 @@ drafters
 risk measure.free_energy
 artifact
 decoding
-attach lm_eval
+attached lm_eval
 training measure.statistics measure.provenance measure.pages measure.trace
 measure.trace_page
 measure.trigger_study measure.calibration measure.bench
@@ -159,3 +159,7 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_files_stay_short() -> None:
     long = {str(p.relative_to(SOURCE)): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
     assert not long, f"over 500 lines: {long}"
+
+
+def test_no_module_hides_a_public_name() -> None:
+    assert not [name for name in adi.__all__ if (SOURCE / name).exists() or (SOURCE / f"{name}.py").exists()]

@@ -3,7 +3,7 @@
 from adi.artifact import Exits as Exits
 from adi.artifact import bare_exits as bare_exits
 from adi.artifact import load_exits as load_exits
-from adi.attach import attach as attach
+from adi.attached import attach as attach
 from adi.decoding.generate import BatchMemoryError as BatchMemoryError
 from adi.decoding.generate import generate as generate
 from adi.decoding.generate import generate_batch as generate_batch

@@ -35,13 +35,14 @@ def _foreign(hook: Any) -> bool:
 
 def require_evaluation(model: Any) -> None:
     """AdiError for a model in training mode as a whole, or with a part that drops states (an adapter put on later)."""
-    dropping = (name for name, module in model.named_modules() if module.training and _drops(module))
+    dropping = (name for name, module in model.named_modules() if module.training and drops(module))
     if model.training or (name := next(dropping, None)) is not None:
         part = "" if model.training else f" ({name})"
         raise ModelError(f"{type(model).__name__} is in training mode{part}; call model.eval() first.")
 
 
-def _drops(module: nn.Module) -> bool:
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops states in training mode."""
     rates = {**vars(module), "dropout_p": vars(module).get("p") if "Dropout" in type(module).__name__ else 0}
     return any(isinstance(rate, float) and rate > 0 for name, rate in rates.items() if "drop" in name)
 

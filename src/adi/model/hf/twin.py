@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import types
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 IDLE = ("_state_dict", "_load_state_dict", "_backward", "_is_full_backward")  # what no forward reads
+HOLDERS = (nn.Module, types.MethodType, types.FunctionType, functools.partial)
 CONTAINERS = (dict, list, set)  # and what derives from them: ordered dictionaries of hooks
 
 
@@ -27,7 +29,7 @@ class Twin:
         self._states: list[tuple[Any, dict[str, Any], int]] = []
         self._maps: dict[int, Any] = {}  # accelerate's, one for many hooks
         self.model = self._copied(model)
-        for _, twin in self._made.values():
+        for _, twin in list(self._made.values()):
             if not isinstance(twin, torch.jit.ScriptModule):
                 for name, value in vars(twin).items():
                     vars(twin)[name] = self._of_twin(value)
@@ -65,7 +67,9 @@ class Twin:
         if isinstance(value, nn.Module):
             return self._made.get(id(value), (None, value))[1]
         if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self._of_twin(value.__self__))
+            return types.MethodType(self._of_twin(value.__func__), self._of_twin(value.__self__))
+        if isinstance(value, types.FunctionType) and value.__closure__:
+            return self._own_closure(value)
         if isinstance(value, functools.partial):
             return functools.partial(self._of_twin(value.func), *map(self._of_twin, value.args), **value.keywords)
         if type(value) in (list, tuple):
@@ -73,6 +77,25 @@ class Twin:
         if type(value).__module__ == "accelerate.hooks":
             return self._own_hook(value)
         return value
+
+    def _own_closure(self, function: Any) -> Any:
+        """A forward that a trainer put on the model holds the one that was there before."""
+        if id(function) in self._made:
+            return self._made[id(function)][1]
+        self._made[id(function)] = function, function  # where it holds itself
+        cells = tuple(map(self._own_cell, function.__closure__))
+        if all(map(operator.is_, cells, function.__closure__)):
+            return function
+        code, names, defaults = function.__code__, function.__globals__, function.__defaults__
+        made = types.FunctionType(code, names, function.__name__, defaults, cells)
+        made.__kwdefaults__ = function.__kwdefaults__
+        self._made[id(function)] = function, functools.update_wrapper(made, function)
+        return made
+
+    def _own_cell(self, cell: Any) -> Any:
+        held = cell.cell_contents if cell != types.CellType() else None
+        own = self._of_twin(held) if isinstance(held, HOLDERS) else held
+        return cell if own is held or (isinstance(held, types.MethodType) and own == held) else types.CellType(own)
 
     def _own_hook(self, hook: Any) -> Any:
         """accelerate's hooks note what they have moved, which two threads must not do in one place."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adi.artifact import Exits
 from adi.decoding.policies import Policy, Verified, default_policy
@@ -16,9 +17,6 @@ from adi.decoding.scheduler import Scheduler
 from adi.decoding.session import Session
 from adi.errors import UsageError
 from adi.model.load import Model, load
-
-if TYPE_CHECKING:
-    pass
 
 # Arguments of transformers' ``generate`` that ask for another way of decoding, or for what is not kept here.
 REFUSED = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "synced_gpus")
@@ -43,12 +41,32 @@ def attach(model: Any, exits: Exits | Policy | None = None) -> Any:
 
     Returns the model itself; ``del model.generate`` undoes it. AdiError for a model that adi cannot run.
     """
-    loaded = load(model)
+    model.generate = MethodType(_generating(model, exits), model)
+    return model
+
+
+def _generating(model: Any, exits: Exits | Policy | None) -> _Generating:
+    with _evaluating(model):
+        loaded = load(model)
     policy = exits if isinstance(exits, Policy) else default_policy(loaded) if exits is None else Verified(exits)
     policy.check(loaded, False)
-    generating = _Generating(loaded, policy)
-    model.generate = MethodType(lambda model, *given, **options: generating(model, *given, **options), model)
-    return model
+    return _Generating(loaded, policy)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Training mode is put aside: a trainer calls ``generate`` in it, and where nothing is dropped it gives the same tokens."""
+    from adi.model.hf.splitting import drops
+
+    training = [module for module in getattr(model, "modules", list)() if module.training]
+    if not any(map(drops, training)):
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Generating:
@@ -56,6 +74,13 @@ class _Generating:
 
     def __init__(self, model: Model, policy: Policy) -> None:
         self.model, self.policy = model, policy
+
+    def __deepcopy__(self, memo: Any) -> _Generating:
+        return self
+
+    def is_of(self, model: Any) -> bool:
+        """Whether this is the model that was attached, and no copy of it."""
+        return model is getattr(self.model.backbone, "model", None)
 
     def __call__(
         self,
@@ -70,21 +95,30 @@ class _Generating:
     ) -> Any:
         import torch
 
+        if not self.is_of(model):
+            return attach(model, self.policy).generate(
+                inputs,
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                prefix_allowed_tokens_fn,
+                streamer=streamer,
+                **given,
+            )
         config, ids, prompts = _config(model, generation_config, given), *_prompts(inputs, given)
         rows = [row for row in range(len(prompts)) for _ in range(config.num_return_sequences or 1)]
         if streamer is not None and len(rows) > 1:
             raise UsageError(f"streamer is given with {len(rows)} texts; a streamer takes one.")
         processors = [*(logits_processor or ()), *_constrained(prefix_allowed_tokens_fn)]
-        own = replace(self.model, generation=config.to_dict(), eos_ids=_ends(config))
-        drawn = _drawn(config)
-        sessions = []
-        for row in rows:
-            way = drawn and replace(drawn, seed=int(torch.randint(0, 2**62, ())))
-            length = _length(config, ids.shape[1], own)
-            sessions.append(
-                Session(own, prompts[row], self.policy, max_new_tokens=length, sampling=way, logits_processor=processors)
-            )
-        texts = self._run(sessions, _criteria(config, stopping_criteria, given.get("tokenizer")), streamer)
+        own, drawn = replace(self.model, generation=config.to_dict(), eos_ids=_ends(config)), _drawn(config)
+        length, criteria = _length(config, ids.shape[1], own), _criteria(config, stopping_criteria, given.get("tokenizer"))
+        ways = [drawn and replace(drawn, seed=int(torch.randint(0, 2**62, ()))) for _ in rows]
+        options: Any = {"max_new_tokens": length, "logits_processor": processors}
+        with _evaluating(model):
+            sessions = [
+                Session(own, prompts[row], self.policy, sampling=way, **options) for row, way in zip(rows, ways, strict=True)
+            ]
+            texts = self._run(sessions, criteria, streamer)
         pad = config.pad_token_id if config.pad_token_id is not None else min(own.eos_ids, default=0)
         pad = pad[0] if isinstance(pad, (list, tuple)) else pad
         longest = max(map(len, texts))
@@ -206,9 +240,11 @@ def _criteria(config: Any, given: Sequence[Any] | None, tokenizer: Any) -> list[
     return found
 
 
-def custom_generate(model: Any, *given: Any, **options: Any) -> Any:
-    """What ``custom_generate/generate.py`` of a model's folder calls: attach on the first call, then generate."""
-    options.pop("custom_generate", None)
-    if "generate" not in vars(model):
-        attach(model)
-    return model.generate(*given, **options)
+def custom_generate(*given: Any, model: Any, **options: Any) -> Any:
+    """What ``custom_generate/generate.py`` of a model's folder calls: ``generate`` of the model, which is left as it is."""
+    for name in ("custom_generate", "trust_remote_code"):
+        options.pop(name, None)
+    made = vars(model).get("adi_generating")
+    if made is None or not made.is_of(model):
+        made = model.adi_generating = _generating(model, None)
+    return made(model, *given, **options)
