@@ -59,8 +59,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _given_back() -> Iterator[None]:
-    """What a file's tests held goes back to the system before those of the next."""
+    """What a file's tests held goes back to the system before those of the next, and what torch keeps of every traced model."""
     yield
+    torch._C._jit_clear_class_registry()
+    torch.jit._state._clear_class_state()
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
@@ -192,9 +194,9 @@ def made() -> dict[Any, Any]:
     return {}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of two cores on this machine alone."""
+    """A Ray cluster of two cores on this machine alone, and only for as long as it is used: its processes hold memory."""
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield

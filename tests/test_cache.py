@@ -22,7 +22,6 @@ from adi.errors import FileError
 from support import adi_
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 from adi.model.openvino import export_and_open, modules, open_exported
 from families import tiny

@@ -12,7 +12,6 @@ from weakref import WeakSet
 import pytest
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 import adi
 from adi.decoding.frontier import Frontier

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 import adi
 from adi.model.openvino import export_and_open

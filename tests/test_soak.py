@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 pytest.importorskip("scipy")
 
 import adi

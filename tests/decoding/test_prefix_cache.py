@@ -27,7 +27,6 @@ def model(request: pytest.FixtureRequest, made: Any) -> adi.Model:
     if request.param == "hf":
         return adi.load(tiny("llama"))
     pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
     return adi.Model(engine(made, "llama", request.param), None, frozenset())
 
 

@@ -149,7 +149,6 @@ def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytes
 
 def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
     report = adi.audit(str(tiny_folder), None, backend="openvino", precisions=("int8",), limit=1, max_new_tokens=8, draws=8)
     assert report["passed"], report["violations"]

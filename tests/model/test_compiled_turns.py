@@ -17,7 +17,6 @@ from looped import in_random_order
 from looped_shapes import SIZES, huginn, ouro, randomised
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 import adi
 from adi.decoding.frontier import Frontier

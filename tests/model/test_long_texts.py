@@ -7,7 +7,6 @@ import torch
 import transformers as t
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone

@@ -62,7 +62,6 @@ def test_logits_that_are_none_are_an_error_in_every_mode(scale: float, only: int
 
 def test_states_that_are_none_are_an_error_on_the_compiled_engine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
     from adi.model.openvino import export_and_open
 
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 import openvino as ov
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows, States
 from adi.model.openvino import OpenVinoBackbone, export_and_open

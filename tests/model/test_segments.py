@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
 from adi.model.backbone import Rows
 from adi.model.openvino import OpenVinoBackbone

@@ -20,7 +20,7 @@ from families import tiny
 
 IDS = [5, 17, 9, 5, 17]
 TOKENS = 12
-OPENVINO = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="needs openvino and nncf")
+OPENVINO = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="needs openvino")
 
 
 def own(model: Any) -> tuple[int, ...]:

@@ -150,7 +150,6 @@ def test_what_runs_is_finished_when_the_server_stops(tiny_model: Model) -> None:
 
 def test_kv_memory_of_a_few_blocks_delays_and_never_kills() -> None:
     pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
     from adi.model.openvino import export_and_open
 
     blocks = 7

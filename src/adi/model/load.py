@@ -242,13 +242,13 @@ def _allowed(what: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _missing(device: str) -> str:
-    absent = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]
-    return f"lacks {absent[0]} (pip install 'adi-lm[openvino]')" if absent else f"runs on the CPU, not on {device!r}"
+    absent = importlib.util.find_spec("openvino") is None
+    return "is not installed (pip install 'adi-lm[openvino]')" if absent else f"runs on the CPU, not on {device!r}"
 
 
 def _suits_openvino(precision: str, device: str) -> bool:
     """Whether "auto" means the compiled engine: installed, a CPU asked for or no GPU driver seen, and a precision it has."""
-    if not all(importlib.util.find_spec(name) for name in ("openvino", "nncf")) or precision not in ("auto", *COMPILED):
+    if importlib.util.find_spec("openvino") is None or precision not in ("auto", *COMPILED):
         return False
     return device == "cpu" or (device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")) and sys.platform != "darwin")
 
@@ -340,8 +340,8 @@ def _load_openvino(
     notice: Notice,
 ) -> Model:
     """The compiled CPU engine; exported on first use, opened without the torch weights after that."""
-    if absent := [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]:
-        raise ModelError(f"the openvino backend needs {absent[0]}, of an extra: pip install 'adi-lm[openvino]'.")
+    if importlib.util.find_spec("openvino") is None:
+        raise ModelError(f"running {source!r} on the openvino backend needs an extra: pip install 'adi-lm[openvino]'.")
     if device not in ("auto", "cpu"):
         raise UsageError(f"the openvino backend runs on the CPU, not on {device!r}.")
     from adi.model.openvino import export_and_open, open_exported

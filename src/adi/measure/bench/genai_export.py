@@ -5,8 +5,12 @@ Made once per model, kept in adi's cache folder; only the benchmark of OpenVINO 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import logging
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,6 @@ from adi.cache import cache_folder, usable_cache, whole_folder
 from adi.errors import UsageError
 from adi.measure.provenance import files_hash
 from adi.model.hub import quiet_transformers
-from adi.model.openvino.export.quantize import quiet_nncf
 
 FORMAT = 1
 MADE_WITH = ("openvino", "nncf", "openvino-tokenizers", "transformers")
@@ -152,13 +155,36 @@ def _check(model: Any, graph: Any) -> None:
 def _compressed(graph: Any, weights: str, model: Any) -> Any:
     if weights == "fp32":
         return graph
-    with quiet_nncf():
+    with _quiet_nncf():
         import nncf
 
         mode = nncf.CompressWeightsMode
         if weights == "int8":
             return nncf.compress_weights(graph, mode=mode.INT8_ASYM)
         return nncf.compress_weights(graph, mode=mode.INT4_ASYM, group_size=_group(model), ratio=1.0)
+
+
+@contextlib.contextmanager
+def _quiet_nncf() -> Iterator[None]:
+    """NNCF logs tables and draws bars, and torch warns that it finds no CUDA as NNCF is imported; nobody's business here.
+
+    What other threads print is left alone.
+    """
+    torch_log = logging.getLogger("torch.utils.cpp_extension")
+    before = torch_log.level
+    torch_log.setLevel(logging.ERROR)
+    from nncf.quantization.algorithms.weight_compression import algorithm
+
+    log, track = logging.getLogger("nncf"), algorithm.track
+    level = log.level
+    log.setLevel(logging.ERROR)
+    algorithm.track = functools.partial(track, disable=True)
+    try:
+        yield
+    finally:
+        algorithm.track = track
+        log.setLevel(level)
+        torch_log.setLevel(before)
 
 
 def _group(model: Any) -> int:

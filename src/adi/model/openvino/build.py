@@ -21,7 +21,7 @@ from adi.model.openvino.row_invariance import merged_rows, prompt_chunk, settle_
 from adi.model.openvino.segments import COPIES_BYTES
 
 LEAST_BYTES = {"fp32": 4, "int8": 1, "int4": 0.5}  # of a weight on disk
-EXPORTING = threading.Lock()  # the tracer and NNCF change state of the whole process
+EXPORTING = threading.Lock()  # the tracer changes state of the whole process
 
 
 def export_and_open(
@@ -96,8 +96,8 @@ def open_exported(
 ) -> OpenVinoBackbone | None:
     """The engine for the model folder ``source`` without reading its weights, or None where it must be exported first.
 
-    An edited folder, another precision, another version of OpenVINO, NNCF or transformers, or an edit of the exporter needs a
-    new export.
+    An edited folder, another precision, another version of OpenVINO or transformers, or an edit of the exporter needs a new
+    export.
     """
     folder = manifest.recall(source, precision)
     return None if folder is None else _opened(folder, stops, kv_bytes, threads, memory)

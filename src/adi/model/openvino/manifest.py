@@ -27,7 +27,7 @@ from adi.schema import Positive, Record, read_json_as
 
 FORMAT = 8
 PRECISIONS = ("fp32", "int8", "int4")
-MADE_WITH = ("openvino", "nncf", "transformers")
+MADE_WITH = ("openvino", "transformers")
 EXPORTER = ("openvino/export", "openvino/graph.py", "hf/blocks.py", "hf/readout.py", "hf/splitting.py")  # beside this package
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")
 

@@ -7,10 +7,7 @@ keys and values alone cost 2.3% of perplexity in 4 bits, and three late matrices
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,26 +155,3 @@ def _packed(values: Any, shape: tuple[int, ...]) -> Any:
     tensor = ov.Tensor(ov.Type.u4, ov.Shape(list(shape)))
     tensor.data[:] = (flat[0::2] | (flat[1::2] << 4)).reshape(tensor.data.shape)
     return ops.constant(tensor)
-
-
-@contextlib.contextmanager
-def quiet_nncf() -> Iterator[None]:
-    """NNCF logs tables and draws bars, and torch warns that it finds no CUDA as NNCF is imported; nobody's business here.
-
-    What other threads print is left alone. One export runs at a time, so nobody else changes these settings.
-    """
-    torch_log = logging.getLogger("torch.utils.cpp_extension")
-    before = torch_log.level
-    torch_log.setLevel(logging.ERROR)
-    from nncf.quantization.algorithms.weight_compression import algorithm
-
-    log, track = logging.getLogger("nncf"), algorithm.track
-    level = log.level
-    log.setLevel(logging.ERROR)
-    algorithm.track = functools.partial(track, disable=True)
-    try:
-        yield
-    finally:
-        algorithm.track = track
-        log.setLevel(level)
-        torch_log.setLevel(before)
