@@ -38,7 +38,8 @@ SEQUENCE_INPUTS = (("past_lens", 1), ("subsequence_begins", 1), ("block_indices"
 @dataclass(frozen=True)
 class Attention:
     """One block's attention: heads, widths of a head's queries and values, scale, its window in positions (0: none), and the
-    logit of each head's sink, a place without a value that takes its share of the attention (none: there are no sinks)."""
+    logit of each head's sink, a place without a value that takes its share of the attention (none: there are no sinks), and of
+    ALiBi by how much each head's scores grow from one position to the next (none: they do not)."""
 
     heads: Positive
     kv_heads: Positive
@@ -47,6 +48,7 @@ class Attention:
     scale: float
     window: Natural
     sinks: tuple[float, ...] = ()
+    slopes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ def fill_holes(graph: Any, attentions: Sequence[Attention]) -> None:
     for i, a in enumerate(attentions):
         flat = [_flat(results[f"{kind}.{i}"].input_value(0), n) for kind, n in _widths(a)]
         caches = [new_input(f"{kind}_cache.{i}", [-1, -1, -1, -1], None) for kind in ("key", "value")]
-        numbers = [ops.constant(np.float32(a.scale)), ops.constant(np.int32(a.window)), ops.constant(np.zeros(0, np.float32))]
+        numbers = [
+            ops.constant(np.float32(a.scale)),
+            ops.constant(np.int32(a.window)),
+            ops.constant(np.array(a.slopes, np.float32)),
+        ]
         unused = [ops.constant(np.zeros(shape, kind)) for kind, shape in UNUSED]
         if a.sinks:
             unused[SINKS] = ops.constant(np.array(a.sinks, np.float32).reshape(1, -1, 1, 1))

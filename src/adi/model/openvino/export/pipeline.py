@@ -18,7 +18,7 @@ from adi.model.hub import Notice
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.export.graphs import compiled_loop, name_ports, rolled, split_head, stage_blocks, tidy
 from adi.model.openvino.export.quantize import quantize
-from adi.model.openvino.export.trace import attentions, foreign, trace
+from adi.model.openvino.export.trace import attentions, foreign, told, trace
 from adi.model.openvino.graph import cut, fill_holes
 from adi.model.openvino.manifest import Manifest, NormAndScale, write_export
 from adi.model.openvino.turns import cuts
@@ -46,7 +46,7 @@ def export(
     try:
         manifest, blocks, head = _graphs(hf, precision)
         let_go()
-        with foreign(RuntimeError):  # the plugin may not know an operation
+        with foreign("OpenVINO does not run its graph", RuntimeError):
             _check(hf, manifest, blocks.clone(), head.clone(), let_go)
         read = [ids[: manifest.context] for ids in samples]
         blocks, head = quantize(blocks.clone(), head.clone(), precision, manifest.attentions, read, let_go)
@@ -62,7 +62,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
     _, modules = decoder_of(hf.model)
     found, given, tape = attentions(hf.model, modules)
     places, mlps = tape.places, len(tape.mlps)
-    traced = trace(hf.model, modules, given)
+    traced = trace(hf.model, modules, given, tape.written_out)
     name_ports(traced, found, spec.layers, mlps)
     loop = compiled_loop(traced, spec.loop)
     graph, holes = rolled(traced, loop, places, spec.layers)
@@ -76,7 +76,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
         layers=spec.layers,
         width=spec.width,
         vocabulary=spec.vocabulary,
-        context=spec.context,
+        context=min(filter(None, (spec.context, tape.longest)), default=None),
         fingerprint=spec.fingerprint,
         precision=precision,
         has_mlp=mlps == spec.layers,
@@ -122,7 +122,7 @@ def _check(hf: HfBackbone, manifest: Manifest, blocks: Any, head: Any, let_go: C
     generator = torch.Generator().manual_seed(0)
     ids = tuple(torch.randint(0, manifest.vocabulary, (length,), generator=generator).tolist())
     with torch.no_grad():
-        wanted = hf.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        wanted = hf.model(torch.tensor([ids]), use_cache=False, **told(hf.model, torch.arange(length)[None])).logits[0].float()
     let_go()
     fp32 = OpenVinoBackbone(replace(manifest, precision="fp32"), blocks, head)  # KV memory in 32 bits too
     cache, mate, past = fp32.new_cache(), fp32.new_cache(), length // 2
