@@ -32,6 +32,7 @@ from family_settings import KINDS, VOCABULARY, configuration
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "docs/results/families.json", ROOT / "docs/families.md"
 PROMPT, NEW, DRAFTS = 12, 24, 4
+LONG: dict[str, Any] = {"max_new_tokens": NEW, "stop_at_eos": False}
 SCALES = ((0.08, 0.05), (0.3, 0.16))  # of weights, and in blocks from the third on; the second where the first says one token
 
 
@@ -79,7 +80,7 @@ def tiny(family: str, scale: tuple[float, float] = SCALES[0], seed: int = 0) -> 
     torch.manual_seed(seed)
     model = kind(configuration(family, kind)).eval().float()
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 or name.endswith(".A"):  # the latter begin as zeros
             deep = any(f".{block}." in name for block in range(2, 6))
             torch.nn.init.normal_(parameter, std=scale[deep])
     generation = model.generation_config
@@ -132,12 +133,12 @@ def measured(family: str, engine: str) -> dict[str, Any]:
         return {"result": "refused", "reason": str(error).split("\n")[0]}
     drafted = accepted = 0
     for name, policy in policies(loaded).items():
-        got = adi.generate(loaded, prompts()[0], policy, max_new_tokens=NEW)
+        got = adi.generate(loaded, prompts()[0], policy, **LONG)
         if (found := _difference(wanted[0], got.token_ids)) is not None:
             return {"result": "wrong", "reason": f"{name}: other text from token {found} on"}
         drafted, accepted = drafted + got.counters.drafted, accepted + got.counters.accepted
         if name in ("ragged", "full"):
-            both = adi.generate_batch(loaded, prompts(), policy, max_new_tokens=NEW)
+            both = adi.generate_batch(loaded, prompts(), policy, **LONG)
             if any(list(one.token_ids) != text for one, text in zip(both, wanted, strict=True)):
                 return {"result": "wrong", "reason": f"{name}: another text in a batch"}
     return {"result": "exact", "drafted": drafted, "accepted": accepted, "different": len(set(wanted[0])), **_how(loaded)}
@@ -146,7 +147,7 @@ def measured(family: str, engine: str) -> dict[str, Any]:
 def _how(loaded: adi.Model) -> dict[str, Any]:
     split = getattr(loaded.backbone, "_split", None)
     if split is None:
-        return {}
+        return {"row_invariant": loaded.backbone.spec.row_invariant}
     cache = loaded.backbone.new_cache()
     return {"memory": split.way.name.lower() if cache.held else "cut"}
 

@@ -30,7 +30,7 @@ from adi.model.openvino.row_invariance import rows_are_invariant
 from engines import IDS, PRECISIONS, PROMPT, Cached, engine, folder_of, model_of, prefilled
 from families import FAMILIES, KV, LAYERS, C, tiny
 
-EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss")
+EXPORTED = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "gptj", "bloom", "qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", EXPORTED)
@@ -217,7 +217,6 @@ def test_full_memory_is_said_before_any_work_and_growth_keeps_what_is_there(made
 
 REFUSED = {
     "gemma2": "its attention uses softcap",
-    "gptj": "0 of its 6 blocks use the attention interface of transformers",
     "lfm2": "it has blocks of type conv",
 }
 

@@ -18,7 +18,9 @@ STAGE_BYTES = 300 << 20  # of weights in 32 bits that are compiled at a time
 
 
 def name_ports(graph: Any, attentions: Sequence[Attention], layers: int, mlps: int) -> None:
-    """Give a freshly traced graph the names above, by position alone."""
+    """Give a freshly traced graph the names above, by position alone, and take the tracer's from it."""
+    for port in (port for node in graph.get_ops() for port in node.outputs()):
+        port.get_tensor().set_names(set())
     results = [["logits"], *([f"{kind}.{i}" for i in range(n)] for kind, n in _outputs(layers, len(attentions), mlps))]
     for node, name in zip(graph.get_results(), (name for part in results for name in part), strict=True):
         node.set_friendly_name(name)

@@ -51,6 +51,8 @@ class Products(TorchFunctionMode):
             query, key, value = (x if x.dim() == 4 else x[None] for x in (scores.query, scores.key, tensors[-1]))
             out = self._attend(query, key.transpose(-1, -2), value, scores.seen)
             return out if tensors[-1].dim() == 4 else out[0]
+        if name.startswith("scatter"):  # the tracer has none of True and False
+            args = [int(arg) if isinstance(arg, bool) else arg for arg in args]
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor) or out.dim() < 3 or tuple(out.shape[-2:]) != (self._rows, self._rows):
             return out
