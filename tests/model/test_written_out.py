@@ -71,6 +71,30 @@ def test_products_are_followed_from_queries_to_values(axes: int) -> None:
         assert torch.equal(found.reshape(given.shape), given)
 
 
+@pytest.mark.parametrize("kind", ["matmul", "baddbmm"])
+def test_a_cap_is_seen_though_scores_are_small(kind: str) -> None:
+    query, key, value = (0.1 * drawn()[0] for _ in range(3))
+    bias = torch.tensor(SLOPES)[:, None, None] * torch.arange(ROWS)
+
+    def scores(cap: float) -> Tensor:
+        turned = key.transpose(1, 2)
+        made = query @ turned if kind == "matmul" else bias.baddbmm(batch1=query, batch2=turned, beta=1.0, alpha=0.5)
+        return masked(cap * torch.tanh(made / cap) if cap else made)
+
+    def look(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        found.append(measured(query, key, scores))
+        return value
+
+    found: list[tuple[float, int, tuple[float, ...]]] = []
+    with Products(look, ROWS, loud=True):
+        torch.softmax(scores(0.0), -1) @ value
+        with pytest.raises(ValueError, match="not the scaled products"):
+            torch.softmax(scores(50.0), -1) @ value
+    scale, window, slopes = found[0]
+    assert (scale, window) == (pytest.approx(1.0 if kind == "matmul" else 0.5, abs=1e-6), 0)
+    assert slopes == pytest.approx(() if kind == "matmul" else SLOPES, abs=1e-5)
+
+
 def test_positions_take_the_place_of_a_range() -> None:
     with Positions(torch.tensor([[5, 6, 0]])):
         assert torch.arange(3).tolist() == [5, 6, 0]

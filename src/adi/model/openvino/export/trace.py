@@ -36,6 +36,10 @@ WINDOW_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 MOST_SEEN = 2048  # tokens over which attention that is written out is looked at: no longer texts are run
 
 
+class UnknownOptionError(ModelError):
+    """The model asks transformers' attention for something that paged attention has not."""
+
+
 @dataclass
 class Tape:
     """What the hooks note in one pass; ``results`` stand in for attention, or None lets torch compute it. ``written_out``: the
@@ -75,7 +79,7 @@ class Tape:
             raise ModelError("its attention takes a mask of its own making")
         for name in ("softcap", "position_bias"):
             if options.get(name) is not None:
-                raise ModelError(f"its attention uses {name}, which paged attention is not given")
+                raise UnknownOptionError(f"its attention uses {name}, which paged attention is not given")
         i = len(self.queries)
         self.places.append(len(self.entered) - 1)
         self.queries.append(query)
@@ -190,6 +194,8 @@ def attentions(model: Any, blocks: Sequence[nn.Module]) -> tuple[list[Attention]
     MLP, whether there are experts. ValueError says why not."""
     try:
         return _attentions(model, blocks, written_out=False)
+    except UnknownOptionError:
+        raise
     except ModelError as error:
         try:
             return _attentions(model, blocks, written_out=True)
@@ -234,7 +240,7 @@ def _measure(model: Any, tape: Tape) -> None:
         seen.append(measured(query, key, scores))
         return attended(query, key, value, seen[-1][0])
 
-    with foreign(NO_RUN, Exception), torch.no_grad(), _implemented(model, EAGER), Products(look, tape.longest):
+    with foreign(NO_RUN, Exception), torch.no_grad(), _implemented(model, EAGER), Products(look, tape.longest, loud=True):
         model(input_ids=ids, use_cache=False, **told(model, torch.arange(tape.longest)[None]))
     if len(seen) != len(tape.queries):
         raise ModelError(f"its attention is written out {len(tape.queries)} times for few tokens and {len(seen)} for many")

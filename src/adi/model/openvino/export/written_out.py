@@ -22,6 +22,7 @@ from adi.errors import ModelError
 PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
 MARK = "_adi_scores"
 HIDDEN = -5e3  # scores below are of places that a mask hides
+LOUD = 300.0  # the largest product of a query and a key
 FIRST_ROWS = 8  # of those that are looked at
 SAME = 1e-5  # of the largest score
 
@@ -37,11 +38,12 @@ class Scores:
 
 class Products(TorchFunctionMode):
     """Meanwhile the product with values, over ``rows`` tokens, is what ``attend`` makes of queries, keys and values
-    ``[1, heads, T, width]`` and of the scores that softmax was given."""
+    ``[1, heads, T, width]`` and of the scores that softmax was given. ``loud``: queries are so large meanwhile that a cap on
+    scores is not mistaken for none."""
 
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], rows: int) -> None:
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], rows: int, loud: bool = False) -> None:
         super().__init__()
-        self._attend, self._rows = attend, rows
+        self._attend, self._rows, self._loud = attend, rows, loud
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,7 +59,12 @@ class Products(TorchFunctionMode):
         if not isinstance(out, Tensor) or out.dim() < 3 or tuple(out.shape[-2:]) != (self._rows, self._rows):
             return out
         if name in PRODUCTS:
-            scores = Scores(*tensors[-2:])
+            query, key = tensors[-2:]
+            if self._loud:
+                louder = query * (LOUD / out.abs().max().clamp(min=1e-9))
+                args, query = [louder if arg is query else arg for arg in args], louder
+                out = func(*args, **{name: louder if arg is tensors[-2] else arg for name, arg in kwargs.items()})
+            scores = Scores(query, key)
         elif name == "softmax" and scores is not None:
             scores = replace(scores, seen=tensors[0])
         if scores is not None:
