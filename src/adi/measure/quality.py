@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ class PrecisionQuality:
     divergence: float
     same_token: float
     row_invariant: bool | None
+    kv_precision: str = "auto"
 
 
 def quality(
     source: str,
     precisions: Sequence[str],
     *,
+    kv_precisions: Sequence[str] = ("auto",),
     text: str | None = None,
     tokens: int = 6144,
     command: str = "",
@@ -52,7 +55,7 @@ def quality(
 
     Args:
         source: as for ``load``.
-        precisions: of the compiled engine.
+        precisions: of the compiled engine; kv_precisions: of its keys and values, each with each of these.
         text: what to read; by default the built-in bench prompts, one after the other.
         tokens: read at most so many, in windows of 512.
 
@@ -67,9 +70,9 @@ def quality(
     if not windows:
         raise UsageError(f"the text {read!r:.40} has fewer than two tokens; give more.")
     found = []
-    for precision in precisions:
-        notice(f"Reading {sum(map(len, windows)):,} tokens in {precision}")
-        model = load(source, backend="openvino", precision=precision, notice=notice)
+    for precision, kept in product(precisions, kv_precisions):
+        model = load(source, backend="openvino", precision=precision, kv_precision=kept, notice=notice)
+        notice(f"Reading {sum(map(len, windows)):,} tokens in {model.backbone.spec.numbers}")
         found.append(asdict(compare(model.backbone, reference.backbone, windows)))
     about = provenance(command, read_prompts("bench") if text is None else [])
     return {"format": "adi-quality", "version": 1, **about, "tokens": sum(map(len, windows)), "precisions": found}
@@ -107,6 +110,7 @@ def compare(one: Backbone, reference: Backbone, windows: Sequence[Sequence[int]]
         divergence=float(moved_N.mean()),
         same_token=float(same_N.mean()),
         row_invariant=one.spec.row_invariant,
+        kv_precision=one.spec.kv_precision,
     )
 
 

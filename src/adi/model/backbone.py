@@ -65,7 +65,8 @@ class Spec:
     are the processor threads that it runs on, None where others decide. ``loop`` says which blocks share their weights.
 
     A prompt is read in passes that begin at multiples of ``chunk``, so that what they give depends on the text alone, whoever
-    reads it and whatever was known of it before. 1: at any position, since it was found not to matter.
+    reads it and whatever was known of it before. 1: at any position, since it was found not to matter. ``kv_precision`` is
+    "int8" where keys and values are kept in 8 bits, else "auto": as the engine keeps them.
     """
 
     name: str
@@ -84,6 +85,12 @@ class Spec:
     merged_rows: int = MERGED_ROWS
     threads: int | None = None
     chunk: int = CHUNK
+    kv_precision: str = "auto"
+
+    @property
+    def numbers(self) -> str:
+        """The precision of weights and, where it is not the engine's own, of keys and values."""
+        return self.precision if self.kv_precision == "auto" else f"{self.precision} with KV memory in {self.kv_precision}"
 
     def prompt_pass(self, start: int, end: int) -> int:
         """Where the pass ends that begins at ``start`` of a prompt of ``end`` tokens. Where passes may end anywhere no lone row

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 LOOPED = "adi_looped"  # the model type of model.looped
 COMPILED = ("fp32", "int8", "int4")
 TORCH = ("fp32", "bf16", "fp16")
+KV_PRECISIONS = ("auto", "int8")
 BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "openvino": COMPILED}
 
 
@@ -118,6 +119,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     memory: int | None = None,
+    kv_precision: str = "auto",
     stops: Sequence[int] = (),
     generation_config: Fields | None = None,
     notice: Notice | None = None,
@@ -137,6 +139,7 @@ def load(
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
         threads: processor threads of openvino, by default its own choice (torch's are torch.set_num_threads' business).
         memory: of openvino: megabytes for copies of the weights (350; 0: none), for faster short passes: ``adi inspect``.
+        kv_precision: of openvino: "int8" keeps keys and values in 8 bits, in about half the memory; "auto": in 16 (fp32: 32).
         stops: depths at which passes are about to stop: compiled while all else loads. Others are compiled on first use.
         generation_config: fields that replace those of the model's own generation config, such as
             ``{"repetition_penalty": 1.1}``; None takes one out.
@@ -147,6 +150,7 @@ def load(
     """
     report = notice or (lambda _: None)
     check_engine(backend, precision)
+    _allowed("kv_precision", kv_precision, KV_PRECISIONS)
     threads = None if threads is None else whole("threads", threads, 1)
     memory = None if memory is None else whole("memory", memory, 0)
     tokenizer, changed = as_tokenizer(tokenizer), known_fields(generation_config or {})
@@ -154,21 +158,30 @@ def load(
         name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
-                return _load_openvino(name, tokenizer, precision, device, threads, memory, stops, changed, report)
+                opened: Any = {"threads": threads, "stops": stops, "kv_precision": kv_precision}
+                opened |= {} if memory is None else {"memory": memory * 1_000_000}
+                return _load_openvino(name, tokenizer, precision, device, opened, changed, report)
             except NotExportableError as error:
-                if backend == "openvino" or precision not in ("auto", *TORCH):
+                if backend == "openvino" or precision not in ("auto", *TORCH) or kv_precision != "auto":
                     raise
                 (notice or _warn)(f"Running on transformers' modules, more slowly: {error}")
         if precision not in ("auto", *TORCH):
             raise UsageError(
                 f"precision {precision!r} needs the openvino engine, which {_missing(device)}; choose {', '.join(TORCH)}."
             )
+        _require_float_memory(kv_precision, "which runs it")
         return _load_path(name, tokenizer, precision, device, changed, report)
+    _require_float_memory(kv_precision, "which runs models in memory")
     if backend == "openvino":
         raise UsageError(f"the openvino backend runs models from a path, not a {type(source).__name__} in memory; take 'hf'.")
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
     return model
+
+
+def _require_float_memory(kv_precision: str, why: str) -> None:
+    if kv_precision != "auto":
+        raise UsageError(f"kv_precision {kv_precision!r} needs the openvino engine; hf, {why}, allows 'auto'.")
 
 
 def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedForCausalLM:
@@ -333,9 +346,7 @@ def _load_openvino(
     tokenizer: Any,
     precision: str,
     device: str,
-    threads: int | None,
-    memory: int | None,
-    stops: Sequence[int],
+    opened: dict[str, Any],
     changed: Fields,
     notice: Notice,
 ) -> Model:
@@ -353,8 +364,6 @@ def _load_openvino(
     refuse_unmeant(generation, source)  # before anything is exported
     chosen = "int8" if precision == "auto" else precision
     import openvino  # noqa: F401  first, because compiling waits for it, and nothing waits for the tokenizer
-
-    opened: Any = {"threads": threads, "stops": stops} | ({} if memory is None else {"memory": memory * 1_000_000})
 
     with ThreadPoolExecutor(1) as aside:  # compiling takes a second or more, in which the tokenizer is read
         opening = aside.submit(open_exported, folder, precision=chosen, **opened)

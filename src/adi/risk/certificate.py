@@ -64,7 +64,7 @@ class Certificate(Record, frozen=True):
         """ModelError for another model, or another precision."""
         for what, mine, other in (
             ("the weights", self.fingerprint, spec.fingerprint),
-            ("the precision", self.precision, spec.precision),
+            ("the precision", self.precision, spec.numbers),
         ):
             if mine != other:
                 raise ModelError(

@@ -52,6 +52,9 @@ RayOption = Annotated[
         "--ray", metavar="ADDRESS", help="Generate text on this Ray cluster; auto: the one here, local: a new one.", rare=True
     ),
 ]
+KVPrecisionOption = Annotated[
+    str, option("--kv-precision", help="int8: keys and values in 8 bits, of openvino.", panel="Model", rare=True)
+]
 DeviceOption = Annotated[str, option("--device", help="auto, cpu, cuda, ...", panel="Model")]
 RiskKindOption = Annotated[
     Literal["disagreement", "log_loss"],
@@ -82,6 +85,7 @@ class EngineOptions:
             "--memory", metavar="MB", help="What copies of the weights may take for speed; 0: none.", panel="Model", rare=True
         ),
     ] = None
+    kv_precision: KVPrecisionOption = "auto"
 
     def load(self, model: str, stops: Sequence[int] = ()) -> Model:
         """The model; what takes long is reported on standard error. Ready at once to stop at ``stops``."""
@@ -93,6 +97,7 @@ class EngineOptions:
                 "precision": self.precision,
                 "device": self.device,
                 "memory": self.memory,
+                "kv_precision": self.kv_precision,
             }
             return load(model, **settings, stops=stops, notice=lambda text: progress(0, 0, text))
 

@@ -275,7 +275,7 @@ class CostTable(Record, frozen=True):
 def _file(backbone: Backbone, key: str) -> Path:
     spec = backbone.spec
     machine = processor_hash(f"{spec.device} {spec.threads}")
-    name = f"{COST_TABLE_VERSION}-{spec.fingerprint}-{spec.backend}-{spec.precision}-{machine}-{key}"
+    name = f"{COST_TABLE_VERSION}-{spec.fingerprint}-{spec.backend}-{spec.numbers}-{machine}-{key}"
     return cache_folder() / "costs" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
 
 

@@ -15,10 +15,9 @@ from adi.machine import give_back_at_once
 from adi.model.backbone import CHUNK
 from adi.model.hub import Notice, quiet_transformers
 from adi.model.openvino import manifest
-from adi.model.openvino.engine import KV_BYTES, OpenVinoBackbone
+from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.huge_pages import let_go
 from adi.model.openvino.row_invariance import merged_rows, prompt_chunk, settle_rows
-from adi.model.openvino.segments import COPIES_BYTES
 
 LEAST_BYTES = {"fp32": 4, "int8": 1, "int4": 0.5}  # of a weight on disk
 EXPORTING = threading.Lock()  # the tracer changes state of the whole process
@@ -33,10 +32,8 @@ def export_and_open(
     source: Path | None = None,
     samples: Sequence[Sequence[int]] = (),
     stops: Sequence[int] = (),
-    kv_bytes: int = KV_BYTES,
-    threads: int | None = None,
-    memory: int = COPIES_BYTES,
     notice: Notice = lambda _: None,
+    **options: Any,
 ) -> OpenVinoBackbone:
     """The OpenVINO engine of a transformers model (on the CPU, in evaluation mode), which is left as it was, but for one in 16
     bits that cannot be exported so: that becomes one in 32.
@@ -51,7 +48,7 @@ def export_and_open(
         source: the folder that the model was read from; ``open_exported`` then finds the export without the model.
         samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
         stops: depths to be ready to stop at, as far as they exist.
-        kv_bytes, threads, memory: as for ``OpenVinoBackbone.open``.
+        options: as for ``OpenVinoBackbone.open``.
         notice: is told before an export, which takes from seconds to minutes.
 
     Raises:
@@ -82,7 +79,7 @@ def export_and_open(
                 export(HfBackbone(model.float(), name, weights), *made)  # one that looks at other modules' weights
     if source is not None:
         manifest.remember(source, key)
-    return _opened(folder, stops, kv_bytes, threads, memory)
+    return _opened(folder, stops, **options)
 
 
 def open_exported(
@@ -90,9 +87,7 @@ def open_exported(
     *,
     precision: str = "int8",
     stops: Sequence[int] = (),
-    kv_bytes: int = KV_BYTES,
-    threads: int | None = None,
-    memory: int = COPIES_BYTES,
+    **options: Any,
 ) -> OpenVinoBackbone | None:
     """The engine for the model folder ``source`` without reading its weights, or None where it must be exported first.
 
@@ -100,11 +95,11 @@ def open_exported(
     export.
     """
     folder = manifest.recall(source, precision)
-    return None if folder is None else _opened(folder, stops, kv_bytes, threads, memory)
+    return None if folder is None else _opened(folder, stops, **options)
 
 
-def _opened(folder: Path, stops: Sequence[int], kv_bytes: int, threads: int | None, memory: int) -> OpenVinoBackbone:
-    backbone = OpenVinoBackbone.open(folder, kv_bytes=kv_bytes, threads=threads, memory=memory)
+def _opened(folder: Path, stops: Sequence[int], **options: Any) -> OpenVinoBackbone:
+    backbone = OpenVinoBackbone.open(folder, **options)
     invariant = settle_rows(backbone, folder)
     chunk = prompt_chunk(backbone, folder) if invariant else CHUNK
     backbone.spec = replace(backbone.spec, row_invariant=invariant, merged_rows=merged_rows(backbone, folder), chunk=chunk)

@@ -36,6 +36,8 @@ CONFIG: Config = {
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32",  # activations in 8 bits where weights are: the plugin's default, made explicit
 }
 KV_PRECISION = {"fp32": "f32", "int8": "f16", "int4": "f16"}
+# A scale and a zero point for each position and head: by channel, positions of a page would share scales and move each other.
+KV_INT8: Config = {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_TOKEN", "VALUE_CACHE_QUANT_MODE": "BY_TOKEN"}
 
 
 class OpenVinoBackbone:
@@ -58,6 +60,7 @@ class OpenVinoBackbone:
         kv_bytes: int = KV_BYTES,
         threads: int | None = None,
         memory: int = COPIES_BYTES,
+        kv_precision: str = "auto",
     ) -> None:
         import openvino as ov
 
@@ -74,11 +77,13 @@ class OpenVinoBackbone:
             precision=manifest.precision,
             device="cpu",
             loop=manifest.loop,
+            kv_precision=kv_precision,
         )
         self._manifest, self._folder = manifest, folder
         self._inputs: dict[tuple[int, int, int], PassInputs] = {}
         self.pool = KVPool(kv_bytes)
-        self._config = CONFIG | {"KV_CACHE_PRECISION": KV_PRECISION[manifest.precision]}
+        own = {"KV_CACHE_PRECISION": KV_PRECISION[manifest.precision]}
+        self._config = CONFIG | (KV_INT8 if kv_precision == "int8" else own)
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
         self.least_rows = 1
@@ -91,7 +96,13 @@ class OpenVinoBackbone:
 
     @classmethod
     def open(
-        cls, folder: Path, *, kv_bytes: int = KV_BYTES, threads: int | None = None, memory: int = COPIES_BYTES
+        cls,
+        folder: Path,
+        *,
+        kv_bytes: int = KV_BYTES,
+        threads: int | None = None,
+        memory: int = COPIES_BYTES,
+        kv_precision: str = "auto",
     ) -> OpenVinoBackbone:
         """An exported model from its folder; torch weights are not read.
 
@@ -100,6 +111,7 @@ class OpenVinoBackbone:
             kv_bytes: the most that KV memory may take, all sequences together.
             threads: processor threads to use; by default the plugin's own choice.
             memory: bytes that copies of the weights may take, which make short passes faster.
+            kv_precision: "int8", or "auto": float32 for weights in fp32, else float16.
 
         Raises:
             ValueError: a folder that is damaged or of another format.
@@ -108,7 +120,8 @@ class OpenVinoBackbone:
 
         manifest = read_manifest(folder)
         blocks, head = read_graphs(folder, ov.Core())
-        return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, threads=threads, memory=memory)
+        options: Any = {"threads": threads, "memory": memory, "kv_precision": kv_precision}
+        return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, **options)
 
     @property
     def has_mlp_tap(self) -> bool:

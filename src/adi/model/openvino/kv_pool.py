@@ -13,6 +13,7 @@ from adi.model.openvino.graph import BLOCK_TOKENS
 
 FIRST_BLOCKS = 16
 SPARE = 0
+PARAMETERS = 8  # bytes of scale and zero point
 
 
 class KVBlock:
@@ -146,7 +147,7 @@ class KVPool:
             if name not in self.tensors or self._ports[name][1][1] != BLOCK_TOKENS:
                 return None
             numbers = [block.number for block in cache.blocks]
-            pages = self._by_block(name)[numbers, turn].astype(np.float32)  # [blocks, heads, 32, size]
+            pages = _numbers(self._by_block(name)[numbers, turn])  # [blocks, heads, 32, size]
             rows = pages.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1] * pages.shape[3])
             found.append(rows[:length].ravel())
         return torch.from_numpy(np.concatenate(found))
@@ -221,6 +222,16 @@ class KVPool:
         self.tensors, self.blocks, self.version = tensors, size, self.version + 1
         for number in new:
             self._block(number)  # nobody holds it
+
+
+def _numbers(pages: Any) -> Any:
+    """Pages as float32. In 8 bits a position of a head is its scale, its zero point and its codes."""
+    import numpy as np
+
+    if pages.dtype != np.uint8:
+        return pages.astype(np.float32)
+    scale, zero = np.moveaxis(pages[..., :PARAMETERS].copy().view(np.float32), -1, 0)[..., None]
+    return (pages[..., PARAMETERS:] - zero) * scale
 
 
 def _missing(wanted: Sequence[tuple[PagedCache, int]]) -> int:

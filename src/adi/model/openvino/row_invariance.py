@@ -144,7 +144,8 @@ def _noted(backbone: OpenVinoBackbone, folder: Path, what: str, allowed: Sequenc
     note = folder / "rows.json"
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
-    machine = f"{processor_hash(what)}-{backbone.spec.threads}"
+    kept = "" if backbone.spec.kv_precision == "auto" else f", KV memory in {backbone.spec.kv_precision}"
+    machine = f"{processor_hash(what + kept)}-{backbone.spec.threads}"
     if isinstance(found.get(machine), bool) or found.get(machine) not in allowed:
         found[machine] = find()
         with contextlib.suppress(FileError):  # a folder that cannot be written is looked at again next time
