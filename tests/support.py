@@ -13,6 +13,10 @@ from adi.measure.trigger_study.pass_seconds import PassSeconds
 from adi.risk.certificate import Certificate
 
 BARE_AGREEMENT = {16: 0.11, 20: 0.18, 24: 0.39, 28: 0.56}  # the default model's own final head at these depths, untrained
+PETS = [{"age": age, "kind": kind} for age in range(3, 41) for kind in ("cat", "dog")]
+_FIELDS = {"age": {"type": "integer", "minimum": 3, "maximum": 40}, "kind": {"enum": ["cat", "dog"]}}
+_SCHEMA = {"type": "object", "properties": _FIELDS, "required": ["age", "kind"], "additionalProperties": False}
+PET: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": _SCHEMA, "strict": True}}  # its texts are PETS
 
 
 def certificate(**changes: Any) -> Certificate:

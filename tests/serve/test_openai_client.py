@@ -15,6 +15,7 @@ import openai
 
 import adi
 from serving import Running, serving
+from support import PET, PETS
 
 MESSAGES: Any = [{"role": "user", "content": "the quick brown fox"}]
 PROMPT = "the lazy dog and then the dog"
@@ -139,23 +140,14 @@ def test_echoed_logprobs_score_the_prompt(client: Any, tiny_model: adi.Model, le
 
 def test_json_of_a_schema(client: Any, tiny_model: adi.Model) -> None:
     pytest.importorskip("llguidance")
-    schema = {
-        "type": "object",
-        "properties": {"age": {"type": "integer", "minimum": 1, "maximum": 99}, "kind": {"enum": ["cat", "dog"]}},
-        "required": ["age", "kind"],
-        "additionalProperties": False,
-    }
-    shape: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema, "strict": True}}
     said = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, max_tokens=60, temperature=1, seed=2, response_format=shape
+        model="tiny", messages=MESSAGES, max_tokens=60, temperature=1, seed=2, response_format=PET
     ).choices[0]
-    value = json.loads(said.message.content)
-    assert 1 <= value["age"] <= 99
-    assert value["kind"] in ("cat", "dog")
+    assert json.loads(said.message.content) in PETS
     assert said.finish_reason == "stop"
     assert (
         said.message.content
-        == adi.generate(tiny_model, MESSAGES, max_new_tokens=60, temperature=1, seed=2, response_format=shape).text
+        == adi.generate(tiny_model, MESSAGES, max_new_tokens=60, temperature=1, seed=2, response_format=PET).text
     )
     spelled = client.completions.create(
         model="tiny", prompt="x", max_tokens=20, temperature=1, seed=1, extra_body={"grammar": 'start: ("ab" | "cd")+ "."'}

@@ -1,6 +1,7 @@
 """Many requests of every kind, some given up: each has the text that it has alone, and nothing is kept.
 
-With SERVE_REQUESTS=24000, and -o faulthandler_timeout=0 for pytest, it is a soak.
+With SERVE_REQUESTS=24000 SERVE_JSON=docs/results/serve_soak.json, and -o faulthandler_timeout=0 for pytest, it is a soak, whose
+figures go to that file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import gc
 import json
 import os
 import random
+import shlex
+import sys
 import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,6 +29,7 @@ import httpx
 
 import adi
 from adi.decoding.frontier import Frontier
+from adi.measure.provenance import provenance
 from serving import Running, serving
 
 REQUESTS = int(os.environ.get("SERVE_REQUESTS", "160"))
@@ -32,17 +38,32 @@ PROMPTS = ("the quick brown fox", "12 plus 30 is", "é 日本 😀", "over the l
 WAYS: dict[str, Any] = {"verified": adi.Verified(), "full": adi.FullDepth(), "lookup": adi.Lookup()}
 
 
-def private_bytes() -> int:
-    """Resident pages that no file stands behind."""
+def held() -> dict[str, int]:
+    """What this process has: threads, open files, and resident pages that no file stands behind."""
+    gc.collect()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
+    private = sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
+    files = len([*Path("/proc/self/fd").iterdir()])
+    return {"threads": threading.active_count(), "files": files, "private_bytes": 1024 * private}
 
 
-def test_nothing_is_mixed_up_and_nothing_is_kept(tiny_model: adi.Model) -> None:
+def note(**told: Any) -> None:
+    """Into the file that SERVE_JSON names."""
+    if path := os.environ.get("SERVE_JSON"):
+        file = Path(path)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, told["backend"]: {**told, **provenance(shlex.join(["python", *sys.argv]), [])}}))
+
+
+@pytest.mark.parametrize("backend", ["hf", "openvino"])
+def test_nothing_is_mixed_up_and_nothing_is_kept(tiny_folder: Path, backend: str) -> None:
+    pytest.importorskip("torch" if backend == "hf" else "openvino")
+    model, counts, begun = adi.load(str(tiny_folder), backend=backend, threads=1), Counter[str](), time.perf_counter()
+
     @cache
     def alone(prompt: str, length: int, mode: str, temperature: float, seed: int, stop: str | None) -> str:
         drawn: Any = {"temperature": temperature, "seed": seed, "stop": stop}
-        return adi.generate(tiny_model, prompt, WAYS[mode], raw=True, max_new_tokens=length, **drawn).text
+        return adi.generate(model, prompt, WAYS[mode], raw=True, max_new_tokens=length, **drawn).text
 
     def one(running: Running, client: httpx.Client, number: int) -> None:
         dice = random.Random(number)
@@ -53,6 +74,7 @@ def test_nothing_is_mixed_up_and_nothing_is_kept(tiny_model: adi.Model) -> None:
         body["adi"] = {"mode": body.pop("mode")}
         with client.stream("POST", f"{running.url}/v1/completions", json=body, timeout=120) as said:
             if gives_up:
+                counts["given up"] += 1
                 return
             lines = list(said.iter_lines())
         if streamed:
@@ -61,20 +83,21 @@ def test_nothing_is_mixed_up_and_nothing_is_kept(tiny_model: adi.Model) -> None:
         else:
             text = json.loads("\n".join(lines))["choices"][0]["text"]
         assert text == alone(*asked, stop), (number, body)
+        counts["the text alone"] += 1
 
-    with serving(tiny_model, most=4, queue=CLIENTS) as running, httpx.Client() as client:
+    with serving(model, most=4, queue=CLIENTS) as running, httpx.Client() as client:
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda number: one(running, client, number), range(REQUESTS // 4)))
             assert running.settled()
-            gc.collect()
-            before = (threading.active_count(), len([*Path("/proc/self/fd").iterdir()]), private_bytes())
+            before = held()
             list(pool.map(lambda number: one(running, client, number), range(REQUESTS // 4, REQUESTS)))
             assert running.settled(), "no place is stuck"
-            gc.collect()
-            after = (threading.active_count(), len([*Path("/proc/self/fd").iterdir()]), private_bytes())
-        assert after[0] <= before[0] + 2
-        assert after[1] <= before[1] + CLIENTS
-        assert after[2] <= before[2] + GROWTH
+            after = held()
+        note(backend=backend, requests=counts, before=before, after=after, seconds=time.perf_counter() - begun)
+        assert counts.total() == REQUESTS
+        assert after["threads"] <= before["threads"] + 2
+        assert after["files"] <= before["files"] + CLIENTS
+        assert after["private_bytes"] <= before["private_bytes"] + GROWTH
         assert httpx.get(f"{running.url}/health").status_code == 200
     gc.collect()
     assert not [one for one in gc.get_objects() if isinstance(one, Frontier) and one.ids], "no sequence is kept"

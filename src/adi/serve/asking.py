@@ -17,7 +17,7 @@ from adi.serve.errors import ApiError, refused
 from adi.serve.jobs import Answer, ServedSequence
 from adi.serve.protocol import AdiFields, Answering, ChatRequest, CompletionRequest, TokenizeRequest
 from adi.serve.scores import Scores, spelled
-from adi.serve.tool_calls import BEGIN
+from adi.serve.tool_calls import BEGIN, calls_grammar
 
 COMPLETION_TOKENS = 16  # where a completion says no length, as in OpenAI's API
 TRACED_CANDIDATES = 5
@@ -155,8 +155,29 @@ class Reading:
             raise ApiError(400, said, param="max_completion_tokens")
         ids = self.encoded_chat(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        calls = bool(body.tools) and body.tool_choice == "auto" and BEGIN in self._template
-        return self._asked(body, [ids], next(iter(lengths), None), logprobs, parses_calls=calls)
+        calls, grammar = bool(body.tools) and body.tool_choice != "none" and BEGIN in self._template, self._calls_grammar(body)
+        return self._asked(body, [ids], next(iter(lengths), None), logprobs, grammar=grammar, parses_calls=calls)
+
+    def _calls_grammar(self, body: ChatRequest) -> str | None:
+        """The form of an answer that must call a tool; the caller's own grammar where it need not."""
+        choice = body.tool_choice
+        if isinstance(choice, str) and choice != "required":
+            if not body.parallel_tool_calls:
+                said = "parallel_tool_calls is false, which is kept to where tool_choice is 'required' or a function."
+                raise ApiError(400, said, param="parallel_tool_calls")
+            return body.grammar
+        said = choice if isinstance(choice, str) else choice.function.name
+        functions = [tool["function"] for tool in body.tools or () if _is_function(tool)]
+        if not isinstance(choice, str):
+            functions = [one for one in functions if one["name"] == said]
+        if not functions:
+            raise ApiError(400, f"tool_choice is {said!r:.60}, which is none of the functions in tools.", param="tool_choice")
+        if BEGIN not in self._template:
+            form = f"the model's chat template spells calls in another form than {BEGIN}"
+            raise ApiError(400, f"tool_choice is {said!r:.60}, but {form}; leave it at 'auto'.", param="tool_choice")
+        if body.grammar is not None or (body.response_format is not None and body.response_format.type != "text"):
+            raise ApiError(400, f"tool_choice is {said!r:.60}, and an answer has one form; leave one out.", param="tool_choice")
+        return calls_grammar(functions, body.parallel_tool_calls and isinstance(choice, str))
 
     def completion(self, body: CompletionRequest) -> Asked:
         """Texts or token ids to go on with."""
@@ -178,7 +199,7 @@ class Reading:
         if body.stream and scored is not None:
             said = f"logprobs is {body.logprobs} with echo and stream; the log-probabilities of a prompt come whole only."
             raise ApiError(400, said, param="logprobs")
-        return self._asked(body, ids, length, body.logprobs, echo=echo, scored=scored)
+        return self._asked(body, ids, length, body.logprobs, body.grammar, echo=echo, scored=scored)
 
     def tokens(self, body: TokenizeRequest) -> tuple[int, ...]:
         """The token ids of a text or a conversation."""
@@ -195,7 +216,7 @@ class Reading:
 
     def encoded_chat(self, body: ChatRequest | TokenizeRequest) -> tuple[int, ...]:
         """Token ids of the conversation in the chat template."""
-        shown = body.tools if getattr(body, "tool_choice", "auto") == "auto" else None
+        shown = body.tools if getattr(body, "tool_choice", "auto") != "none" else None
         messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
         return self._encoded("messages", messages, tools=shown or None, template_options=body.chat_template_kwargs)
 
@@ -210,7 +231,13 @@ class Reading:
             raise refused(error, param) from None
 
     def _asked(
-        self, body: Answering, prompts: list[tuple[int, ...]], length: int | None, logprobs: int | None, **more: Any
+        self,
+        body: Answering,
+        prompts: list[tuple[int, ...]],
+        length: int | None,
+        logprobs: int | None,
+        grammar: str | None,
+        **more: Any,
     ) -> Asked:
         self.named(body.model)
         if body.stream_options is not None and not body.stream:
@@ -227,7 +254,7 @@ class Reading:
             "logprobs": max(logprobs or 0, TRACED_CANDIDATES) if traced else logprobs,
             "price": FULL_PRICE if traced and body.adi.price is None else body.adi.price,
             **shape,
-            "grammar": body.grammar,
+            "grammar": grammar,
         }
         policy, sampling = self.policies.of(body.adi), self._sampling(body)
         return Asked(self.model, prompts, body.n, sampling, policy, options, logprobs, trace=body.adi.trace, **more)
@@ -249,3 +276,8 @@ class Reading:
             )
         except AdiError as error:
             raise refused(error) from None
+
+
+def _is_function(tool: dict[str, Any]) -> bool:
+    function = tool.get("function")
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

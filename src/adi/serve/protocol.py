@@ -111,6 +111,19 @@ class Answering(Body):
     service_tier: Literal["auto", "default"] = "auto"
 
 
+class FunctionName(Body):
+    """One of the tools."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that the answer calls."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Answering):
     """``/v1/chat/completions``."""
 
@@ -119,8 +132,8 @@ class ChatRequest(Answering):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] = "auto"
-    parallel_tool_calls: Literal[True] = True
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
 

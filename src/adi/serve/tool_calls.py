@@ -7,9 +7,24 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps
+
+
+def calls_grammar(functions: Sequence[dict[str, Any]], several: bool) -> str:
+    """What a text that is one call of these functions, or ``several``, keeps to, in llguidance's Lark; each has a ``name`` and
+    may have ``parameters``, a JSON schema."""
+    rules = ['start: call ("\\n" call)*' if several else "start: call"]
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    for i, function in enumerate(functions):
+        begin, end = f'{BEGIN}\n{{"name": {json.dumps(function["name"])}, "arguments": ', f"}}\n{END}"
+        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": SPACES}
+        rules.append(f"call_{i}: {json.dumps(begin)} arguments_{i} {json.dumps(end)}")
+        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
 
 
 class ToolCalls:
