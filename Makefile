@@ -74,7 +74,9 @@ results: peers
 	$(BENCH) --modes full,verified --precision fp32 --peers hf:fp32 --max-new-tokens 48 --json $(RESULTS)/fp32.json
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
 	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
+	$(BIN)/python tools/lengths.py smollm2-135m --json $(RESULTS)/lengths.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
+	$(QUALITY) smollm2-135m --kv-precision auto,int8 --json $(RESULTS)/quality_kv.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
 	  > $(RESULTS)/loops_products.json

@@ -19,6 +19,7 @@ from typing import Any
 
 import exposure_tables
 import jinja2
+import lengths as long_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -133,6 +134,12 @@ def batches(file: str) -> str:
     return f"{table(['at once', '', 'tokens/s', *(f'x `{name}`' for name in names), 'as alone'], rows)}\n\n{source(file)}."
 
 
+def lengths(file: str) -> str:
+    """Prefill, decoding and memory by length."""
+    image = "![memory, prefill and decoding over the length](images/lengths.svg)"
+    return f"{long_texts.lengths_table(load(file))}\n\n{image}\n\n{source(file)}."
+
+
 def categories(file: str, others: Sequence[str]) -> str:
     """Verified decoding against ``others`` (``{p}`` stands for the precision) by category of prompt."""
     known = ratios(load(file))
@@ -154,7 +161,8 @@ def quality(file: str) -> str:
         error = f" ± {row['ratio_error']:.2%}" if "ratio_error" in row else ""
         change = f"{row['ratio'] - 1:+.2%}{error}" if row["precision"] != "fp32" else ""
         figures = [f"{row['perplexity']:.2f}", change, f"{abs(row['divergence']):.4f}", f"{row['same_token']:.1%}"]
-        rows.append([row["precision"], *figures])
+        kept = ", keys and values in 8 bits" * (row.get("kv_precision") == "int8")
+        rows.append([row["precision"] + kept, *figures])
     head = ["precision", "perplexity", "against float32", "KL divergence, nats", "same likeliest token"]
     return f"{table(head, rows)}\n\n{source(file)} ({found['tokens']:,} tokens of the bench prompts)."
 
@@ -475,7 +483,20 @@ def pages() -> dict[Path, str]:
     environment.globals |= {
         **{
             f.__name__: f
-            for f in (machines, bench, batches, categories, quality, exits, drafter, inspected, auroc, estimates, audit)
+            for f in (
+                machines,
+                bench,
+                batches,
+                lengths,
+                categories,
+                quality,
+                exits,
+                drafter,
+                inspected,
+                auroc,
+                estimates,
+                audit,
+            )
         },
         "results": RESULTS,
     }
@@ -497,6 +518,8 @@ def pages() -> dict[Path, str]:
                 flags=re.DOTALL,
             )
         found[ROOT / "docs" / page] = filled
+    if (RESULTS / "lengths.json").exists():
+        found[ROOT / "docs" / "images" / "lengths.svg"] = long_texts.drawing(load("lengths.json"))
     return found | {ROOT / exposure_tables.DRAWING: exposure_tables.drawing(load)}
 
 

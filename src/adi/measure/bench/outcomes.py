@@ -14,7 +14,8 @@ class Setting:
     """What all systems share.
 
     ``exits`` names trained exits, None the model's own head; ``risk`` or ``threshold`` is for reflex; ``backend`` is of adi's
-    modes; ``static`` is the depth and draft length of static mode; ``context`` the longest sequence that will come.
+    modes; ``static`` is the depth and draft length of static mode; ``context`` the longest sequence that will come;
+    ``kv_precision`` is of adi's keys and values.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Setting:
     static: tuple[int, int] | None = None
     context: int = 2048
     risk: float | None = None
+    kv_precision: str = "auto"
 
 
 @dataclass(frozen=True)

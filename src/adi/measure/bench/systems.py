@@ -39,7 +39,7 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
 
     return Runner(
         run,
-        {"about": f"adi, {spec.backend} engine, {spec.precision}", "backend": spec.backend, "spec": asdict(spec)}
+        {"about": f"adi, {spec.backend} engine, {spec.numbers}", "backend": spec.backend, "spec": asdict(spec)}
         | ({"static": list(setting.static)} if mode == "static" and setting.static is not None else {}),
         lambda prompt: encoded(model, [prompt])[0],
         model.eos_ids,
@@ -56,7 +56,8 @@ def backend_for(backend: str, precision: str) -> str:
 def adi_model(precision: str, setting: Setting) -> Model:
     """The model in this precision, on the engine that has it."""
     backend = backend_for(setting.backend, precision)
-    return load(setting.model, backend=backend, precision=precision, threads=setting.threads)
+    kept = setting.kv_precision
+    return load(setting.model, backend=backend, precision=precision, threads=setting.threads, kv_precision=kept)
 
 
 def _exits(model: Model, setting: Setting) -> Exits:
