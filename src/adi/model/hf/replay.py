@@ -2,8 +2,7 @@
 
 So it costs rows and no pass. The modules that hold such memory take the rows in two pieces and keep their state between them;
 where that gives other logits (``Way.APART``) what runs again is a pass of its own. Where a family's code carries no state into
-several rows at once they are given one by one (``Way.SINGLY``), or, where those modules cannot be told, whole passes have one
-row (``Way.ALONE``): then drafts gain nothing.
+several rows at once they are given one by one (``Way.SINGLY``).
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Way(enum.Enum):
     FRONT = enum.auto()
     APART = enum.auto()
     SINGLY = enum.auto()
-    ALONE = enum.auto()
 
 
 def with_front(model: Any, rows: Rows, lo: int, hi: int) -> Rows:
@@ -53,12 +51,6 @@ def _entering(model: Any, cache: Any, lo: int, base: int, start: int) -> States:
         states: States = found[base - first : start - first]
         return states
     return model.part(Rows(cache.below(lo), base, tuple(cache.text[base:start]), None), 0, lo)  # type: ignore[no-any-return]
-
-
-def single(rows: Rows) -> list[Rows]:
-    """Each of them by itself."""
-    states = [None if rows.states is None else rows.states[i : i + 1] for i in range(len(rows.ids))]
-    return [Rows(rows.cache, rows.start + i, (token,), states[i]) for i, token in enumerate(rows.ids)]
 
 
 def pieces(way: Way, start: int, front: int, rows: int) -> list[int]:

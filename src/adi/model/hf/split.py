@@ -18,7 +18,7 @@ from adi.model.hf.kv_cache import StaircaseCache
 from adi.model.hf.layout import Form, StateLayout, kinds_of, loop_of, state_of, watched_layout
 from adi.model.hf.passes import Run, Steps
 from adi.model.hf.readout import last_norm
-from adi.model.hf.replay import Way, holders, pieces, single, with_front
+from adi.model.hf.replay import Way, holders, pieces, with_front
 from adi.model.hf.rope import always_far, edge_of, turns_again
 from adi.model.hf.splitting import (
     decoder_of,
@@ -131,8 +131,6 @@ class SplitModel:
         if not cache.held:
             cache.rewind(lo, hi, start)
             return self._part(rows, lo, hi, mlp)
-        if self.way is Way.ALONE and start and len(rows.ids) > 1:
-            return States.stacked([self.part(row, lo, hi, mlp) for row in single(rows)])
         rows = with_front(self, rows, lo, hi)
         cache.rewind(lo, hi, rows.start)
         states = self._part(rows, lo, hi, mlp, front=start - rows.start)
@@ -269,7 +267,7 @@ class SplitModel:
             return [Way.FRONT]
         found = holders(cache, self.blocks, lambda: self.decode(Run(0, len(self.blocks) + 1), Rows(cache, 0, tokens, None)))
         self._steps.take_apart(found)
-        return list(Way) if found else [Way.APART, Way.ALONE]
+        return list(Way) if found else [Way.APART]
 
     def _reason(self, ids: Tensor, wanted: Tensor) -> str | None:
         """Why what comes of parts is not what is ``wanted`` of these tokens; None where it is."""
