@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -63,6 +64,8 @@ def _given_back() -> Iterator[None]:
     yield
     torch._C._jit_clear_class_registry()
     torch.jit._state._clear_class_state()
+    for name in ("last_value", "last_traceback", "last_exc"):  # which keep all that a test had that failed
+        vars(sys).pop(name, None)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:

@@ -1,4 +1,4 @@
-"""What several test files make or run: a certificate, the command line."""
+"""What several test files make or run: a certificate, an interruption, the command line."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def pass_seconds(
     half = max(1, layers // 2)
     whole = tuple(entry + layers * seconds for seconds in block)
     return PassSeconds(layers, rows, tuple(entry / half + seconds for seconds in block), whole, head)
+
+
+class Stop(Exception):  # noqa: N818
+    """Stands for Ctrl-C."""
 
 
 def adi_(*args: Any, text: str | None = None) -> Any:

@@ -29,7 +29,7 @@ from adi.training.habituate import HabitOptions, divided, split
 from adi.training.shards import texts_in
 from adi.training.texts import prompt_of
 from adi.training.train_model import ModelOptions
-from support import adi_
+from support import Stop, adi_
 
 OPTIONS = HabitOptions(minutes=5, max_new_tokens=12)
 ITEMS = [
@@ -118,10 +118,6 @@ def test_prompts_that_differ_in_case_alone_are_on_one_side(sharp: adi.Model) -> 
     pairs = [{tuple(sharp.encode(twin.prompt)) for twin in twins[at : at + 2]} for at in range(0, 80, 2)]
     for side in (sides.train, sides.choosing, sides.testing):
         assert all(len(pair & {*side}) in (0, 2) for pair in pairs)
-
-
-class Stop(Exception):  # noqa: N818
-    """Stands for Ctrl-C."""
 
 
 @pytest.mark.parametrize("stage", ["training the drafter", "measuring the curve"])

@@ -26,13 +26,10 @@ from adi.training.generate_data import (
 )
 from adi.training.shards import read_shard, texts_in
 from adi.training.texts import datastore_of, is_held_out, prompt_of
+from support import Stop
 
 OPTIONS = GenerateOptions(tokens=60, max_new_tokens=8, seed=3)
 PROMPTS = [(5, 6, 7 + i) for i in range(40)]
-
-
-class Stop(Exception):  # noqa: N818
-    """Stands for Ctrl-C."""
 
 
 @pytest.fixture(autouse=True)

@@ -25,10 +25,7 @@ from adi.training.shards import (
 )
 from adi.training.texts import first_of, interleave, is_held_out, windows_of
 from families import tiny
-
-
-class Stop(Exception):  # noqa: N818
-    """Stands for Ctrl-C."""
+from support import Stop
 
 
 def test_splits_are_stable_and_of_the_right_size() -> None:

@@ -35,12 +35,9 @@ from adi.training.train_drafter import (
 from adi.training.trainer import PARTS
 from adi.training.tune import remeasure, tune
 from conftest import random_drafter, random_exits
+from support import Stop
 
 PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fox", "cat", "bird") for n in range(24)]
-
-
-class Stop(Exception):  # noqa: N818
-    """Stands for Ctrl-C."""
 
 
 def own_text(model: adi.Model, prompt: str, length: int) -> KnownText:

@@ -15,6 +15,7 @@ from adi.progress import Progress, no_progress
 from adi.training.shards import texts_in
 from adi.training.texts import is_held_out, prompt_of
 from adi.training.tune import tune
+from support import Stop
 
 PROMPTS = [f"{animal} number {n} jumps over the {n % 7} dogs" for animal in ("fox", "cat", "bird") for n in range(24)]
 OPTIONS = adi.TuneOptions(
@@ -59,10 +60,6 @@ def test_tuned_exits_are_saved_and_verified_output_stays_exact(sharp: adi.Model,
         got = adi.generate(sharp, "the quick fox", adi.Verified(exits, trigger), max_new_tokens=40, stop_at_eos=False)
         assert got.token_ids == full.token_ids
     assert got.counters.accepted > 0
-
-
-class Stop(Exception):  # noqa: N818
-    """Stands for Ctrl-C."""
 
 
 STAGES = ("generating text", "reading states", "reading held-out", "training heads", "training the drafter")
