@@ -75,6 +75,8 @@ results: peers
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
 	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
 	$(BIN)/python tools/lengths.py smollm2-135m --json $(RESULTS)/lengths.json
+	$(BIN)/python tools/load.py smollm2-135m --systems adi:verified,adi:full,openvino-genai:int8,llama.cpp --rounds 2 --tokens 48 \
+	  --json $(RESULTS)/load.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(QUALITY) smollm2-135m --kv-precision auto,int8 --json $(RESULTS)/quality_kv.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json

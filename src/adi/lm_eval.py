@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences
@@ -49,7 +50,9 @@ class AdiLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         loaded = not isinstance(pretrained, str)
-        self.model = pretrained if loaded else load(pretrained, backend=backend, precision=precision, device=device or "auto")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"  # the harness's own command line says cuda:0 where nobody chose
+        self.model = pretrained if loaded else load(pretrained, backend=backend, precision=precision, device=device)
         if self.model.tokenizer is None:
             raise UsageError(f"pretrained is {pretrained!r:.60}, which has no tokenizer; lm_eval gives texts.")
         ways: dict[str, Policy] = {"full": FullDepth(), "lookup": Lookup(), "verified": default_policy(self.model)}
