@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from torch import Tensor
 
-from adi.model.openvino.export.written_out import Positions, Products, measured
+from adi.model.openvino.export.written_out import AttentionProducts, Positions, measured
 
 HEADS, ROWS, WIDTH = 4, 40, 8
 SLOPES = (0.5, 0.25, 0.125, 0.0625)
@@ -61,7 +61,7 @@ def test_products_are_followed_from_queries_to_values(axes: int) -> None:
         calls.append(given)
         return given[2] + 1
 
-    with Products(attend, ROWS):
+    with AttentionProducts(attend, ROWS):
         scores = masked(torch.matmul(query, key.transpose(-1, -2)) / 3)
         chances = torch.nn.functional.dropout(torch.softmax(scores.float(), -1), 0.1, training=False)
         out = torch.matmul(chances.to(value.dtype), value)
@@ -86,7 +86,7 @@ def test_a_cap_is_seen_though_scores_are_small(kind: str) -> None:
         return value
 
     found: list[tuple[float, int, tuple[float, ...]]] = []
-    with Products(look, ROWS, loud=True):
+    with AttentionProducts(look, ROWS, loud=True):
         torch.softmax(scores(0.0), -1) @ value
         with pytest.raises(ValueError, match="not the scaled products"):
             torch.softmax(scores(50.0), -1) @ value
@@ -113,6 +113,6 @@ def test_a_model_without_the_interface_multiplies_as_it_is_found_to() -> None:
         found.append(measured(query, key, scores))
         return value
 
-    with torch.no_grad(), Products(look, ROWS):
+    with torch.no_grad(), AttentionProducts(look, ROWS):
         model(torch.arange(ROWS)[None], use_cache=False)
     assert found == [(1.0, 0, ()), (1.0, 8, ())]

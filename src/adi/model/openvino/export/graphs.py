@@ -159,7 +159,7 @@ def observed(
 
 
 def _stages(blocks: Any, attentions: Sequence[Attention], outputs: Mapping[Any, str]) -> Iterator[tuple[Any, list[Any]]]:
-    """The blocks in parts with ordinary causal attention in the holes (windows and sinks left out); each gives what is asked of
+    """The blocks in parts with ordinary causal attention in the holes (no windows, sinks, slopes); each gives what is asked of
     it and the state that leaves it."""
     import openvino as ov
     from openvino import opset13 as ops

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adi.errors import AdiError, ModelError
 from adi.model.hf.blocks import find_down_projections
 from adi.model.hf.split import context_of
-from adi.model.openvino.export.written_out import Positions, Products, measured, plain_functions
+from adi.model.openvino.export.written_out import AttentionProducts, Positions, measured, plain_functions
 from adi.model.openvino.graph import Attention
 
 EAGER = "eager"  # where attention is written out, transformers' name of it
@@ -133,7 +133,7 @@ def holes(model: Any, tape: Tape, blocks: Sequence[nn.Module], positions: Tensor
             if not _takes_positions(model):
                 stack.enter_context(Positions(positions))
             if tape.written_out:
-                stack.enter_context(Products(tape.multiply, positions.shape[1]))
+                stack.enter_context(AttentionProducts(tape.multiply, positions.shape[1]))
             yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[name], ALL_EXPERTS_FUNCTIONS[name]
@@ -240,7 +240,12 @@ def _measure(model: Any, tape: Tape) -> None:
         seen.append(measured(query, key, scores))
         return attended(query, key, value, seen[-1][0])
 
-    with foreign(NO_RUN, Exception), torch.no_grad(), _implemented(model, EAGER), Products(look, tape.longest, loud=True):
+    with (
+        foreign(NO_RUN, Exception),
+        torch.no_grad(),
+        _implemented(model, EAGER),
+        AttentionProducts(look, tape.longest, loud=True),
+    ):
         model(input_ids=ids, use_cache=False, **told(model, torch.arange(tape.longest)[None]))
     if len(seen) != len(tape.queries):
         raise ModelError(f"its attention is written out {len(tape.queries)} times for few tokens and {len(seen)} for many")
@@ -267,7 +272,8 @@ def _check_config(model: Any, written_out: bool) -> None:
     memories = {kind: DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer) for kind in getattr(text, "layer_types", None) or ()}
     held = {kind for kind, memory in memories.items() if issubclass(memory, LinearAttentionCacheLayerMixin)}
     if odd := held or memories.keys() - {*WINDOW_TYPES, *(memories if written_out else ())}:
-        raise ModelError(f"it has blocks of type {sorted(odd)[0]}")
+        kept = "a state is" if held else "more than keys and values is"
+        raise ModelError(f"it has blocks of type {min(odd)}, of which {kept} kept, and graphs are given keys and values alone")
     layers = DynamicCache(config=model.config).layers
     if shared := [i for i, layer in enumerate(layers) if not hasattr(layer, "is_sliding")]:
         raise ModelError(f"{len(shared)} of its blocks, from {shared[0]} on, attend to what others have stored")
@@ -312,4 +318,4 @@ def foreign(doing: str, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         unknown = re.search("No conversion rule found for operations?: ([^\\n]+)", str(error))
         what = f"OpenVINO has nothing for its {unknown[1].strip()}" if unknown else doing
-        raise ModelError(f"{what} ({type(error).__name__}, which is the cause of this error)") from error
+        raise ModelError(f"{what}") from error

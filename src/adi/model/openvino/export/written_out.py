@@ -28,7 +28,7 @@ SAME = 1e-5  # of the largest score
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionScores:
     """Of queries ``[..., T, D]`` and transposed keys ``[..., D, T]``; ``seen`` is what softmax was given, once it was."""
 
     query: Tensor
@@ -36,7 +36,7 @@ class Scores:
     seen: Tensor | None = None
 
 
-class Products(TorchFunctionMode):
+class AttentionProducts(TorchFunctionMode):
     """Meanwhile the product with values, over ``rows`` tokens, is what ``attend`` makes of queries, keys and values
     ``[1, heads, T, width]`` and of the scores that softmax was given. ``loud``: queries are so large meanwhile that a cap on
     scores is not mistaken for none."""
@@ -64,7 +64,7 @@ class Products(TorchFunctionMode):
                 louder = query * (LOUD / out.abs().max().clamp(min=1e-9))
                 args, query = [louder if arg is query else arg for arg in args], louder
                 out = func(*args, **{name: louder if arg is tensors[-2] else arg for name, arg in kwargs.items()})
-            scores = Scores(query, key)
+            scores = AttentionScores(query, key)
         elif name == "softmax" and scores is not None:
             scores = replace(scores, seen=tensors[0])
         if scores is not None:
@@ -89,7 +89,7 @@ def measured(query: Tensor, key: Tensor, seen: Tensor) -> tuple[float, int, tupl
         found = torch.linalg.lstsq(bias, rest).solution
         if float((rest - bias @ found).abs().max()) <= least:
             return scale, window, tuple(found[0].tolist()) if float(found[0].abs().max()) * rows > least else ()
-    raise ModelError("its attention scores are not the scaled products of queries and keys under a causal mask")
+    raise ModelError(f"its attention scores over {rows} tokens are not the scaled products of queries and keys")
 
 
 def _window(shown: Tensor) -> int:
@@ -98,7 +98,7 @@ def _window(shown: Tensor) -> int:
     count = int(shown[0, -1].sum())
     causal = torch.ones(rows, rows, dtype=torch.bool).tril()
     if not torch.equal(shown, (causal & ~causal.tril(-count)).expand_as(shown)):
-        raise ModelError("its attention takes a mask of its own making")
+        raise ModelError(f"its attention takes a mask of its own making: of {rows} tokens the last sees {count}")
     return count if count < rows else 0
 
 
