@@ -81,3 +81,4 @@ def test_what_cannot_be_served_is_told_before_the_model_is_loaded(tiny_folder: P
     assert "cannot be listened on" in said.output
     assert adi_("serve", "nowhere", "--port", 0, "--host", "203.0.113.1").exit_code == 2
     assert adi_("serve", tiny_folder, "--queue", -1).exit_code == 2
+    assert "--api-key is ''" in adi_("serve", tiny_folder, "--api-key", "").output

@@ -44,6 +44,8 @@ class PlaceOptions:
 
     def settings(self) -> dict[str, Any]:
         """Fields of ``ServerOptions``."""
+        if "" in (self.api_key or ()):
+            raise UsageError(f"--api-key is {''!r}, which anybody has; give a text of at least one character.")
         hosts = (*(LOOPBACK if self.host in LOOPBACK else ()), *(self.allowed_host or ()))
         return {"keys": tuple(self.api_key or ()), "origins": tuple(self.cors_origin or ()), "hosts": hosts}
 
