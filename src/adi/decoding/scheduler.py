@@ -25,6 +25,7 @@ from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 from adi.decoding.drafting.rounds import DraftRound, draft_together
+from adi.decoding.drafting.trial import RoundClock
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
 from adi.decoding.passes.sharing import Pace, begins_prompt, chosen_for, cut, sharing
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
@@ -231,6 +232,7 @@ class Scheduler(Generic[S]):
         self._running: list[_Entry[S]] = []  # in the order in which they joined
         self._settling: deque[Iterator[None]] = deque()  # texts that ended, to be read again
         self._crowded = False
+        self._clock = RoundClock()
         self._pace = None if patient else Pace()
 
     @property
@@ -399,6 +401,7 @@ class Scheduler(Generic[S]):
     def _draft(self, waiting: Sequence[tuple[_Entry[S], DraftRound]], beside: int) -> list[tuple[_Entry[S], Served]]:
         """The drafts of all that will share the next pass, beside so many rows that wait for it already."""
         most = self.backbone.spec.merged_rows
+        self._clock.begin([item for _, item in waiting], beside)
         draft_together([item for _, item in waiting], beside if beside + len(waiting) <= most else 0, most)
         return [(entry, Served(None)) for entry, _ in waiting]
 

@@ -244,7 +244,8 @@ class Session:
     def _with_drafter(self, item: DraftRound) -> DraftRound:
         """Where the drafter begins: at the last state that has one."""
         if item.drafter and (drafting := self.strategy.drafting) is not None:
-            item.drafting, item.state = drafting, drafting.start(self.frontier.last_state(item.position - 2))
+            last = self.frontier.last_state(item.position - 2)
+            item.drafting, item.start = drafting, functools.partial(drafting.start, last)
         return item
 
     def _forward(self, request: Forward) -> Generator[Any, Any, list[ExitOutput]]:

@@ -250,8 +250,9 @@ def test_what_is_kept_for_some_rounds_is_near_what_it_would_be_worked_out_to(tab
     for rows, seconds, length in used:
         costs.at_position(length)
         for count in (rows, 1, 17, 40, 2):
-            wanted = min(worked_out(more, length) for more in range(count, 41))
-            moved = module.MOVED * module.interpolate(each, 40) * costs.correction.of(count) if each else 0.0
+            wanted = min(worked_out(more, length) for more in range(count, module.USUAL_ROWS + 1))
+            further = max(module.interpolate(each, rows) for rows in (count, module.USUAL_ROWS)) if each else 0.0
+            moved = module.MOVED * further * costs.correction.of(count)
             near = 0.1 * wanted + moved + 1e-9  # a kept correction, and a kept position
             assert costs.rows(count) == pytest.approx(wanted, rel=0, abs=near)
         costs.passed(rows, seconds)

@@ -127,6 +127,11 @@ class DraftControl(Protocol):
 
     costs: CostModel | None
 
+    @property
+    def looks(self) -> int:
+        """The most drafts to look for."""
+        return MOST_DRAFTS
+
     def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
         """For these n-gram matches and perhaps a drafter, in a round of at most so many drafts."""
         ...
@@ -194,11 +199,17 @@ class Controller:
     _ratio: dict[str, AcceptanceRatio] = field(default_factory=lambda: defaultdict(AcceptanceRatio))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _share: PassShare = NOTHING
+    _most: int = MOST_DRAFTS  # drafts in this round
     _lost: float = 0.0  # seconds
+
+    @property
+    def looks(self) -> int:
+        """Fewer where sequences share passes, none while drafting does not pay for them."""
+        return self.drafts if self.costs is None else min(self.drafts, self.costs.correction.trials.drafts)
 
     def choose(self, matches: Sequence[NgramMatch], drafter: bool, most: int, share: PassShare) -> DraftChoice:
         """For what memories offer, and perhaps a drafter, in a round of at most so many drafts."""
-        self._share, most = share, min(most, self.drafts)
+        self._share, self._most = share, (most := min(most, self.drafts))
         best, rate = FULL, (plain := share.margin / share.passes[1])
         offers = [DraftChoice("memory", min(len(match.tokens), most), match) for match in matches]
         if drafter:
@@ -261,7 +272,7 @@ class Controller:
         """Of one draft after the other, those before it given; for all drafts of the offer."""
         match, drafts = offer.match, offer.drafts
         if match is None:
-            self._expected_chain()
+            self._expected_chain(max(drafts, self._most))
             return self._chain[:drafts]
         ratio = self._ratio[match.source].value
         if match.shares:
@@ -283,14 +294,14 @@ class Controller:
             share = self._shares[key] = DecayedRate(priors[place])
         return share
 
-    def _expected_chain(self) -> None:
+    def _expected_chain(self, most: int) -> None:
         """Before the drafter has spoken: how often its first, second, ... draft in a row was accepted, those before it given.
 
         A place that was hardly reached is taken for as good as the one before it. It holds for the round.
         """
         share, ratio, chain = GUESSED, self._ratio["drafter"].value, self._chain
         chain.clear()
-        for place, known in enumerate(self._steps):
+        for place, known in enumerate(self._steps[:most]):
             share = known.given(self.steps[place] if place < len(self.steps) else share)
             chain.append(min(0.98, share * ratio))
 

@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from adi.cache import cache_folder
+from adi.decoding.drafting.trial import Trials
 from adi.errors import AdiError, MemoryFullError
 from adi.files import write_json
 from adi.machine import processor_hash
@@ -36,10 +37,10 @@ SURE, NEAR = 4, 1.5  # timed so often, numbers of rows up to so many times more 
 PAST, FAR = 64, 512  # positions before a pass that is measured
 LEARNING, FAR_LEARNING = 0.1, 0.5  # weight of one more measurement during use; for what positions add
 FADING, SLOWLY = 0.995, 0.9995  # of what was learned of each number of rows, with every measurement; of usual costs
-USUAL_ROWS = 16  # numbers of rows that a controller thinks of
+USUAL_ROWS = 64  # numbers of rows that are worked out together: those that share a pass
 PATIENCE = 20  # rounds without a further step of the drafter, from which on what was learned of them fades
 OUTLIER = 0.45  # a measurement further off than this, as a logarithm, counts as one that is so far off
-STALE = 0.02  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
+STALE = 0.03  # what was worked out is worked out anew once use has taught so much, as a logarithm, ...
 KEPT, MOVED = 8, 16  # ... after so many passes, and so many positions on
 FIRST, FURTHER = "first", "further"
 Logarithm = Annotated[float, Meta(ge=-50, le=50)]
@@ -55,7 +56,8 @@ class CostCorrection:
     from being tried.
 
     ``timed`` counts passes by their rows where the table has only what is usual; None where it was measured. What was seldom
-    timed then counts for more, but for its first time, when kernels for its shape are made.
+    timed then counts for more, but for its first time, when kernels for its shape are made. ``trials``: whether drafting pays
+    at all where sequences share passes.
     """
 
     common: float = 0.0
@@ -63,6 +65,7 @@ class CostCorrection:
     far: float = 0.0
     steps: dict[str, float] = field(default_factory=dict)
     timed: dict[int, int] | None = None
+    trials: Trials = field(default_factory=Trials, compare=False, repr=False)
     single: int = 0  # rounds in a row with one step at most
     written: int = 2 * SURE  # passes that had been timed when it was written last
     _taken: dict[str, int] = field(default_factory=dict, compare=False, repr=False)  # steps of each kind
@@ -81,23 +84,26 @@ class CostCorrection:
         sure = [one for one, times in (self.timed or {}).items() if times >= SURE]
         return self.timed is not None and not any(rows <= NEAR * one and one <= NEAR * rows for one in sure)
 
-    def passed(self, rows: int, ratio: float, far: float = 0.0) -> None:
-        """A pass took so many times what was expected; positions make a share of ``far`` of that."""
+    def passed(self, rows: int, ratio: float, far: float = 0.0) -> float:
+        """A pass took so many times what was expected; positions make a share of ``far`` of that. How far that moved the
+        factor of any number of rows, at most, as a logarithm."""
         with self._lock:
             place, weight, off, fading = node(rows), LEARNING, _mild(ratio), FADING
             if self.timed is not None:
                 times = self.timed[rows] = self.timed.get(rows, 0) + 1
                 if times == 1:
-                    return
+                    return 0.0
                 weight, fading = max(LEARNING, 1 / (times - 1)), SLOWLY
                 if times > SURE:
                     self.far, off = self.far + FAR_LEARNING * far * off, (1 - far) * off
+            was, faded = self.common, (1 - fading) * max(map(abs, self.own.values()), default=0.0)
             if not self.own:  # the first pass of all tells how fast the machine is
                 self.common, off = math.log(max(ratio, 1e-9)), 0.0
             before = float(self._own(place, self.own))
             self.own = {one: value * fading for one, value in self.own.items()}
             self.own[place] = before * fading + weight * off
             self.common += LEARNING * off
+            return abs(self.common - was) + faded + weight * abs(off)
 
     def stepped(self, kind: str, ratio: float) -> None:
         """The same of a drafter's step."""
@@ -145,7 +151,7 @@ class CostModel:
     _beyond: int = 0  # positions past ``PAST``
     _learned: float = field(default=0.0, compare=False, repr=False)  # since the passes were worked out
     _passes: list[float] = field(default_factory=list, compare=False, repr=False)
-    _lines: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
+    _lines: Any = field(default_factory=lambda: np.zeros((2, 0)), compare=False, repr=False)  # by rows, before correction
 
     def __post_init__(self) -> None:
         if self.correction.timed is None and not self.correction.own:
@@ -173,22 +179,18 @@ class CostModel:
         if len(known) <= most:
             most = max(most, USUAL_ROWS)
             self._learned = 0.0
-            plain = np.array([self._plain(rows) for rows in range(most + 1)])
-            corrected = plain * self.correction.of(np.arange(most + 1))
+            corrected = self._plain(np.arange(most + 1)) * self.correction.of(np.arange(most + 1))
             self._passes = known = np.minimum.accumulate(corrected[::-1])[::-1].tolist()  # more rows are never quicker
         return known
 
-    def _plain(self, count: int) -> float:
-        """By the table: the seconds of a pass after ``PAST`` positions, and more for those beyond."""
-        if len(self._lines) <= count:
-            self._line_up(count)
-        seconds, each = self._lines[count]
+    def _plain(self, rows: Any) -> Any:
+        """By the table: the seconds of a pass after ``PAST`` positions, and more for those beyond; of a number of rows, or of
+        each of several."""
+        if (most := int(np.max(rows))) >= self._lines.shape[1]:
+            counts, tables = range(max(most, USUAL_ROWS) + 1), (self.pass_seconds, self.position_seconds or {1: 0.0})
+            self._lines = np.array([[interpolate(table, count) for count in counts] for table in tables])
+        seconds, each = self._lines[:, rows]
         return seconds + each * self._beyond * math.exp(self.correction.far)
-
-    def _line_up(self, most: int) -> None:
-        for rows in range(len(self._lines), most + 1):
-            each = interpolate(self.position_seconds, rows) if self.position_seconds else 0.0
-            self._lines.append((interpolate(self.pass_seconds, rows), each))
 
     def drafting(self, steps: int, sequences: int = 1) -> float:
         """Seconds of so many steps of the drafter in a row, each for so many sequences."""
@@ -205,10 +207,10 @@ class CostModel:
 
     def passed(self, rows: int, seconds: float) -> None:
         """A pass was timed in use. One far off (the machine was busy) counts as a mild one."""
-        expected = self._plain(rows)
+        expected = float(self._plain(rows))
         ratio = seconds / (expected * float(self.correction.of(rows)))  # others may have taught it since
-        self.correction.passed(rows, ratio, 1 - self._lines[rows][0] / expected)
-        self._learned += LEARNING * abs(_mild(ratio)) + STALE / KEPT
+        moved = self.correction.passed(rows, ratio, 1 - float(self._lines[0, rows]) / expected)
+        self._learned += moved + STALE / KEPT
         if self._learned > STALE:
             self._passes = []
 
@@ -229,7 +231,7 @@ class CostModel:
 
     def copy(self) -> CostModel:
         """For one sequence, at a place of its own; what use teaches is shared."""
-        return replace(self, _passes=[], _lines=[])
+        return replace(self, _passes=[])
 
 
 def _of_several(kind: str, sequences: int) -> str:

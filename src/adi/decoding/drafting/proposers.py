@@ -103,7 +103,8 @@ class ControlledProposer:
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
         """By one drafter a round."""
-        matches, drafter = self.sources.find(text, most), self.drafter and most > 0
+        most = min(most, self.control.looks)
+        matches, drafter = self.sources.find(text, most) if most else [], self.drafter and most > 0
         self._round = made = DraftRound(self.control, matches, drafter, most, text[-1], len(text), self.request.ends)
         yield made
         return Proposal(len(text) - 1, [DraftToken(t, 0, level=made.choice.level, confidence=c) for t, c in made.drafts])

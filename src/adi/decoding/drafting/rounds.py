@@ -37,7 +37,8 @@ class DraftRound:
     """One sequence's drafts for its next pass, asked for: at most ``most`` after the token ``last`` at ``position``, of
     ``matches`` or, with ``drafter``, of the drafter. Answered by ``tokens``, with ``confidences`` where the drafter made them.
 
-    ``drafting`` is the drafter at work and ``state`` where it goes on from. ``tells``: the pass's seconds teach the costs.
+    ``drafting`` is the drafter at work, ``start`` gives the state that it begins with and ``state`` where it goes on from.
+    ``tells``: the pass's seconds teach the costs.
     ``error`` is for the sequence to raise: the others go on.
     """
 
@@ -54,6 +55,7 @@ class DraftRound:
     wanted: int = 0  # drafts that the pass should have
     seconds: float = 0.0  # that they cost
     drafting: Drafting | None = None
+    start: Callable[[], Any] | None = None
     state: Any = None
     tells: bool = False
     error: NoDistributionError | None = None
@@ -105,6 +107,9 @@ def _step(rounds: Sequence[DraftRound]) -> None:
     assert drafting is not None
     mine = [one for one in rounds if one.drafting is drafting]
     started, first = perf_counter(), not mine[0].tokens
+    for one in mine:
+        if one.state is None and one.start is not None:
+            one.state = one.start()
     last = [one.tokens[-1] if one.tokens else one.last for one in mine]
     guesses, states = drafting.step(last, mine[0].state if len(mine) == 1 else joined([one.state for one in mine]))
     for i, (one, guess) in enumerate(zip(mine, guesses, strict=True)):

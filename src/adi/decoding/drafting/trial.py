@@ -1,0 +1,100 @@
+"""Whether drafting pays while sequences share passes: tried, since what looking for drafts costs beside the passes shows in no
+sum. Rounds with drafts and rounds without take turns, and most are of the kind that gives more tokens a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adi.decoding.drafting.rounds import DraftRound
+
+TRIED, KEPT = 12, 240  # rounds of one kind in a row: to see what it gives, and of the better kind
+ROWS, LEAST = 16, 2
+FADING = 0.97  # of what was seen of a kind, with each round
+PAUSE = 3.0  # a round that took so many times longer than others of its kind counts as one that did
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Rounds of one kind, the latest count most."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if self.tokens:
+            seconds = min(seconds, PAUSE * tokens * self.seconds / self.tokens)
+        self.tokens, self.seconds = FADING * self.tokens + tokens, FADING * self.seconds + seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second; more than any where none was seen."""
+        return self.tokens / self.seconds if self.seconds else float("inf")
+
+
+@dataclass
+class Trial:
+    """Of about so many sequences: whether they draft by now."""
+
+    drafts: bool = True
+    _left: int = TRIED
+    _kinds: Mapping[bool, _Kind] = field(default_factory=lambda: {True: _Kind(), False: _Kind()})
+
+    def seen(self, drafted: bool, tokens: int, seconds: float) -> None:
+        """A round, with or without drafts, gave all its sequences together so many tokens in so many seconds."""
+        self._kinds[drafted].add(tokens, seconds)
+        self._left -= drafted is self.drafts
+        if self._left <= 0:
+            other, best = not self.drafts, max((True, False), key=lambda kind: self._kinds[kind].rate)
+            self.drafts = other if self.drafts is best else best
+            known = all(kind.seconds for kind in self._kinds.values())
+            self._left = KEPT if known and self.drafts is best else TRIED
+
+
+@dataclass
+class Trials:
+    """For all sequences of a model with the same drafter. ``drafts``: so many each should look for at most; looking takes time
+    for each sequence, and passes of more than ``ROWS`` rows in all are not for drafting."""
+
+    drafts: int = ROWS
+    _by_number: dict[int, Trial] = field(default_factory=dict)
+
+    def of(self, sequences: int) -> Trial:
+        """For about so many."""
+        return self._by_number.setdefault(sequences.bit_length(), Trial())
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One that is under way: of whom, by control and position in the text; ``drafted``: they looked for drafts."""
+
+    trial: Trial
+    positions: Mapping[int, int]
+    drafted: bool
+    began: float
+
+
+class RoundClock:
+    """One driver's rounds, as they come: times those that the same sequences went through without others' prompts beside."""
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        self._round: _Round | None = None
+
+    def begin(self, rounds: Sequence[DraftRound], beside: int) -> None:
+        """A round of these sequences begins, beside so many rows of others. What they look for in the next one is settled."""
+        before, self._round = self._round, None
+        costs = next((one.control.costs for one in rounds if one.control.costs is not None), None)
+        if costs is None:
+            return
+        now, positions, trials = self._clock(), {id(one.control): one.position for one in rounds}, costs.correction.trials
+        if before is not None and beside == 0 and positions.keys() == before.positions.keys():
+            before.trial.seen(before.drafted, sum(positions.values()) - sum(before.positions.values()), now - before.began)
+        sequences, drafted, trials.drafts = len(rounds), trials.drafts > 0, ROWS
+        if sequences > 1:
+            trial = trials.of(sequences)
+            trials.drafts = max(LEAST, ROWS // sequences) if trial.drafts else 0
+            self._round = _Round(trial, positions, drafted, now) if beside == 0 else None

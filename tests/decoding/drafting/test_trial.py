@@ -1,0 +1,109 @@
+"""Where sequences share passes, drafting is tried: what it costs beside the passes shows in the clock alone."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from adi.decoding.drafting.controller import Controller
+from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.drafting.trial import KEPT, LEAST, ROWS, TRIED, RoundClock, Trial
+
+PASS = 0.02
+
+
+def worked(trial: Trial, rounds: int, seconds: dict[bool, float], tokens: int = 8, unsteady: float = 0.2) -> list[bool]:
+    """The kinds of so many rounds, which take so many seconds by kind, more or less."""
+    dice, kinds = random.Random(0), []
+    for _ in range(rounds):
+        kinds.append(trial.drafts)
+        trial.seen(trial.drafts, tokens, seconds[trial.drafts] * dice.uniform(1 - unsteady, 1 + unsteady))
+    return kinds
+
+
+@pytest.mark.parametrize(("drafting", "plain"), [(1.15, 1.0), (1.0, 1.15)])
+def test_most_rounds_are_of_the_kind_that_gives_more(drafting: float, plain: float) -> None:
+    kinds = worked(Trial(), 2000, {True: drafting, False: plain})
+    better = drafting < plain
+    assert sum(kind is better for kind in kinds[2 * TRIED :]) >= 0.94 * (2000 - 2 * TRIED)
+    assert any(kind is not better for kind in kinds[2 * TRIED :]), "it looks again"
+
+
+def test_it_follows_when_things_change() -> None:
+    trial = Trial()
+    worked(trial, 500, {True: 1.3, False: 1.0})
+    kinds = worked(trial, 800, {True: 1.0, False: 1.3})
+    assert sum(kinds[KEPT + TRIED :]) >= 0.9 * (800 - KEPT - TRIED)
+
+
+def test_a_pause_of_who_reads_settles_nothing() -> None:
+    trial = Trial()
+    worked(trial, 100, {True: 1.0, False: 1.2})
+    for _ in range(3):
+        trial.seen(True, 8, 500.0)
+    assert sum(worked(trial, 600, {True: 1.0, False: 1.2})) >= 0.85 * 600
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rounds_of(controls: list[Controller], positions: list[int]) -> list[DraftRound]:
+    return [DraftRound(c, (), False, 15, 1, p, lambda _: False) for c, p in zip(controls, positions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "looking", "pays"), [(2, 0.001, True), (8, 0.008, False), (16, 0.009, False), (4, 0.0, True)]
+)
+def test_sequences_look_for_drafts_only_where_that_pays(sequences: int, looking: float, pays: bool) -> None:
+    """Looking takes so many seconds a round, and one draft in five is right."""
+    clock, dice, costs = Clock(), random.Random(1), CostModel({1: PASS, 64: PASS})
+    controls, watch = [Controller(costs.copy()) for _ in range(sequences)], RoundClock(clock)
+    positions, looked, tokens, rounds = [0] * sequences, 0, 0, 600
+    for _ in range(rounds):
+        looks = controls[0].looks
+        assert looks in (0, max(LEAST, ROWS // sequences)) or not tokens
+        watch.begin(rounds_of(controls, positions), 0)
+        looked += looks > 0
+        clock.now += PASS + looking * (looks > 0)
+        for i in range(sequences):
+            given = 1 + (looks > 0 and dice.random() < 0.2)
+            positions[i] += given
+            tokens += given
+    assert (looked > 0.9 * rounds) is pays
+    assert (looked < 0.15 * rounds) is not pays
+    assert tokens / clock.now >= 0.97 * sequences / PASS
+
+
+def test_a_round_counts_only_where_the_same_sequences_went_through_it_alone() -> None:
+    clock, costs = Clock(), CostModel({1: PASS, 64: PASS})
+    controls, watch, seen = [Controller(costs.copy()) for _ in range(3)], RoundClock(clock), list[tuple[Any, ...]]()
+    costs.correction.trials._by_number[2] = SimpleNamespace(drafts=True, seen=lambda *told: seen.append(told))  # type: ignore[assignment]
+    for who, positions, beside in (
+        ([0, 1], [5, 5], 0),
+        ([0, 1], [6, 8], 0),  # counts
+        ([0, 1, 2], [9, 9, 3], 0),  # one more joined
+        ([0, 1, 2], [10, 10, 4], 7),  # beside rows of a prompt
+        ([0, 1, 2], [11, 11, 5], 0),  # after a round beside them
+        ([0, 1, 2], [12, 12, 6], 0),  # counts
+    ):
+        clock.now += 1.0
+        watch.begin(rounds_of([controls[i] for i in who], positions), beside)
+    assert seen == [(True, 4, 1.0), (True, 3, 1.0)]
+
+
+def test_alone_a_sequence_looks_as_far_as_it_may_and_costs_no_trial() -> None:
+    costs = CostModel({1: PASS, 64: PASS})
+    control, watch = Controller(costs.copy()), RoundClock(Clock())
+    costs.correction.trials.drafts = 0  # others rested just now
+    for position in range(5, 50):
+        watch.begin(rounds_of([control], [position]), 0)
+        assert control.looks == control.drafts
+    assert not costs.correction.trials._by_number
