@@ -401,7 +401,9 @@ class Scheduler(Generic[S]):
     def _draft(self, waiting: Sequence[tuple[_Entry[S], DraftRound]], beside: int) -> list[tuple[_Entry[S], Served]]:
         """The drafts of all that will share the next pass, beside so many rows that wait for it already."""
         most = self.backbone.spec.merged_rows
-        self._clock.begin([item for _, item in waiting], beside)
+        costs = next((item.control.costs for _, item in waiting if item.control.costs is not None), None)
+        positions = {id(item.control): item.position for _, item in waiting}
+        self._clock.begin(None if costs is None else costs.correction.trials, positions, beside)
         draft_together([item for _, item in waiting], beside if beside + len(waiting) <= most else 0, most)
         return [(entry, Served(None)) for entry, _ in waiting]
 

@@ -10,7 +10,6 @@ import pytest
 
 from adi.decoding.drafting.controller import Controller
 from adi.decoding.drafting.cost_model import CostModel
-from adi.decoding.drafting.rounds import DraftRound
 from adi.decoding.drafting.trial import KEPT, LEAST, ROWS, TRIED, RoundClock, Trial
 
 PASS = 0.02
@@ -55,10 +54,6 @@ class Clock:
         return self.now
 
 
-def rounds_of(controls: list[Controller], positions: list[int]) -> list[DraftRound]:
-    return [DraftRound(c, (), False, 15, 1, p, lambda _: False) for c, p in zip(controls, positions, strict=True)]
-
-
 @pytest.mark.parametrize(
     ("sequences", "looking", "pays"), [(2, 0.001, True), (8, 0.008, False), (16, 0.009, False), (4, 0.0, True)]
 )
@@ -70,7 +65,7 @@ def test_sequences_look_for_drafts_only_where_that_pays(sequences: int, looking:
     for _ in range(rounds):
         looks = controls[0].looks
         assert looks in (0, max(LEAST, ROWS // sequences)) or not tokens
-        watch.begin(rounds_of(controls, positions), 0)
+        watch.begin(costs.correction.trials, dict(enumerate(positions)), 0)
         looked += looks > 0
         clock.now += PASS + looking * (looks > 0)
         for i in range(sequences):
@@ -84,7 +79,7 @@ def test_sequences_look_for_drafts_only_where_that_pays(sequences: int, looking:
 
 def test_a_round_counts_only_where_the_same_sequences_went_through_it_alone() -> None:
     clock, costs = Clock(), CostModel({1: PASS, 64: PASS})
-    controls, watch, seen = [Controller(costs.copy()) for _ in range(3)], RoundClock(clock), list[tuple[Any, ...]]()
+    watch, seen = RoundClock(clock), list[tuple[Any, ...]]()
     costs.correction.trials._by_number[2] = SimpleNamespace(drafts=True, seen=lambda *told: seen.append(told))  # type: ignore[assignment]
     for who, positions, beside in (
         ([0, 1], [5, 5], 0),
@@ -95,7 +90,7 @@ def test_a_round_counts_only_where_the_same_sequences_went_through_it_alone() ->
         ([0, 1, 2], [12, 12, 6], 0),  # counts
     ):
         clock.now += 1.0
-        watch.begin(rounds_of([controls[i] for i in who], positions), beside)
+        watch.begin(costs.correction.trials, dict(zip(who, positions, strict=True)), beside)
     assert seen == [(True, 4, 1.0), (True, 3, 1.0)]
 
 
@@ -104,6 +99,6 @@ def test_alone_a_sequence_looks_as_far_as_it_may_and_costs_no_trial() -> None:
     control, watch = Controller(costs.copy()), RoundClock(Clock())
     costs.correction.trials.drafts = 0  # others rested just now
     for position in range(5, 50):
-        watch.begin(rounds_of([control], [position]), 0)
+        watch.begin(costs.correction.trials, {0: position}, 0)
         assert control.looks == control.drafts
     assert not costs.correction.trials._by_number

@@ -3,13 +3,9 @@ sum. Rounds with drafts and rounds without take turns, and most are of the kind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from adi.decoding.drafting.rounds import DraftRound
 
 TRIED, KEPT = 12, 240  # rounds of one kind in a row: to see what it gives, and of the better kind
 ROWS, LEAST = 16, 2
@@ -69,7 +65,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class _Round:
-    """One that is under way: of whom, by control and position in the text; ``drafted``: they looked for drafts."""
+    """One that is under way: of whom, and where in their texts; ``drafted``: they looked for drafts."""
 
     trial: Trial
     positions: Mapping[int, int]
@@ -84,16 +80,15 @@ class RoundClock:
         self._clock = clock
         self._round: _Round | None = None
 
-    def begin(self, rounds: Sequence[DraftRound], beside: int) -> None:
-        """A round of these sequences begins, beside so many rows of others. What they look for in the next one is settled."""
-        before, self._round = self._round, None
-        costs = next((one.control.costs for one in rounds if one.control.costs is not None), None)
-        if costs is None:
+    def begin(self, trials: Trials | None, positions: Mapping[int, int], beside: int) -> None:
+        """A round begins of sequences at these ``positions`` in their texts, by any number that tells them apart, beside so
+        many rows of others. What they look for in the next one is settled; not without ``trials``, where no costs are known."""
+        (before, self._round), now = (self._round, None), self._clock()
+        if trials is None:
             return
-        now, positions, trials = self._clock(), {id(one.control): one.position for one in rounds}, costs.correction.trials
         if before is not None and beside == 0 and positions.keys() == before.positions.keys():
             before.trial.seen(before.drafted, sum(positions.values()) - sum(before.positions.values()), now - before.began)
-        sequences, drafted, trials.drafts = len(rounds), trials.drafts > 0, ROWS
+        sequences, drafted, trials.drafts = len(positions), trials.drafts > 0, ROWS
         if sequences > 1:
             trial = trials.of(sequences)
             trials.drafts = max(LEAST, ROWS // sequences) if trial.drafts else 0
