@@ -40,9 +40,13 @@ CHAT_TEMPLATE = (
 SAMPLE = "the quick brown fox jumps over the lazy dog and then the dog sleeps; 12 plus 30 is 42. é 日本 😀 " * 4
 
 
+EARLY = 100  # tests: files that have more come before those of a Ray cluster
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under xdist a file's tests share a worker, and those of the real model one that begins with them: so one worker holds it,
-    before other tests' memory is there, and it is exported once."""
+    before other tests' memory is there, and it is exported once. A Ray cluster has processes of its own: its tests are early
+    too, after those of the real model."""
     if not getattr(config.option, "loadgroup", False):
         return
     for item in items:
@@ -50,6 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("real" if real else item.nodeid.split("::")[0]))
     many = Counter(item.nodeid.split("::")[0] for item in items)
+    many |= {item.nodeid.split("::")[0]: EARLY for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: (item.get_closest_marker("real") is None, -many[item.nodeid.split("::")[0]]))
 
 

@@ -159,7 +159,8 @@ def server(system: str, options: argparse.Namespace) -> Any:
 
 
 def serve_genai(model: str, precision: str, port: int) -> None:
-    """OpenVINO GenAI's continuous batching with its prefix cache, all else at its defaults, behind the part of the protocol that is measured."""
+    """OpenVINO GenAI's continuous batching with its prefix cache, all else at its defaults, behind what is measured of the
+    protocol."""
     import threading
 
     import numpy as np

@@ -169,6 +169,7 @@ class Engine:
         except BaseException as error:  # handed on: ``failure`` is raised by whoever runs the server
             self.failure, end = error, _failed(error)
         self._tell([(job, end) for job in {job for job, _ in self._owners.values()}])
+        self._owners.clear()
         if self.failure is not None:
             self._loop.call_soon_threadsafe(self._on_failure)
 
