@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,19 @@ def test_what_a_killed_process_left_of_a_file_is_removed_in_time(tmp_path: Path)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write_text(tmp_path / "a", "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"a", ".a.89abcdef.tmp", ".b.0123abcd.tmp"}
+
+
+def test_several_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+
+    def write(number: int) -> None:
+        for _ in range(100):
+            write_text(path, str(number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    assert path.read_text() in "0123"
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_devices_pipes_and_links_are_written_to_and_not_replaced(tmp_path: Path) -> None:

@@ -58,8 +58,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         with writing(path):
             place.parent.mkdir(parents=True, exist_ok=True)
             for left in place.parent.glob(f".{glob.escape(place.name)}.????????.tmp"):
-                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another process writes the same file, and has just ended
+                    if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                        left.unlink()
             made.open("xb").close()
             mode = made.stat().st_mode
             yield made
