@@ -74,7 +74,7 @@ results: peers
 	$(BENCH) --modes full,verified --precision fp32 --peers hf:fp32 --max-new-tokens 48 --json $(RESULTS)/fp32.json
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
 	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
-	$(BIN)/python tools/lengths.py smollm2-135m --json $(RESULTS)/lengths.json
+	$(BIN)/python tools/lengths.py smollm2-135m --rounds 2 --json $(RESULTS)/lengths.json
 	$(BIN)/python tools/load.py smollm2-135m --systems adi:verified,adi:full,openvino-genai:int8,llama.cpp --rounds 2 --tokens 48 \
 	  --json $(RESULTS)/load.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json

@@ -538,7 +538,7 @@ def served() -> str:
         for system, rounds in ((name, found[clients]) for name, found in systems.items())
     ]
     head = ("clients | system", "tokens/s", "first token, s", "95%", "between tokens, s", "95%")
-    return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{source('load.json')}"
+    return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{origin('load.json')}"
 
 
 # What stands between <!-- name --> and <!-- end --> of a page of docs.

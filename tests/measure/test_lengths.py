@@ -55,8 +55,8 @@ def test_systems_take_turns_at_each_length_and_one_that_fails_is_a_line(
     names = ["adi:full:int4", "openvino-genai:int4", "adi:full:int8:kv-int8"]
     rows = tool.measure("m", names, [4, 8], 3, 2, 1)
     pair = ["adi:full:int4", "adi:full:int8:kv-int8"]
-    assert asked[:8] == [(name, n) for n in (4, 8) for _ in range(2) for name in pair]
-    assert asked[8:] == [(name, "stopped") for name in names]
+    assert asked[:10] == [(name, n) for n, rounds in ((4, 3), (8, 2)) for _ in range(rounds) for name in pair], "one warms up"
+    assert asked[10:] == [(name, "stopped") for name in names]
     assert [(row["positions"], row["runs"]) for row in rows] == [(4, 2), (4, 0), (4, 2), (8, 2), (8, 0), (8, 2)]
     assert (rows[0]["prefill_seconds"], rows[0]["token_ms"]) == (0.004, 1e3)
     assert "`adi:full:int4` | 0.00 s | 0.01 s | 1000.0 | 1000.0 | 5 |" in tool.lengths_table({"rows": rows})
