@@ -10,13 +10,13 @@ import torch
 import adi
 
 pytest.importorskip("openvino")
-pytest.importorskip("nncf")
 
-from adi.errors import UsageError
+from adi.errors import ModelError, UsageError
 from adi.model.backbone import Rows
 from adi.model.load import Model
 from adi.model.openvino import OpenVinoBackbone, export_and_open
 from adi.model.openvino.row_invariance import rows_are_invariant
+from adi.risk.certificate import Certificate
 from engines import IDS, PROMPT, Cached, engine, model_of, prefilled
 
 
@@ -61,6 +61,21 @@ def test_verified_is_full_depth_and_reused_is_computed(small: OpenVinoBackbone) 
     batch = adi.generate_batch(model, [ids, IDS[:20]], adi.Lookup(), max_new_tokens=40)
     assert found[1].counters.reused
     assert [text.token_ids for text in (*found, batch[0])] == [full.token_ids] * 3
+
+
+def test_a_certificate_holds_for_the_memory_that_it_was_made_with(small: OpenVinoBackbone, made: Cached) -> None:
+    wide = engine(made, "llama", "int8")
+    made_with: dict[Any, Certificate] = {}
+    for one in (small, wide):
+        model, prompts = Model(one, None, frozenset()), [IDS[i : i + 9] for i in range(20)]
+        (made_with[one],) = adi.calibrate(model, adi.bare_exits(model, (2, 4)), prompts, [0.5], max_new_tokens=3).certificates
+        made_with[one].check(one.spec)
+    with pytest.raises(ModelError, match=r"holds for the precision int8, and this .* --precision int8 --kv-precision int8 "):
+        made_with[wide].check(small.spec)
+    with pytest.raises(
+        ModelError, match=r"holds for the precision int8 with KV memory in int8, and this .* --precision int8 --"
+    ):
+        made_with[small].check(wide.spec)
 
 
 @pytest.mark.parametrize("options", [{"backend": "hf"}, {"precision": "bf16"}])

@@ -191,4 +191,5 @@ def test_a_bug_ends_the_server_with_its_own_name(tiny_model: Model, monkeypatch:
         assert httpx.get(f"{running.url}/health").status_code == 503
         assert ask(running, **body()).status_code == 500
         assert isinstance(engine.failure, ZeroDivisionError)
+        assert engine.running == 0, "its request is let go"
         engine.failure = None

@@ -95,11 +95,11 @@ def _earlier(out: Path, exits: Exits, spec: Spec) -> tuple[Certificate, ...]:
 
     there = load_exits(out) if (out / "exits.json").exists() else None
     if there is None or (there.base, there.depths, there.made_by) != (exits.base, exits.depths, exits.made_by):
-        return tuple(c for c in exits.certificates if (c.fingerprint, c.precision) == (spec.fingerprint, spec.precision))
-    if others := {c.precision for c in there.certificates} - {spec.precision}:
+        return tuple(c for c in exits.certificates if (c.fingerprint, c.precision) == (spec.fingerprint, spec.numbers))
+    if others := {c.precision for c in there.certificates} - {spec.numbers}:
         raise FileError(
             f"{out} holds certificates for {', '.join(sorted(others))}, and exits keep those of one precision: give these, for "
-            f"{spec.precision}, a folder of their own: --out OTHER."
+            f"{spec.numbers}, a folder of their own: --out OTHER."
         )
     return there.certificates
 

@@ -67,9 +67,10 @@ class Certificate(Record, frozen=True):
             ("the precision", self.precision, spec.numbers),
         ):
             if mine != other:
+                kept = "" if spec.kv_precision == "auto" else f" --kv-precision {spec.kv_precision}"
                 raise ModelError(
                     f"the certificate for {self.kind} {self.level:g} holds for {what} {mine}, and this model has {other}. "
-                    f"Certify it: {_command(spec.name, self.kind, self.level, f' --precision {spec.precision}')}"
+                    f"Certify it: {_command(spec.name, self.kind, self.level, f' --precision {spec.precision}{kept}')}"
                 )
 
     def sentence(self) -> str:

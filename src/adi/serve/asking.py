@@ -84,7 +84,7 @@ class Policies:
     def levels(self) -> list[tuple[str, float]]:
         """The certified levels of these exits for this model."""
         spec = self.model.backbone.spec
-        mine = [c for c in (self.exits.certificates if self.exits else ()) if c.precision == spec.precision]
+        mine = [c for c in (self.exits.certificates if self.exits else ()) if c.precision == spec.numbers]
         return sorted({(c.kind, c.level) for c in mine if c.skipped == "exact" and c.fingerprint == spec.fingerprint})
 
     @property

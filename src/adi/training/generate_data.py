@@ -325,7 +325,7 @@ def generate_dataset(
     share = replace(options, tokens=-(-options.tokens // len(models)))
     for model in models:
         spec = model.backbone.spec
-        stated = repr([FORMAT, spec.fingerprint, spec.precision, spec.backend, replace(options, tokens=0), list(prompts)])
+        stated = repr([FORMAT, spec.fingerprint, spec.numbers, spec.backend, replace(options, tokens=0), list(prompts)])
         folder = work / f"texts-{hashlib.blake2b(stated.encode(), digest_size=6).hexdigest()}-{spec.precision}"
         workers: Workers | None = model.notes.get(WORKERS)
         parts = (workers or partial(generate_shards, model))(prompts, folder, share, progress)

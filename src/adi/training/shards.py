@@ -118,7 +118,7 @@ def write_forced_shards(
     paths = []
     for at in range(0, len(texts), SHARD_TEXTS):
         group = [KnownText(text.ids) for text in texts[at : at + SHARD_TEXTS]]  # all rows, those of the prompt too
-        key = repr([FORMAT, backbone.spec.fingerprint, backbone.spec.precision, tuple(depths), texts[at : at + SHARD_TEXTS]])
+        key = repr([FORMAT, backbone.spec.fingerprint, backbone.spec.numbers, tuple(depths), texts[at : at + SHARD_TEXTS]])
         paths.append(folder / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.safetensors")
         if not paths[-1].exists():
             deep, hidden = [], []

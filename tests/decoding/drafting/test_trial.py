@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import adi
 from adi.decoding.drafting.controller import Controller
 from adi.decoding.drafting.cost_model import CostModel
+from adi.decoding.drafting.proposers import ControlledProposer, NgramSources
+from adi.decoding.drafting.rounds import DraftRound
 from adi.decoding.drafting.trial import KEPT, LEAST, ROWS, TRIED, RoundClock, Trial
+from adi.decoding.requests import Request
 
 PASS = 0.02
 
@@ -92,6 +97,41 @@ def test_a_round_counts_only_where_the_same_sequences_went_through_it_alone() ->
         clock.now += 1.0
         watch.begin(costs.correction.trials, dict(zip(who, positions, strict=True)), beside)
     assert seen == [(True, 4, 1.0), (True, 3, 1.0)]
+
+
+class Asked:
+    """A source of n-grams that notes how far it was asked to look."""
+
+    def __init__(self) -> None:
+        self.most = list[int]()
+
+    def find(self, text: Sequence[int], most: int) -> None:
+        self.most.append(most)
+
+
+@pytest.mark.parametrize(("looks", "asked"), [(0, []), (4, [4]), (ROWS, [15])])
+def test_nothing_is_looked_for_beyond_what_the_trial_says(looks: int, asked: list[int]) -> None:
+    costs, source = CostModel({1: PASS, 64: PASS}), Asked()
+    costs.correction.trials.drafts = looks
+    request = Request((1, 2, 3), 40, 10, lambda _: False)
+    proposing = ControlledProposer(request, Controller(costs), NgramSources((source,), None), True).propose([1, 2, 3], 15)
+    made = next(proposing)
+    assert isinstance(made, DraftRound)
+    assert source.most == asked
+    assert (made.drafter, made.most) == (looks > 0, min(looks, 15))
+
+
+def test_a_batch_tries_and_a_lone_text_does_not(tiny_model: adi.Model) -> None:
+    """The driver times its rounds: of as many sequences as share its passes."""
+    model = adi.Model(tiny_model.backbone, tiny_model.tokenizer, frozenset())
+    options: Any = {"max_new_tokens": 30, "raw": True, "stop_at_eos": False}
+    wanted = adi.generate(model, "the quick brown fox", adi.Verified(), **options)
+    (costs,) = model.notes["costs"].values()
+    assert not costs.correction.trials._by_number
+    found = adi.generate_batch(model, ["the quick brown fox", "a dog sleeps", "12 plus 30"], adi.Verified(), **options)
+    assert found[0].token_ids == wanted.token_ids
+    trial = costs.correction.trials._by_number[2]
+    assert trial._kinds[True].tokens > 2 * 3, "rounds of two or three sequences"
 
 
 def test_alone_a_sequence_looks_as_far_as_it_may_and_costs_no_trial() -> None:

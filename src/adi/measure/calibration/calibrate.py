@@ -153,7 +153,7 @@ def calibrate(
         "sequences": len(order) - learning,
         "text_hash": hashlib.blake2b(repr(order[learning:]).encode(), digest_size=8).hexdigest(),
         "fingerprint": model.backbone.spec.fingerprint,
-        "precision": model.backbone.spec.precision,
+        "precision": model.backbone.spec.numbers,
     }
     found = [certify(tested, test, level, layers, about) for level in sorted(levels)]
     notes = [note for c in found if (note := _note(c, delta)) is not None]
