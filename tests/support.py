@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
@@ -57,6 +61,24 @@ def adi_(*args: Any, text: str | None = None) -> Any:
 
 def invoke(*args: Any) -> Any:
     return CliRunner().invoke(app, ["bench", *(str(a) for a in args)])
+
+
+class _Thread(threading.Thread):
+    """Stands for a process: nothing has to be ended, since its pipe is closed before."""
+
+    def terminate(self) -> None: ...
+
+
+def bench_in_threads(patch: pytest.MonkeyPatch) -> None:
+    """A benchmark's systems answer by the same pipes, from threads: a process would spend seconds on importing torch."""
+
+    def spawned(target: Callable[..., None], *args: Any) -> tuple[Any, Any]:
+        ours, theirs = multiprocessing.Pipe()
+        thread = _Thread(target=target, args=(theirs, *args), daemon=True)
+        thread.start()
+        return thread, ours
+
+    patch.setattr("adi.measure.bench.worker._spawned", spawned)
 
 
 def embedding(model: adi.Model) -> Any:

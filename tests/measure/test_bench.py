@@ -20,7 +20,7 @@ from adi.measure.bench.summary import agreement, leading_share, ratio_entries, r
 from adi.measure.bench.systems import DRAFT_LENGTHS, adi_runner, backend_for, sweep
 from adi.measure.bench.worker import QUIET, System, failure, serve
 from adi.prompts import PromptItem
-from support import invoke
+from support import bench_in_threads, invoke
 
 SETTING = Setting("m", None, None, 1, 0)
 
@@ -137,7 +137,8 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_on_a_tiny_model(tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_tiny_model(tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_in_threads(monkeypatch)
     out = tmp_path / "r.json"
     args = ["--prompts", prompts, "--modes", "full,verified,lookup", "--peers", "hf:fp32,hf-lookup:fp32,llama.cpp"]
     done = invoke(tiny_folder, *args, "-n", 6, "--threads", 1, "--json", out, "--prompt-tokens", 20, "--precision", "fp32")
@@ -165,6 +166,7 @@ def test_a_run_on_a_tiny_model(tiny_folder: Path, prompts: Path, tmp_path: Path)
 
 
 def test_the_sweep_goes_into_the_result(tiny_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_in_threads(monkeypatch)
     monkeypatch.setattr("adi.measure.bench.run.SWEEP_TOKENS", 4)
     setting = Setting(str(tiny_folder), None, None, 1, 0)
     found = bench(["adi:static:fp32"], [PromptItem(("the dog",), "x")], setting, Extent(4, sweep=True))
@@ -173,7 +175,10 @@ def test_the_sweep_goes_into_the_result(tiny_folder: Path, prompts: Path, monkey
     assert run["sweep"]["full_tokens_per_second"] > 0
 
 
-def test_an_interrupted_run_loses_nothing_it_had_finished(tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_loses_nothing_it_had_finished(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_in_threads(monkeypatch)
     out, setting, asked = tmp_path / "r.json", Setting(str(tiny_folder), None, None, 1, 0), []
     items = [PromptItem((f"the dog {i}",), "x") for i in range(3)]
     names = ["adi:full:fp32", "adi:lookup:fp32"]

@@ -15,6 +15,7 @@ from adi.measure.bench.run import Extent, bench
 from adi.measure.bench.summary import batch_entries
 from adi.measure.bench.worker import System
 from adi.prompts import PromptItem
+from support import bench_in_threads
 
 NAMES = ["adi:full:fp32", "adi:lookup:fp32"]
 ITEMS = [PromptItem((f"the dog {i}",), "x") for i in range(5)]
@@ -40,7 +41,8 @@ def test_the_figures_are_medians_over_groups_of_paired_speeds() -> None:
     assert not second["same"], "one prompt got other tokens than alone"
 
 
-def test_batches_go_into_the_result_and_resume(tiny_folder: Path, tmp_path: Path) -> None:
+def test_batches_go_into_the_result_and_resume(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_in_threads(monkeypatch)
     out, setting = tmp_path / "r.json", Setting(str(tiny_folder), None, None, 1, 0)
 
     def interrupt(done: int, total: int, what: str) -> None:
@@ -65,6 +67,7 @@ def test_batches_go_into_the_result_and_resume(tiny_folder: Path, tmp_path: Path
 
 
 def test_a_batch_that_fails_is_a_line_of_its_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_in_threads(monkeypatch)
     ask = System.ask
     monkeypatch.setattr(System, "ask", lambda one, what, *given: ask(one, "no such order" if what == "batch" else what, *given))
     found = bench(NAMES[:1], ITEMS[:2], Setting(str(tiny_folder), None, None, 1, 0), Extent(4, batch=(2,)))

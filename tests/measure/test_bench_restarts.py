@@ -15,6 +15,7 @@ from adi.measure.bench.summary import interval, part_of
 from adi.measure.bench.worker import System
 from adi.measure.statistics import clustered_median
 from adi.prompts import PromptItem
+from support import bench_in_threads
 
 NAMES = ["adi:full:fp32", "adi:lookup:fp32"]
 ITEMS = [PromptItem((f"the dog {i}",), "x") for i in range(5)]
@@ -30,6 +31,7 @@ def test_one_restart_is_the_plain_interval() -> None:
 
 
 def test_every_part_has_processes_of_its_own(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_in_threads(monkeypatch)
     started: list[str] = []
     start = System.start
     monkeypatch.setattr(System, "start", lambda one: (started.append(one.name), start(one)))

@@ -15,10 +15,13 @@ from adi.measure.bench.worker import System
 from adi.measure.provenance import files_hash
 from adi.prompts import PromptItem
 from conftest import random_exits
-from support import certificate, invoke
+from support import bench_in_threads, certificate, invoke
 
 
-def test_a_prompt_without_room_for_its_answer_is_refused_before_any_is_run(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_prompt_without_room_for_its_answer_is_refused_before_any_is_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_in_threads(monkeypatch)
     long = tmp_path / "p.jsonl"
     long.write_text("\n".join(json.dumps({"prompt": text, "category": "c"}) for text in ("the fox", "the fox " * 3000)))
     done = invoke(tiny_folder, "--prompts", long, "--modes", "full", "-n", 6)
@@ -26,7 +29,10 @@ def test_a_prompt_without_room_for_its_answer_is_refused_before_any_is_run(tiny_
     assert "prompt 2 has" in " ".join(done.output.split())
 
 
-def test_reflex_runs_at_a_certified_level(llama: adi.Model, tiny_model: adi.Model, tiny_folder: Path, tmp_path: Path) -> None:
+def test_reflex_runs_at_a_certified_level(
+    tiny_model: adi.Model, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_in_threads(monkeypatch)
     mine = certificate(fingerprint=tiny_model.backbone.spec.fingerprint)
     replace(random_exits(tiny_model, (2, 4), adi.Never()), certificates=(mine,)).save(tmp_path / "exits")
     setting = Setting(str(tiny_folder), str(tmp_path / "exits"), None, 1, 0, "hf", risk=0.02)
