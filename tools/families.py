@@ -3,7 +3,8 @@
 A tiny random model of every family of transformers' causal language models (hidden 32, 6 blocks, vocabulary 128, window 8)
 gives 24 greedy tokens after 12 under six policies and in a batch, and each must be ``model.generate``'s text. Results go to
 ``docs/results/families.json``, one entry a family, so a run that was stopped goes on where it was (``--again`` measures what
-is there too); ``--table`` writes ``docs/families.md`` from it. Each family has a process of its own and ``--limit`` seconds.
+was measured on another state of the code); ``--table`` writes ``docs/families.md`` from it. Each family has a process of its
+own and ``--limit`` seconds of processor time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +30,10 @@ import adi
 from adi.errors import AdiError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_settings import KINDS, VOCABULARY, configuration
+from family_settings import KINDS, NAMES, VOCABULARY, configuration
 
 ROOT = Path(__file__).parents[1]
+TRIED = {**FAMILIES, **KINDS}
 RESULTS, PAGE = ROOT / "docs/results/families.json", ROOT / "docs/families.md"
 PROMPT, NEW, DRAFTS = 12, 24, 4
 LONG: dict[str, Any] = {"max_new_tokens": NEW, "stop_at_eos": False}
@@ -38,12 +42,13 @@ SCALES = ((0.08, 0.05), (0.3, 0.16))  # of weights, and in blocks from the third
 
 HEAD = """# Families
 
-Every family that transformers {version} maps to a causal language model ({families}), tried with a tiny random model (hidden
-32, 6 blocks, vocabulary 128, sliding windows of 8) by `python tools/families.py`; this page is `python tools/families.py
---table` over [the results](results/families.json). **Exact** means that 24 greedy tokens after 12 are those of
-`model.generate` under six policies (drafts from bare exits as the controller likes, always four drafts, ragged ones from two
-depths, full depth, lookup, `Verified()`), also in a batch. On transformers' modules {exact} of {families} are exact, compiled
-(fp32) {compiled}.
+Every family that transformers {version} maps to a causal language model ({families}) and some more, tried with a tiny random
+model (hidden 32, 6 blocks, vocabulary 128, sliding windows of 8) by `python tools/families.py`; this page is
+`python tools/families.py --table` over [the results](results/families.json). **Exact** means that 24 greedy tokens after 12 are
+those of `model.generate` under six policies (drafts from bare exits as the controller likes, always four drafts, ragged ones
+from two depths, full depth, lookup, `Verified()`), also in a batch. On transformers' modules {exact} of {families} are exact,
+compiled (fp32) {compiled}. All was measured at one state of the code ({code}); biases and norms are drawn too, since a bias of
+zeros hides that it was left out.
 
 What **memory** says: *cut*: keys and values, going back is a smaller length. *front*: memory that cannot be cut; what was
 accepted since the last snapshot runs again in front of the next rows, at no pass of its own. *apart*: the same in a pass of
@@ -68,6 +73,7 @@ WHY = {
     "mllama": "blocks that look at an image are skipped where there is none",
     "musicgen": f"{_NO_LM} an encoder's states",
     "musicgen_melody": f"{_NO_LM} an encoder's states",
+    "nemotron_h_omni": "its language-model head belongs to its text part (nemotron_h) and not to the whole",
     "openai-gpt": "its code keeps no memory of the past",
     "prophetnet": "its cache is an encoder-decoder's",
     "recurrent_gemma": "its modules keep a part of their state in themselves and not in the cache",
@@ -77,18 +83,21 @@ WHY = {
     "xlnet": "its code keeps no cache of keys and values",
     "xlstm": "its code keeps its memory in a class of its own and not in a cache",
 }
-WHY_COMPILED = {"emu3": "its text part has no name in AutoModelForCausalLM, and what is compiled is read from a folder"}
+WHY_COMPILED = {
+    "emu3": "its text part has no name in AutoModelForCausalLM, and what is compiled is read from a folder",
+    "xmod": "its language adapters write rows in place (aten::index_put_), for which OpenVINO has no operation",
+}
 
 
 def tiny(family: str, scale: tuple[float, float] = SCALES[0], seed: int = 0) -> Any:
     """The family's random model in float32; end-of-sequence is switched off, so that texts have full length."""
-    kind = getattr(t, KINDS.get(family, FAMILIES.get(family, "")))
+    kind = getattr(t, TRIED[family])
     torch.manual_seed(seed)
     model = kind(configuration(family, kind)).eval().float()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or name.endswith(".A"):  # the latter begin as zeros
-            deep = any(f".{block}." in name for block in range(2, 6))
-            torch.nn.init.normal_(parameter, std=scale[deep])
+    for name, kept in model.state_dict().items():
+        if kept.is_floating_point():
+            drawn = torch.randn(kept.shape) * scale[any(f".{block}." in name for block in range(2, 6))]
+            kept.copy_(drawn if kept.dim() > 1 else kept + drawn)  # a bias of zeros or a norm of ones hides that it is left out
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id, generation.suppress_tokens = None, 0, None
     for name in ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"):
@@ -177,7 +186,8 @@ def alone(family: str, engine: str, limit: int) -> dict[str, Any]:
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         os.close(read)
-        signal.alarm(limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        signal.alarm(20 * limit)
         try:
             entry = measured(family, engine)
         except BaseException as error:  # foreign code raises what it likes, and one family must not end the run
@@ -198,25 +208,43 @@ def alone(family: str, engine: str, limit: int) -> dict[str, Any]:
         return json.loads(said)  # type: ignore[no-any-return]
     return {
         "result": "failed",
-        "reason": f"no answer within {limit} seconds" if os.WIFSIGNALED(status) else "the process ended",
+        "reason": f"no answer within {limit} seconds of processor time" if os.WIFSIGNALED(status) else "the process ended",
     }
+
+
+def code() -> str:
+    """The last commit that changed what is measured."""
+    asked = ["git", "log", "-1", "--format=%h", "--", "src/adi", "tools/families.py", "tools/family_settings.py"]
+    return subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _settled(done: dict[str, Any], options: Any, state: str) -> bool:
+    if options.again:
+        return done.get("code") == state
+    return bool(done.get("result") == "exact" if options.open else done)
 
 
 def page(known: dict[str, Any]) -> str:
     """``docs/families.md``."""
-    entries = {family: known.get(family, {}) for family in FAMILIES}
-    exact = {
-        engine: sum(entry.get(engine, {}).get("result") == "exact" for entry in entries.values())
-        for engine in ("hf", "compiled")
-    }
-    lines = [HEAD.format(version=t.__version__, families=len(FAMILIES), exact=exact["hf"], compiled=exact["compiled"])]
-    lines += ["| family | class | transformers' modules | memory | compiled, fp32 |", "|---|---|---|---|---|"]
-    for family, entry in entries.items():
-        hf, compiled = entry.get("hf", {}), entry.get("compiled", {})
-        ours = _cell(hf, WHY.get(family, ""))
-        theirs = _cell(compiled, WHY_COMPILED.get(family, "")) if hf.get("result") == "exact" else "for the same reason not"
-        lines.append(f"| {family} | {FAMILIES[family]} | {ours} | {hf.get('memory', '')} | {theirs} |")
+    exact = [sum(known[f].get(engine, {}).get("result") == "exact" for f in FAMILIES) for engine in ("hf", "compiled")]
+    states = sorted({entry["code"] for f in TRIED for entry in known.get(f, {}).values() if "code" in entry})
+    head = HEAD.format(
+        version=t.__version__, families=len(FAMILIES), exact=exact[0], compiled=exact[1], code=" and ".join(states)
+    )
+    columns = "transformers' modules | memory | compiled, fp32 |\n|---|---|---|---|---|"
+    lines = [head, "## By name", "", f"| model | here | {columns}"]
+    for name, families in NAMES.items():
+        lines += [f"| {name} | {family} | {_cells(family, known.get(family, {}))} |" for family in families]
+    lines += ["", "## All", "", f"| family | class | {columns}"]
+    lines += [f"| {family} | {kind} | {_cells(family, known.get(family, {}))} |" for family, kind in TRIED.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cells(family: str, entry: dict[str, Any]) -> str:
+    hf, compiled = entry.get("hf", {}), entry.get("compiled", {})
+    ours = _cell(hf, WHY.get(family, ""))
+    theirs = _cell(compiled, WHY_COMPILED.get(family, "")) if hf.get("result") == "exact" else "for the same reason not"
+    return f"{ours} | {hf.get('memory', '')} | {theirs}"
 
 
 def _cell(entry: dict[str, Any], why: str) -> str:
@@ -252,14 +280,14 @@ def main() -> None:
     torch.set_num_threads(1)
     t.logging.set_verbosity_error()
     measured("llama", "hf")  # imports once what every process needs
-    wanted = options.families or [*FAMILIES][:: -1 if options.reverse else 1]
-    for family in wanted:
+    state = code()
+    for family in options.families or [*TRIED][:: -1 if options.reverse else 1]:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}  # others may run at once
-        done = known.get(family, {}).get(options.engine, {}).get("result")
-        if not options.families and not options.again and (done == "exact" if options.open else done):
+        done = known.get(family, {}).get(options.engine, {})
+        if not options.families and _settled(done, options, state):
             continue
         started = time.perf_counter()
-        entry = alone(family, options.engine, options.limit)
+        entry = {**alone(family, options.engine, options.limit), "code": state}
         print(
             f"{family:26}{time.perf_counter() - started:6.1f} s  {entry['result']:8}{ {**entry, 'result': ''} }"[:400],
             flush=True,

@@ -33,7 +33,46 @@ _SAME: dict[Any, str] = {
 OFTEN_NONE = ("head_dim", "pad_token_id", "num_key_value_heads")
 TINY = {name: value for value, names in _SAME.items() for name in names.split()}
 
-KINDS: dict[str, str] = {}  # classes other than the mapping's
+KINDS = {  # beside transformers' causal language models: readers of images, asked with text, and a form of rotary angles
+    "glm5_next": "Glm5NextForConditionalGeneration",
+    "kimi_k25": "Kimi_K25ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "mistral4": "Mistral4ForCausalLM",
+    "mistral_large4": "MistralLarge4ForConditionalGeneration",
+    "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
+    "phi3, long rope": "Phi3ForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+NAMES = {  # of models as people know them, and what their ``config.json`` calls them
+    "Apertus": ["apertus"],
+    "BitNet b1.58": ["bitnet"],
+    "Command A, Command R7B": ["cohere2"],
+    "DeepSeek V3.2": ["deepseek_v32"],
+    "DeepSeek V4": ["deepseek_v4"],
+    "ERNIE 4.5": ["ernie4_5", "ernie4_5_moe"],
+    "Falcon-H1": ["falcon_h1"],
+    "Gemma 3n": ["gemma3n_text"],
+    "Gemma 4 E2B, E4B": ["gemma4_text"],
+    "GLM-4-0414": ["glm4"],
+    "GLM-5": ["glm_moe_dsa"],
+    "Granite 4 H": ["granitemoehybrid"],
+    "Helium": ["helium"],
+    "HRM-Text": ["hrm_text"],
+    "Kimi K2.5": ["kimi_k25"],
+    "Kimi-Linear": ["kimi_linear"],
+    "LFM2": ["lfm2", "lfm2_moe"],
+    "Ling 2.5, Ring 2.5": ["bailing_hybrid"],
+    "Ministral 3": ["mistral3"],
+    "MPT": ["mpt"],
+    "nanochat": ["nanochat"],
+    "Nemotron-H, Nemotron 3 Nano": ["nemotron_h"],
+    "Phi-3-128k, Phi-3.5, Phi-4-mini": ["phi3, long rope"],
+    "Qwen3-Next": ["qwen3_next"],
+    "Qwen3-VL": ["qwen3_vl", "qwen3_vl_moe"],
+    "Qwen3.5, Qwen3.6": ["qwen3_5_text", "qwen3_5_moe_text"],
+    "Whisper's decoder": ["whisper"],
+}
 _HEADS = {"num_key_value_heads": 4}
 _WINDOWS = ["sliding_attention", "full_attention"] * 3
 _THETA = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")}
@@ -86,6 +125,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8, "num_heads": 4},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2, "mamba_chunk_size": 4},
+    **{name: {"text_config": _HEADS} for name in ("kimi_k25", "mistral_large4")},
+    "glm5_next": {"text_config": {**_HEADS, "qk_rope_head_dim": 0, "index_topk": 512}},
+    "mistral4": {
+        **_HEADS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+        | {"original_max_position_embeddings": 8},
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "lfm2": {"full_attn_idxs": [2, 5]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "chunk_size": 4},
@@ -105,6 +152,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_budget": 64,
         "indexer_compress_ratio": 4,
         "layer_types": ["linear_attention", "linear_attention", "indexed_attention"] * 2,
+    },
+    "phi3, long rope": {  # crossed within the text
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 24}
+        | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        "original_max_position_embeddings": 24,
     },
     "reformer": {"is_decoder": True},
     "roc_bert": {
@@ -136,7 +188,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def configuration(family: str, model: Any = None) -> Any:
     """The family's configuration with all sizes tiny; its text part where ``model``, the class, takes no other."""
-    kind = t.CONFIG_MAPPING[family]
+    kind = t.CONFIG_MAPPING[family.partition(",")[0]]
     config = tiny_of(kind, SETTINGS.get(family, {}))
     if family == "dbrx":
         config.attn_config.rope_theta = 10000.0

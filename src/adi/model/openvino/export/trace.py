@@ -276,7 +276,7 @@ def _check_config(model: Any, written_out: bool) -> None:
         raise ModelError(f"it has blocks of type {min(odd)}, of which {kept} kept, and graphs are given keys and values alone")
     layers = DynamicCache(config=model.config).layers
     if shared := [i for i, layer in enumerate(layers) if not hasattr(layer, "is_sliding")]:
-        raise ModelError(f"{len(shared)} of its blocks, from {shared[0]} on, attend to what others have stored")
+        raise ModelError(f"{len(shared)} of its blocks, from {shared[0]} on, attend to keys and values of others")
 
 
 def _windows(model: Any, given: Sequence[int]) -> list[int]:
@@ -317,5 +317,4 @@ def foreign(doing: str, *kinds: type[Exception]) -> Iterator[None]:
         raise
     except kinds as error:
         unknown = re.search("No conversion rule found for operations?: ([^\\n]+)", str(error))
-        what = f"OpenVINO has nothing for its {unknown[1].strip()}" if unknown else doing
-        raise ModelError(f"{what}") from error
+        raise ModelError(f"OpenVINO has no operation for its {unknown[1].strip()}" if unknown else doing) from error
