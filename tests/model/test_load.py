@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
 import adi
+from adi.errors import UsageError
 from adi.model.hub import Shared, quiet_transformers
 from adi.model.tokenizer import Tokenizer
-from families import tiny
+from families import KV, C, tiny
 
 openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
 
@@ -132,3 +134,25 @@ def test_a_slower_engine_is_a_warning_or_a_notice(tmp_path: Path, monkeypatch: p
         warnings.simplefilter("error")
         adi.load(str(tmp_path / "model"), notice=notices.append)
     assert any("more slowly" in notice for notice in notices)
+
+
+@openvino
+def test_an_engine_that_runs_shorter_texts_alone_says_so_and_names_the_one_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADI_CACHE", str(tmp_path / "cache"))
+    settings = {**C, **KV, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = t.Llama4TextConfig(**settings, pad_token_id=0, max_position_embeddings=256, attention_chunk_size=32)
+    t.Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
+    notices: list[str] = []
+    model = adi.load(tmp_path / "model", precision="fp32", backend="openvino", notice=notices.append)
+    assert any("texts of up to 32 tokens; backend='hf' runs its 256" in notice for notice in notices)
+    ids = [*range(3, 23)]
+    for prompt, new in ((ids, 13), (ids, 40), (ids * 2, 1)):
+        with pytest.raises(UsageError, match=r"or take backend='hf' \(--backend hf\), which runs 256\.$"):
+            adi.generate(model, prompt, max_new_tokens=new)
+    notices.clear()
+    whole = adi.load(tmp_path / "model", precision="fp32", backend="hf", notice=notices.append)
+    assert not any("texts of up to" in notice for notice in notices)
+    kept = adi.generate(model, ids, max_new_tokens=12, stop_at_eos=False).token_ids
+    assert adi.generate(whole, ids, max_new_tokens=40, stop_at_eos=False).token_ids[:12] == kept

@@ -380,7 +380,9 @@ def _full_prediction(backbone: Backbone, states: States) -> Prediction:
 def _budget(model: Model, prompt: int, asked: int | None) -> int:
     """How many tokens at most: what was asked for or, for None, what the context still holds; UsageError for more than that."""
     new = None if asked is None else whole("max_new_tokens", asked, 1, None, ", or None for what the context holds")
-    context = model.backbone.spec.context
+    spec = model.backbone.spec
+    context = spec.context
+    other = f", or take backend='hf' (--backend hf), which runs {spec.stated_context}" if spec.is_cut else ""
     if context is None:
         if new is None:
             raise UsageError(
@@ -389,16 +391,18 @@ def _budget(model: Model, prompt: int, asked: int | None) -> int:
         return new
     if prompt >= context:
         raise UsageError(
-            f"the prompt has {prompt} tokens, and the model's context of {context} leaves none for an answer; shorten it."
+            f"the prompt has {prompt} tokens, and the model's context of {context} leaves none for an answer; shorten "
+            f"it{other}."
         )
     if new is not None and new >= context:
         raise UsageError(
             f"max_new_tokens is {new}, and the model's context is {context} tokens, of which the prompt takes {prompt}; lower "
-            f"it to at most {context - prompt}, or give None (-n 0 in the shell) for what fits."
+            f"it to at most {context - prompt}, or give None (-n 0 in the shell) for what fits{other}."
         )
     if new is not None and prompt + new > context:
         raise UsageError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, together more than the model's context of "
-            f"{context}; shorten the prompt to at most {context - new} tokens, or give None (-n 0 in the shell) for what fits."
+            f"{context}; shorten the prompt to at most {context - new} tokens, or give None (-n 0 in the shell) for what "
+            f"fits{other}."
         )
     return context - prompt if new is None else new

@@ -58,11 +58,12 @@ class Spec:
     """What a model is and where it can stop.
 
     ``stops`` are the depths (numbers of blocks run) at which the engine can hand out states, the last one being
-    ``layers``. ``context`` is the longest sequence in tokens, None when the model sets no limit. ``fingerprint`` names
-    the weights, whatever precision they run in. ``row_invariant`` says whether a row's bits were found not to depend on how
-    many rows are beside it, so that verified decoding is exact bit for bit; None where nobody has looked. Of several texts at
-    most ``merged_rows`` may share a pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads``
-    are the processor threads that it runs on, None where others decide. ``loop`` says which blocks share their weights.
+    ``layers``. ``context`` is the longest sequence in tokens that the engine runs, None when there is no limit, and
+    ``stated_context`` the model's own where the engine may run less. ``fingerprint`` names the weights, whatever precision
+    they run in. ``row_invariant`` says whether a row's bits were found not to depend on how many rows are beside it, so that
+    verified decoding is exact bit for bit; None where nobody has looked. Of several texts at most ``merged_rows`` may share a
+    pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads`` are the processor threads that it
+    runs on, None where others decide. ``loop`` says which blocks share their weights.
 
     A prompt is read in passes that begin at multiples of ``chunk``, so that what they give depends on the text alone, whoever
     reads it and whatever was known of it before. 1: at any position, since it was found not to matter. ``kv_precision`` is
@@ -86,6 +87,12 @@ class Spec:
     threads: int | None = None
     chunk: int = CHUNK
     kv_precision: str = "auto"
+    stated_context: int | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the engine runs shorter texts alone than the model itself."""
+        return self.context is not None and self.context < (self.stated_context or self.context)
 
     @property
     def numbers(self) -> str:

@@ -157,7 +157,11 @@ def load(
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
                 opened = {"threads": threads, "stops": stops, "kv_precision": kv_precision, "memory": memory}
-                return _load_openvino(str(source), tokenizer, precision, device, opened, changed, report)
+                loaded = _load_openvino(str(source), tokenizer, precision, device, opened, changed, report)
+                if (spec := loaded.backbone.spec).is_cut:
+                    runs = f"{source} runs compiled, texts of up to {spec.context} tokens"
+                    (notice or _warn)(f"{runs}; backend='hf' runs its {spec.stated_context}, more slowly.")
+                return loaded
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH) or kv_precision != "auto":
                     raise

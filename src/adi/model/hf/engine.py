@@ -56,6 +56,7 @@ class HfBackbone:
             stops=tuple(range(1, len(split.blocks) + 1)),
             loop=split.loop,
             context=split.context,
+            stated_context=split.context,
             fingerprint=weights or fingerprint(self.model),
             backend="hf",
             precision=next((k for k, v in PRECISIONS.items() if v == split.dtype), str(split.dtype)),

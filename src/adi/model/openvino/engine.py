@@ -72,6 +72,7 @@ class OpenVinoBackbone:
             vocabulary=manifest.vocabulary,
             stops=tuple(range(1, manifest.layers + 1)),
             context=manifest.context,
+            stated_context=manifest.stated_context,
             fingerprint=manifest.fingerprint,
             backend="openvino",
             precision=manifest.precision,

@@ -51,6 +51,7 @@ class Manifest(Record, frozen=True):
     width: Positive
     vocabulary: Positive
     context: Positive | None
+    stated_context: Positive | None
     fingerprint: str
     precision: str
     has_mlp: bool

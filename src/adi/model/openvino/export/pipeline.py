@@ -78,6 +78,7 @@ def _graphs(hf: HfBackbone, precision: str) -> tuple[Manifest, Any, Any]:
         width=spec.width,
         vocabulary=spec.vocabulary,
         context=min(filter(None, (spec.context, tape.longest)), default=None),
+        stated_context=spec.context,
         fingerprint=spec.fingerprint,
         precision=precision,
         has_mlp=mlps == spec.layers,
