@@ -10,6 +10,7 @@ own and ``--limit`` seconds of processor time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -280,6 +281,13 @@ def main() -> None:
     torch.set_num_threads(1)
     t.logging.set_verbosity_error()
     measured("llama", "hf")  # imports once what every process needs
+    if options.engine == "compiled":  # so too, and no more than imports: what has threads is not forked
+        for module in (
+            "transformers.exporters.exporter_openvino",
+            "openvino.tools.ovc.convert_impl",
+            "adi.model.openvino.export",
+        ):
+            importlib.import_module(module)
     state = code()
     for family in options.families or [*TRIED][:: -1 if options.reverse else 1]:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}  # others may run at once
