@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from adi.artifact import Exits
     from adi.measure.bench.outcomes import Setting
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
-
 
 def bench(
     model: ModelArgument = "smollm2-135m",
@@ -71,11 +69,12 @@ def bench(
     from adi.measure.bench.run import Extent
     from adi.measure.bench.run import bench as measure
     from adi.measure.bench.systems import MODES
+    from adi.model.load import BACKENDS
 
     items = chosen_prompts(prompts, limit)
     model = model if shape is None else _shaped(shape)
     chosen, pair = chosen_among(MODES, "--modes", modes), None if static is None else _pair(static)
-    precisions = chosen_among(PRECISIONS, "--precision", precision)
+    precisions = chosen_among(("auto", *BACKENDS["auto"]), "--precision", precision)
     _check_modes(chosen, pair, sweep)
     _check_reflex(chosen, risk, threshold)
     names = [f"adi:{mode}:{p}" for p in precisions for mode in chosen]

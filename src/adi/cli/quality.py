@@ -14,7 +14,7 @@ from adi.progress import Reporter
 
 def quality(
     model: ModelArgument = "smollm2-135m",
-    precision: Annotated[str, option("--precision", help="Several with commas: fp32, int8, int4.")] = "int8,int4",
+    precision: Annotated[str, option("--precision", help="Several with commas: fp32, int8, int4, int8-bf16.")] = "int8,int4",
     kv_precision: Annotated[
         str, option("--kv-precision", help="Of keys and values, several with commas: auto, int8.")
     ] = "auto",
@@ -24,8 +24,9 @@ def quality(
 ) -> None:
     """What fewer bits cost a model: perplexity and predictions on held-out text, against float32."""
     from adi.measure.quality import quality as measure
+    from adi.model.load import BACKENDS
 
-    precisions = chosen_among(("fp32", "int8", "int4"), "--precision", precision)
+    precisions = chosen_among(BACKENDS["openvino"], "--precision", precision)
     kept = chosen_among(("auto", "int8"), "--kv-precision", kv_precision)
     require_writable(json_out)
     read = None if text is None else read_text(text, "text")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from adi.model.looped import LoopedForCausalLM
 
 LOOPED = "adi_looped"  # the model type of model.looped
-COMPILED = ("fp32", "int8", "int4")
+COMPILED = ("fp32", "int8", "int4", "int8-bf16", "int4-bf16")
 TORCH = ("fp32", "bf16", "fp16")
 KV_PRECISIONS = ("auto", "int8")
 BACKENDS = {"auto": tuple(dict.fromkeys((*COMPILED, *TORCH))), "hf": TORCH, "openvino": COMPILED}
@@ -133,8 +133,9 @@ def load(
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
             cannot, a warning says why), else hf.
-        precision: of openvino fp32, int8 or int4, of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a
-            loss to speak of), and on hf fp32 on a CPU and the checkpoint's own on a GPU.
+        precision: of openvino fp32, int8, int4, or int8-bf16 and int4-bf16 (blocks compute in bfloat16: long prompts are read
+            faster), of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a loss to speak of), and on hf fp32
+            on a CPU and the checkpoint's own on a GPU.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
         threads: processor threads of openvino, by default its own choice (torch's are torch.set_num_threads' business).
         memory: of openvino: megabytes for copies of the weights (350; 0: none), for faster short passes: ``adi inspect``.

@@ -76,7 +76,12 @@ class EngineOptions:
 
     backend: BackendOption = "auto"
     precision: Annotated[
-        str, option("--precision", help="auto (int8 on openvino), fp32, int8, int4; of hf fp32, bf16, fp16.", panel="Model")
+        str,
+        option(
+            "--precision",
+            help="auto (int8 on openvino), fp32, int8, int4, int8-bf16, int4-bf16; of hf fp32, bf16, fp16.",
+            panel="Model",
+        ),
     ] = "auto"
     device: DeviceOption = "auto"
     memory: Annotated[

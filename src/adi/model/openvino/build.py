@@ -43,7 +43,7 @@ def export_and_open(
     Args:
         model: used while it is exported and not kept.
         name: for ``spec.name`` and messages.
-        precision: "fp32", "int8" or "int4".
+        precision: "fp32", "int8" or "int4"; "-bf16" after one of the last two: blocks compute in bfloat16.
         weights: the weights' fingerprint where the caller has it, for example of the checkpoint before it became float32.
         source: the folder that the model was read from; ``open_exported`` then finds the export without the model.
         samples: texts as token ids, to which rounded weights are fitted; without them they are only rounded.
@@ -59,6 +59,7 @@ def export_and_open(
     from adi.model.openvino.export.in_float32 import in_float32
     from adi.model.openvino.export.pipeline import export
 
+    precision, bfloat16 = _parts(precision)
     if precision not in manifest.PRECISIONS:
         raise UsageError(f"precision {precision!r} is not one of the OpenVINO engine's: {', '.join(manifest.PRECISIONS)}.")
     weights = weights or fingerprint(model)
@@ -79,7 +80,7 @@ def export_and_open(
                 export(HfBackbone(model.float(), name, weights), *made)  # one that looks at other modules' weights
     if source is not None:
         manifest.remember(source, key)
-    return _opened(folder, stops, **options)
+    return _opened(folder, stops, bfloat16=bfloat16, **options)
 
 
 def open_exported(
@@ -94,8 +95,14 @@ def open_exported(
     An edited folder, another precision, another version of OpenVINO or transformers, or an edit of the exporter needs a new
     export.
     """
+    precision, bfloat16 = _parts(precision)
     folder = manifest.recall(source, precision)
-    return None if folder is None else _opened(folder, stops, **options)
+    return None if folder is None else _opened(folder, stops, bfloat16=bfloat16, **options)
+
+
+def _parts(precision: str) -> tuple[str, bool]:
+    """That of the weights, which is the export's, and whether blocks compute in bfloat16."""
+    return precision.removesuffix(manifest.BFLOAT16), precision.endswith(manifest.BFLOAT16)
 
 
 def _opened(folder: Path, stops: Sequence[int], **options: Any) -> OpenVinoBackbone:

@@ -18,7 +18,7 @@ from adi.model.backbone import Keeper, ReadOut, Rows, Spec, States, TensorFuncti
 from adi.model.openvino.graph import BLOCK_TOKENS
 from adi.model.openvino.inputs import Layout, PassInputs
 from adi.model.openvino.kv_pool import KVPool, PagedCache
-from adi.model.openvino.manifest import Manifest, read_graphs, read_manifest, read_readout
+from adi.model.openvino.manifest import BFLOAT16, Manifest, read_graphs, read_manifest, read_readout
 from adi.model.openvino.modules import Embedding, OpenVinoModule, converted
 from adi.model.openvino.segments import BUCKETS, COPIES_BYTES, Config, Copies, Segment, Segments
 from adi.model.openvino.turns import block_in_graph
@@ -61,6 +61,7 @@ class OpenVinoBackbone:
         threads: int | None = None,
         memory: int = COPIES_BYTES,
         kv_precision: str = "auto",
+        bfloat16: bool = False,
     ) -> None:
         import openvino as ov
 
@@ -75,7 +76,7 @@ class OpenVinoBackbone:
             stated_context=manifest.stated_context,
             fingerprint=manifest.fingerprint,
             backend="openvino",
-            precision=manifest.precision,
+            precision=manifest.precision + BFLOAT16 * bfloat16,
             device="cpu",
             loop=manifest.loop,
             kv_precision=kv_precision,
@@ -83,15 +84,22 @@ class OpenVinoBackbone:
         self._manifest, self._folder = manifest, folder
         self._inputs: dict[tuple[int, int, int], PassInputs] = {}
         self.pool = KVPool(kv_bytes)
-        own = {"KV_CACHE_PRECISION": KV_PRECISION[manifest.precision]}
+        own = {"KV_CACHE_PRECISION": "bf16" if bfloat16 else KV_PRECISION[manifest.precision]}
         self._config = CONFIG | (KV_INT8 if kv_precision == "int8" else own)
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
+        in_blocks = self._config | ({"INFERENCE_PRECISION_HINT": "bf16"} if bfloat16 else {})
         self.least_rows = 1
         self._companion = PagedCache(self.pool)
         self._companion.blocks = [self.pool.spare]
         self._core = ov.Core()
-        self._segments = Segments(self._core, blocks, head, manifest, self._config, self.pool, memory, folder)
+        if bfloat16 and "BF16" not in (can := self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
+            raise UsageError(
+                f"precision {self.spec.precision!r} needs a processor with bfloat16, and this one has {', '.join(can)}; "
+                f"take {manifest.precision!r}."
+            )
+        settings = (in_blocks, self._config)
+        self._segments = Segments(self._core, blocks, head, manifest, settings, self.pool, memory, folder)
         self._embedding = Embedding(self._core, blocks, self._config)
         self.spec = replace(self.spec, threads=self._segments.threads)
 
@@ -104,6 +112,7 @@ class OpenVinoBackbone:
         threads: int | None = None,
         memory: int = COPIES_BYTES,
         kv_precision: str = "auto",
+        bfloat16: bool = False,
     ) -> OpenVinoBackbone:
         """An exported model from its folder; torch weights are not read.
 
@@ -112,7 +121,8 @@ class OpenVinoBackbone:
             kv_bytes: the most that KV memory may take, all sequences together.
             threads: processor threads to use; by default the plugin's own choice.
             memory: bytes that copies of the weights may take, which make short passes faster.
-            kv_precision: "int8", or "auto": float32 for weights in fp32, else float16.
+            kv_precision: "int8", or "auto": float32 for weights in fp32, else 16 bits.
+            bfloat16: blocks compute in it, head, exits and drafter in float32; UsageError where the processor lacks it.
 
         Raises:
             ValueError: a folder that is damaged or of another format.
@@ -121,7 +131,7 @@ class OpenVinoBackbone:
 
         manifest = read_manifest(folder)
         blocks, head = read_graphs(folder, ov.Core())
-        options: Any = {"threads": threads, "memory": memory, "kv_precision": kv_precision}
+        options: Any = {"threads": threads, "memory": memory, "kv_precision": kv_precision, "bfloat16": bfloat16}
         return cls(manifest, blocks, head, folder=folder, kv_bytes=kv_bytes, **options)
 
     @property

@@ -147,7 +147,7 @@ class KVPool:
             if name not in self.tensors or self._ports[name][1][1] != BLOCK_TOKENS:
                 return None
             numbers = [block.number for block in cache.blocks]
-            pages = _numbers(self._by_block(name)[numbers, turn])  # [blocks, heads, 32, size]
+            pages = _numbers(self._by_block(name)[numbers, turn], self._ports[name][0])  # [blocks, heads, 32, size]
             rows = pages.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1] * pages.shape[3])
             found.append(rows[:length].ravel())
         return torch.from_numpy(np.concatenate(found))
@@ -224,10 +224,12 @@ class KVPool:
             self._block(number)  # nobody holds it
 
 
-def _numbers(pages: Any) -> Any:
+def _numbers(pages: Any, kind: Any) -> Any:
     """Pages as float32. In 8 bits a position of a head is its scale, its zero point and its codes."""
     import numpy as np
 
+    if kind.get_type_name() == "bf16":  # numpy has no such type, and is given the bits as another's
+        return (pages.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if pages.dtype != np.uint8:
         return pages.astype(np.float32)
     scale, zero = np.moveaxis(pages[..., :PARAMETERS].copy().view(np.float32), -1, 0)[..., None]

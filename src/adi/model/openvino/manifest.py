@@ -26,7 +26,8 @@ from adi.model.openvino.graph import Attention
 from adi.schema import Positive, Record, read_json_as
 
 FORMAT = 8
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4")  # of weights
+BFLOAT16 = "-bf16"  # ends the name of a precision whose blocks compute in bfloat16
 MADE_WITH = ("openvino", "transformers")
 EXPORTER = ("openvino/export", "openvino/graph.py", "hf/blocks.py", "hf/readout.py", "hf/splitting.py")  # beside this package
 NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "architectures")

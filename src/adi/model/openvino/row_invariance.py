@@ -14,6 +14,7 @@ from adi.machine import processor_hash
 from adi.model.backbone import CHUNK, MERGED_ROWS, Rows
 from adi.model.openvino.engine import OpenVinoBackbone
 from adi.model.openvino.kv_pool import PagedCache
+from adi.model.openvino.manifest import BFLOAT16
 from adi.model.openvino.segments import BUCKETS
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def _noted(backbone: OpenVinoBackbone, folder: Path, what: str, allowed: Sequenc
     found = read_json(note, "note about row invariance") if note.exists() else {}
     found = found if isinstance(found, dict) else {}
     kept = "" if backbone.spec.kv_precision == "auto" else f", KV memory in {backbone.spec.kv_precision}"
+    kept += ", bfloat16" * backbone.spec.precision.endswith(BFLOAT16)
     machine = f"{processor_hash(what + kept)}-{backbone.spec.threads}"
     if isinstance(found.get(machine), bool) or found.get(machine) not in allowed:
         found[machine] = find()

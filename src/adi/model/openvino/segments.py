@@ -139,19 +139,19 @@ class Segments:
         blocks: Any,
         head: Any,
         manifest: Manifest,
-        config: Config,
+        configs: tuple[Config, Config],
         pool: KVPool,
         memory: int = COPIES_BYTES,
         folder: Path | None = None,
     ) -> None:
-        self._core, self._blocks, self._manifest, self._config, self._pool = core, blocks, manifest, config, pool
+        self._core, self._blocks, self._manifest, self._config, self._pool = core, blocks, manifest, configs[0], pool
         self.lock = threading.Lock()
         self.memory = 0 if manifest.experts else memory  # with fixed shapes the plugin runs all experts of a choice
         self.copy_bytes = constant_bytes(blocks) - constant_bytes(embedding_graph(blocks))  # that is read where it lies
         self._parts: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # of the graph, compiled, by bucket
         self._pages = HugePages(folder)
         with self._pages.noting():
-            self.head = Head(core, head, config)
+            self.head = Head(core, head, configs[1])
             self.head.run(np.zeros((1, manifest.width), np.float32))  # which packs its weights
         self.threads = self.head.threads
         self.open: list[int] = []  # buckets, ascending
