@@ -78,7 +78,7 @@ results: peers
 	$(BIN)/python tools/load.py smollm2-135m --systems adi:verified,adi:full,openvino-genai:int8,llama.cpp --rounds 2 --tokens 48 \
 	  --json $(RESULTS)/load.json
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
-	$(QUALITY) smollm2-135m --kv-precision auto,int8 --json $(RESULTS)/quality_kv.json
+	$(BIN)/adi quality smollm2-135m --precision int8,int8-bf16,int4,int4-bf16 --kv-precision auto,int8 --tokens 1536 --json $(RESULTS)/quality_kv.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json
 	$(BIN)/adi solve products --count 2048 --seed 1 --time 1,32,256 --certify 0.02 --backend openvino --json \
 	  > $(RESULTS)/loops_products.json

@@ -1,4 +1,4 @@
-"""Long texts: ``python tools/lengths.py smollm2-135m --json docs/results/lengths.json``, some eight minutes on two cores.
+"""Long texts: ``python tools/lengths.py smollm2-135m --json docs/results/lengths.json``, some nine minutes on two cores.
 
 Each system runs in a process of its own; at each length the systems take turns (``--rounds``) on the same token ids, the
 built-in prompts one after the other. Told are medians of the time to the first token (prefill), of milliseconds a token after
@@ -6,6 +6,7 @@ it, and the resident memory of the process then. Let nothing else run meanwhile.
 least 0.95 x as fast as GenAI of the same precision everywhere (exit code 1 where it is not).
 
 Systems: ``adi:MODE:PRECISION``, with ``:kv-int8`` behind it for keys and values in 8 bits, and the peers of ``adi bench``.
+GenAI computes in bfloat16 and keeps keys and values in 8 bits by default where the processor can: ``int8-bf16:kv-int8``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from adi.measure.provenance import provenance
 from adi.model.load import load
 from adi.prompts import read_prompts
 
-SYSTEMS = ("adi:full:int4", "openvino-genai:int4", "adi:full:int8", "openvino-genai:int8", "adi:full:int8:kv-int8")
 KV_INT8 = ":kv-int8"
+SYSTEMS = tuple(
+    name
+    for weights in ("int4", "int8")
+    for name in (f"adi:full:{weights}", f"adi:full:{weights}-bf16{KV_INT8}", f"openvino-genai:{weights}")
+)
 PEER = "openvino-genai"
 LEAST = 0.95
 COLOURS = ("#1f62b0", "#a2323a", "#4c8c4a", "#c98a1b", "#7a4fa3", "#555555", "#00868b")
@@ -97,7 +102,8 @@ def behind(rows: list[dict[str, Any]]) -> list[str]:
     told = []
     known = {(row["system"], row["positions"]): row for row in rows if row["runs"]}
     for (name, length), row in known.items():
-        peer = known.get((f"{PEER}:{name.split(':')[2]}", length)) if name.startswith("adi:full") else None
+        weights = name.removesuffix(KV_INT8).rsplit(":", 1)[-1].removesuffix("-bf16")
+        peer = known.get((f"{PEER}:{weights}", length)) if name.startswith("adi:full") else None
         for what in ("prefill_seconds", "token_ms"):
             if peer and peer[what] < LEAST * row[what]:
                 told.append(f"{name} at {length}: {what} {row[what]:.3g}, GenAI {peer[what]:.3g}")
