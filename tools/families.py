@@ -48,8 +48,8 @@ model (hidden 32, 6 blocks, vocabulary 128, sliding windows of 8) by `python too
 `python tools/families.py --table` over [the results](results/families.json). **Exact** means that 24 greedy tokens after 12 are
 those of `model.generate` under six policies (drafts from bare exits as the controller likes, always four drafts, ragged ones
 from two depths, full depth, lookup, `Verified()`), also in a batch. On transformers' modules {exact} of {families} are exact,
-compiled (fp32) {compiled}. All was measured at one state of the code ({code}); biases and norms are drawn too, since a bias of
-zeros hides that it was left out.
+compiled (fp32) {compiled}. All was measured at one state of the code ({code}) on one thread; biases and norms are drawn too,
+since a bias of zeros hides that it was left out.
 
 What **memory** says: *cut*: keys and values, going back is a smaller length. *front*: memory that cannot be cut; what was
 accepted since the last snapshot runs again in front of the next rows, at no pass of its own. *apart*: the same in a pass of
@@ -173,7 +173,7 @@ def _loaded(model: Any, engine: str) -> adi.Model:
         return adi.load(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return adi.load(folder, backend="openvino", precision="fp32")
+        return adi.load(folder, backend="openvino", precision="fp32", threads=1)
 
 
 def _difference(wanted: list[int], got: tuple[int, ...]) -> int | None:
