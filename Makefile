@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11 or newer, make and pip:
 #   make demo   sets everything up in .venv, gets the default model and runs it
-#   make test   sets everything up, checks style and types, and runs all tests
+#   make test   sets everything up, checks style and types, and runs the tests; make slow runs those of clusters and long exports
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # A prompt of the usual gain; questions gain least (README, when it does not help).
 DEMO := Write a short thank-you note to a colleague who helped me move house, and mention the van, the stairs and the pizza.
 
-.PHONY: demo demo-loops test check format exits clean
+.PHONY: demo demo-loops test slow check format exits clean
 
 demo: $(READY)
 	$(BIN)/adi run --compare "$(DEMO)"
@@ -21,7 +21,10 @@ demo-loops: $(READY)
 	$(BIN)/adi solve sudoku6
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder  # two workers: up to 6 GiB at once
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -m "not slow"  # two workers: up to 6 GiB at once
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -11,24 +11,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TERMINAL_WIDTH"] = "1000"  # of typer's boxes: where a message wraps depends on the length of temporary paths
 
 import pytest
-import torch
-import transformers as t
 from hypothesis import settings
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import adi
-from adi.drafters.network import Drafter, fresh_drafter
-from adi.exits.heads import Adapter, Heads
-from adi.exits.probe import HEAD_FEATURES, Net, Probe
-from families import tiny
+
+if TYPE_CHECKING:  # the rest is imported where it is used: xdist's first process runs no test, and would hold all of it
+    from adi.drafters.network import Drafter
+    from adi.exits.probe import Net, Probe
 
 settings.register_profile("adi", deadline=None)  # how long a case takes is the machine's business
 settings.load_profile("adi")
@@ -40,13 +36,9 @@ CHAT_TEMPLATE = (
 SAMPLE = "the quick brown fox jumps over the lazy dog and then the dog sleeps; 12 plus 30 is 42. é 日本 😀 " * 4
 
 
-EARLY = 100  # tests: files that have more come before those of a Ray cluster
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under xdist a file's tests share a worker, and those of the real model one that begins with them: so one worker holds it,
-    before other tests' memory is there, and it is exported once. A Ray cluster has processes of its own: its tests are early
-    too, after those of the real model."""
+    before other tests' memory is there, and it is exported once."""
     if not getattr(config.option, "loadgroup", False):
         return
     for item in items:
@@ -54,18 +46,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("real" if real else item.nodeid.split("::")[0]))
     many = Counter(item.nodeid.split("::")[0] for item in items)
-    many |= {item.nodeid.split("::")[0]: EARLY for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: (item.get_closest_marker("real") is None, -many[item.nodeid.split("::")[0]]))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_stay() -> None:
+    """What was imported and collected is no garbage: nobody has to look through its million objects after every file."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _given_back() -> Iterator[None]:
     """What a file's tests held goes back to the system before those of the next, and what torch keeps of every traced model."""
+    import torch
+
     yield
     torch._C._jit_clear_class_registry()
     torch.jit._state._clear_class_state()
@@ -90,6 +92,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 300 tokens, so that characters may span several tokens."""
+    import transformers as t
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     raw = FastTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -102,6 +108,9 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_hf(tiny_tokenizer: Any) -> Any:
     """A llama of 6 blocks over that tokenizer; its context is 512 tokens."""
+    import torch
+    import transformers as t
+
     torch.manual_seed(0)
     config = t.LlamaConfig(
         hidden_size=32,
@@ -136,12 +145,16 @@ def tiny_model(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
 @pytest.fixture(scope="session")
 def llama() -> adi.Model:
     """A tiny llama without tokenizer: prompts are token ids."""
+    from families import tiny
+
     return adi.load(tiny("llama"))
 
 
 @pytest.fixture(scope="module")
 def sharp(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
     """The tiny model with a louder head: a random model is sure of nothing, and then there is nothing to learn."""
+    import torch
+
     loud = copy.deepcopy(tiny_hf)
     with torch.no_grad():
         loud.lm_head.weight *= 6
@@ -150,6 +163,10 @@ def sharp(tiny_hf: Any, tiny_tokenizer: Any) -> adi.Model:
 
 def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger, size: int = 40) -> adi.Exits:
     """Exits whose heads were never trained: random, but well formed."""
+    import torch
+
+    from adi.exits.heads import Adapter, Heads
+
     spec = model.backbone.spec
     generator = torch.Generator().manual_seed(1)
 
@@ -169,6 +186,10 @@ def random_exits(model: adi.Model, depths: tuple[int, ...], trigger: adi.Trigger
 
 def random_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> Drafter:
     """A drafter that was never trained, with every weight other than it begins, in half precision."""
+    import torch
+
+    from adi.drafters.network import fresh_drafter
+
     spec, generator = model.backbone.spec, torch.Generator().manual_seed(2)
     ids = torch.randperm(spec.vocabulary, generator=generator)[:size].sort().values
     net = fresh_drafter(model.backbone.readout(), ids, hidden, generator)
@@ -182,6 +203,10 @@ def exits_with_drafter(model: adi.Model, size: int = 40, hidden: int = 24) -> ad
 
 def random_probe(width: int, depths: tuple[int, ...], hidden: int = 3) -> Probe:
     """A probe that was never trained."""
+    import torch
+
+    from adi.exits.probe import HEAD_FEATURES, Net, Probe
+
     generator = torch.Generator().manual_seed(5)
 
     def net(features: int) -> Net:

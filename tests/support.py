@@ -81,6 +81,12 @@ def bench_in_threads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("adi.measure.bench.worker._spawned", spawned)
 
 
+def time_once(patch: pytest.MonkeyPatch) -> None:
+    """A study of triggers times everything once: what it times is not what is tested."""
+    patch.setattr("adi.measure.trigger_study.study.COST_REPEATS", 1)
+    patch.setattr("adi.measure.trigger_study.exit_table.REPEATS", 1)
+
+
 def embedding(model: adi.Model) -> Any:
     """What enters the first block for some tokens, as a tensor."""
     return lambda ids: model.backbone.embed(ids).hidden_TD

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import pytest
 
@@ -37,8 +37,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield adi.Model(backbone, None, frozenset())
 
 
+_POLICIES: WeakKeyDictionary[Any, dict[str, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
+
+
 def policies(model: adi.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Every way of decoding, with its options."""
+    """Every way of decoding, with its options; made once for a model."""
+    if model.backbone not in _POLICIES:
+        _POLICIES[model.backbone] = fresh_policies(model)
+    return _POLICIES[model.backbone]
+
+
+def fresh_policies(model: adi.Model) -> dict[str, tuple[Any, dict[str, Any]]]:
     bare = adi.bare_exits(model, (2, 4))
     exits = exits_with_drafter(model) if model.backbone.spec.backend == "hf" else bare
     seed = {"temperature": 0.8, "seed": 11}

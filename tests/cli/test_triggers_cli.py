@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from typer.testing import CliRunner
+import pytest
 
 import adi
-from adi.cli.app import app
 from conftest import random_exits
+from support import adi_, time_once
 
 
-def adi_(*args: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in args])
+@pytest.fixture(autouse=True)
+def _time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_once(monkeypatch)
 
 
 def test_triggers_prints_tables(tiny_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,16 @@ from adi.measure.trigger_study.exit_table import TEMPERATURES, ExitTable, at_tem
 from adi.measure.trigger_study.study import combined, isotonic_error, oracle
 from adi.measure.trigger_study.threshold_search import GATED, ORACLE, STATIC, SearchData, best_rules
 from conftest import probed_exits, random_exits
-from support import pass_seconds
+from support import pass_seconds, time_once
 
 LAYERS = 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _time_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        time_once(patch)
+        yield
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=20))

@@ -25,8 +25,6 @@ from adi.errors import UsageError
 from adi.serve.app import ServerOptions
 from adi.serve.cluster import ClusterOptions, app, application, in_order, key_of
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def loading(folder: str) -> tuple[adi.Model, Any]:
     model = adi.load(folder, backend="hf", threads=1)
@@ -61,6 +59,7 @@ def ask(url: str, prompt: str, **more: Any) -> Any:
     return httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 8, **more}, timeout=120)
 
 
+@pytest.mark.slow
 def test_replicas_answer_as_one_model_does(url: str, tiny_folder: Path) -> None:
     model, _ = loading(str(tiny_folder))
     for prompt in ("the quick", "brown fox jumps", "12 plus 30", "lazy dog"):
@@ -72,12 +71,14 @@ def test_replicas_answer_as_one_model_does(url: str, tiny_folder: Path) -> None:
         assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == wanted
 
 
+@pytest.mark.slow
 def test_refusals_come_through(url: str) -> None:
     assert ask(url, "the", best_off=2).json()["error"]["code"] == "unknown_parameter"
     assert httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"] == "tiny"
     assert ask(url, "x" * (1 << 17)).status_code == 413
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_costs_no_answer(url: str, tiny_folder: Path) -> None:
     model, _ = loading(str(tiny_folder))
     wanted = adi.generate(model, "the quick", raw=True, max_new_tokens=8).text

@@ -157,7 +157,11 @@ def test_no_text_is_said(llama: adi.Model, tmp_path: Path) -> None:
         train_model(llama, texts(2, 1), texts(2, 2), tmp_path, OPTIONS, held=[])
 
 
-def test_general_text_is_the_models_own_talk_and_plain_text(sharp: adi.Model, tmp_path: Path) -> None:
+def test_general_text_is_the_models_own_talk_and_plain_text(
+    sharp: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adi.training.generate_data.SHARD_TEXTS", 6)
+    monkeypatch.setattr("adi.training.generate_data.LONGEST_PROMPT", 12)
     found = general_text(sharp, tmp_path, tokens=200)
     assert any(text.first > 0 for text in found), "answers"
     assert sum(text.first == 0 for text in found) > 10, "plain text"

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from adi.schema import from_json
 from adi.training.train_looped import TrainSettings, train_looped
 
+pytestmark = pytest.mark.slow  # four processes that import torch
 SETTINGS = """
 task = "products-S3"
 steps = 8

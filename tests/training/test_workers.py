@@ -15,7 +15,7 @@ from adi.training import workers
 from adi.training.generate_data import WORKERS, GenerateOptions, generate_dataset
 from adi.training.workers import RayWorkers
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all tests of it
+pytestmark = pytest.mark.slow  # a cluster
 OPTIONS = GenerateOptions(tokens=1 << 20, max_new_tokens=3, own_prompts=0.0, repeat=False, seed=5)
 PROMPTS = [(5, 6, 7 + i) for i in range(80)]
 
