@@ -18,6 +18,7 @@ from adi.decoding.teacher_forcing import KnownText
 from adi.errors import AdiError, FileError, UsageError
 from adi.files import read_json
 from adi.progress import Progress, no_progress
+from adi.prompts import read_prompts
 from adi.training import train_model as module
 from adi.training.train_model import (
     Learner,
@@ -161,7 +162,9 @@ def test_general_text_is_the_models_own_talk_and_plain_text(
     sharp: adi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adi.training.generate_data.SHARD_TEXTS", 6)
+    monkeypatch.setattr("adi.training.generate_data.SIDE_BY_SIDE", 6)
     monkeypatch.setattr("adi.training.generate_data.LONGEST_PROMPT", 12)
+    monkeypatch.setattr(module, "read_prompts", lambda name: read_prompts(name)[:40])
     found = general_text(sharp, tmp_path, tokens=200)
     assert any(text.first > 0 for text in found), "answers"
     assert sum(text.first == 0 for text in found) > 10, "plain text"
