@@ -527,7 +527,8 @@ def served() -> str:
     """Servers under load: medians of the rounds; nothing where that was not measured."""
     if not (RESULTS / "load.json").exists():
         return ""
-    systems = load("load.json")["systems"]
+    found = load("load.json")
+    systems = found["systems"]
     names = ("tokens_per_second", "first_median", "first_95", "between_median", "between_95")
     rows = [
         [
@@ -538,7 +539,10 @@ def served() -> str:
         for system, rounds in ((name, found[clients]) for name, found in systems.items())
     ]
     head = ("clients | system", "tokens/s", "first token, s", "95%", "between tokens, s", "95%")
-    return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{origin('load.json')}"
+    again = found.get("asked_again", {}).items()
+    two = "; ".join(f"{kind} {found['texts_that_differ'][kind]} of {count}" for kind, count in again)
+    note = f"Prompts with two texts, of those asked again in other company: {two}.\n\n" if two else ""
+    return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{note}{origin('load.json')}"
 
 
 # What stands between <!-- name --> and <!-- end --> of a page of docs.

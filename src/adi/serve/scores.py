@@ -41,7 +41,7 @@ class Scores:
     def __init__(self, model: Model, ids: Sequence[int], count: int) -> None:
         self.model, self.prompt_ids, self._count = model, tuple(ids), count
         self.begun: float | None = None
-        self.ended, self.budget = False, 0
+        self.ended, self.budget, self.trials = False, 0, None
         self.restart()
 
     def restart(self) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import adi
+from adi.decoding import scheduler
 from adi.decoding.drafting.controller import Controller
 from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.drafting.proposers import ControlledProposer, NgramSources
-from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.drafting.trial import KEPT, LEAST, ROWS, TRIED, RoundClock, Trial
 from adi.decoding.requests import Request
 
@@ -109,7 +110,7 @@ class Asked:
         self.most.append(most)
 
 
-@pytest.mark.parametrize(("looks", "asked"), [(0, []), (4, [4]), (ROWS, [15])])
+@pytest.mark.parametrize(("looks", "asked"), [(4, [4]), (ROWS, [15])])
 def test_nothing_is_looked_for_beyond_what_the_trial_says(looks: int, asked: list[int]) -> None:
     costs, source = CostModel({1: PASS, 64: PASS}), Asked()
     costs.correction.trials.drafts = looks
@@ -118,7 +119,22 @@ def test_nothing_is_looked_for_beyond_what_the_trial_says(looks: int, asked: lis
     made = next(proposing)
     assert isinstance(made, DraftRound)
     assert source.most == asked
-    assert (made.drafter, made.most) == (looks > 0, min(looks, 15))
+    assert (made.drafter, made.most) == (True, min(looks, 15))
+
+
+def test_where_drafting_rests_a_round_is_one_of_full_depth(tiny_model: adi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is looked for, and the driver is asked for nothing but passes."""
+    model, rounds, seen = adi.Model(tiny_model.backbone, tiny_model.tokenizer, frozenset()), list[int](), Trial.seen
+    monkeypatch.setattr(Trial, "seen", lambda self, drafted, tokens, _: seen(self, drafted, tokens, 9.0 if drafted else 1.0))
+    monkeypatch.setattr(
+        scheduler, "draft_together", lambda asked, *more: (rounds.append(len(asked)), draft_together(asked, *more))
+    )
+    options: Any = {"max_new_tokens": 80, "raw": True, "stop_at_eos": False}
+    prompts = ["the quick brown fox", "a dog sleeps", "12 plus 30"]
+    found = adi.generate_batch(model, prompts, adi.Verified(), **options)
+    assert len(prompts) * TRIED <= sum(rounds) <= len(prompts) * (TRIED + 6), "then drafting rests"
+    wanted = adi.generate_batch(model, prompts, adi.FullDepth(), **options)
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
 
 
 def test_a_batch_tries_and_a_lone_text_does_not(tiny_model: adi.Model) -> None:

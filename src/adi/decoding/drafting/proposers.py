@@ -102,10 +102,12 @@ class ControlledProposer:
     _round: DraftRound | None = None
 
     def propose(self, text: Sequence[int], most: int) -> Proposing:
-        """By one drafter a round."""
-        most = min(most, self.control.looks)
-        matches, drafter = self.sources.find(text, most) if most else [], self.drafter and most > 0
-        self._round = made = DraftRound(self.control, matches, drafter, most, text[-1], len(text), self.request.ends)
+        """By one drafter a round; where none are to be looked for this is ordinary decoding, and costs what that costs."""
+        if not (most := min(most, self.control.looks)):
+            self._round = None
+            return Proposal(len(text) - 1)
+        matches = self.sources.find(text, most)
+        self._round = made = DraftRound(self.control, matches, self.drafter, most, text[-1], len(text), self.request.ends)
         yield made
         return Proposal(len(text) - 1, [DraftToken(t, 0, level=made.choice.level, confidence=c) for t, c in made.drafts])
 

@@ -74,21 +74,23 @@ class _Round:
 
 
 class RoundClock:
-    """One driver's rounds, as they come: times those that the same sequences went through without others' prompts beside."""
+    """One driver's rounds, from pass to pass: times those that the same sequences went through with nobody beside."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
         self._round: _Round | None = None
 
     def begin(self, trials: Trials | None, positions: Mapping[int, int], beside: int) -> None:
-        """A round begins of sequences at these ``positions`` in their texts, by any number that tells them apart, beside so
-        many rows of others. What they look for in the next one is settled; not without ``trials``, where no costs are known."""
-        (before, self._round), now = (self._round, None), self._clock()
+        """A pass begins of sequences at these ``positions`` in their texts, by any number that tells them apart, beside so many
+        others. What they look for behind it is settled; not without ``trials``, where nobody drafts by costs."""
+        before, self._round = self._round, None
         if trials is None:
             return
-        if before is not None and beside == 0 and positions.keys() == before.positions.keys():
-            before.trial.seen(before.drafted, sum(positions.values()) - sum(before.positions.values()), now - before.began)
-        sequences, drafted, trials.drafts = len(positions), trials.drafts > 0, ROWS
+        now, drafted = self._clock(), trials.drafts > 0
+        steady = before is not None and beside == 0 and positions.keys() == before.positions.keys()
+        if before is not None and steady and before.drafted is drafted:  # looking comes behind a pass, for the next one
+            before.trial.seen(drafted, sum(positions.values()) - sum(before.positions.values()), now - before.began)
+        sequences, trials.drafts = len(positions) or beside, ROWS
         if sequences > 1:
             trial = trials.of(sequences)
             trials.drafts = max(LEAST, ROWS // sequences) if trial.drafts else 0
