@@ -132,7 +132,8 @@ def test_where_drafting_rests_a_round_is_one_of_full_depth(tiny_model: adi.Model
     options: Any = {"max_new_tokens": 80, "raw": True, "stop_at_eos": False}
     prompts = ["the quick brown fox", "a dog sleeps", "12 plus 30"]
     found = adi.generate_batch(model, prompts, adi.Verified(), **options)
-    assert len(prompts) * TRIED <= sum(rounds) <= len(prompts) * (TRIED + 6), "then drafting rests"
+    together = [each for each in rounds if each > 1]  # who is left alone drafts again
+    assert TRIED <= len(together) <= TRIED + 6, "then drafting rests"
     wanted = adi.generate_batch(model, prompts, adi.FullDepth(), **options)
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
 

@@ -36,6 +36,7 @@ class Trial:
     """Of about so many sequences: whether they draft by now."""
 
     drafts: bool = True
+    _keeps: bool = False  # to the better kind, both having been tried
     _left: int = TRIED
     _kinds: Mapping[bool, _Kind] = field(default_factory=lambda: {True: _Kind(), False: _Kind()})
 
@@ -44,10 +45,10 @@ class Trial:
         self._kinds[drafted].add(tokens, seconds)
         self._left -= drafted is self.drafts
         if self._left <= 0:
-            other, best = not self.drafts, max((True, False), key=lambda kind: self._kinds[kind].rate)
-            self.drafts = other if self.drafts is best else best
-            known = all(kind.seconds for kind in self._kinds.values())
-            self._left = KEPT if known and self.drafts is best else TRIED
+            best = max((True, False), key=lambda kind: self._kinds[kind].rate)
+            self.drafts = not self.drafts if self._keeps else best
+            self._keeps = not self._keeps and all(kind.seconds for kind in self._kinds.values())
+            self._left = KEPT if self._keeps else TRIED
 
 
 @dataclass
