@@ -1,15 +1,18 @@
 """Halting on compiled OpenVINO graphs: the same answers as ``run_halting`` on torch, up to rounding.
 
-A turn runs for one item or for four at once, in a graph whose number of rows is fixed: that works no shapes out, and a few
-rows take a twentieth of a millisecond. The graph of a turn ends where the next turn's keys, values and queries are made, so
-that places which have just halted need no pass of their own to leave theirs.
+Each thread runs one item or text at a time, in graphs whose number of rows is fixed: that works no shapes out, waits for no
+other thread between two nodes, and a few rows take a twenty-fifth of a millisecond. So an item's bits are the same alone and
+beside others. The graph of a turn ends where the next turn's keys, values and queries are made, so that places which have just
+halted need no pass of their own to leave theirs.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,31 +21,35 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from adi.decoding.looped.halting import Halted, Rule, Standing, inputs_of, items_until_halt, require_halting
+from adi.decoding.looped.halting import Halted, Rule, inputs_of, items_until_halt, require_halting
 from adi.errors import UsageError
 from adi.model.hub import quiet_transformers
 from adi.model.looped import LoopedForCausalLM
 
-AT_ONCE = 4  # items of a graph: their rows stay in the cache, and waiting for the last of them costs little
 STEP = 8  # places of texts are made a multiple of this, so that few graphs are compiled
 
 
-class Fixed:
-    """A torch module as a compiled graph for inputs of these shapes, over arrays of its own."""
+def _compile(core: Any, module: nn.Module, examples: tuple[Tensor, ...], threads: int) -> Any:
+    """A torch module as a compiled graph for inputs of these shapes, for so many threads at once."""
+    import openvino as ov
 
-    def __init__(self, core: Any, module: nn.Module, examples: tuple[Tensor, ...], lone: bool) -> None:
+    with torch.no_grad(), quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer points at every Python branch
+        traced = torch.jit.trace(module.eval(), examples, check_trace=False)
+        graph = ov.convert_model(traced, example_input=examples)
+    graph.reshape({i: ov.PartialShape(list(example.shape)) for i, example in enumerate(examples)})
+    config = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)}
+    return core.compile_model(graph, "CPU", config)
+
+
+class Bound:
+    """A compiled graph over these arrays, for one thread."""
+
+    def __init__(self, compiled: Any, inputs: list[np.ndarray]) -> None:
         import openvino as ov
 
-        with torch.no_grad(), quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer points at every Python branch
-            traced = torch.jit.trace(module.eval(), examples, check_trace=False)
-            graph = ov.convert_model(traced, example_input=examples)
-        graph.reshape({i: ov.PartialShape(list(example.shape)) for i, example in enumerate(examples)})
-        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = core.compile_model(graph, "CPU", config | ({"INFERENCE_NUM_THREADS": "1"} if lone else {}))
         self._request = compiled.create_infer_request()
-        self.inputs = [example.numpy().copy() for example in examples]
-        self.outputs = [np.zeros(tuple(port.shape), np.float32) for port in compiled.outputs]
+        self.inputs, self.outputs = inputs, [np.zeros(tuple(port.shape), np.float32) for port in compiled.outputs]
         for i, array in enumerate(self.inputs):
             self._request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
         for i, array in enumerate(self.outputs):
@@ -84,10 +91,11 @@ class _ItemTurn(nn.Module):
 
 
 class _PlaceTurn(nn.Module):
-    """One turn of N places in each of G texts, from attention to the next turn's queries, keys and values.
+    """One turn of N places of a text, from attention to the next turn's queries, keys and values.
 
-    A row is ``given | entered | query``: what the input adds to each turn, what has entered this one, and its query. Matrices
-    that read the same are one, and the gate's last, of one output, is a sum: the plugin takes as long for any other.
+    A place's row is ``given | entered | query | key | value``: what the input adds to each turn, what has entered this one, and
+    what that makes. Matrices that read the same are one, and the gate's last, of one output, is a sum: the plugin takes as long
+    for any other.
     """
 
     def __init__(self, model: LoopedForCausalLM, length: int, price: float | None) -> None:
@@ -111,39 +119,41 @@ class _PlaceTurn(nn.Module):
             self.of_state, self.of_given = (part.contiguous() for part in model.model.turn.inject.weight.detach().chunk(2, -1))
 
     def first(self) -> np.ndarray:
-        """``given | entered | query | key | value`` of the first turn, for each id at each place: ``[V * T, 5 * D]``."""
-        decoder, places_T = self.model.model, torch.arange(self.length)
-        given_VTD = decoder.embed_tokens.weight[:, None].expand(-1, self.length, -1)
+        """The rows of the first turn, for each id at each place: ``[V, T, 5 * D]``."""
+        decoder, T, D, places_T = self.model.model, self.length, self.width, torch.arange(self.length)
+        given_VTD = decoder.embed_tokens.weight[:, None].expand(-1, T, -1)
         if self.model.config.positions == "learned":
             given_VTD = given_VTD + decoder.embed_positions(places_T[None])
         state = decoder.first_state(given_VTD)
         given_VTD = F.linear(given_VTD, self.of_given) if self.concat else given_VTD
-        rows = torch.cat([given_VTD, self._enter(state, given_VTD, places_T.expand(len(state), -1))], -1)
-        return np.asarray(rows.flatten(0, 1).numpy())
+        entering = self._enter(state.reshape(-1, D), given_VTD.reshape(-1, D), places_T.repeat(len(state)))
+        rows = torch.cat([given_VTD, entering.view(-1, T, 4 * D)], -1)
+        return np.asarray(rows.numpy())
 
-    def forward(self, row_GNW: Tensor, place_GN: Tensor, kept_GTW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the gate's logit ``[G, N, V + 1]``; what enters the next turn with its query, key and value."""
-        given_GND, entered_GND, queries = row_GNW.chunk(3, -1)
-        queries, keys, values = (self._heads(part) for part in (queries, *kept_GTW.chunk(2, -1)))
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask_TT[place_GN][:, None])
-        hidden_GND = entered_GND + self.block.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-        gate, up = F.linear(self.block.post_attention_layernorm(hidden_GND), self.gate_up).chunk(2, -1)
-        state = self.model.model.turn.closed(hidden_GND + self.block.mlp.down_proj(F.silu(gate) * up))
+    def forward(self, place_N: Tensor, row_TW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the gate's logit ``[N, V + 1]``; what enters the next turn with its query, key and value."""
+        D = self.width
+        given_ND, entered_ND, queries = row_TW[:, : 3 * D][place_N].chunk(3, -1)
+        queries, keys, values = (self._heads(part) for part in (queries, *row_TW[:, 3 * D :].chunk(2, -1)))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask_TT[place_N][None, None])
+        hidden_ND = entered_ND + self.block.self_attn.o_proj(mixed[0].transpose(0, 1).flatten(1))
+        gate, up = F.linear(self.block.post_attention_layernorm(hidden_ND), self.gate_up).chunk(2, -1)
+        state = self.model.model.turn.closed(hidden_ND + self.block.mlp.down_proj(F.silu(gate) * up))
         told, stop = F.linear(self.model.model.read(state), self.told), self.model.gate.stop
         V = self.model.config.vocab_size
         halt = (F.silu(told[..., V:] + self.bias) * stop.weight[0].detach()).sum(-1, keepdim=True) + stop.bias.detach()
-        return torch.cat([told[..., :V], halt], -1), self._enter(state, given_GND, place_GN)
+        return torch.cat([told[..., :V], halt], -1), self._enter(state, given_ND, place_N)
 
-    def _heads(self, part_GND: Tensor) -> Tensor:
-        return torch.unflatten(part_GND, -1, (self.heads, -1)).transpose(1, 2)
+    def _heads(self, part_ND: Tensor) -> Tensor:
+        return torch.unflatten(part_ND, -1, (self.heads, -1)).transpose(0, 1)[None]
 
-    def _enter(self, state: Tensor, given_GND: Tensor, place_GN: Tensor) -> Tensor:
+    def _enter(self, state: Tensor, given_ND: Tensor, place_N: Tensor) -> Tensor:
         linear = self.concat
-        entered = F.linear(state, self.of_state) + given_GND if linear else self.model.model.turn.injected(state, given_GND)
+        entered = F.linear(state, self.of_state) + given_ND if linear else self.model.model.turn.injected(state, given_ND)
         queries, keys, values = F.linear(self.block.input_layernorm(entered), self.qkv).chunk(3, -1)
-        angles = self.cos_TD[place_GN], self.sin_TD[place_GN]
-        turned = apply_rotary_pos_emb(self._heads(queries), self._heads(keys), *angles)
-        return torch.cat([entered, *(part.transpose(1, 2).flatten(2) for part in turned), values], -1)
+        angles = self.cos_TD[place_N], self.sin_TD[place_N]
+        turned = apply_rotary_pos_emb(self._heads(queries), self._heads(keys), *angles, unsqueeze_dim=0)
+        return torch.cat([entered, *(part[0].transpose(0, 1).flatten(1) for part in turned), values], -1)
 
 
 class Compiled:
@@ -152,11 +162,13 @@ class Compiled:
     def __init__(self, model: LoopedForCausalLM) -> None:
         import openvino as ov
 
-        self._model, self._core, self._lock = model, ov.Core(), threading.RLock()
+        self._model, self._core, self._lock, self._compiling = model, ov.Core(), threading.Lock(), threading.Lock()
         self._weights = list(model.parameters())
         self._versions = self._now()
-        self._graphs: dict[tuple[Any, ...], Fixed] = {}
-        self._firsts: dict[tuple[Any, ...], tuple[_PlaceTurn, np.ndarray]] = {}
+        self._graphs: dict[Any, Any] = {}
+        self._bound: list[dict[Any, Bound]] = [{} for _ in range(max(1, len(os.sched_getaffinity(0))))]  # of each thread
+        self._firsts: dict[tuple[Any, ...], tuple[_PlaceTurn, np.ndarray, list[np.ndarray]]] = {}
+        self._threads = ThreadPoolExecutor(len(self._bound), thread_name_prefix="adi-halting")
 
     def _now(self) -> list[int]:
         return [weight._version for weight in self._weights]
@@ -180,118 +192,123 @@ class Compiled:
                 return self._places(ids_BT.numpy(), rule)
             return items_until_halt(self._model, ids_BT, rule, asked_BT, noise_BTD, self._item_turn(ids_BT, rule))
 
-    def _graph(self, key: tuple[Any, ...], make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> Fixed:
-        """The graph of this key for inputs of these shapes; inputs of two axes are ids or places."""
-        if (found := self._graphs.get((*key, *shapes))) is None:
-            examples = tuple(torch.zeros(shape, dtype=torch.int32 if len(shape) == 2 else torch.float32) for shape in shapes)
-            found = self._graphs[*key, *shapes] = Fixed(self._core, make(), examples, lone=shapes[0][0] == 1)
+    def _graph(self, thread: int, key: Any, make: Callable[[], nn.Module], *inputs: np.ndarray) -> Bound:
+        """The graph of this key for arrays of these shapes and, when it is new to the thread, over them."""
+        if (found := self._bound[thread].get(key)) is None:
+            with self._compiling, torch.no_grad():
+                if key not in self._graphs:
+                    self._graphs[key] = _compile(self._core, make(), tuple(map(torch.tensor, inputs)), len(self._bound))
+            found = self._bound[thread][key] = Bound(self._graphs[key], list(inputs))
         return found
 
+    def _each(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
+        """Have the threads share items by their numbers; a lone one is this thread's."""
+        left = iter(range(count))
+        list(self._threads.map(work, range(len(self._bound)), [left] * len(self._bound)) if count > 1 else [work(0, left)])
+
     def _all_turns(self, ids_BT: Tensor, rule: Rule) -> Halted:
-        size, length = 1 if len(ids_BT) == 1 else AT_ONCE, ids_BT.shape[1]
-        graph = self._graph(("all turns", rule.most), lambda: _AllTurns(self._model, rule.most), (size, length))
-        found = []
-        for part_GT in ids_BT.split(size):
-            graph.inputs[0][: len(part_GT)] = part_GT
-            graph.run()
-            found.append(torch.from_numpy(graph.outputs[0][: len(part_GT)].copy()))
-        return Halted(torch.cat(found), torch.full_like(ids_BT, rule.most))
+        (B, T), V = ids_BT.shape, self._model.config.vocab_size
+        ids, logits_BTV = ids_BT.numpy(), np.empty((B, T, V), np.float32)
+
+        def work(thread: int, items: Iterator[int]) -> None:
+            key, empty = ("all turns", rule.most, T), np.zeros((1, T), np.int32)
+            graph = self._graph(thread, key, lambda: _AllTurns(self._model, rule.most), empty)
+            for item in items:
+                graph.inputs[0][0] = ids[item]
+                graph.run()
+                logits_BTV[item] = graph.outputs[0][0]
+
+        self._each(B, work)
+        return Halted(torch.from_numpy(logits_BTV), torch.full_like(ids_BT, rule.most))
 
     def _item_turn(self, ids_BT: Tensor, rule: Rule) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-        config, length = self._model.config, ids_BT.shape[1]
-        size = 1 if len(ids_BT) == 1 else AT_ONCE
-        shapes = ((size, length, width * config.hidden_size) for width in (config.states, 1))
-        graph = self._graph(("items", rule.price), lambda: _ItemTurn(self._model, length, rule.price), *shapes)
+        config, T = self._model.config, ids_BT.shape[1]
+        widths = [width * config.hidden_size for width in (config.states, 1)]
 
-        def part(*rows: Tensor) -> list[Tensor]:
-            for array, some in zip(graph.inputs, rows, strict=True):
-                array[: len(some)] = some.numpy()
-            graph.run()
-            return [torch.from_numpy(array[: len(rows[0])].copy()) for array in graph.outputs]
+        def turn(*rows_NTW: Tensor) -> tuple[Tensor, ...]:
+            N = len(rows_NTW[0])
+            found = [np.empty((N, *sizes), np.float32) for sizes in ((T, widths[0]), (T, config.vocab_size), ())]
 
-        def turn(state: Tensor, given_NTD: Tensor) -> tuple[Tensor, ...]:
-            if len(state) <= size:
-                return tuple(part(state, given_NTD))
-            found = [part(*rows) for rows in zip(state.split(size), given_NTD.split(size), strict=True)]
-            return tuple(map(torch.cat, zip(*found, strict=True)))
+            def work(thread: int, items: Iterator[int]) -> None:
+                empty = (np.zeros((1, T, width), np.float32) for width in widths)
+                graph = self._graph(thread, ("items", rule.price, T), lambda: _ItemTurn(self._model, T, rule.price), *empty)
+                for item in items:
+                    for array, rows in zip(graph.inputs, given, strict=True):
+                        array[0] = rows[item]
+                    graph.run()
+                    for whole, array in zip(found, graph.outputs, strict=True):
+                        whole[item] = array[0]
+
+            given = [rows.numpy() for rows in rows_NTW]
+            self._each(N, work)
+            return tuple(map(torch.from_numpy, found))
 
         return turn
 
-    def _place_turn(self, length: int, price: float | None) -> tuple[_PlaceTurn, np.ndarray]:
+    def _place_turn(self, length: int, price: float | None) -> tuple[_PlaceTurn, np.ndarray, list[np.ndarray]]:
+        """The module, the rows that enter its first turn, and for each thread room for those of a text."""
         if (length, price) not in self._firsts:
             module = _PlaceTurn(self._model, length, price)
-            self._firsts[length, price] = module, module.first()
+            room = [np.zeros((length, 5 * module.width), np.float32) for _ in self._bound]
+            self._firsts[length, price] = module, module.first(), room
         return self._firsts[length, price]
 
     def _places(self, ids_BT: np.ndarray, rule: Rule) -> Halted:
-        """Places of texts, each until it halts. A place's number is text x length + place; N of them are open."""
-        (B, T), D, V = ids_BT.shape, self._model.config.hidden_size, self._model.config.vocab_size
+        """Places of texts, each until it halts."""
+        (B, T), V = ids_BT.shape, self._model.config.vocab_size
         length = -(-T // STEP) * STEP
-        module, first = self._place_turn(length, rule.price)
-        open_N = (np.arange(B)[:, None] * length + np.arange(T)).ravel()
-        entering = first[(ids_BT * length + np.arange(T)).ravel()]
-        rows, kept = entering[:, : 3 * D], np.zeros((B * length, 2 * D), np.float32)
-        kept[open_N] = entering[:, 3 * D :]
-        logits, turns = np.zeros((B * length, V), np.float32), np.zeros(B * length, np.int64)
-        stands = _Stands(rule)
-        for turn in range(1, rule.most + 1):
-            told, entering = (np.empty((len(open_N), width), np.float32) for width in (V + 1, 4 * D))
-            for chosen, texts, slots, (size, count) in _groups(open_N, B, length):
-                shapes = ((size, count, 3 * D), (size, count), (size, length, 2 * D))
-                graph = self._graph(("places", rule.price), lambda: module, *shapes)
-                graph.inputs[0].reshape(size * count, -1)[slots] = rows[chosen]
-                graph.inputs[1].reshape(-1)[slots] = open_N[chosen] % length
-                graph.inputs[2][: len(texts)] = kept.reshape(B, length, -1)[texts]
-                graph.run()
-                told[chosen], entering[chosen] = (array.reshape(size * count, -1)[slots] for array in graph.outputs)
-            logits[open_N], turns[open_N], kept[open_N] = told[:, :-1], turn, entering[:, 2 * D :]
-            left = np.flatnonzero(~stands.now(told))
-            open_N, rows = open_N[left], np.concatenate([rows[left, :D], entering[left, : 2 * D]], 1)
-            if not len(open_N):
-                break
-        logits_BTV, turns_BT1 = (array.reshape(B, length, -1)[:, :T].copy() for array in (logits, turns))
-        return Halted(torch.from_numpy(logits_BTV), torch.from_numpy(turns_BT1[..., 0]))
+        module, first, room = self._place_turn(length, rule.price)
+        logits_BTV, turns_BT = np.empty((B, T, V), np.float32), np.zeros((B, T), np.int64)
+        every_T = np.arange(T)
+
+        def work(thread: int, texts: Iterator[int]) -> None:
+            row_TW = room[thread]
+            for text in texts:
+                row_TW[:T], open_N = first[ids_BT[text], every_T], every_T
+                stands = _Stands(rule)
+                for _ in range(rule.most):
+                    n, rows = len(open_N), _evened(len(open_N))
+                    key = ("places", rule.price, length, rows)
+                    graph = self._graph(thread, key, lambda: module, np.zeros(rows, np.int32), row_TW)
+                    graph.inputs[0][:n] = open_N  # rows behind these are of no account
+                    graph.run()
+                    told_NV, entering_NW = graph.outputs[0][:n], graph.outputs[1][:n]
+                    logits_BTV[text, open_N] = told_NV[:, :V]
+                    turns_BT[text, open_N] += 1
+                    row_TW[open_N, module.width :] = entering_NW
+                    open_N = open_N[stands.left(told_NV)]
+                    if not len(open_N):
+                        break
+
+        self._each(B, work)
+        return Halted(torch.from_numpy(logits_BTV), torch.from_numpy(turns_BT))
 
 
 class _Stands:
-    """Which answers stand, turn after turn; ``least`` is the gate's logit above which one halts."""
+    """Which answers of a text do not stand yet, turn after turn; ``least`` is the gate's logit above which one halts."""
 
     def __init__(self, rule: Rule) -> None:
         assert rule.threshold is not None
         with np.errstate(divide="ignore"):
             self.least = float(np.log(rule.threshold) - np.log1p(-np.float64(rule.threshold)))
-        self._verified = Standing(rule) if rule.verified else None
+        self._verified = rule.verified
+        self._before: tuple[np.ndarray, np.ndarray] | None = None  # who fired last turn, and the answers
 
-    def now(self, told_NV: np.ndarray) -> np.ndarray:
-        """By logits and the gate's ``[N, V + 1]``; those that do not stand are asked again."""
-        if self._verified is None:
-            return np.asarray(told_NV[:, -1] > self.least)
-        told = torch.from_numpy(told_NV)
-        found_N = self._verified.now(told[:, -1].sigmoid(), told[:, :-1].argmax(-1))
-        self._verified.keep(~found_N)
-        return found_N.numpy()
-
-
-def _groups(open_N: np.ndarray, texts: int, length: int) -> Iterator[tuple[Any, Any, Any, tuple[int, int]]]:
-    """Which open places go through a graph together, those of so many texts; these texts; their places in its inputs; and its
-    sizes. Texts of which as many are open go together."""
-    if texts == 1:
-        every = slice(0, len(open_N))
-        yield every, [0], every, (1, _evened(len(open_N)))
-        return
-    text_M, start_M, count_M = np.unique(open_N // length, return_index=True, return_counts=True)
-    order_M = np.argsort(-count_M, kind="stable")
-    for group in (order_M[i : i + AT_ONCE] for i in range(0, len(order_M), AT_ONCE)):
-        count = _evened(int(count_M[group[0]]))
-        chosen = np.concatenate([np.arange(start_M[i], start_M[i] + count_M[i]) for i in group])
-        slots = np.concatenate([at * count + np.arange(count_M[i]) for at, i in enumerate(group)])
-        yield chosen, text_M[group], slots, (AT_ONCE, count)
+    def left(self, told_NV: np.ndarray) -> np.ndarray:
+        """By logits and the gate's ``[N, V + 1]`` of those that were left."""
+        fired_N = told_NV[:, -1] > self.least
+        if not self._verified:
+            return np.asarray(~fired_N)
+        answer_N = told_NV[:, :-1].argmax(-1)
+        left_N = np.ones(len(told_NV), bool) if self._before is None else ~(self._before[0] & (answer_N == self._before[1]))
+        self._before = fired_N[left_N], answer_N[left_N]
+        return left_N
 
 
 def _evened(rows: int) -> int:
-    """4, a multiple of 8, or of many a multiple of about a fifth, so that few graphs are compiled."""
-    step = max(8, 1 << max(0, rows.bit_length() - 3))
-    return 4 if rows <= 4 else -(-rows // step) * step
+    """A multiple of 4 or, of many, of a sixteenth to an eighth, so that few graphs are compiled."""
+    step = max(4, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 def compiled(model: LoopedForCausalLM) -> Compiled:
