@@ -48,6 +48,16 @@ def test_compiled_turns_are_torchs(model: LoopedForCausalLM) -> None:
         both(model, ids(6, 7), threshold=0.5, most=6, starts=3)
 
 
+def test_an_item_beside_others_is_itself_alone_bit_for_bit(model: LoopedForCausalLM) -> None:
+    given = Rule(threshold=0.5, most=6, price=0.1 if model.config.gate_price else None)
+    several = ids(6, 7)
+    together = compiled(model).run(several, given, torch.ones_like(several), None)
+    for i, item in enumerate(several.split(1)):
+        alone = compiled(model).run(item, given, torch.ones_like(item), None)
+        assert torch.equal(alone.logits_BTV[0], together.logits_BTV[i])
+        assert torch.equal(alone.turns_BT[0], together.turns_BT[i])
+
+
 def test_changed_weights_are_compiled_again() -> None:
     model = gated(True)
     both(model, ids(1, 5), threshold=0.5, most=3)

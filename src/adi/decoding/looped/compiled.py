@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,8 +29,8 @@ from adi.model.looped import LoopedForCausalLM
 STEP = 8  # places of texts are made a multiple of this, so that few graphs are compiled
 
 
-def _compile(core: Any, module: nn.Module, examples: tuple[Tensor, ...], threads: int) -> Any:
-    """A torch module as a compiled graph for inputs of these shapes, for so many threads at once."""
+def _converted(module: nn.Module, examples: tuple[Tensor, ...]) -> Any:
+    """A torch module as a graph for inputs of these shapes."""
     import openvino as ov
 
     with torch.no_grad(), quiet_transformers(), warnings.catch_warnings():
@@ -38,16 +38,17 @@ def _compile(core: Any, module: nn.Module, examples: tuple[Tensor, ...], threads
         traced = torch.jit.trace(module.eval(), examples, check_trace=False)
         graph = ov.convert_model(traced, example_input=examples)
     graph.reshape({i: ov.PartialShape(list(example.shape)) for i, example in enumerate(examples)})
-    config = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)}
-    return core.compile_model(graph, "CPU", config)
+    return graph
 
 
 class Bound:
-    """A compiled graph over these arrays, for one thread."""
+    """A graph compiled over these arrays, for one thread: two threads' streams of one compiled graph are each slower."""
 
-    def __init__(self, compiled: Any, inputs: list[np.ndarray]) -> None:
+    def __init__(self, core: Any, graph: Any, inputs: Sequence[np.ndarray]) -> None:
         import openvino as ov
 
+        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1", "ENABLE_CPU_PINNING": "NO"}
+        compiled = core.compile_model(graph, "CPU", config)
         self._request = compiled.create_infer_request()
         self.inputs, self.outputs = inputs, [np.zeros(tuple(port.shape), np.float32) for port in compiled.outputs]
         for i, array in enumerate(self.inputs):
@@ -156,18 +157,21 @@ class _PlaceTurn(nn.Module):
         return torch.cat([entered, *(part[0].transpose(0, 1).flatten(1) for part in turned), values], -1)
 
 
+Room = tuple[np.ndarray, dict[int, Bound]]
+
+
 class Compiled:
     """A model's graphs, each compiled when it is first wanted. One run at a time."""
 
     def __init__(self, model: LoopedForCausalLM) -> None:
         import openvino as ov
 
-        self._model, self._core, self._lock, self._compiling = model, ov.Core(), threading.Lock(), threading.Lock()
+        self._model, self._core, self._lock, self._converting = model, ov.Core(), threading.Lock(), threading.Lock()
         self._weights = list(model.parameters())
         self._versions = self._now()
         self._graphs: dict[Any, Any] = {}
         self._bound: list[dict[Any, Bound]] = [{} for _ in range(max(1, len(os.sched_getaffinity(0))))]  # of each thread
-        self._firsts: dict[tuple[Any, ...], tuple[_PlaceTurn, np.ndarray, list[np.ndarray]]] = {}
+        self._firsts: dict[tuple[Any, ...], tuple[_PlaceTurn, np.ndarray, list[Room]]] = {}
         self._threads = ThreadPoolExecutor(len(self._bound), thread_name_prefix="adi-halting")
 
     def _now(self) -> list[int]:
@@ -195,10 +199,10 @@ class Compiled:
     def _graph(self, thread: int, key: Any, make: Callable[[], nn.Module], *inputs: np.ndarray) -> Bound:
         """The graph of this key for arrays of these shapes and, when it is new to the thread, over them."""
         if (found := self._bound[thread].get(key)) is None:
-            with self._compiling, torch.no_grad():
+            with self._converting, torch.no_grad():
                 if key not in self._graphs:
-                    self._graphs[key] = _compile(self._core, make(), tuple(map(torch.tensor, inputs)), len(self._bound))
-            found = self._bound[thread][key] = Bound(self._graphs[key], list(inputs))
+                    self._graphs[key] = _converted(make(), tuple(map(torch.tensor, inputs)))
+            found = self._bound[thread][key] = Bound(self._core, self._graphs[key], inputs)
         return found
 
     def _each(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
@@ -245,11 +249,12 @@ class Compiled:
 
         return turn
 
-    def _place_turn(self, length: int, price: float | None) -> tuple[_PlaceTurn, np.ndarray, list[np.ndarray]]:
-        """The module, the rows that enter its first turn, and for each thread room for those of a text."""
+    def _place_turn(self, length: int, price: float | None) -> tuple[_PlaceTurn, np.ndarray, list[Room]]:
+        """The module, the rows that enter its first turn, and each thread's room for a text's with the graphs over it, by open
+        places."""
         if (length, price) not in self._firsts:
             module = _PlaceTurn(self._model, length, price)
-            room = [np.zeros((length, 5 * module.width), np.float32) for _ in self._bound]
+            room: list[Room] = [(np.zeros((length, 5 * module.width), np.float32), {}) for _ in self._bound]
             self._firsts[length, price] = module, module.first(), room
         return self._firsts[length, price]
 
@@ -259,23 +264,21 @@ class Compiled:
         length = -(-T // STEP) * STEP
         module, first, room = self._place_turn(length, rule.price)
         logits_BTV, turns_BT = np.empty((B, T, V), np.float32), np.zeros((B, T), np.int64)
-        every_T = np.arange(T)
+        every_T, price, D = np.arange(T), rule.price, module.width
 
         def work(thread: int, texts: Iterator[int]) -> None:
-            row_TW = room[thread]
+            row_TW, graphs = room[thread]
             for text in texts:
                 row_TW[:T], open_N = first[ids_BT[text], every_T], every_T
-                stands = _Stands(rule)
-                for _ in range(rule.most):
-                    n, rows = len(open_N), _evened(len(open_N))
-                    key = ("places", rule.price, length, rows)
-                    graph = self._graph(thread, key, lambda: module, np.zeros(rows, np.int32), row_TW)
+                logits_TV, turns_T, stands = logits_BTV[text], turns_BT[text], _Stands(rule)
+                for turn in range(1, rule.most + 1):
+                    if (graph := graphs.get(n := len(open_N))) is None:
+                        places = np.zeros(_evened(n), np.int32)
+                        graph = graphs[n] = self._graph(thread, (price, length, len(places)), lambda: module, places, row_TW)
                     graph.inputs[0][:n] = open_N  # rows behind these are of no account
                     graph.run()
                     told_NV, entering_NW = graph.outputs[0][:n], graph.outputs[1][:n]
-                    logits_BTV[text, open_N] = told_NV[:, :V]
-                    turns_BT[text, open_N] += 1
-                    row_TW[open_N, module.width :] = entering_NW
+                    logits_TV[open_N], turns_T[open_N], row_TW[open_N, D:] = told_NV[:, :V], turn, entering_NW
                     open_N = open_N[stands.left(told_NV)]
                     if not len(open_N):
                         break
