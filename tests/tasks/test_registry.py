@@ -97,11 +97,12 @@ def _all(model: LoopedForCausalLM) -> Any:
     return halting_rule(model, False)
 
 
-@pytest.mark.parametrize("name", ["p-hop", "mazes", "stories"])
+@pytest.mark.parametrize("name", ["products-D4", "products-Z7", "p-hop", "mazes", "stories"])
 def test_what_is_trained_on_a_task_answers_its_items(name: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "turns": 2}
     train_looped(TrainSettings(task=name, model=shape, steps=2, batch=4), tmp_path)
     assert len(solve(tmp_path, [ITEMS.get(name, [6, 0, 1, 0])])) == 1
+    assert turns_of(str(tmp_path), None, 1).lines()
 
 
 def test_stories_are_a_language_model() -> None:

@@ -208,7 +208,10 @@ class Compiled:
     def _each(self, count: int, work: Callable[[int, Iterator[int]], None]) -> None:
         """Have the threads share items by their numbers; a lone one is this thread's."""
         left = iter(range(count))
-        list(self._threads.map(work, range(len(self._bound)), [left] * len(self._bound)) if count > 1 else [work(0, left)])
+        if count == 1:
+            work(0, left)
+        else:
+            list(self._threads.map(work, range(len(self._bound)), [left] * len(self._bound)))
 
     def _all_turns(self, ids_BT: Tensor, rule: Rule) -> Halted:
         (B, T), V = ids_BT.shape, self._model.config.vocab_size
