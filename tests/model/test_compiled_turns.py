@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,47 @@ def test_rows_beside_others_are_each_alone_bit_for_bit(loaded: adi.Model) -> Non
     texts = [IDS[i : i + 1 + i % 5] for i in range(16)]
     for text, found in zip(texts, through(*texts), strict=True):
         assert np.array_equal(through(text)[0], found)
+
+
+def test_rows_at_different_turns_share_a_pass_and_each_is_alone_bit_for_bit(loaded: adi.Model) -> None:
+    backbone: Any = loaded.backbone
+    texts = [IDS[i : i + 1 + 7 * i] for i in range(6)]  # some in two blocks of KV memory
+
+    def at_turn(turn: int, text: tuple[int, ...]) -> Rows:
+        cache = backbone.new_cache()
+        (states,) = backbone.forward([Rows(cache, 0, text, None)], 0, 1 + turn)
+        return Rows(cache, 0, text, states, turn=turn)
+
+    rows = [at_turn(i % 3, text) for i, text in enumerate(texts)]
+    for row, text, found in zip(rows, texts, backbone.forward(rows, 1, 2), strict=True):
+        twin = replace(at_turn(row.turn, text), turn=0)
+        (alone,) = backbone.forward([twin], 1 + row.turn, 2 + row.turn)
+        assert np.array_equal(alone.raw_TD, found.raw_TD)
+        for block in range(2 + row.turn):
+            held = [backbone.peek(cache, block, len(text)) for cache in (row.cache, twin.cache)]
+            assert torch.equal(*held)
+
+
+def test_sequences_at_different_turns_share_passes_and_say_what_each_says_alone(
+    loaded: adi.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits = adi.bare_exits(loaded, (1, 2, 3))
+    prompts = [tuple((i * k + 1) % 32 for i in range(5)) for k in range(6)]
+    drafted = adi.Verified(exits, trigger=adi.Threshold("top_probability", 0.3), draft_tokens=4)
+    policies = (adi.Reflex(exits, trigger=adi.Threshold("top_probability", 0.3)), drafted)
+    alone = [[adi.generate(loaded, prompt, one, max_new_tokens=12).token_ids for prompt in prompts] for one in policies]
+    turns, forward = list[int](), loaded.backbone.forward
+
+    def watched(rows: Any, lo: int, hi: int, *, mlp: bool = False) -> Any:
+        turns.extend(r.turn for r in rows)
+        return forward(rows, lo, hi, mlp=mlp)
+
+    monkeypatch.setattr(loaded.backbone, "forward", watched)
+    for policy, wanted in zip(policies, alone, strict=True):
+        turns.clear()
+        found = adi.generate_batch(loaded, prompts, policy, max_new_tokens=12)
+        assert [one.token_ids for one in found] == wanted
+        assert any(turns)
 
 
 def test_drafts_from_a_turn_are_verified_and_a_batch_is_each_alone(loaded: adi.Model) -> None:

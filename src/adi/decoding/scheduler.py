@@ -27,7 +27,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.drafting.trial import RoundClock, Trials
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
-from adi.decoding.passes.sharing import Pace, begins_prompt, chosen_for, cut, sharing
+from adi.decoding.passes.sharing import Pace, begins_prompt, beside, chosen_for, cut, sharing
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
@@ -450,20 +450,20 @@ class Scheduler(Generic[S]):
         return replies
 
     def _forward(self, waiting: Sequence[tuple[_Entry[S], BlockPass]]) -> list[tuple[_Entry[S], Served]]:
-        """One pass for those that begin lowest, as far as all of them go. A prompt's are the lowest only where there are no
-        others, or these are patient: or they would wait until it is all read."""
+        """One pass for those that begin lowest or, in a later turn, with the same weights, as far as all of them go. A prompt's
+        are the lowest only where there are no others, or these are patient: or they would wait until it is all read."""
         answered = [] if self._pace is None else [(entry, need) for entry, need in waiting if not begins_prompt(need)]
         lo = min(need.lo for _, need in answered or waiting)
-        lowest = [(entry, need) for entry, need in waiting if need.lo == lo]
-        chosen = chosen_for(self.backbone.spec, lowest, self._pace)
+        alike = beside(self.backbone.spec, lo, waiting)
+        chosen = chosen_for(self.backbone.spec, alike, self._pace)
         if lo == 0:
             self._begin_round(chosen)
-        hi = min(need.hi for _, need in chosen)
+        hi = lo + min(need.hi - need.lo for _, need in chosen)
         mlp = any(entry.sequence.frontier.mlp for entry, _ in chosen)
         found, seconds = _timed(partial(self.backbone.forward, [need.rows for _, need in chosen], lo, hi, mlp=mlp))
         replies, rows = [], sum(len(need.rows.ids) for _, need in chosen)
         for (entry, need), states in zip(chosen, found, strict=True):
-            done = replace(need, hi=hi)
+            done = replace(need, hi=hi - lo + need.lo)
             if not done.provisional:
                 self.observer.on_pass(entry.sequence, done, states)
             replies.append((entry, Served((done, states), seconds, rows)))

@@ -40,12 +40,22 @@ class Loop:
     turns: int
     inner: Loop | None = None
 
+    def turns_past(self, lo: int, at: int) -> int | None:
+        """How many turns after block ``lo`` block ``at`` runs with the same weights; None where it never does."""
+        past = at - lo
+        inside = self.first <= lo <= at < self.end
+        return past // self.period if inside and past % self.period == 0 else None
+
+    @property
+    def end(self) -> int:
+        """The first block that runs after all turns."""
+        return self.first + self.period * self.turns
+
     def tail(self, depth: int, layers: int) -> tuple[tuple[int, int], ...]:
         """The blocks behind a stop and outside the loops that it leaves: an inner loop's, then the coda."""
-        end = self.first + self.period * self.turns
-        if depth > end:
+        if depth > self.end:
             return ()
-        behind = ((end, layers),) if end < layers else ()
+        behind = ((self.end, layers),) if self.end < layers else ()
         within = (depth - self.first) % self.period if depth > self.first else 0
         if self.inner is None or not within:
             return behind
@@ -63,7 +73,8 @@ class Spec:
     they run in. ``row_invariant`` says whether a row's bits were found not to depend on how many rows are beside it, so that
     verified decoding is exact bit for bit; None where nobody has looked. Of several texts at most ``merged_rows`` may share a
     pass for that: longer passes take other kernels (a prompt's do, alone too). ``threads`` are the processor threads that it
-    runs on, None where others decide. ``loop`` says which blocks share their weights.
+    runs on, None where others decide. ``loop`` says which blocks share their weights, ``together`` those whose rows may
+    share a pass at different turns.
 
     A prompt is read in passes that begin at multiples of ``chunk``, so that what they give depends on the text alone, whoever
     reads it and whatever was known of it before. 1: at any position, since it was found not to matter. ``kv_precision`` is
@@ -82,6 +93,7 @@ class Spec:
     precision: str
     device: str
     loop: Loop | None = None
+    together: Loop | None = None
     row_invariant: bool | None = None
     merged_rows: int = MERGED_ROWS
     threads: int | None = None
@@ -163,7 +175,8 @@ class Rows:
 
     ``cache`` is the sequence's own, from ``new_cache``. ``ids`` are the tokens at these positions. ``states`` are what enters
     block ``lo``; None when ``lo`` is 0, where the embedding makes it. ``prompt``: several rows of a prompt, which are attended
-    together, however few; other rows one by one, however many share the pass.
+    together, however few; other rows one by one, however many share the pass. ``turn``: they run
+    the blocks of so many turns later, within ``Spec.together``.
     """
 
     cache: Any  # the engine's own KVCache
@@ -171,6 +184,7 @@ class Rows:
     ids: tuple[int, ...]
     states: States | Tensor | None
     prompt: bool = False
+    turn: int = 0
 
 
 class States:

@@ -22,6 +22,18 @@ def begins_prompt(need: BlockPass) -> bool:
     return need.rows.prompt and need.lo == 0
 
 
+def beside(spec: Spec, lo: int, waiting: Sequence[tuple[E, BlockPass]]) -> list[tuple[E, BlockPass]]:
+    """Those that begin at ``lo``, and those that run the same weights in a later turn, where that and their states allow it."""
+    found = []
+    for entry, need in waiting:
+        turn = 0 if need.lo == lo else spec.together.turns_past(lo, need.lo) if spec.together and lo else None
+        if turn is not None:
+            found.append((entry, replace(need, rows=replace(need.rows, turn=turn)) if turn else need))
+    if spec.together and any(need.rows.turn for _, need in found):
+        found = [(entry, replace(need, hi=min(need.hi, spec.together.end))) for entry, need in found]
+    return found
+
+
 @dataclass
 class Pace:
     """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what

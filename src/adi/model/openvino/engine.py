@@ -79,6 +79,7 @@ class OpenVinoBackbone:
             precision=manifest.precision + BFLOAT16 * bfloat16,
             device="cpu",
             loop=manifest.loop,
+            together=manifest.turns,
             kv_precision=kv_precision,
         )
         self._manifest, self._folder = manifest, folder
@@ -211,6 +212,10 @@ class OpenVinoBackbone:
         if not 0 <= lo < hi <= self.spec.layers:
             raise UsageError(f"blocks [{lo}, {hi}) do not exist; the model has blocks [0, {self.spec.layers})")
         count = sum(len(r.ids) for r in rows)
+        if later := max(r.turn for r in rows):
+            loop = self.spec.together
+            assert loop is not None, "rows at different turns are of a looped model"
+            assert max(1, loop.first) <= lo < hi <= loop.end - later * loop.period, "no row leaves the turns"
         with self._segments.lock:
             if count <= BUCKETS[-1]:
                 self._segments.start()
