@@ -27,14 +27,10 @@ Calls = dict[str, Callable[[adi.Model], Any]]
 
 
 @pytest.fixture(scope="module", params=["hf", "openvino"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[adi.Model]:
+def model(request: pytest.FixtureRequest) -> adi.Model:
     if request.param == "hf":
-        yield adi.load(tiny("llama"))
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        backbone = export_and_open(tiny("llama"), name="llama", precision="int8", source=None)
-        yield adi.Model(backbone, None, frozenset())
+        return adi.load(tiny("llama"))
+    return adi.Model(export_and_open(tiny("llama"), name="llama", precision="int8"), None, frozenset())
 
 
 _POLICIES: WeakKeyDictionary[Any, dict[str, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()

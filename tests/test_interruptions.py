@@ -24,12 +24,11 @@ NAMES = ("full", "verified at exits", "sampled")
 
 
 @pytest.fixture(scope="module", params=["hf", "openvino"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[adi.Model]:
+def model(request: pytest.FixtureRequest) -> Iterator[adi.Model]:
     if request.param == "hf":
         yield adi.load(tiny("llama"))
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(pool, "FIRST_BLOCKS", 1)  # so that memory grows soon
         yield adi.Model(export_and_open(tiny("llama"), name="llama", precision="int8"), None, frozenset())
 

@@ -37,11 +37,8 @@ def soak() -> Any:
 
 
 @pytest.fixture(scope="module", params=["hf", "openvino"])
-def work(
-    request: pytest.FixtureRequest, soak: Any, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
+def work(request: pytest.FixtureRequest, soak: Any, tiny_folder: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADI_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("ADI_HUGE_PAGES", "0")  # filled on request and given back 64 MiB at a time, they would hide a leak
         model = adi.load(str(tiny_folder), backend=request.param)
         exits = replace(exits_with_drafter(model), trigger=adi.Threshold("entropy", 3.0))

@@ -147,9 +147,8 @@ def test_sabotage_is_a_violation(what: str, llama: adi.Model, monkeypatch: pytes
     assert audit_page(report)
 
 
-def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_engine_passes_in_few_bits(tiny_folder: Path) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
     report = adi.audit(str(tiny_folder), None, backend="openvino", precisions=("int8",), limit=1, max_new_tokens=8, draws=8)
     assert report["passed"], report["violations"]
     (engine,) = report["engines"]

@@ -101,7 +101,7 @@ def test_a_bug_in_the_exporter_is_not_a_model_that_cannot_be_exported(
         raise TypeError("a bug of ours")
 
     monkeypatch.setenv("ADI_CACHE", str(tmp_path))
-    monkeypatch.setattr("adi.model.openvino.export.pipeline.quantize", broken)
+    monkeypatch.setattr("adi.model.openvino.export.pipeline._graphs", broken)
     for backend in ("openvino", "auto"):
         with pytest.raises(TypeError, match="a bug of ours"):
             adi.load(str(tiny_folder), backend=backend)

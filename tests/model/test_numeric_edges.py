@@ -60,11 +60,10 @@ def test_logits_that_are_none_are_an_error_in_every_mode(scale: float, only: int
             forced_read()
 
 
-def test_states_that_are_none_are_an_error_on_the_compiled_engine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_are_none_are_an_error_on_the_compiled_engine() -> None:
     pytest.importorskip("openvino")
     from adi.model.openvino import export_and_open
 
-    monkeypatch.setenv("ADI_CACHE", str(tmp_path))
     backbone = export_and_open(tiny("llama"), name="llama", precision="fp32")
     good = torch.ones(3, backbone.spec.width)
     assert len(backbone.greedy(good)) == 3
