@@ -24,9 +24,10 @@ class Running:
         self.url = f"http://127.0.0.1:{port}"
 
     def settled(self, seconds: float = 20.0) -> bool:
-        """Whether nothing is open within so many seconds."""
-        until = time.monotonic() + seconds
-        while (self.server.engine.open or self.server.engine._owners) and time.monotonic() < until:
+        """Whether nothing is open within so many seconds, of which those count that this process runs."""
+        for _ in range(int(100 * seconds)):
+            if not self.server.engine.open and not self.server.engine._owners:
+                break
             time.sleep(0.01)
         return not self.server.engine.open and not self.server.engine._owners
 
