@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +81,37 @@ def test_refusals_come_through(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_replica_that_dies_costs_no_answer(url: str, tiny_folder: Path) -> None:
+def streamed(url: str, begun: threading.Semaphore, body: dict[str, Any]) -> tuple[str, bool]:
+    """The text, as far as it came, and whether the last event says that it was cut off."""
+    text, error = "", False
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=120) as said:
+        for line in said.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                error = "error" in event
+                text += "" if error else event["choices"][0]["text"]
+                begun.release()
+    return text, error
+
+
+def test_a_replica_that_dies_under_load_costs_no_answer(url: str, tiny_folder: Path) -> None:
+    """Whole answers come from another replica; a stream that it had begun says so."""
     model, _ = loading(str(tiny_folder))
-    wanted = adi.generate(model, "the quick", raw=True, max_new_tokens=8).text
+    prompts, begun = ("the quick", "brown fox jumps", "12 plus 30", "lazy dog"), threading.Semaphore(0)
+    long: Any = {"max_tokens": 100, "ignore_eos": True}
+    wanted = [adi.generate(model, prompt, raw=True, max_new_tokens=100, stop_at_eos=False).text for prompt in prompts]
     actors = [one for one in ray.util.list_named_actors(all_namespaces=True) if "#replica#" in one["name"]]
     assert len(actors) == 2
-    ray.kill(ray.get_actor(actors[0]["name"], namespace=actors[0]["namespace"]), no_restart=True)
-    found = Counter(ask(url, "the quick").json()["choices"][0]["text"] for _ in range(6))
-    assert found == {wanted: 6}
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(streamed, url, begun, {"prompt": prompt, **long}) for prompt in prompts]
+        whole = [pool.submit(ask, url, prompt, **long) for prompt in prompts]
+        assert all(begun.acquire(timeout=60) for _ in range(8)), "streams are under way"
+        ray.kill(ray.get_actor(actors[0]["name"], namespace=actors[0]["namespace"]), no_restart=True)
+        assert [one.result().json()["choices"][0]["text"] for one in whole] == wanted
+    for one, text in zip(streams, wanted, strict=True):
+        given, cut_off = one.result()
+        assert text.startswith(given) if cut_off else given == text
+    assert ask(url, "the quick", **long).json()["choices"][0]["text"] == wanted[0]
 
 
 def test_what_begins_alike_goes_to_one_place_and_the_rest_is_spread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,25 @@ def test_texts_side_by_side_are_those_of_each_alone(tiny_model: Model) -> None:
         said = pool.map(lambda one: ask(running, **body(one[0], one[1], **one[2])).json()["choices"][0]["text"], asked)
         for (prompt, length, drawn), text in zip(asked, said, strict=True):
             assert text == generate(tiny_model, prompt, raw=True, max_new_tokens=length, **drawn).text
+        assert running.settled()
+
+
+def test_clients_that_vanish_in_their_streams_leave_the_others_their_texts(tiny_model: Model) -> None:
+    prompts = ["the quick brown fox", "12 plus 30", "é 日本", "lazy dog sleeps"]
+
+    def one(running: Running, i: int) -> None:
+        given = body(prompts[i % 4], LONG, seed=i, temperature=i // 4 % 2, ignore_eos=True, stream=True)
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=given, timeout=120) as said:
+            lines = said.iter_lines()
+            if i % 3:  # two of three vanish after so many pieces
+                next(line for n, line in enumerate(lines) if n >= i)
+                return
+            text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {"))
+        drawn: Any = {"seed": i, "temperature": i // 4 % 2, "stop_at_eos": False}
+        assert text == generate(tiny_model, prompts[i % 4], FULL, raw=True, max_new_tokens=LONG, **drawn).text
+
+    with serving(tiny_model, most=3, queue=64) as running, ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: one(running, i), range(18)))
         assert running.settled()
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def open_requests(url: str) -> float:
     return sum(map(float, re.findall(r"^adi:num_requests_(?:running|waiting)\S* (\S+)$", told, re.MULTILINE)))
 
 
+def takes_requests(url: str) -> bool:
+    """Whether it says that it is ready."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready").status_code == 200
+    return False
+
+
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(tiny_folder: Path, tiny_model: adi.Model) -> None:
     asked = {"prompt": "the quick", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
     options = {"max_new_tokens": 400, "raw": True, "stop_at_eos": False}
@@ -64,6 +71,10 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(tiny_folder: Path, tin
             while open_requests(url) < 5 and time.monotonic() < until:
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
+            while takes_requests(url) and time.monotonic() < until + 20:
+                time.sleep(0.01)
+            assert not takes_requests(url)
+            assert process.poll() is None, "while what it took is answered"
             assert "[DONE]" in list(lines)[-2]
         assert {one.result().json()["choices"][0]["text"] for one in under_way} == {alone}
         assert process.wait(60) == 0
