@@ -30,6 +30,8 @@ def test_a_rows_bits_depend_on_nothing_beside_it(small: OpenVinoBackbone) -> Non
     assert (small.spec.row_invariant, small.spec.chunk) == (True, 1)
     assert rows_are_invariant(small)
     assert small.spec.numbers == "int8 with KV memory in int8"
+    model = Model(small, None, frozenset())
+    assert adi.generate(model, [5, 6], adi.FullDepth(), max_new_tokens=1).precision == small.spec.numbers
 
 
 def test_memory_is_codes_with_a_scale_for_each_position_and_head(small: OpenVinoBackbone, made: Cached) -> None:

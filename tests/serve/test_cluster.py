@@ -22,6 +22,7 @@ import ray
 from ray import serve
 
 import adi
+from adi import clusters
 from adi.decoding.policies import default_policy
 from adi.errors import UsageError
 from adi.serve.app import ServerOptions
@@ -125,6 +126,17 @@ def test_what_begins_alike_goes_to_one_place_and_the_rest_is_spread() -> None:
     assert min(places.values()) > 130
     moved = [i for i in range(600) if in_order(str(i), ["a", "b"])[0] != in_order(str(i), ["a", "b", "c"])[0]]
     assert all(in_order(str(i), ["a", "b", "c"])[0] == "c" for i in moved)
+
+
+def test_a_cluster_is_told_from_what_only_listens(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for minutes, and write of it."""
+    clusters.require_answer(ray.get_runtime_context().gcs_address)
+    monkeypatch.setattr(clusters, "SECONDS", 0.5)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UsageError, match="no Ray answers"):
+            clusters.require_answer(f"127.0.0.1:{other.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("replicas", ["0", "2:1", "two", "", "1:", ":2", "-1"])

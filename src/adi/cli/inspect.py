@@ -48,7 +48,7 @@ def inspect(
     say(
         console,
         f"{spec.name}: {spec.family}, {spec.layers} blocks of width {spec.width}, vocabulary {spec.vocabulary}, context "
-        f"{spec.context}; {spec.backend} engine, {spec.precision}, {spec.device}",
+        f"{spec.context}; {spec.backend} engine, {spec.numbers}, {spec.device}",
     )
     seconds = zip(cost.rows, cost.block_seconds, cost.blocks_seconds, cost.head_seconds, strict=True)
     rows = [(n, f"{1e3 * b:.2f}", f"{1e3 * all_:.1f}", f"{1e3 * h:.2f}", f"{h / b:.1f}") for n, b, all_, h in seconds]

@@ -193,7 +193,7 @@ class Session:
             mode=self.mode,
             model=spec.name,
             backend=spec.backend,
-            precision=spec.precision,
+            precision=spec.numbers,
             layers=spec.layers,
             finish=self.finish,
             counters=self.counters,

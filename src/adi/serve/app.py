@@ -158,7 +158,7 @@ class Server:
     async def models(self) -> Response:
         """What there is: one model under its names."""
         spec = self.model.backbone.spec
-        known = {"layers": spec.layers, "precision": spec.precision, "backend": spec.backend}
+        known = {"layers": spec.layers, "precision": spec.numbers, "backend": spec.backend}
         known |= {"mode": self.policies.usual.mode, "depths": self.policies.usual.depths}
         known["risks"] = [{"kind": kind, "level": level} for kind, level in self.policies.levels]
         known["priced"] = await run_in_threadpool(lambda: self.policies.knows_prices)
