@@ -80,6 +80,8 @@ results: peers
 	$(BIN)/python tools/lengths.py smollm2-135m --rounds 2 --json $(RESULTS)/lengths.json
 	$(BIN)/python tools/load.py smollm2-135m --systems adi:verified,adi:full,openvino-genai:int8,llama.cpp --rounds 2 --tokens 48 \
 	  --json $(RESULTS)/load.json
+	rm -f $(RESULTS)/serve_soak.json
+	SERVE_REQUESTS=24000 SERVE_JSON=$(RESULTS)/serve_soak.json $(BIN)/python -m pytest tests/serve/test_server_soak.py
 	$(QUALITY) smollm2-135m --json $(RESULTS)/quality.json
 	$(BIN)/adi quality smollm2-135m --precision int8,int8-bf16,int4,int4-bf16 --kv-precision auto,int8 --tokens 1536 --json $(RESULTS)/quality_kv.json
 	$(BIN)/adi audit smollm2-135m --backend openvino --precision fp32,int8,int4 --json $(RESULTS)/audit.json

@@ -545,6 +545,22 @@ def served() -> str:
     return f"{table(head, rows).replace('|---|', '|---:|---|', 1)}\n\n{note}{origin('load.json')}"
 
 
+def soaked() -> str:
+    """The soak of the server, by engine; nothing where there was none."""
+    if not (RESULTS / "serve_soak.json").exists():
+        return ""
+    head = ("engine", "requests", "given up", "texts, all as alone", "threads", "files", "own memory, MiB", "processor, s")
+    rows = []
+    for engine, told in load("serve_soak.json")["engines"].items():
+        count, sides = told["requests"], (told["before"], told["after"])
+        held = [" to ".join(f"{side[name] / unit:.0f}" for side in sides) for name, unit in HELD.items()]
+        kinds = (sum(count.values()), count["given up"], count["the text alone"])
+        rows.append([engine, *(f"{number:,}" for number in kinds), *held, f"{told['processor_seconds']:.0f}"])
+    return f"{table(head, rows)}\n\n{origin('serve_soak.json')}"
+
+
+HELD = {"threads": 1, "files": 1, "private_bytes": 2**20}
+
 # What stands between <!-- name --> and <!-- end --> of a page of docs.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "loops.md": {"loops": loops},
@@ -553,7 +569,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "learned": learned,
         **{name: functools.partial(make, load, table) for name, make in exposure_tables.MAKE.items()},
     },
-    "serving.md": {"served": served},
+    "serving.md": {"served": served, "soaked": soaked},
     "triggers.md": {"sparsity": sparsity},
 }
 
