@@ -64,6 +64,8 @@ GEMMA ?= gemma-3-270m-q4_k_m.gguf
 BENCH := $(BIN)/adi bench smollm2-135m --prompts bench --max-new-tokens 128
 LADDER := --precision int4,int8 --peers llama.cpp,openvino-genai:int4,openvino-genai:int8
 TTFT := --limit 5 --prompt-tokens 512 --max-new-tokens 2 --repeats 3 --modes full $(LADDER)
+SIZE := --limit 6 --prompt-tokens 128 --max-new-tokens 24
+LADDER_SIZE := --modes full --precision int8,int8-bf16,int4,int4-bf16 --peers openvino-genai:int8,openvino-genai:int4
 QUALITY := $(BIN)/adi quality --precision fp32,int8,int4
 MADE = $(BIN)/python tools/benchmarks.py --made
 
@@ -78,6 +80,12 @@ results: peers
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
 	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
 	$(BIN)/python tools/lengths.py smollm2-135m --rounds 2 --json $(RESULTS)/lengths.json
+	$(BIN)/python tools/starts.py smollm2-135m --again 1000,4000 --json $(RESULTS)/starts.json
+	$(BIN)/python tools/starts.py llama-1b --export --json $(RESULTS)/starts_1b.json
+	$(BIN)/adi bench --shape llama-1b $(SIZE) $(LADDER_SIZE) --json $(RESULTS)/size_1b.json
+	$(BIN)/adi bench --shape llama-3b $(SIZE) --modes full --precision int8,int8-bf16 --peers openvino-genai:int8 --json $(RESULTS)/size_3b.json
+	$(BIN)/python tools/lengths.py llama-long --systems adi:full:int8,adi:full:int8:kv-int8 --lengths 1024,8192,32735 --rounds 1 \
+	  --json $(RESULTS)/long.json
 	$(BIN)/python tools/load.py smollm2-135m --systems adi:verified,adi:full,openvino-genai:int8,llama.cpp --rounds 2 --tokens 48 \
 	  --json $(RESULTS)/load.json
 	rm -f $(RESULTS)/serve_soak.json

@@ -20,6 +20,8 @@ from typing import Any
 import exposure_tables
 import jinja2
 import lengths as long_texts
+import size_tables
+import starts as start_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -104,11 +106,11 @@ def cells(run: Result, compared: Sequence[Result | None]) -> list[str]:
     ]
 
 
-def bench(file: str, mode: str = "verified") -> str:
+def bench(file: str, mode: str = "verified", precisions: Sequence[str] = ("int4", "int8", "fp32")) -> str:
     """Every system of a benchmark by speed, and how many times faster adi is in this mode."""
     found = load(file)
     ran = sorted((run for run in found["runs"] if run["error"] is None), key=lambda run: -run["tokens_per_second"])
-    ours = [f"adi:{mode}:{precision}" for precision in ("int4", "int8", "fp32")]
+    ours = [f"adi:{mode}:{precision}" for precision in precisions]
     bases, known = [name for name in ours if any(run["name"] == name for run in ran)], ratios(found)
     head = ["", "tokens/s", "first token, ms", *(f"`{base}` / this" for base in bases), "same text", "peak MiB"]
     rows = []
@@ -138,6 +140,21 @@ def lengths(file: str) -> str:
     """Prefill, decoding and memory by length."""
     image = "![memory, prefill and decoding over the length](images/lengths.svg)"
     return f"{long_texts.lengths_table(load(file))}\n\n{image}\n\n{source(file)}."
+
+
+def lengths_alone(file: str) -> str:
+    """The same without a picture."""
+    return f"{long_texts.lengths_table(load(file))}\n\n{source(file)}."
+
+
+def starts(file: str) -> str:
+    """Starts and memory beside GenAI."""
+    return f"{start_tables.starts_table(load(file))}\n\n{source(file)}."
+
+
+def then_and_now() -> str:
+    """What was measured when size, length and load were begun, and what is now."""
+    return size_tables.then_and_now(RESULTS, load, table)
 
 
 def categories(file: str, others: Sequence[str]) -> str:
@@ -488,6 +505,9 @@ def pages() -> dict[Path, str]:
                 bench,
                 batches,
                 lengths,
+                lengths_alone,
+                starts,
+                then_and_now,
                 categories,
                 quality,
                 exits,

@@ -23,9 +23,10 @@ from typing import Any
 
 from adi.files import write_json
 from adi.measure.bench.outcomes import Setting, Task
+from adi.measure.bench.shapes import SHAPES, shaped
+from adi.measure.bench.systems import adi_model
 from adi.measure.bench.worker import System, prepare
 from adi.measure.provenance import provenance
-from adi.model.load import load
 from adi.prompts import read_prompts
 
 KV_INT8 = ":kv-int8"
@@ -69,7 +70,7 @@ def measure(model: str, names: list[str], lengths: list[int], tokens: int, round
     setting = Setting(model, None, None, threads, 0, context=max(lengths) + tokens)
     prepare([name.removesuffix(KV_INT8) for name in names], setting)
     text = "\n\n".join(item.prompt for item in (*read_prompts("bench"), *read_prompts("train")))
-    ids = load(model, memory=0).encode(text, raw=True)
+    ids = adi_model("auto", setting).encode(text, raw=True)
     if len(ids) < max(lengths):
         ids *= -(-max(lengths) // len(ids))
     systems = {name: started(name, setting) for name in names}
@@ -166,7 +167,8 @@ def main() -> None:
         print("\n".join(told) or f"adi is at least {LEAST} x as fast everywhere")
         raise SystemExit(bool(told))
     lengths = [int(n) for n in given.lengths.split(",")]
-    rows = measure(given.model, given.systems.split(","), lengths, given.tokens, given.rounds, given.threads)
+    model = str(shaped(given.model)) if given.model in SHAPES else given.model
+    rows = measure(model, given.systems.split(","), lengths, given.tokens, given.rounds, given.threads)
     command = "python " + shlex.join(sys.argv)
     found = {"format": "adi-lengths", "version": 1, **provenance(command, read_prompts("bench")), "rows": rows}
     if given.json is not None:

@@ -19,7 +19,6 @@ def test_a_shape_becomes_a_folder_once_with_the_same_weights(monkeypatch: pytest
     tiny = {**C, "vocab_size": 49152, "tie_word_embeddings": True}
     monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
     monkeypatch.setattr(shapes, "KV_HEADS", KV["num_key_value_heads"])
-    monkeypatch.setattr(shapes, "local_folder", lambda *given: _tokenizer(tmp_path))
     folder = shapes.shaped("tiny")
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert shapes.shaped("tiny") == folder
@@ -30,12 +29,6 @@ def test_a_shape_becomes_a_folder_once_with_the_same_weights(monkeypatch: pytest
     weight = model.get_input_embeddings().weight
     assert weight.dtype == torch.bfloat16
     assert float(weight.float().std()) == pytest.approx(shapes.SPREAD, rel=0.05)
-
-
-def _tokenizer(folder: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_text("{}")
-    return folder
 
 
 def test_a_shape_that_there_is_not_is_a_sentence() -> None:

@@ -51,7 +51,7 @@ def test_systems_take_turns_at_each_length_and_one_that_fails_is_a_line(
     asked: list[Any] = []
     monkeypatch.setattr(tool, "started", lambda name, setting: Scripted(name, asked))
     monkeypatch.setattr(tool, "prepare", lambda names, setting: None)
-    monkeypatch.setattr(tool, "load", lambda *a, **b: SimpleNamespace(encode=lambda *a, **b: (1, 2, 3)))
+    monkeypatch.setattr(tool, "adi_model", lambda *a, **b: SimpleNamespace(encode=lambda *a, **b: (1, 2, 3)))
     names = ["adi:full:int4", "openvino-genai:int4", "adi:full:int8:kv-int8"]
     rows = tool.measure("m", names, [4, 8], 3, 2, 1)
     pair = ["adi:full:int4", "adi:full:int8:kv-int8"]

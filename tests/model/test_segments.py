@@ -115,10 +115,11 @@ def test_without_room_for_copies_a_stop_cuts_the_segments_that_are_there(made: C
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_pages_of_an_exports_files_are_let_go(tmp_path: Path) -> None:
+def test_pages_of_an_exports_files_are_let_go_also_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(8 << 20))
+    (tmp_path / "link").symlink_to(tmp_path)
     with (tmp_path / "weights.bin").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as weights:
-        with HugePages(tmp_path).noting():
+        with HugePages(tmp_path / "link").noting():
             assert not any(weights[:])
         (at,) = mapped(tmp_path)
         smaps = Path("/proc/self/smaps").read_text().split(f"{at[0]:x}-{at[1]:x}")[1]

@@ -39,7 +39,8 @@ def bench(
     backend: BackendOption = "auto",
     exits: ExitsOption = None,
     shape: Annotated[
-        str | None, option("--shape", help="In MODEL's place random weights: llama-0.3b, llama-1b or llama-3b.", rare=True)
+        str | None,
+        option("--shape", help="For MODEL, random weights: llama-0.3b, llama-1b, llama-3b, llama-long.", rare=True),
     ] = None,
     max_new_tokens: AnswerTokensOption = 128,
     prompt_tokens: Annotated[int | None, option("--prompt-tokens", min=1, help="Make every prompt exactly so long.")] = None,

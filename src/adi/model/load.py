@@ -387,6 +387,11 @@ def _load_openvino(
     return Model(backbone, Tokenizer(found) if found is not None else None, eos_ids, source, generation)
 
 
+def default_tokenizer() -> Tokenizer:
+    """The default model's."""
+    return Tokenizer(_read_tokenizer(DEFAULT, local_folder(DEFAULT, lambda _: None)))
+
+
 def _read_tokenizer(source: str, folder: Path) -> Any:
     def whole() -> Any:
         with quiet_transformers():

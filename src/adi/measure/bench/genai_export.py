@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from adi.cache import cache_folder, usable_cache, whole_folder
 from adi.errors import UsageError
 from adi.measure.provenance import files_hash
-from adi.model.hub import quiet_transformers
+from adi.model.hub import DEFAULT, local_folder, quiet_transformers
+from adi.model.openvino.export.in_float32 import in_float32
 
 FORMAT = 1
 MADE_WITH = ("openvino", "nncf", "openvino-tokenizers", "transformers")
 GROUPS = (128, 64, 32)  # inputs that share a 4-bit scale: the first that divides every matrix
 PAST = 3  # positions of KV memory in the example that is traced
 TOLERANCE = 1e-3
+CHECKED = 2_000_000_000  # weights; those of a larger model are not run in 32 bits
 
 
 def _folder(source: Path, weights: str) -> Path:
@@ -52,11 +54,14 @@ def genai_export(source: Path, weights: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
-        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+        options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    graph = stateful_graph(model)
-    _check(model, graph)
+        home = source if (source / "tokenizer.json").exists() else local_folder(DEFAULT, lambda _: None)
+        tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+    with in_float32(model):
+        graph = stateful_graph(model)
+        if sum(p.numel() for p in model.parameters()) <= CHECKED:
+            _check(model, graph)
     graph = _compressed(graph, weights, model)
     with whole_folder(target) as fresh:
         ov.save_model(graph, fresh / "openvino_model.xml", compress_to_fp16=False)

@@ -15,7 +15,7 @@ from adi.decoding.session import Session
 from adi.decoding.teacher_forcing import encoded
 from adi.errors import UsageError
 from adi.measure.bench.outcomes import BatchOutcome, Ids, Outcome, Runner, Setting, Sweep, SweepPoint, Task, accepted_share
-from adi.model.load import BACKENDS, Model, load
+from adi.model.load import BACKENDS, Model, default_tokenizer, load
 
 BARE_SHARE = 0.75  # where the model's own head drafts when there are no trained exits
 DRAFT_LENGTHS = (1, 2, 4, 6)
@@ -54,10 +54,11 @@ def backend_for(backend: str, precision: str) -> str:
 
 
 def adi_model(precision: str, setting: Setting) -> Model:
-    """The model in this precision, on the engine that has it."""
+    """The model in this precision, on the engine that has it; one without a tokenizer gets the default model's."""
     backend = backend_for(setting.backend, precision)
     kept = setting.kv_precision
-    return load(setting.model, backend=backend, precision=precision, threads=setting.threads, kv_precision=kept)
+    model = load(setting.model, backend=backend, precision=precision, threads=setting.threads, kv_precision=kept)
+    return model if model.tokenizer is not None else replace(model, tokenizer=default_tokenizer())
 
 
 def _exits(model: Model, setting: Setting) -> Exits:

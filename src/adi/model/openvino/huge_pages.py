@@ -38,7 +38,7 @@ class HugePages:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.ranges: list[Range] = []
-        self._folder = folder
+        self._folder = folder and folder.resolve()  # as the system names what is mapped
         self.wanted = sys.platform == "linux" and os.environ.get(SWITCH) != "0"
 
     @contextmanager
@@ -92,6 +92,7 @@ def without(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
 
 def let_go(folder: Path) -> None:
     """Have pages of files in a folder leave memory, as far as nothing was written to them."""
+    folder = folder.resolve()
     with contextlib.suppress(OSError, ValueError):
         for part in Path("/proc/self/smaps").read_text().split("VmFlags"):
             head, _, rest = part.lstrip(":").partition("Size:")

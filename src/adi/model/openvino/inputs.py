@@ -82,7 +82,7 @@ class PassInputs:
             a["input_ids"][0, at : at + count] = r.ids
             a["position_ids"][0, at : at + count] = range(r.start, r.start + count)
             at += count
-        numbers = [[block.number for block in r.cache.blocks] for r in rows]
+        numbers = [r.cache.numbers for r in rows]
         first = np.zeros_like(a["block_indices"])  # of the turns of each row, its own first
         at = block = longest = 0
         for j, ((i, offset, n), blocks) in enumerate(zip(layout.spans, layout.blocks, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +37,20 @@ class PagedCache(KVCache):
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self.blocks: list[KVBlock] = []
+        self.blocks: list[KVBlock] = []  # which only grows, until it is cleared for good
+        self._numbers = array("i")
 
     @property
     def bytes(self) -> int:
         return len(self.blocks) * self.pool.block_bytes
+
+    @property
+    def numbers(self) -> array[int]:
+        """The blocks' numbers, for a pass: of those that are new since the last one, so that no pass goes through all."""
+        known = self._numbers
+        if len(known) < len(self.blocks):
+            known.extend(block.number for block in self.blocks[len(known) :])
+        return known
 
     @property
     def shared(self) -> bool:
@@ -60,7 +70,7 @@ ALONE = _holders([KVBlock(SPARE)], 0)
 
 
 class KVPool:
-    """Blocks by number, in one tensor for each block's keys and values; it doubles on demand up to ``budget_bytes``.
+    """Blocks by number, in one tensor for each block's keys and values; it grows by a quarter on demand up to ``budget_bytes``.
 
     One more, ``spare``, is nobody's: rows that count for nothing write there. Who holds a block is Python's business: no count
     of ours can be left wrong by an interruption, or by a sequence that is forgotten. ``keepers`` hold blocks of texts that
@@ -208,7 +218,7 @@ class KVPool:
     def _grow(self) -> None:
         import openvino as ov
 
-        size = min(self.capacity, max(FIRST_BLOCKS, 2 * self.blocks))
+        size = min(self.capacity, FIRST_BLOCKS + self.blocks + self.blocks // 4)
         used = self.blocks + 1 if self.blocks else 0  # numbers begin after the spare one
         tensors: dict[str, Any] = {}
         for name, (kind, shape, turns) in self._ports.items():

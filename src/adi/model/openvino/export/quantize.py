@@ -111,13 +111,15 @@ def _four_bits(blocks: Any, attentions: Sequence[Attention], samples: Sequence[S
 
 
 def _hessians(blocks: Any, attentions: Sequence[Attention], nodes: Sequence[Any], samples: Sequence[Sequence[int]]) -> Any:
-    """``sum of x x^T`` over the inputs x of each matrix, by the input's name; the identity where there is no text."""
+    """``sum of x x^T`` over the inputs x of each matrix, by the input's name; None where there is no text."""
     import torch
 
+    if not samples:
+        return dict.fromkeys(map(_source, nodes))
     widths = {_source(node): node.input_value(1).get_shape()[1] for node in nodes}
-    found = {name: torch.eye(width) * (not samples) for name, width in widths.items()}
+    found = {name: torch.zeros(width, width) for name, width in widths.items()}
     names = {_source(node): node.get_friendly_name() for node in nodes}
-    for name, x in observed(blocks, attentions, names, samples) if samples else ():
+    for name, x in observed(blocks, attentions, names, samples):
         x_TK = torch.from_numpy(x)
         found[name].addmm_(x_TK.T, x_TK)
     return found
