@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11 or newer, make and pip:
 #   make demo   sets everything up in .venv, gets the default model and runs it
-#   make test   sets everything up, checks style and types, and runs the tests; make slow runs those of clusters and long exports
+#   make test   sets everything up, checks style and types, and runs the tests; make slow the long ones
 
 PYTHON ?= python3
 VENV := .venv

@@ -19,6 +19,7 @@ pytest.importorskip("scipy")
 import adi
 from conftest import exits_with_drafter
 
+pytestmark = pytest.mark.slow  # hundreds of generations
 MOST_GROWTH_MIB = 24.0
 GENERATIONS, WARM_UP, EVERY = 140, 60, 5
 LEAK = 1 << 20  # bytes in each generation

