@@ -192,7 +192,7 @@ def test_chains_are_rolled_back_at_every_length(oracle: Oracle, model: adi.Model
     assert any(agreed == drafts >= 3 for drafts, agreed in seen)
 
 
-@pytest.mark.parametrize("where", [0, 1, 4, 11])
+@pytest.mark.parametrize("where", [0, 1, 11])
 def test_texts_end_where_full_depths_do(model: adi.Model, oracle: Oracle, tmp_path: Path, where: int) -> None:
     exits = exits_with_drafter(model)
     drafted_end = 0
