@@ -50,8 +50,8 @@ def test_every_family_is_exact_or_has_a_reason_in_words(tool: Any, known: dict[s
     lines = [line.strip("| ").split(" | ") for line in tool.page(known).splitlines() if " | " in line]
     for column, least in ((2, 165), (4, 100)):
         rows = {line[0]: line[column] for line in lines}
-        assert set(tool.FAMILIES) <= rows.keys(), "python tools/families.py tries what is new"
-        for family in tool.FAMILIES:
+        assert set(tool.TRIED) <= rows.keys(), "python tools/families.py tries what is new"
+        for family in tool.TRIED:
             result, _, reason = rows[family].partition(": ")
             known_why = result.startswith("exact") or "the same reason" in result
             assert known_why or (result in ("refused", "not tried") and len(reason) > 20), family
@@ -63,6 +63,16 @@ def test_every_family_is_exact_or_has_a_reason_in_words(tool: Any, known: dict[s
 def test_what_the_table_says_of_a_family_is_so(tool: Any, known: dict[str, Any], family: str) -> None:
     entry = tool.measured(family, "hf")
     assert {name: entry[name] for name in ("result", "memory")} == {"result": "exact", "memory": known[family]["hf"]["memory"]}
+
+
+def test_models_are_found_by_the_names_that_people_know(tool: Any) -> None:
+    assert {family for families in tool.NAMES.values() for family in families} <= tool.TRIED.keys()
+
+
+def test_what_hides_in_zeros_is_drawn(tool: Any) -> None:
+    state = tool.tiny("gpt2").state_dict()
+    assert all(kept.any() for name, kept in state.items() if name.endswith("bias"))
+    assert all((kept != 1).any() for name, kept in state.items() if ".ln_1.weight" in name)
 
 
 def test_what_is_refused_is_refused_in_a_sentence(tool: Any) -> None:

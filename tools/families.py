@@ -18,8 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ model (hidden 32, 6 blocks, vocabulary 128, sliding windows of 8) by `python too
 `python tools/families.py --table` over [the results](results/families.json). **Exact** means that 24 greedy tokens after 12 are
 those of `model.generate` under six policies (drafts from bare exits as the controller likes, always four drafts, ragged ones
 from two depths, full depth, lookup, `Verified()`), also in a batch. On transformers' modules {exact} of {families} are exact,
-compiled (fp32) {compiled}. All was measured at one state of the code ({code}) on one thread; biases and norms are drawn too,
-since a bias of zeros hides that it was left out.
+compiled (fp32) {compiled}.
+
+{measured}
 
 What **memory** says: *cut*: keys and values, going back is a smaller length. *front*: memory that cannot be cut; what was
 accepted since the last snapshot runs again in front of the next rows, at no pass of its own. *apart*: the same in a pass of
@@ -228,9 +231,8 @@ def _settled(done: dict[str, Any], options: Any, state: str) -> bool:
 def page(known: dict[str, Any]) -> str:
     """``docs/families.md``."""
     exact = [sum(known[f].get(engine, {}).get("result") == "exact" for f in FAMILIES) for engine in ("hf", "compiled")]
-    states = sorted({entry["code"] for f in TRIED for entry in known.get(f, {}).values() if "code" in entry})
     head = HEAD.format(
-        version=t.__version__, families=len(FAMILIES), exact=exact[0], compiled=exact[1], code=" and ".join(states)
+        version=t.__version__, families=len(FAMILIES), exact=exact[0], compiled=exact[1], measured=_measured_at(known)
     )
     columns = "transformers' modules | memory | compiled, fp32 |\n|---|---|---|---|---|"
     lines = [head, "## By name", "", f"| model | here | {columns}"]
@@ -239,6 +241,16 @@ def page(known: dict[str, Any]) -> str:
     lines += ["", "## All", "", f"| family | class | {columns}"]
     lines += [f"| {family} | {kind} | {_cells(family, known.get(family, {}))} |" for family, kind in TRIED.items()]
     return "\n".join(lines) + "\n"
+
+
+def _measured_at(known: dict[str, Any]) -> str:
+    """Of which states of the code the entries are."""
+    states = [Counter(known[f][e].get("code") for f in TRIED if e in known.get(f, {})) for e in ("hf", "compiled")]
+    state = max((states[0] + states[1]).items(), key=lambda item: (item[0] is not None, item[1]))[0]
+    older = [found.total() - found[state] for found in states]
+    rest = f", but for {older[0]} families on transformers' modules and {older[1]} compiled, which are of earlier commits"
+    said = f"Measured at commit {state}, one thread{rest if any(older) else ''}. There biases and norms are drawn too: zeros"
+    return "\n".join(textwrap.wrap(f"{said} hide what is left out.", 128))
 
 
 def _cells(family: str, entry: dict[str, Any]) -> str:
@@ -292,7 +304,7 @@ def main() -> None:
     for family in options.families or [*TRIED][:: -1 if options.reverse else 1]:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}  # others may run at once
         done = known.get(family, {}).get(options.engine, {})
-        if not options.families and _settled(done, options, state):
+        if (options.again or not options.families) and _settled(done, options, state):
             continue
         started = time.perf_counter()
         entry = {**alone(family, options.engine, options.limit), "code": state}
