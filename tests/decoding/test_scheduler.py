@@ -236,7 +236,7 @@ class Waiting:
 
 def engine(merged_rows: int) -> Any:
     """Whose passes do nothing."""
-    spec = SimpleNamespace(merged_rows=merged_rows, chunk=1)
+    spec = SimpleNamespace(merged_rows=merged_rows, chunk=1, together=None)
     return SimpleNamespace(spec=spec, fits=lambda wanted: True, forward=lambda rows, lo, hi, mlp: [None] * len(rows))
 
 

@@ -59,7 +59,7 @@ def one_pass() -> BlockPass:
 
 def engine(**changes: Any) -> Any:
     """Whose passes do nothing."""
-    spec = SimpleNamespace(merged_rows=64, row_invariant=True)
+    spec = SimpleNamespace(merged_rows=64, row_invariant=True, together=None)
     common = {"spec": spec, "fits": lambda wanted: True, "forward": lambda rows, lo, hi, mlp: [None] * len(rows)}
     return SimpleNamespace(**{**common, **changes})
 
