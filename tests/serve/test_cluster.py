@@ -81,7 +81,6 @@ def test_refusals_come_through(url: str) -> None:
     assert ask(url, "x" * (1 << 17)).status_code == 413
 
 
-@pytest.mark.slow
 def streamed(url: str, begun: threading.Semaphore, body: dict[str, Any]) -> tuple[str, bool]:
     """The text, as far as it came, and whether the last event says that it was cut off."""
     text, error = "", False
@@ -95,6 +94,7 @@ def streamed(url: str, begun: threading.Semaphore, body: dict[str, Any]) -> tupl
     return text, error
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_under_load_costs_no_answer(url: str, tiny_folder: Path) -> None:
     """Whole answers come from another replica; a stream that it had begun says so."""
     model, _ = loading(str(tiny_folder))
