@@ -113,9 +113,9 @@ def test_rows_beside_others_are_each_alone_bit_for_bit(loaded: adi.Model) -> Non
         rows = [Rows(cache, 0, text, states) for cache, text, states in zip(caches, texts, early, strict=True)]
         return [states.raw_TD for states in backbone.forward(rows, 2, 4)]
 
-    texts = [IDS[i : i + 1 + i % 5] for i in range(16)]
-    for text, found in zip(texts, through(*texts), strict=True):
-        assert np.array_equal(through(text)[0], found)
+    for texts in ([IDS[i : i + 1 + i % 5] for i in range(16)], [(IDS[i % len(IDS)],) for i in range(64)]):
+        for text, found in zip(texts, through(*texts), strict=True):
+            assert np.array_equal(through(text)[0], found)
 
 
 def test_rows_at_different_turns_share_a_pass_and_each_is_alone_bit_for_bit(loaded: adi.Model) -> None:
