@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adi.decoding.drafting.controller import HOPELESS, LOSS, Controller, DraftChoice, PassShare, bin_of
 from adi.decoding.drafting.cost_model import CostModel
 from adi.decoding.drafting.rounds import DraftRound, draft_together
+from adi.decoding.drafting.proposers import FixedLength
 from adi.drafters.ngram import NgramMatch
 from scripted import ScriptedDrafter, UntaughtCosts
 
@@ -261,6 +262,23 @@ def test_a_pass_holds_no_more_rows_than_share_their_bits() -> None:
     ]
     draft_together(asked, beside=5, most_rows=30)
     assert sum(1 + len(one.tokens) for one in asked) + 5 == 30
+
+
+@pytest.mark.parametrize("beside", [0, 20, 70])
+def test_looks_at_what_has_not_paid_fill_no_pass_beyond_that_either(beside: int) -> None:
+    costs = UntaughtCosts({1: 36.4, 64: 61.6}, 0.0)  # a row costs 0.4 of a token, and one draft in four is right
+    asked = [DraftRound(Controller(costs), [NgramMatch((1,), 1, "context")], False, 15, 1, 9, lambda _: False) for _ in range(60)]
+    for one in asked:
+        one.control._saved["context"] = one.control._saved["memory"] = 1e9  # type: ignore[attr-defined]
+    draft_together(asked, beside=beside)
+    assert sum(len(one.tokens) for one in asked) == max(0, 64 - 60 - beside)
+
+
+def test_drafts_that_nobody_prices_are_made_beside_full_passes() -> None:
+    asked = [DraftRound(Controller(BATCH_TABLES["free"]), [], False, 15, 1, 9, lambda _: False) for _ in range(60)]
+    fixed = DraftRound(FixedLength(), [NgramMatch((1,) * 15, 8, "context")], False, 15, 1, 9, lambda _: False)
+    draft_together([*asked, fixed])
+    assert len(fixed.tokens) == 15
 
 
 def test_the_likeliest_drafts_of_all_sequences_come_first() -> None:

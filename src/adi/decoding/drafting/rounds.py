@@ -135,15 +135,18 @@ class _Plan:
         if asked and (costs := asked[0].control.costs) is not None:
             costs.at_position(sum(one.position for one in asked) // len(asked))
             self.most_rows = min(most_rows, self.plain + sum(min(one.most, MOST_DRAFTS) for one in rounds))
-            self.passes = costs.passes(max(self.most_rows, self.plain))
+            others = sum(min(one.most, MOST_DRAFTS) for one in rounds if one not in asked)  # who draft whatever it costs
+            self.passes = costs.passes(max(self.most_rows, self.plain) + others)
             self.share = PassShare.of(costs, len(asked), self.plain, self.passes)
             asked[0].tells = True
             unsure = costs.correction.unsure(self.plain)
+        self.rows = self.plain
         for one in rounds:
             choice = one.control.choose(one.matches, one.drafter, one.most, self.share)
-            one.begin(FULL if unsure and one in asked else choice)
+            full = unsure or (choice.settled and self.rows + choice.drafts > self.most_rows)
+            one.begin(FULL if full and one in asked else choice)
+            self.rows += one.wanted
         self.open = [one for one in rounds if not one.choice.settled and one.choice is not FULL]
-        self.rows = self.plain + sum(one.wanted for one in rounds)
 
     def allot(self) -> None:
         """Set how many drafts of each are wanted: those that give most tokens a second or, once a rate was found, most beyond
