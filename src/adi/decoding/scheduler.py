@@ -27,7 +27,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.drafting.trial import RoundClock, Trials
 from adi.decoding.frontier import BlockPass, Frontier, HeadPass
-from adi.decoding.passes.sharing import Pace, begins_prompt, beside, chosen_for, cut, sharing
+from adi.decoding.passes.sharing import Pace, begins_prompt, beside, chosen_for, cut, rows_beside, sharing
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
@@ -396,17 +396,20 @@ class Scheduler(Generic[S]):
         if heads:
             replies = self._score(heads)
         elif rounds:
-            replies = self._draft(rounds, sum(len(need.rows.ids) for _, need in passes if need.lo == 0))
+            replies = self._draft(rounds, [need for _, need in passes])
         else:
             replies = self._forward(passes) if passes else []
         now = 1 + max((entry.served for entry in longest), default=0)
         for entry, reply in replies:
             entry.need, entry.reply, entry.served = None, reply, now
 
-    def _draft(self, waiting: Sequence[tuple[_Entry[S], DraftRound]], beside: int) -> list[tuple[_Entry[S], Served]]:
-        """The drafts of all that will share the next pass, beside so many rows that wait for it already."""
-        most = self.backbone.spec.merged_rows
-        draft_together([item for _, item in waiting], beside if beside + len(waiting) <= most else 0, most)
+    def _draft(
+        self, waiting: Sequence[tuple[_Entry[S], DraftRound]], passes: Sequence[BlockPass]
+    ) -> list[tuple[_Entry[S], Served]]:
+        """The drafts of all that will share the next pass, beside rows that wait for it already."""
+        spec = self.backbone.spec
+        beside = rows_beside(spec, passes, len(waiting), self._pace)
+        draft_together([item for _, item in waiting], beside, spec.merged_rows)
         return [(entry, Served(None)) for entry, _ in waiting]
 
     def _begin_round(self, chosen: Sequence[tuple[_Entry[S], BlockPass]]) -> None:

@@ -18,6 +18,7 @@ import adi
 from adi.decoding import policies as policies_module
 from adi.decoding import speculate as speculate_module
 from adi.decoding.drafting.rounds import DraftRound
+from adi.decoding.drafting.trial import ROWS, RoundClock, Trials
 from adi.decoding.requests import DepthOutput
 from adi.drafters.history import History
 from adi.drafters.network import DraftGuess, Drafting
@@ -215,7 +216,14 @@ def test_texts_end_where_full_depths_do(model: adi.Model, oracle: Oracle, tmp_pa
     assert where < 2 or drafted_end > 0
 
 
-def test_a_batch_says_what_full_depth_says_to_each(model: adi.Model, oracle: Oracle, tmp_path: Path) -> None:
+def test_a_batch_says_what_full_depth_says_to_each(
+    model: adi.Model, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(_: RoundClock, trials: Trials | None, *rest: Any) -> None:
+        if trials is not None:
+            trials.drafts = ROWS  # whether it pays by the clock is not asked here
+
+    monkeypatch.setattr(RoundClock, "begin", always)
     if model.backbone.spec.backend != "hf" and not model.backbone.spec.row_invariant:
         pytest.skip("rows depend on their company on this machine")
     exits = exits_with_drafter(model)

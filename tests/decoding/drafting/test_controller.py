@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from adi.decoding.drafting.controller import HOPELESS, LOSS, Controller, DraftChoice, PassShare, bin_of
 from adi.decoding.drafting.cost_model import CostModel
-from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.decoding.drafting.proposers import FixedLength
+from adi.decoding.drafting.rounds import DraftRound, draft_together
 from adi.drafters.ngram import NgramMatch
 from scripted import ScriptedDrafter, UntaughtCosts
 
@@ -267,7 +267,9 @@ def test_a_pass_holds_no_more_rows_than_share_their_bits() -> None:
 @pytest.mark.parametrize("beside", [0, 20, 70])
 def test_looks_at_what_has_not_paid_fill_no_pass_beyond_that_either(beside: int) -> None:
     costs = UntaughtCosts({1: 36.4, 64: 61.6}, 0.0)  # a row costs 0.4 of a token, and one draft in four is right
-    asked = [DraftRound(Controller(costs), [NgramMatch((1,), 1, "context")], False, 15, 1, 9, lambda _: False) for _ in range(60)]
+    asked = [
+        DraftRound(Controller(costs), [NgramMatch((1,), 1, "context")], False, 15, 1, 9, lambda _: False) for _ in range(60)
+    ]
     for one in asked:
         one.control._saved["context"] = one.control._saved["memory"] = 1e9  # type: ignore[attr-defined]
     draft_together(asked, beside=beside)

@@ -143,8 +143,9 @@ class _Plan:
         self.rows = self.plain
         for one in rounds:
             choice = one.control.choose(one.matches, one.drafter, one.most, self.share)
-            full = unsure or (choice.settled and self.rows + choice.drafts > self.most_rows)
-            one.begin(FULL if full and one in asked else choice)
+            priced = one.control.costs is not None
+            full = priced and (unsure or (choice.settled and self.rows + choice.drafts > self.most_rows))
+            one.begin(FULL if full else choice)
             self.rows += one.wanted
         self.open = [one for one in rounds if not one.choice.settled and one.choice is not FULL]
 

@@ -81,6 +81,17 @@ def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace | 
     return chosen
 
 
+def rows_beside(spec: Spec, waiting: Sequence[BlockPass], drafting: int, pace: Pace | None) -> int:
+    """How many rows of others the next pass will have beside those of so many sequences that may draft for it, as
+    ``chosen_for`` puts it together; 0 where they do not all go in one."""
+    entering = [need for need in waiting if need.lo == 0]
+    prompts, others = (sum(len(n.rows.ids) for n in entering if n.rows.prompt is kind) for kind in (True, False))
+    room = spec.merged_rows - drafting - others
+    if spec.chunk == 1:
+        prompts = min(prompts, max(0, room), spec.merged_rows if pace is None else pace.rows())
+    return others + prompts if prompts <= room else 0
+
+
 def filled(spec: Spec, waiting: Sequence[tuple[E, BlockPass]]) -> list[tuple[E, BlockPass]]:
     """A whole pass: the first ones before others, the last one cut where it is a prompt's. The very first may be longer."""
     chosen: list[tuple[E, BlockPass]] = []
