@@ -95,6 +95,7 @@ def _keep(tiny_model: adi.Model, tmp_path_factory: pytest.TempPathFactory) -> It
         "width": 32,
         "vocabulary": 64,
         "context": None,
+        "stated_context": None,
         "has_mlp": True,
         "attentions": [attention],
         "holes": [1],

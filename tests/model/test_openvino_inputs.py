@@ -23,7 +23,8 @@ def rows_of(requests: list[tuple[int, int]]) -> list[Rows]:
     made = []
     for i, (start, count) in enumerate(requests):
         blocks = [KVBlock(1000 * (i + 1) + n) for n in range(-(-(start + count) // BLOCK_TOKENS))]
-        made.append(Rows(SimpleNamespace(blocks=blocks), start, tuple(range(count)), None))
+        kept = SimpleNamespace(blocks=blocks, numbers=[block.number for block in blocks])
+        made.append(Rows(kept, start, tuple(range(count)), None))
     return made
 
 

@@ -47,9 +47,7 @@ def bench(
     repeats: Annotated[int, option("--repeats", min=1, help="Runs of every prompt.")] = 1,
     batch: Annotated[str | None, option("--batch", help="Also so many texts at once; several with commas: 1,4,16.")] = None,
     threads: Annotated[int, option("--threads", min=1, help="Processor threads of every contestant.")] = 2,
-    risk: Annotated[
-        float | None, option("--risk", help="Reflex mode: a level that adi calibrate certified.", rare=True)
-    ] = None,
+    risk: Annotated[float | None, option("--risk", help="Reflex mode: a certified level.", rare=True)] = None,
     threshold: Annotated[float | None, option("--threshold", help="Reflex mode, uncertified.", rare=True)] = None,
     static: Annotated[
         str | None, option("--static", metavar="DEPTH,K", help="Static mode: K drafts from DEPTH; 0: drafter.", rare=True)

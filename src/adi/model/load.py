@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -133,9 +134,8 @@ def load(
         backend: "openvino" (compiled CPU graphs; the extra of that name), "hf" (transformers' own modules) or "auto":
             openvino for a name, folder, hub id or GGUF file on a CPU where it is installed and can export the model (where it
             cannot, a warning says why), else hf.
-        precision: of openvino fp32, int8, int4, or int8-bf16 and int4-bf16 (blocks compute in bfloat16: long prompts are read
-            faster), of hf fp32, bf16 or fp16. "auto" is int8 on openvino (fastest without a loss to speak of), and on hf fp32
-            on a CPU and the checkpoint's own on a GPU.
+        precision: of openvino fp32, int8, int4, int8-bf16, int4-bf16 (faster long prompts), of hf fp32, bf16 or fp16. "auto" is
+            int8 on openvino (fastest without a loss to speak of), on hf fp32 on a CPU and the checkpoint's own on a GPU.
         device: "cpu", "cuda", "mps", ... or "auto" (a GPU where torch sees one).
         threads: processor threads of openvino, by default its own choice (torch's are torch.set_num_threads' business).
         memory: of openvino: megabytes for copies of the weights (350; 0: none), for faster short passes: ``adi inspect``.
@@ -158,11 +158,7 @@ def load(
         if backend == "openvino" or (backend == "auto" and _suits_openvino(precision, device)):
             try:
                 opened = {"threads": threads, "stops": stops, "kv_precision": kv_precision, "memory": memory}
-                loaded = _load_openvino(str(source), tokenizer, precision, device, opened, changed, report)
-                if (spec := loaded.backbone.spec).is_cut:
-                    runs = f"{source} runs compiled, texts of up to {spec.context} tokens"
-                    (notice or _warn)(f"{runs}; backend='hf' runs its {spec.stated_context}, more slowly.")
-                return loaded
+                return _told(_load_openvino(str(source), tokenizer, precision, device, opened, changed, report), notice)
             except NotExportableError as error:
                 if backend == "openvino" or precision not in ("auto", *TORCH) or kv_precision != "auto":
                     raise
@@ -174,6 +170,14 @@ def load(
         raise UsageError(f"the openvino backend runs models from a path, not a {type(source).__name__} in memory; take 'hf'.")
     model = _wrap(source, tokenizer, type(source).__name__, changed)
     _require_as_is(model, precision, device)
+    return model
+
+
+def _told(model: Model, notice: Notice | None) -> Model:
+    """The model; it is said where the compiled engine runs shorter texts than it states."""
+    if (spec := model.backbone.spec).is_cut:
+        runs = f"{model.source} runs compiled, texts of up to {spec.context} tokens"
+        (notice or partial(_warn, level=4))(f"{runs}; backend='hf' runs its {spec.stated_context}, more slowly.")
     return model
 
 
@@ -210,7 +214,7 @@ def load_looped(source: str | os.PathLike[str] | LoopedForCausalLM) -> LoopedFor
         there = ", ".join(shipped_looped())
         raise FileError(f"there is no looped model {name!r}: neither a folder with a config.json nor shipped ({there}).")
     try:
-        with quiet_transformers():
+        with quiet_transformers(), READING:
             model, report = LoopedForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # readers of foreign files raise what they like
         raise ModelError(f"the looped model in {folder} cannot be read: {first_line(error)}") from None
@@ -246,8 +250,8 @@ def _require_as_is(model: Model, precision: str, device: str) -> None:
             )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+def _warn(message: str, level: int = 3) -> None:
+    warnings.warn(message, stacklevel=level)
 
 
 def check_engine(backend: str, precision: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adi.cache import cache_folder, usable_cache, whole_folder
 from adi.errors import UsageError
 from adi.measure.provenance import files_hash
-from adi.model.hub import DEFAULT, local_folder, quiet_transformers
+from adi.model.hub import DEFAULT, READING, local_folder, quiet_transformers
 from adi.model.openvino.export.in_float32 import in_float32
 
 FORMAT = 1
@@ -55,7 +55,8 @@ def genai_export(source: Path, weights: str) -> Path:
 
     with quiet_transformers():
         options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+        with READING:
+            model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
         home = source if (source / "tokenizer.json").exists() else local_folder(DEFAULT, lambda _: None)
         tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     with in_float32(model):

@@ -14,7 +14,7 @@ from typing import Any
 from adi.errors import UsageError
 from adi.measure.bench.genai_export import genai_export
 from adi.measure.bench.outcomes import BatchOutcome, Outcome, Runner, Setting, Task
-from adi.model.hub import gguf_file, quiet_transformers, source_folder
+from adi.model.hub import READING, gguf_file, quiet_transformers, source_folder
 
 DRAFT_TOKENS, NGRAM = 10, 3  # of prompt lookup, where a tool leaves the choice to its user
 LLAMA_DRAFT_TOKENS = 2  # what llama-cpp-python's documentation advises on a processor
@@ -210,7 +210,7 @@ def _transformers(precision: str, setting: Setting) -> Any:
 
     logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    with quiet_transformers():
+    with quiet_transformers(), READING:
         return AutoModelForCausalLM.from_pretrained(model_folder(setting), dtype=dtype, trust_remote_code=False).eval()
 
 
