@@ -216,7 +216,7 @@ def test_a_long_prompt_goes_in_parts_beside_those_that_are_answered(made: Any, m
 
     wanted = [adi.generate(model, ids, adi.FullDepth(), max_new_tokens=60, **LONG).token_ids for ids in (IDS[:5], IDS[5:400])]
     monkeypatch.setattr(model.backbone, "forward", counted)
-    monkeypatch.setattr(Pace, "rows", lambda self: 20)
+    monkeypatch.setattr(Pace, "rows", lambda *_: 20)
     with Scheduler[adi.Session](model.backbone) as scheduler:
         sessions = [adi.Session(model, ids, adi.FullDepth(), max_new_tokens=60, **LONG) for ids in (IDS[:5], IDS[5:400])]
         texts: dict[adi.Session, list[int]] = {session: [] for session in sessions}
@@ -264,3 +264,16 @@ def test_parts_are_as_long_as_others_can_wait_for() -> None:
     assert pace.rows() == 24
     slow = Pace(1.0, 100.0)
     assert slow.rows() == 2
+
+
+def test_parts_are_longer_beside_many_who_wait_for_longer_passes_anyway() -> None:
+    """Though none of these was without a prompt beside so far."""
+    assert Pace().rows(2) == 16
+    assert Pace().rows(32) == 48, "a row of a prompt costs no more than one of those that are answered"
+    pace = Pace()
+    for _ in range(40):
+        pace.seen(8.0, 0, 2)
+        pace.seen(8.0 + 0.5 * 10, 10, 2)
+    assert [pace.rows(others) for others in (1, 2, 16, 32)] == [24, 24, 45, 69]
+    pace.seen(8.0 + 0.5 * 14 + 0.5 * 40, 40, 16)
+    assert pace.rows(2) == 24, "more rows of others are no dearer rows of prompts"

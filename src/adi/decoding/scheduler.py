@@ -471,8 +471,8 @@ class Scheduler(Generic[S]):
                 self.observer.on_pass(entry.sequence, done, states)
             replies.append((entry, Served((done, states), seconds, rows)))
         of_prompts = sum(len(need.rows.ids) for _, need in chosen if need.rows.prompt)
-        if self._pace is not None and of_prompts < sum(len(need.rows.ids) for _, need in chosen):
-            self._pace.seen(seconds, of_prompts)
+        if self._pace is not None and (others := sum(len(need.rows.ids) for _, need in chosen) - of_prompts):
+            self._pace.seen(seconds, of_prompts, others)
         return replies
 
 

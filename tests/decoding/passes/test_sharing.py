@@ -32,7 +32,7 @@ def test_who_drafts_knows_how_many_rows_the_pass_will_have_beside(
         assert beside == 0
     elif pace is None and chunk == 1 and prompts:
         assert beside == min(64 - drafting, sum(others) + min(sum(prompts), 64 - drafting - sum(others)))
-    elif prompts and pace is not None and drafting + sum(others) > 64 - min(pace.rows(), 32):
+    elif prompts and pace is not None and drafting + sum(others) > 64 - min(pace.rows(min(64, drafting + sum(others))), 32):
         assert drafting + beside <= 64, "some of them will wait for the next pass: no room is left for drafts"
     else:
         assert abs(rows - drafting - beside) <= 1, "a lone row of a prompt is left to the next pass"

@@ -37,23 +37,29 @@ def beside(spec: Spec, lo: int, waiting: Sequence[tuple[E, BlockPass]]) -> list[
 @dataclass
 class Pace:
     """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what
-    passes without such rows took lately, and by how much longer those with some did."""
+    passes without such rows took lately and how many ``usual`` rows they had, and by how much longer those with some did."""
 
     ordinary: float | None = None
     row: float | None = None
+    usual: float = 0.0
 
-    def rows(self) -> int:
-        """At least two."""
+    def rows(self, others: int = 0) -> int:
+        """Beside so many rows of others; at least two."""
         if self.ordinary is None or self.row is None:
-            return FIRST_PART
-        return max(LEAST_PART, int(WAIT * self.ordinary / self.row))
+            return max(FIRST_PART, int(WAIT * others))
+        return max(LEAST_PART, int(WAIT * self._without(others) / self.row))
 
-    def seen(self, seconds: float, rows: int) -> None:
-        """A pass took so long, with so many rows of prompts."""
+    def seen(self, seconds: float, rows: int, others: int = 0) -> None:
+        """A pass took so long, with so many rows of prompts beside so many others."""
         if not rows:
-            self.ordinary = _learned(self.ordinary, seconds)
+            self.ordinary, self.usual = _learned(self.ordinary, seconds), _learned(self.usual or None, others)
         elif self.ordinary is not None:
-            self.row = _learned(self.row, max(seconds - self.ordinary, 0.01 * self.ordinary) / rows)
+            self.row = _learned(self.row, max(seconds - self._without(others), 0.01 * self.ordinary) / rows)
+
+    def _without(self, others: int) -> float:
+        """What a pass of others' rows alone takes: there may be more of them by now, and nobody without a prompt beside."""
+        assert self.ordinary is not None
+        return self.ordinary + (self.row or 0.0) * max(0.0, others - self.usual)
 
 
 def _learned(known: float | None, seen: float) -> float:
@@ -69,7 +75,8 @@ def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace | 
         return [waiting[i] for i in sharing([len(need.rows.ids) for _, need in waiting], spec.merged_rows)]
     if pace is None:
         return filled(spec, [*prompts, *others])
-    most, wanted = spec.merged_rows, pace.rows()
+    most = spec.merged_rows
+    wanted = pace.rows(min(most, sum(len(need.rows.ids) for _, need in others)))
     chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
     left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
     for entry, need in prompts:
@@ -88,7 +95,7 @@ def rows_beside(spec: Spec, waiting: Sequence[BlockPass], drafting: int, pace: P
     prompts, others = (sum(len(n.rows.ids) for n in entering if n.rows.prompt is kind) for kind in (True, False))
     room = spec.merged_rows - drafting - others
     if spec.chunk == 1:
-        prompts = min(prompts, max(0, room), spec.merged_rows if pace is None else pace.rows())
+        prompts = min(prompts, max(0, room), spec.merged_rows if pace is None else pace.rows(drafting + others))
     return others + prompts if prompts <= room else 0
 
 
