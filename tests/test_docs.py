@@ -84,6 +84,7 @@ def test_the_readmes_python_runs(
 
 
 @pytest.mark.real
+@pytest.mark.slow  # on a tiny model above
 def test_the_readmes_python_runs_with_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})

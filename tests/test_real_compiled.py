@@ -116,6 +116,7 @@ def test_a_seed_draws_the_same_text_verified_and_at_full_depth(compiled: adi.Mod
     assert accepted > 0
 
 
+@pytest.mark.slow
 def test_the_report_holds_on_other_prompts(compiled: adi.Model, exits: adi.Exits, monkeypatch: pytest.MonkeyPatch) -> None:
     """Agreement on prompts that training never saw: well above the bare head's on the same texts, at every depth."""
     time_once(monkeypatch)

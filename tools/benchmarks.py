@@ -122,18 +122,21 @@ def bench(file: str, mode: str = "verified", precisions: Sequence[str] = ("int4"
 
 
 def batches(file: str) -> str:
-    """Many prompts in shared passes, by their number: tokens per second, and how many times as many as the others."""
-    ran = [batch for batch in load(file)["batches"] if batch["error"] is None]
-    names = list(dict.fromkeys(run["name"] for run in ran))
-    rows = [
-        [
-            *(str(run["batch"]), run["name"], f"{run['tokens_per_second']:.1f}"),
-            *(interval(run["against"][name]) if name in run["against"] else "" for name in names),
-            "yes" if run["same"] else "no",
-        ]
-        for run in ran
-    ]
-    return f"{table(['at once', '', 'tokens/s', *(f'x `{name}`' for name in names), 'as alone'], rows)}\n\n{source(file)}."
+    """Many prompts in shared passes, by precision and number of them, beside OpenVINO GenAI's continuous batching."""
+    ran = {(batch["name"], batch["batch"]): batch for batch in load(file)["batches"] if batch["error"] is None}
+    rows = []
+    for precision in dict.fromkeys(name.rsplit(":", 1)[-1] for name, _ in ran):
+        full, verified, peer = (f"{kind}:{precision}" for kind in ("adi:full", "adi:verified", "openvino-genai"))
+        for size in dict.fromkeys(size for _, size in ran):
+            one, other, theirs = (ran.get((name, size)) for name in (full, verified, peer))
+            if one is None or other is None or theirs is None:
+                continue
+            pairs = (interval(one["against"][peer]), interval(other["against"][peer]), interval(other["against"][full]))
+            alone = ["yes" if run["same"] else "no" for run in (one, other, theirs)]
+            speeds = [f"{run['tokens_per_second']:.0f}" for run in (one, other, theirs)]
+            rows.append([precision, str(size), *speeds, *pairs, ", ".join(alone)])
+    ours = ["full depth", "verified", "GenAI", "full depth / GenAI", "verified / GenAI", "verified / full depth"]
+    return f"{table(['', 'at once', *ours, 'each as alone'], rows)}\n\n{source(file)}."
 
 
 def lengths(file: str) -> str:

@@ -38,10 +38,10 @@ def _first_call(found: dict[str, Result]) -> Figures:
     return _listed([row["first_call"][0] for row in rows], ".2f", " x the second"), ""
 
 
-def _batches(mode: str) -> Callable[[dict[str, Result]], Figures]:
+def _batches(mode: str, precision: str = "int4") -> Callable[[dict[str, Result]], Figures]:
     def cells(found: dict[str, Result]) -> Figures:
         ran = {(b["name"], b["batch"]): b["tokens_per_second"] for b in found["batch"].get("batches", ()) if b["error"] is None}
-        names = (f"adi:{mode}:int4", "openvino-genai:int4")
+        names = (f"adi:{mode}:{precision}", f"openvino-genai:{precision}")
         own, peer = (_listed([ran[name, size] for size in MANY if (name, size) in ran], ".0f") for name in names)
         return own, peer if mode == "full" else ""
 
@@ -88,6 +88,8 @@ ROWS: tuple[tuple[str, Figures, Callable[[dict[str, Result]], Figures]], ...] = 
         _batches("full"),
     ),
     ("the same, verified", ("201 / 203 / 192 / 242 / 293 / 355", ""), _batches("verified")),
+    ("the same in int8, full depth", ("", ""), _batches("full", "int8")),
+    ("the same in int8, verified", ("", ""), _batches("verified", "int8")),
     (
         "first token of 1,000 / 4,000 / 7,900 tokens",
         ("0.8 to 1.8 / 5.3 / 21 s", "0.6 to 1.4 / 3.2 / 12 s"),

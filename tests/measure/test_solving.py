@@ -97,6 +97,7 @@ def test_the_report_says_what_the_shell_prints(folder: Path) -> None:
     assert "rank correlation of turns with difficulty" in text
 
 
+@pytest.mark.slow  # a shipped net, every threshold of it
 def test_halting_is_certified_against_all_turns() -> None:
     found = certified("products", 0.02, 256, 7)
     assert found is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as t
@@ -10,7 +12,7 @@ pytest.importorskip("openvino")
 
 from adi.model.backbone import Rows
 from adi.model.hf import HfBackbone
-from adi.model.openvino import export_and_open
+from adi.model.openvino import OpenVinoBackbone, export_and_open
 
 LENGTH, STEPS = 8_200, 4
 
@@ -40,3 +42,26 @@ def test_a_text_of_eight_thousand_tokens(tmp_path: object, monkeypatch: pytest.M
     assert free - mine.pool.free == -(-(LENGTH + STEPS) // 32)
     caches[0].close()
     assert mine.pool.free == free
+    first_pass = (_read(mine, ids[:LENGTH], LENGTH), _read(mine, ids[:LENGTH], 1000), _read(mine, ids[:LENGTH]))
+    assert mine.spec.chunk > 1 or all(torch.equal(first_pass[0], part) for part in first_pass[1:])
+
+
+def _read(engine: OpenVinoBackbone, ids: tuple[int, ...], rows: int | None = None) -> torch.Tensor:
+    """States of a prompt that is read in passes of so many rows, by default as the engine wants it."""
+    parts, start = [], 0
+    with engine.new_cache() as cache:
+        while start < len(ids):
+            end = min(start + rows, len(ids)) if rows else engine.spec.prompt_pass(start, len(ids))
+            parts.append(engine.forward([Rows(cache, start, ids[start:end], None, True)], 0, 2)[0].hidden_TD)
+            start = end
+    return torch.cat(parts)
+
+
+def test_a_wide_models_prompt_goes_in_fewer_rows_a_pass() -> None:
+    """As many as a bounded memory holds; none is left over alone."""
+    config = t.LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    spec = HfBackbone(t.LlamaForCausalLM(config).eval()).spec
+    free = {width: replace(spec, chunk=1, width=width) for width in (64, 576, 1024, 2048, 4096, 16384)}
+    assert [one.prompt_rows for one in free.values()] == [2048, 2048, 1024, 512, 256, 256]
+    assert free[576].prompt_pass(0, 2049) == 2047
+    assert free[576].prompt_pass(2047, 2049) == 2049

@@ -68,6 +68,18 @@ def test_a_bucket_that_fails_in_the_background_is_a_warning(
         open_all(backbone)
 
 
+def test_a_pass_opens_only_what_it_could_run_on(backbone: OpenVinoBackbone) -> None:
+    """A batch at full depth does not share its first second with the compiling of what a lone row runs on."""
+    backbone.prepare(())
+    with backbone.new_cache() as cache:
+        backbone.forward([Rows(cache, 0, (1, 2, 3), None)], 0, 6)
+        assert backbone._segments._opening is None
+        assert not backbone._segments.open
+        backbone.forward([Rows(cache, 3, (1,), None)], 0, 6)
+    backbone._segments.wait()
+    assert backbone._segments.open == list(BUCKETS[:1])
+
+
 def test_what_two_sessions_request_of_a_bucket_is_opened_for_both(backbone: OpenVinoBackbone) -> None:
     segments = backbone._segments
     with segments.lock:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 MERGED_ROWS = 64
 KV_BLOCK = 32  # positions: what is kept of a text that ended is kept in so many at a time
 CHUNK = 64
-PROMPT_ROWS = 256  # of a prompt, at most, share a pass where any number may
+PROMPT_BYTES = 200 << 20  # what a prompt's pass may take beyond weights and KV memory, where it may have any number of rows
+ROW_BYTES = 160  # of that, for a row and a unit of the model's width
+PROMPT_ROWS = (256, 2048)  # of a prompt, at least and at most, in one pass then
 TensorFunction = Callable[..., "tuple[Tensor, ...]"]
 
 
@@ -116,8 +118,16 @@ class Spec:
         is left over: another kernel would attend it."""
         if self.chunk > 1:
             return min(end, start - start % self.chunk + self.chunk)
-        stop = min(end, start + PROMPT_ROWS)
+        stop = min(end, start + self.prompt_rows)
         return stop - (end - stop == 1)
+
+    @property
+    def prompt_rows(self) -> int:
+        """How many of a prompt's rows share a pass where any number may: as many as memory allows, since each pass packs all
+        earlier keys and values anew; a power of two."""
+        least, most = PROMPT_ROWS
+        fitting = max(1, PROMPT_BYTES // (ROW_BYTES * self.width))
+        return min(most, max(least, 1 << fitting.bit_length() - 1))
 
     def prompt_start(self, known: int, end: int) -> int:
         """Where a prompt of ``end`` tokens is read from, whose first ``known`` positions are there; some are always left."""

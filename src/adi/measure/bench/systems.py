@@ -28,8 +28,7 @@ def adi_runner(mode: str, precision: str, setting: Setting) -> Runner:
         raise UsageError(f"mode {mode!r} is not known; choose among {', '.join(MODES)}.")
     model = adi_model(precision, setting)
     policy = POLICIES[mode](model, setting)
-    if mode not in ("full", "reflex"):
-        model.backbone.prepare((), drafts=True, wait=True)
+    model.backbone.prepare((), drafts=mode not in ("full", "reflex"), wait=True)
     spec = model.backbone.spec
     bare = replace(model.plain(), tokenizer=None)  # tokens in, tokens out, as for everybody
 

@@ -217,8 +217,7 @@ class OpenVinoBackbone:
             assert loop is not None, "rows at different turns are of a looped model"
             assert max(1, loop.first) <= lo < hi <= loop.end - later * loop.period, "no row leaves the turns"
         with self._segments.lock:
-            if count <= BUCKETS[-1]:
-                self._segments.start()
+            self._segments.start(count)
             bucket = self._segments.bucket_for(count, self.least_rows, lo, hi)
         if (missing := max(self.least_rows, bucket or evened(count)) - count) > 0:
             padding = None if lo == 0 else States(np.zeros((missing, self.spec.width), np.float32))

@@ -83,17 +83,18 @@ class PassInputs:
             a["position_ids"][0, at : at + count] = range(r.start, r.start + count)
             at += count
         numbers = [r.cache.numbers for r in rows]
-        first = np.zeros_like(a["block_indices"])  # of the turns of each row, its own first
+        first = np.zeros_like(a["block_indices"]) if self.turns else None  # of the turns of each row, its own first
         at = block = longest = 0
         for j, ((i, offset, n), blocks) in enumerate(zip(layout.spans, layout.blocks, strict=True)):
             past = rows[i].start + offset
             a["past_lens"][j] = past
             a["block_indices"][block : block + blocks] = numbers[i][:blocks]
-            first[block : block + blocks] = rows[i].turn
+            if first is not None:
+                first[block : block + blocks] = rows[i].turn
             at, block, longest = at + n, block + blocks, max(longest, past + n)
             a["subsequence_begins"][j + 1], a["block_indices_begins"][j + 1] = at, block
         for turn in range(self.turns):
-            np.add(a["block_indices"] * self.turns, turn + first, out=a[f"block_indices.{turn}"])
+            np.add(a["block_indices"] * self.turns, turn + (0 if first is None else first), out=a[f"block_indices.{turn}"])
         used = len(layout.spans)
         a["past_lens"][used:] = 0
         a["subsequence_begins"][used + 1 :] = at

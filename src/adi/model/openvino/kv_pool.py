@@ -58,6 +58,7 @@ class PagedCache(KVCache):
 
     def close(self) -> None:
         """Let go of the blocks; the cache is empty then, and not to be used again."""
+        del self._numbers[:]
         self.blocks.clear()
 
 

@@ -185,9 +185,10 @@ class Segments:
         packed = self.copy_bytes * sum(hi - lo for lo, hi in parts) // len(self._manifest.holes)
         return int(self.memory + self.copy_bytes - packed)
 
-    def start(self) -> None:
-        """Begin to open the buckets that are requested, in the background. Holds the lock."""
-        if self._wanted and self._opening is None:
+    def start(self, rows: int = 1) -> None:
+        """Begin to open the buckets that are requested, in the background, if one of them holds so many rows: a batch at full
+        depth does not wait for what only a lone row runs on. Holds the lock."""
+        if self._opening is None and any(rows <= bucket for bucket in self._wanted):
             self._opening = threading.Thread(target=self._open_buckets, name="adi-buckets")
             self._opening.start()
 
