@@ -78,8 +78,8 @@ results: peers
 	$(BENCH) --limit 6 --modes full,verified --precision int8 --peers all --max-new-tokens 48 --json $(RESULTS)/peers.json
 	$(BENCH) --modes full,verified --precision fp32 --peers hf:fp32 --max-new-tokens 48 --json $(RESULTS)/fp32.json
 	$(BENCH) $(TTFT) --json $(RESULTS)/ttft.json
-	$(BENCH) --limit 32 --modes full,verified --precision int4 --peers openvino-genai:int4 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
-	$(BIN)/python tools/lengths.py smollm2-135m --rounds 2 --json $(RESULTS)/lengths.json
+	$(BENCH) --limit 32 --modes full,verified --precision int4,int8 --peers openvino-genai:int4,openvino-genai:int8 -n 96 --batch 1,2,4,8,16,32 --json $(RESULTS)/batch.json
+	$(BIN)/python tools/lengths.py smollm2-135m --json $(RESULTS)/lengths.json
 	$(BIN)/python tools/starts.py smollm2-135m --again 1000,4000 --json $(RESULTS)/starts.json
 	$(BIN)/python tools/starts.py llama-1b --export --json $(RESULTS)/starts_1b.json
 	$(BIN)/adi bench --shape llama-1b $(SIZE) $(LADDER_SIZE) --json $(RESULTS)/size_1b.json

@@ -64,7 +64,7 @@ def _lengths(
 def _again(found: dict[str, Result]) -> Figures:
     rows = found["starts"].get("again", ())
     own, peer = (
-        _listed([row["seconds"][1] for row in rows if row["system"].startswith(kind)], ".2f", " s")
+        _listed([row["seconds"][1] for row in rows if row["system"].startswith(kind)], ".3f", " s")
         for kind in ("adi:", "openvino-genai:")
     )
     return own, peer
