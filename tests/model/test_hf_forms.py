@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,24 @@ def test_a_model_that_transformers_has_among_readers_of_images_alone_is_found_by
     model = adi.load(tmp_path, backend="hf")
     assert model.backbone.spec.vocabulary == VOCABULARY
     assert list(adi.generate(model, IDS, adi.Verified(adi.bare_exits(model, (2,))), max_new_tokens=8).token_ids) == wanted
+
+
+def test_a_token_that_leaves_above_all_keys_and_values_owes_nothing() -> None:
+    """Blocks 4 and 5 read what others keep: of a token that left there they never run, and the text is the same."""
+    model = adi.load(tiny("gemma3n"))
+    backbone = model.backbone
+    assert backbone.spec.keeps_below == 4
+    assert adi.load(tiny("llama")).backbone.spec.keeps_below is None
+
+    def said(depth: int, keeps: int | None) -> Any:
+        backbone.spec = replace(backbone.spec, keeps_below=keeps)
+        trigger = adi.Threshold("top_probability", 0.02)
+        policy = adi.Reflex(adi.bare_exits(model, (depth,)), trigger=trigger)
+        return adi.generate(model, list(IDS[:6]), policy, max_new_tokens=30, stop_at_eos=False)
+
+    for depth in (3, 4, 5):
+        owing, settled = said(depth, None), said(depth, 4)
+        assert settled.token_ids == owing.token_ids
+        assert [step.depth for step in settled.steps] == [step.depth for step in owing.steps]
+        assert {step.depth for step in owing.steps} == {depth, 6}, "some leave early, others run to the end after them"
+        assert (settled.counters.row_blocks < owing.counters.row_blocks) == (depth >= 4)

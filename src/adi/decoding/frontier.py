@@ -165,6 +165,14 @@ class Frontier:
         self.filled = [self.length] * len(self.filled)
         del self._runs[:-1]
 
+    def settle(self) -> None:
+        """Count blocks that keep nothing of a position as run, once all that keep something have run: no later token reads
+        what they would give. Not an approximation."""
+        keeps = self.backbone.spec.keeps_below
+        if keeps is not None and self.filled[keeps - 1] == self.length:
+            self.filled = [self.length] * len(self.filled)
+            del self._runs[:-1]
+
     def close(self) -> None:
         """Free KV memory; nothing can run afterwards."""
         self._runs.clear()

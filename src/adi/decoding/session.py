@@ -241,8 +241,8 @@ class Session:
                 case Emitted():
                     if item.rejected:
                         yield Rejected(len(item.rejected))
-                    if self.strategy.propagate and item.depth < self.request.layers:
-                        self.frontier.propagate()
+                    if item.depth < self.request.layers:
+                        (self.frontier.propagate if self.strategy.propagate else self.frontier.settle)()
                     yield self._step(item)
                 case Fallback():
                     self._fell_at = len(self._tokens)

@@ -80,7 +80,8 @@ class Spec:
 
     A prompt is read in passes that begin at multiples of ``chunk``, so that what they give depends on the text alone, whoever
     reads it and whatever was known of it before. 1: at any position, since it was found not to matter. ``kv_precision`` is
-    "int8" where keys and values are kept in 8 bits, else "auto": as the engine keeps them.
+    "int8" where keys and values are kept in 8 bits, else "auto": as the engine keeps them. ``keeps_below``: blocks from this
+    one on keep nothing of a position, they read what others keep, so that a token that leaves there owes later ones nothing.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Spec:
     chunk: int = CHUNK
     kv_precision: str = "auto"
     stated_context: int | None = None
+    keeps_below: int | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -61,6 +61,7 @@ class HfBackbone:
             backend="hf",
             precision=next((k for k, v in PRECISIONS.items() if v == split.dtype), str(split.dtype)),
             device=str(split.device),
+            keeps_below=split.keeps_below,
             chunk=sys.maxsize if split.far is not None else CHUNK if split.device.type == "cpu" else GPU_CHUNK,
         )
 

@@ -189,7 +189,7 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
         """Keys and values of the first ``length`` positions in one block, where it has that many."""
         if self.far is not None and length > self.edge:
             return self.far.peek(block, length)
-        layer = next(iter(self._layers_of([block])), None) if block < len(self.model.blocks) else None
+        layer = next(iter(self.written_by([block])), None) if block < len(self.model.blocks) else None
         if not isinstance(layer, GrowingLayer) or layer.keys is None or layer.values is None or layer.length < length:
             return None
         if layer.keys.shape != layer.values.shape:
@@ -216,7 +216,7 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
             if getattr(layer, "indexer_position_ids", None) is not None:
                 layer.indexer_position_ids = layer.indexer_position_ids[..., :start]
 
-    def _layers_of(self, blocks: Iterable[int]) -> list[Any]:
+    def written_by(self, blocks: Iterable[int]) -> list[Any]:
         """What these blocks write; of a looped model a block may write several layers."""
         return [self.layers[slot] for slot in self._slots_of(blocks)]
 
@@ -263,7 +263,7 @@ class StaircaseCache(KVCache, DynamicCache):  # type: ignore[misc]
 
     def keys_and_values(self, block: int, length: int) -> tuple[Tensor, Tensor]:
         """What this block wrote of the first ``length`` positions."""
-        (layer,) = self._layers_of([block])
+        (layer,) = self.written_by([block])
         return layer.keys[..., :length, :], layer.values[..., :length, :]
 
     def keep(self, block: int, position: int) -> None:

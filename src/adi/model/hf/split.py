@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -318,6 +319,17 @@ class SplitModel:
         cache.update = update
         self.decode(Run(0, len(self.blocks) + 1), replace(rows, cache=cache))
         return [tuple(sorted(slots)) for slots in written]
+
+    @functools.cached_property
+    def keeps_below(self) -> int | None:
+        """The block from which on none keeps keys, values or states of a position; None where the last one does."""
+        cache, layers = StaircaseCache(self), len(self.blocks)
+        if not self._steps.shares or cache.held or self.loop is not None:
+            return None
+        self.decode(Run(0, layers + 1), Rows(cache, 0, tuple(i % self.vocabulary for i in SELF_CHECK_IDS[:2]), None))
+        kept = [any(getattr(layer, "keys", None) is not None for layer in cache.written_by([i])) for i in range(layers)]
+        last = max((i + 1 for i, keeps in enumerate(kept) if keeps), default=layers)
+        return last if last < layers else None
 
     def _seen(self, rows: Rows, lo: int, hi: int) -> States:
         """What leaves these blocks of the self-check; a tap of MLP activations that shows nothing is none."""
