@@ -80,4 +80,15 @@ def test_a_token_that_leaves_above_all_keys_and_values_owes_nothing() -> None:
         assert settled.token_ids == owing.token_ids
         assert [step.depth for step in settled.steps] == [step.depth for step in owing.steps]
         assert {step.depth for step in owing.steps} == {depth, 6}, "some leave early, others run to the end after them"
-        assert (settled.counters.row_blocks < owing.counters.row_blocks) == (depth >= 4)
+        saved = owing.counters.row_blocks - settled.counters.row_blocks
+        assert (saved > 5 * 2) == (depth >= 4), "five rows of the prompt skip two blocks in any case"
+
+
+def test_blocks_that_keep_nothing_run_for_a_prompts_last_row_alone() -> None:
+    """In all modes alike; the text is that of transformers."""
+    model, ids = adi.load(tiny("gemma3n")), [3 + i % 90 for i in range(150)]
+    wanted = tiny("gemma3n").generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, 150:].tolist()
+    for policy in (adi.FullDepth(), adi.Verified(adi.bare_exits(model, (3,)))):
+        said = adi.generate(model, ids, policy, max_new_tokens=8, stop_at_eos=False)
+        assert list(said.token_ids) == wanted
+        assert policy.mode != "full" or said.counters.row_blocks == 150 * 4 + 2 + 7 * 6

@@ -91,7 +91,7 @@ class Frontier:
 
     def next_pass(self, to: int) -> BlockPass | None:
         """The lowest blocks below ``to`` that lag behind, as many as stand level; None when all have caught up. A part of a
-        prompt comes to that depth before the next one begins."""
+        prompt comes to that depth before the next one begins; blocks that keep nothing of it run for its last row alone."""
         if to == 0 or self.filled[to - 1] == self.length:  # it never rises with depth, so the last one tells for all
             return None
         deep, lo, hi = self.filled[to - 1], 0, to
@@ -99,16 +99,21 @@ class Frontier:
         if self.filled[0] != deep:
             lo = next(layer for layer in range(to) if self.filled[layer] < end)
             hi = next((layer for layer in range(lo, to) if self.filled[layer] != self.filled[lo]), to)
-        start = self.filled[lo]
+        start, keeps = self.filled[lo], self.backbone.spec.keeps_below
+        if keeps is not None and lo < keeps and start < self.prompt and end - start > 1:
+            hi = min(hi, keeps)
         entering = self.states(start, end) if lo else None
         return BlockPass(Rows(self.cache, start, tuple(self.ids[start:end]), entering, start < self.prompt), lo, hi)
 
     def absorb(self, done: BlockPass, states: States) -> None:
         """Take in what a pass gave, or a lower part of it, or one over the first of its rows, now as deep as it went."""
         start, end = done.rows.start, done.rows.start + len(done.rows.ids)
-        self._forget(0 if done.hi == len(self.filled) else start)  # nothing has run behind these rows
+        read = start < self.prompt and done.hi == self.backbone.spec.keeps_below  # and what keeps nothing may skip it
+        self._forget(0 if read or done.hi == len(self.filled) else start)  # nothing has run behind these rows
         self._runs.append((start, end, states))
         self.filled[done.lo : done.hi] = [end] * (done.hi - done.lo)
+        if read:
+            self.filled[done.hi :] = [min(end, self.prompt - 1)] * (len(self.filled) - done.hi)
         self.row_blocks += (end - start) * (done.hi - done.lo)
         self.block_passes += done.hi - done.lo
         self.last = states
