@@ -31,7 +31,7 @@ from adi.decoding.passes.sharing import Pace, begins_prompt, beside, chosen_for,
 from adi.decoding.records import Drafted, DriftFound, Event, Rejected, Step
 from adi.decoding.stop_strings import StopStrings
 from adi.errors import AdiError, MemoryFullError, NoDistributionError
-from adi.model.backbone import Backbone, States
+from adi.model.backbone import PROMPT_ROWS, Backbone, States
 from adi.model.prefix_cache import PrefixCache
 
 ENDED = object()
@@ -216,6 +216,7 @@ class Scheduler(Generic[S]):
     texts that ended are read again, as their next turn's prompt will be, once nothing else is to be done.
 
     ``patient``: nobody reads the answers as they come, so prompts are read first, in whole passes: less time in all.
+    ``newcomers``: others may come while a prompt is read, so its passes are short even where nobody waits.
 
     One that does not fit even alone, or raises an AdiError, is put into ``failed``, never completed; the others go on. A bug in
     one is raised, once.
@@ -229,6 +230,7 @@ class Scheduler(Generic[S]):
         observer: Observer[S] | None = None,
         prefix_cache: PrefixCache | None = None,
         patient: bool = False,
+        newcomers: bool = False,
     ) -> None:
         self.backbone, self.most, self.observer = backbone, most, observer or Observer()
         self.prefix_cache = prefix_cache
@@ -238,7 +240,7 @@ class Scheduler(Generic[S]):
         self._settling: deque[Iterator[None]] = deque()  # texts that ended, to be read again
         self._crowded = False
         self._clock = RoundClock()
-        self._pace = None if patient else Pace()
+        self._pace = None if patient else Pace(alone=PROMPT_ROWS[0] if newcomers else None)
 
     @property
     def busy(self) -> bool:

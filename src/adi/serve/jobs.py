@@ -162,7 +162,7 @@ class Engine:
     def _run(self) -> None:
         try:
             kept = PrefixCache(self.backbone)
-            with kept, Scheduler[Any](self.backbone, most=self.most, prefix_cache=kept) as scheduler:
+            with kept, Scheduler[Any](self.backbone, most=self.most, prefix_cache=kept, newcomers=True) as scheduler:
                 while self._obey(scheduler):
                     self._tell(self._step(scheduler))
             end = ApiError(503, "the server was stopped.", "server_error")

@@ -36,3 +36,14 @@ def test_who_drafts_knows_how_many_rows_the_pass_will_have_beside(
         assert drafting + beside <= 64, "some of them will wait for the next pass: no room is left for drafts"
     else:
         assert abs(rows - drafting - beside) <= 1, "a lone row of a prompt is left to the next pass"
+
+
+def test_a_long_prompts_passes_are_short_where_others_may_come() -> None:
+    """A newcomer waits for the pass that runs. Where nobody can come the whole part goes in one."""
+    spec = Spec("", "", 4, 8, 100, (4,), None, "", "", "", "", merged_rows=64, chunk=1)
+    need = BlockPass(Rows(None, 0, (0,) * 2048, None, True), 0, 4)
+    for pace, rows in ((Pace(), 2048), (None, 2048), (Pace(alone=256), 256), (Pace(1.0, 0.05, 2.0, 256), 256)):
+        ((_, part),) = chosen_for(spec, [(None, need)], pace)
+        assert len(part.rows.ids) == rows
+    ((_, part),) = chosen_for(spec, [(None, BlockPass(Rows(None, 0, (0,) * 257, None, True), 0, 4))], Pace(alone=256))
+    assert len(part.rows.ids) == 255, "none is left over alone"

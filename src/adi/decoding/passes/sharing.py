@@ -37,11 +37,13 @@ def beside(spec: Spec, lo: int, waiting: Sequence[tuple[E, BlockPass]]) -> list[
 @dataclass
 class Pace:
     """How many rows of a prompt may share a pass with others, so that these wait ``WAIT`` ordinary passes at most: by what
-    passes without such rows took lately and how many ``usual`` rows they had, and by how much longer those with some did."""
+    passes without such rows took lately and how many ``usual`` rows they had, and by how much longer those with some did.
+    ``alone``: so many rows of a prompt at most where nobody is answered, since others may come meanwhile."""
 
     ordinary: float | None = None
     row: float | None = None
     usual: float = 0.0
+    alone: int | None = None
 
     def rows(self, others: int = 0) -> int:
         """Beside so many rows of others; at least two."""
@@ -72,7 +74,9 @@ def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace | 
     prompts = [(entry, need) for entry, need in waiting if begins_prompt(need)]
     others = [(entry, need) for entry, need in waiting if not begins_prompt(need)]
     if not prompts or spec.chunk > 1 or not (others or pace is None):
-        return [waiting[i] for i in sharing([len(need.rows.ids) for _, need in waiting], spec.merged_rows)]
+        found = [waiting[i] for i in sharing([len(need.rows.ids) for _, need in waiting], spec.merged_rows)]
+        alone = None if pace is None or others else pace.alone
+        return found if alone is None else [(entry, cut(spec, need, alone)) for entry, need in found]
     if pace is None:
         return filled(spec, [*prompts, *others])
     most = spec.merged_rows
