@@ -98,7 +98,7 @@ def _convert(gguf: Path, folder: Path, notice: Notice) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # the reader meets arbitrary bytes and raises anything
         raise_if_no_memory(error)
-        raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
+        raise ModelError(f"cannot read the GGUF file {gguf} (if it is cut off, fetch it again): {first_line(error)}") from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):  # the weights are ordinary floats by now
         del model.config.quantization_config
