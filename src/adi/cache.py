@@ -204,7 +204,7 @@ def cache_entries() -> list[CacheEntry]:
     """All that is in the cache, by model; what a living process is making is left out."""
     place, found = cache_folder(), list[CacheEntry]()
     for kind in (p for p in place.glob("*") if p.is_dir()):
-        if kind.name in ("contents", "costs", "sources"):
+        if kind.name in ("contents", "costs", "orders", "sources"):
             found.append(CacheEntry("", f"notes ({kind.name})", kind, _bytes(kind)))
             continue
         found += [CacheEntry(left.name.split(".")[1], "unfinished", left, _bytes(left)) for left in unfinished(kind)]

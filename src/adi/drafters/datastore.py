@@ -6,16 +6,23 @@ Retrieval-based drafting: REST (He et al. 2023). Nothing private is in it: the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adi.cache import cache_folder
+from adi.drafters import ngram
 from adi.drafters.ngram import LONGEST, NgramMatch, RunArray
 from adi.errors import FileError
+from adi.files import whole_file
 from adi.machine import give_back_memory
+from adi.model.arrays import digest
 
 SHORTEST = 2
+KEPT_FROM = 100_000  # tokens, whose order is kept in the cache folder: fewer are sorted as quickly as they are read
 
 
 class Datastore:
@@ -56,8 +63,26 @@ class Datastore:
 
     @cached_property
     def _index(self) -> RunArray:
-        """Sorted at the first lookup; half a second for a million tokens."""
-        ends = np.cumsum(self.lengths_M)[:-1]
-        index = RunArray(np.split(self.ids_N, ends), LONGEST, SHORTEST)
+        """Sorted at the first lookup, half a second for a million tokens; the order is kept in the cache folder, the tokens are
+        not."""
+        sequences = np.split(self.ids_N, np.cumsum(self.lengths_M)[:-1])
+        if len(self.ids_N) < KEPT_FROM:
+            return RunArray(sequences, LONGEST, SHORTEST)
+        note = cache_folder() / "orders" / f"{digest(self.arrays().values(), ngram.__file__)}.npy"
+        if (known := self._order(note)) is not None:
+            return RunArray(sequences, LONGEST, SHORTEST, known)
+        index = RunArray(sequences, LONGEST, SHORTEST)
+        with suppress(FileError), whole_file(note) as fresh, fresh.open("wb") as file:
+            np.save(file, index.places)
         give_back_memory()  # sorting takes twice what it leaves
         return index
+
+    def _order(self, note: Path) -> Any:
+        """The places that were kept; None where there are none, or what is damaged."""
+        with suppress(OSError, ValueError, EOFError):
+            places = np.load(note)
+            findable = np.maximum(self.lengths_M - SHORTEST, 0).sum(dtype=np.int64)
+            inside = places.ndim == 1 and places.dtype == np.int32 and len(places) == findable
+            if inside and places.min(initial=SHORTEST) >= SHORTEST and places.max(initial=0) < len(self.ids_N):
+                return places
+        return None

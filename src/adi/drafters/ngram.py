@@ -125,21 +125,24 @@ class RunArray:
     next. It takes 4 * (longest + 3) bytes per token, and ids in [0, 2**31 - 1).
     """
 
-    def __init__(self, sequences: Sequence[Ids], longest: int = LONGEST, shortest: int = 2) -> None:
+    def __init__(self, sequences: Sequence[Ids], longest: int = LONGEST, shortest: int = 2, places: Ids | None = None) -> None:
+        """``places``: those of an earlier array of the same sequences and lengths, so that nothing is sorted."""
         import numpy as np
 
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         text: Ids = np.concatenate([*sequences, np.zeros(0, np.int32)])
         stops = np.repeat(lengths.cumsum(), lengths).astype(np.int32)
         offsets = np.arange(len(text)) - (stops - np.repeat(lengths, lengths))
-        places = np.flatnonzero(offsets >= shortest)  # tokens with enough before them to be found
+        found = np.flatnonzero(offsets >= shortest) if places is None else places  # with enough before them to be found
         # Column d holds the token d + 1 back; before the start of a sequence -1, which no query holds.
-        back = [np.where(offsets[places] > d, text[np.maximum(places - d - 1, 0)], np.int32(-1)) for d in range(longest)]
-        order = _order(back)
+        back = [np.where(offsets[found] > d, text[np.maximum(found - d - 1, 0)], np.int32(-1)) for d in range(longest)]
+        if places is None:
+            order = _order(back)
+            found, back = found[order].astype(np.int32), [column[order] for column in back]
         # Views, not arrays: a lookup reads single numbers, which cost ten times as much from an array.
         self._text, self._stops = text.data, stops.data
-        self._columns = [column[order].data for column in back]
-        self._places = places[order].astype(np.int32).data
+        self._columns = [column.data for column in back]
+        self.places, self._places = found, found.data
         self._shortest = shortest
 
     def find(self, query: Sequence[int]) -> tuple[int, int, int]:
