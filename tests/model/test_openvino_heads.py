@@ -35,6 +35,7 @@ def parts(norm: str, width: int, bias: bool, size: int) -> tuple[Adapter, ReadOu
     return adapter, readout, torch.randperm(VOCABULARY, generator=draw)[:size].sort().values
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")  # or users read it
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize(
     ("norm", "width", "bias", "size"),

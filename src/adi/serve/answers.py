@@ -39,7 +39,8 @@ class Completions:
         self._calls = [ToolCalls() for _ in range(asked.answers)]
         spec = asked.model.backbone.spec
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
-        self._head["system_fingerprint"] = f"adi-{adi.__version__}-{spec.precision}-{spec.fingerprint[:8]}"
+        numbers = spec.numbers.replace(" with KV memory in ", "-kv-")
+        self._head["system_fingerprint"] = f"adi-{adi.__version__}-{numbers}-{spec.fingerprint[:8]}"
 
     async def whole(self) -> dict[str, Any]:
         """The response, once all is there."""

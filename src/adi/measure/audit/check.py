@@ -57,7 +57,7 @@ def check(model: Model, exits: Exits, prompts: Sequence[Ids], size: Size, notice
     spec = model.backbone.spec
     found: dict[str, Any] = {
         "backend": spec.backend,
-        "precision": spec.precision,
+        "precision": spec.numbers,
         "row_invariant": spec.row_invariant,
         "noise": 0.0,
         **{name: [] for name in ("replay", "greedy", "sampling", "faults", "violations")},
@@ -85,7 +85,7 @@ class _Checks:
 
     @property
     def where(self) -> str:
-        return f"{self.model.backbone.spec.backend} {self.model.backbone.spec.precision}"
+        return f"{self.model.backbone.spec.backend} {self.model.backbone.spec.numbers}"
 
     def run(self) -> None:
         policies = policies_of(self.exits)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def _convert(function: TensorFunction, widths: Sequence[int], eight_bits: bool) 
     from openvino.passes import ConstantFolding, Manager
 
     example = tuple(torch.zeros(2, width) for width in widths)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # widths are fixed, and become constants
         traced = torch.jit.trace(function, example, check_trace=False)
     graph = ov.convert_model(traced, example_input=example, input=[ov.PartialShape([-1, width]) for width in widths])
     folding = Manager()
