@@ -21,6 +21,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
 from adi import FullDepth, Model, generate
+from adi.cli.serve import PlaceOptions
 from serving import Running, serving
 
 CASES = int(os.environ.get("SERVE_CASES", "60"))  # of each route
@@ -127,6 +128,8 @@ def test_other_origins_and_names_are_kept_out(tiny_model: Model, running: Runnin
         said = httpx.options(f"{open_one.url}/v1/completions", headers=asked)
         assert said.headers["access-control-allow-origin"] == "https://pages.example"
         assert httpx.get(f"{open_one.url}/health", headers={"Host": "evil.example"}).status_code == 400
+    with serving(tiny_model, FullDepth(), hosts=PlaceOptions(host="::1").settings()["hosts"]) as named:
+        assert httpx.get(f"{named.url}/health", headers={"Host": "[::1]:8000"}).status_code == 200
 
 
 def test_metrics_count_what_was_done(tiny_model: Model) -> None:

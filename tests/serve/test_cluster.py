@@ -148,4 +148,8 @@ def test_replicas_that_mean_nothing_are_refused(replicas: str) -> None:
 def test_a_configuration_file_is_read() -> None:
     with pytest.raises(UsageError, match="args has 'modle'"):
         app({"modle": "x"})
+    for wrong in ("", [""], [7]):
+        with pytest.raises(UsageError, match="keys has"):
+            app({"keys": wrong})
+    assert app({"keys": "secret"}) is not None, "one key, not six"
     assert app({"model": "smollm2-135m", "replicas": "1:2", "most": 4}) is not None

@@ -213,3 +213,26 @@ def test_a_bug_ends_the_server_with_its_own_name(tiny_model: Model, monkeypatch:
         assert isinstance(engine.failure, ZeroDivisionError)
         assert engine.running == 0, "its request is let go"
         engine.failure = None
+
+
+def test_who_comes_while_the_engine_fails_is_told_too(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        inside.set()
+        assert go.wait(60)
+        raise ZeroDivisionError
+
+    with serving(tiny_model, FULL) as running, ThreadPoolExecutor(2) as pool:
+        engine = running.server.engine
+        monkeypatch.setattr(engine, "_on_failure", lambda: None)
+        monkeypatch.setattr(tiny_model.backbone, "forward", fail)
+        first = pool.submit(ask, running, **body())
+        assert inside.wait(60)
+        second = pool.submit(ask, running, **body())
+        while engine._orders.empty():
+            time.sleep(0.005)
+        go.set()
+        assert [one.result(60).status_code for one in (first, second)] == [500, 500]
+        assert running.settled()
+        engine.failure = None

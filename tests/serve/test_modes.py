@@ -74,6 +74,14 @@ def test_a_certified_level_is_watched_and_its_refutation_told(certified: Running
     assert "greedy" in ask(certified, 400, adi={"risk": 0.02}, temperature=1)["error"]["message"]
 
 
+def test_the_usual_policys_monitor_is_that_of_its_level(llama: adi.Model, exits: adi.Exits) -> None:
+    with serving(llama, adi.Reflex(exits, risk=0.02, spot_check=0.5), spot_check=0.5) as running:
+        assert state(running) == "holds"
+        assert ask(running)["adi"]["drift"]["fell_back_at"] is not None
+        assert state(running) == "refuted"
+        assert ask(running, adi={"risk": 0.02})["adi"]["drift"]["fell_back_at"] == 0
+
+
 def test_a_price_sets_the_depth_where_the_gate_knows_prices(priced: adi.Model) -> None:
     prices = (0.001, 10.0)
     with serving(priced, adi.FullDepth()) as running:

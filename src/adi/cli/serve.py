@@ -19,7 +19,7 @@ from adi.errors import UsageError
 if TYPE_CHECKING:
     from adi.serve.app import ServerOptions
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # the last as clients name it
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 SPOT_CHECK = 0.05
 BACKLOG = 2048
@@ -95,6 +95,8 @@ def serve(
         **place.settings(),
         **load.settings(),
     )
+    if load.ray is None and load.replicas != "1":
+        raise UsageError(f"--replicas {load.replicas} is for a Ray cluster: give --ray ADDRESS, or leave it out.")
     if load.ray is not None:
         where = (place.host, place.port)
         _run_cluster(load.ray, load.replicas, where, partial(_loaded, decoding, engine, model), options)

@@ -9,6 +9,7 @@ from typing import Any
 
 from adi.artifact import Exits, bare_exits
 from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex
+from adi.decoding.processors import constraint
 from adi.decoding.sampling import SEEDS, Sampling
 from adi.errors import AdiError
 from adi.measure.free_energy import FULL_PRICE
@@ -74,6 +75,11 @@ class Policies:
     lock: threading.Lock = field(default_factory=threading.Lock)
     reflexes: dict[tuple[str, float], Reflex] = field(default_factory=dict)
     priced: dict[float, Reflex] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        usual = self.usual
+        if isinstance(usual, Reflex) and usual.risk is not None and usual.monitor is not None:
+            self.reflexes[usual.kind, usual.risk] = usual
 
     @property
     def exits(self) -> Exits | None:
@@ -189,6 +195,8 @@ class Reading:
             raise ApiError(
                 400, f"max_tokens is {length}, so nothing is to be done; echo: true gives the prompt.", param="max_tokens"
             )
+        if length == 0 and body.stream:
+            raise ApiError(400, f"max_tokens is {length} with stream; the prompt alone comes whole only.", param="stream")
         given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         prompts: list[Any] = [given] if given and isinstance(given[0], int) else given
         if not prompts:
@@ -257,6 +265,10 @@ class Reading:
             "grammar": grammar,
         }
         policy, sampling = self.policies.of(body.adi), self._sampling(body)
+        try:  # compiled here and not in the engine's thread, which would hold up all others
+            constraint(self.model, shape.get("response_format"), grammar)
+        except AdiError as error:
+            raise refused(error) from None
         return Asked(self.model, prompts, body.n, sampling, policy, options, logprobs, trace=body.adi.trace, **more)
 
     def _sampling(self, body: Answering) -> Sampling:

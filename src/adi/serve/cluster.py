@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from adi.arguments import several
 from adi.decoding.policies import Policy, default_policy
 from adi.errors import UsageError
 from adi.model.load import Model, load
@@ -211,7 +212,10 @@ def app(args: Mapping[str, Any]) -> Any:
         raise UsageError(f"args has {unknown[0]!r:.40}, which is none of {', '.join(sorted(known))}; leave it out.")
     model = str(args.get("model", "smollm2-135m"))
     more = {name: args[name] for name in ("most", "queue", "temperature") if name in args}
-    options = ServerOptions(names=(model,), keys=tuple(args.get("keys", ())), **more)
+    keys = several(args.get("keys"))
+    if wrong := [key for key in keys if not isinstance(key, str) or not key]:
+        raise UsageError(f"keys has {wrong[0]!r:.40}; give texts of at least one character.")
+    options = ServerOptions(names=(model,), keys=keys, **more)
     cluster = ClusterOptions.of(str(args.get("replicas", 1)), float(args.get("cpus", 1)))
     return application(_Loading(model, args.get("precision", "auto"), args.get("exits")), options, cluster)
 

@@ -107,10 +107,11 @@ class Engine:
     ) -> None:
         self.backbone, self.most, self.places = backbone, most, most + queue
         self.failure: BaseException | None = None
+        self._end: ApiError | None = None  # what those are told who come once the thread has ended
         self.open = 0  # sequences that came and are not at their end; this and what follows belongs to the event loop
         self.seconds = USUAL_SECONDS  # that a sequence takes, of late
         self._on_part, self._on_failure = on_part, on_failure
-        self._orders = SimpleQueue[Callable[[Scheduler[Any]], None] | None]()
+        self._orders = SimpleQueue[Callable[[Scheduler[Any] | ApiError], None] | None]()
         self._owners: dict[ServedSequence, tuple[Job, int]] = {}  # the engine thread's
         self._thread = threading.Thread(target=self._run, name="adi engine", daemon=True)
 
@@ -132,8 +133,8 @@ class Engine:
     async def submit(self, make: Callable[[], Sequence[ServedSequence]], count: int, seconds: float) -> Job:
         """A job of the ``count`` sequences that ``make`` makes, in the engine thread, for ``seconds`` at most. ApiError where
         the queue is full (429), and for what the library refuses (400)."""
-        if self.failure is not None:
-            raise _failed(self.failure)
+        if self._end is not None:
+            raise self._end
         if count > self.places:
             raise ApiError(400, f"{count} answers were asked for at once; this server has {self.places} places.", param="n")
         if self.open + count > self.places:
@@ -165,13 +166,21 @@ class Engine:
             with kept, Scheduler[Any](self.backbone, most=self.most, prefix_cache=kept, newcomers=True) as scheduler:
                 while self._obey(scheduler):
                     self._tell(self._step(scheduler))
-            end = ApiError(503, "the server was stopped.", "server_error")
+            self._end = ApiError(503, "the server was stopped.", "server_error")
         except BaseException as error:  # handed on: ``failure`` is raised by whoever runs the server
-            self.failure, end = error, _failed(error)
-        self._tell([(job, end) for job in {job for job, _ in self._owners.values()}])
+            self.failure, self._end = error, _failed(error)
+        self._tell([(job, self._end) for job in {job for job, _ in self._owners.values()}])
         self._owners.clear()
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._refuse_rest, self._end)
+
+    def _refuse_rest(self, end: ApiError) -> None:
+        """In the event loop, where requests are ordered: those that nobody will obey any more."""
+        while not self._orders.empty():
+            if (order := self._orders.get()) is not None:
+                order(end)
         if self.failure is not None:
-            self._loop.call_soon_threadsafe(self._on_failure)
+            self._on_failure()
 
     def _obey(self, scheduler: Scheduler[Any]) -> bool:
         """Carry out what was ordered, and wait for an order where nothing runs; whether to go on."""
@@ -183,9 +192,12 @@ class Engine:
         return True
 
     def _begin(
-        self, scheduler: Scheduler[Any], job: Job, make: Callable[[], Sequence[ServedSequence]], made: Future[None]
+        self, scheduler: Scheduler[Any] | ApiError, job: Job, make: Callable[[], Sequence[ServedSequence]], made: Future[None]
     ) -> None:
         if not made.set_running_or_notify_cancel():
+            return
+        if isinstance(scheduler, ApiError):
+            made.set_exception(scheduler)
             return
         try:
             sequences = make()
@@ -198,7 +210,9 @@ class Engine:
         job.sequences = sequences
         made.set_result(None)
 
-    def _drop(self, scheduler: Scheduler[Any], job: Job) -> None:
+    def _drop(self, scheduler: Scheduler[Any] | ApiError, job: Job) -> None:
+        if isinstance(scheduler, ApiError):
+            return  # all have been told already
         for sequence in [one for one, (owner, _) in self._owners.items() if owner is job]:
             scheduler.cancel(sequence)
             del self._owners[sequence]
