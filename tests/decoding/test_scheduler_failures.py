@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as changed
 
 import adi
 from adi.decoding.frontier import BlockPass
-from adi.decoding.records import Draft, Drafted, DriftFound, Event, Step
-from adi.decoding.scheduler import Scheduler
+from adi.decoding.records import Draft, Drafted, DriftFound, Event, Rejected, Step
+from adi.decoding.scheduler import Scheduler, _Entry
 from adi.decoding.stop_strings import StopStrings
 from adi.drafters.history import History
 from adi.drafters.network import Drafting
@@ -85,6 +86,19 @@ def test_cancelling_while_events_are_read_takes_nothing_from_others(llama: adi.M
         if i != victim:
             assert tuple(tokens[session]) == wanted[i]
     assert known.info().sequences == 2, "a cancelled text is not remembered"
+
+
+def test_after_a_restart_nobody_is_told_of_drafts_that_he_did_not_see() -> None:
+    """The second run drafts where the first one did not."""
+    kept, draft = changed(step(2), drafted=True, accepted=True), Drafted(Draft(1, "a", 0, "memory"))
+    one = Scripted(step(0), step(1), step(2), one_pass())
+    entry = _Entry(one)
+    assert [event.index for event in entry.advance() if isinstance(event, Step)] == [0, 1, 2]
+    assert entry.restart() == []
+    one.script = (step(0), draft, draft, draft, step(1), kept, changed(kept, index=3), Rejected(1), draft, draft, Rejected(2))
+    entry.begin()
+    assert list(entry.advance()) == [changed(kept, index=3), draft, draft, Rejected(2)]
+    assert entry.drafts == 0
 
 
 def test_closing_the_driver_while_events_are_read_completes_nothing() -> None:

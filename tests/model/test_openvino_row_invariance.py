@@ -177,6 +177,20 @@ def test_where_copies_would_change_bits_there_are_none(made: Cached, monkeypatch
         assert len(backbone.forward([Rows(cache, PROMPT, IDS[PROMPT : PROMPT + 3], None)], 0, LAYERS)[0]) == 3
 
 
+def test_copies_are_looked_at_where_memory_holds_them_first(
+    made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A note that was made without copies says nothing of those that a later load has room for."""
+    engine(made, "llama")
+    invariant = lambda backbone, *_, **__: not backbone.copies.rows  # noqa: E731
+    monkeypatch.setattr("adi.model.openvino.row_invariance.rows_are_invariant", invariant)
+    assert settle_rows(OpenVinoBackbone.open(folder_of("llama"), memory=0), tmp_path)
+    backbone = OpenVinoBackbone.open(folder_of("llama"))
+    assert settle_rows(backbone, tmp_path)
+    backbone.prepare((), drafts=True, wait=True)
+    assert backbone.copies.rows == ()
+
+
 def test_how_many_rows_of_several_texts_may_share_a_pass_is_found_once(
     made: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

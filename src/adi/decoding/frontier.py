@@ -1,8 +1,9 @@
 """The frontier: every position's deepest state so far, and how many positions each layer has processed.
 
-``filled`` never rises with depth: it is a staircase. One primitive, ``advance(to)``, runs for every layer below ``to`` the
-positions that this layer has not seen. Prefill, drafting, resuming and verifying are all that one step, so nothing is
-ever computed twice and nothing is approximated.
+``filled`` never rises with depth: it is a staircase. One primitive, ``next_pass(to)`` with ``absorb`` (``advance`` does both
+until all is done), runs for every layer below ``to`` the positions that this layer has not seen. Prefill, drafting, resuming
+and verifying are all that one step, so no position runs a block twice on its way up (``look`` reads a tail ahead of its turn),
+and nothing is approximated.
 """
 
 from __future__ import annotations

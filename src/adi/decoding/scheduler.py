@@ -178,7 +178,11 @@ class _Entry(Generic[S]):
             self.repeated += isinstance(event, (Step, DriftFound))
             if not old:
                 self.delivered = self.repeated
-                self.drafts += _more_drafts(event)
+                if isinstance(event, Rejected):  # those among them that came before are not the consumer's
+                    event = Rejected(min(event.count, self.drafts))
+                    if not event.count:
+                        continue
+                self.drafts = max(0, self.drafts + _more_drafts(event))
                 yield event
 
     def restart(self) -> list[Event]:
@@ -417,7 +421,7 @@ class Scheduler(Generic[S]):
     def _begin_round(self, chosen: Sequence[tuple[_Entry[S], BlockPass]]) -> None:
         trials = next((found for entry, _ in chosen if (found := entry.sequence.trials) is not None), None)
         answered = [(entry, need) for entry, need in chosen if trials is not None and not need.rows.prompt]
-        positions = {id(entry): need.rows.start for entry, need in answered if entry.sequence.trials is not None}
+        positions = {entry: need.rows.start for entry, need in answered if entry.sequence.trials is not None}
         self._clock.begin(trials, positions, len(chosen) - len(positions))
 
     def _score(self, waiting: Sequence[tuple[_Entry[S], HeadPass]]) -> list[tuple[_Entry[S], Served]]:

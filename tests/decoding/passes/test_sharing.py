@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adi.decoding.frontier import BlockPass
@@ -36,6 +36,26 @@ def test_who_drafts_knows_how_many_rows_the_pass_will_have_beside(
         assert drafting + beside <= 64, "some of them will wait for the next pass: no room is left for drafts"
     else:
         assert abs(rows - drafting - beside) <= 1, "a lone row of a prompt is left to the next pass"
+
+
+@given(
+    st.lists(st.integers(2, 90), min_size=1, max_size=4),
+    st.lists(st.integers(1, 4), min_size=1, max_size=70),
+    st.sampled_from([8, 16, 64]),
+    st.sampled_from([Pace(), Pace(1.0, 0.05), Pace(1.0, 0.5), Pace(1.0, 9.0)]),
+)
+@example([30, 3], [1] * 40, 64, Pace())
+@example([3], [1] * 70, 64, Pace(1.0, 9.0))
+def test_a_shared_pass_has_no_more_rows_than_may_share_one(
+    prompts: list[int], others: list[int], most: int, pace: Pace
+) -> None:
+    """Above that number rows may have other bits. No prompt waits for others to end."""
+    spec = Spec("", "", 4, 8, 100, (4,), None, "", "", "", "", merged_rows=most, chunk=1)
+    waiting = [BlockPass(Rows(None, 9, (0,) * n, None), 0, 4) for n in others]
+    waiting += [BlockPass(Rows(None, 0, (0,) * n, None, True), 0, 4) for n in prompts]
+    chosen = [need for _, need in chosen_for(spec, [(None, need) for need in waiting], pace)]
+    assert sum(len(need.rows.ids) for need in chosen) <= most
+    assert any(need.rows.prompt for need in chosen)
 
 
 def test_a_long_prompts_passes_are_short_where_others_may_come() -> None:

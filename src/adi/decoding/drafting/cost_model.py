@@ -81,7 +81,8 @@ class CostCorrection:
 
     def unsure(self, rows: int) -> bool:
         """Whether nothing was timed that is near this number of rows."""
-        sure = [one for one, times in (self.timed or {}).items() if times >= SURE]
+        with self._lock:
+            sure = [one for one, times in (self.timed or {}).items() if times >= SURE]
         return self.timed is not None and not any(rows <= NEAR * one and one <= NEAR * rows for one in sure)
 
     def passed(self, rows: int, ratio: float, far: float = 0.0) -> float:
@@ -285,7 +286,10 @@ def _kept(path: Path) -> CostCorrection:
     """Of the file; nothing known yet where there is none, or none that can be used."""
     with contextlib.suppress(AdiError, OSError):
         found = read_json_as(path, CostTable, "cost table")
-        return CostCorrection(found.common, dict(found.own), found.far, dict(found.steps), dict(found.timed))
+        timed = dict(found.timed)
+        return CostCorrection(
+            found.common, dict(found.own), found.far, dict(found.steps), timed, written=max(2 * SURE, sum(timed.values()))
+        )
     return CostCorrection(timed={})
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 TRIED, KEPT = 12, 240  # rounds of one kind in a row: to see what it gives, and of the better kind
 ROWS, LEAST = 16, 2
@@ -69,7 +70,7 @@ class _Round:
     """One that is under way: of whom, and where in their texts; ``drafted``: they looked for drafts."""
 
     trial: Trial
-    positions: Mapping[int, int]
+    positions: Mapping[Any, int]
     drafted: bool
     began: float
 
@@ -81,8 +82,8 @@ class RoundClock:
         self._clock = clock
         self._round: _Round | None = None
 
-    def begin(self, trials: Trials | None, positions: Mapping[int, int], beside: int) -> None:
-        """A pass begins of sequences at these ``positions`` in their texts, by any number that tells them apart, beside so many
+    def begin(self, trials: Trials | None, positions: Mapping[Any, int], beside: int) -> None:
+        """A pass begins of sequences at these ``positions`` in their texts, by whatever tells them apart, beside so many
         others. What they look for behind it is settled; not without ``trials``, where nobody drafts by costs."""
         before, self._round = self._round, None
         if trials is None:

@@ -81,14 +81,16 @@ def chosen_for(spec: Spec, waiting: Sequence[tuple[E, BlockPass]], pace: Pace | 
         return filled(spec, [*prompts, *others])
     most = spec.merged_rows
     wanted = pace.rows(min(most, sum(len(need.rows.ids) for _, need in others)))
-    chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - min(wanted, most // 2)))]
-    left = min(wanted, most - sum(len(need.rows.ids) for _, need in chosen))
+    part = min(max(wanted, LEAST_PART + 1), most // 2)  # what ``cut`` gives at most where two are wanted
+    chosen = [others[i] for i in sharing([len(need.rows.ids) for _, need in others], max(1, most - part))]
+    room = most - sum(len(need.rows.ids) for _, need in chosen)
     for entry, need in prompts:
-        if left < LEAST_PART:
+        if min(wanted, room) < LEAST_PART:
             break
-        part = cut(spec, need, left)
-        chosen.append((entry, part))
-        left -= len(part.rows.ids)
+        need = cut(spec, need, min(wanted, room))
+        if (rows := len(need.rows.ids)) <= room:
+            chosen.append((entry, need))
+            wanted, room = wanted - rows, room - rows
     return chosen
 
 

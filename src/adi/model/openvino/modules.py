@@ -94,7 +94,8 @@ def _convert(function: TensorFunction, widths: Sequence[int], eight_bits: bool) 
 
     example = tuple(torch.zeros(2, width) for width in widths)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # widths are fixed, and become constants
+        tracer: Any = torch.jit
+        warnings.simplefilter("ignore", tracer.TracerWarning)  # widths are fixed, and become constants
         traced = torch.jit.trace(function, example, check_trace=False)
     graph = ov.convert_model(traced, example_input=example, input=[ov.PartialShape([-1, width]) for width in widths])
     folding = Manager()

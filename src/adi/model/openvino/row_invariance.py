@@ -82,11 +82,15 @@ def _in_company(
 def settle_rows(backbone: OpenVinoBackbone, folder: Path) -> bool:
     """Make rows invariant if that can be had, by running lone rows in company if need be; whether they are.
 
-    Found with a stop half-way, once on each kind of machine, and kept beside the export: ``least_rows``, below zero where it
-    holds without copies for fixed numbers of rows only, which are then forgone (with some families' rotary angles and gates the
-    plugin fuses a graph of fixed shapes otherwise), or 0 where rows depend on their company whatever their number.
+    Found with a stop half-way, once on each kind of machine and for as many copies as memory holds, and kept beside the
+    export: ``least_rows``, below zero where it holds without copies for fixed numbers of rows only, which are then forgone
+    (with some families' rotary angles and gates the plugin fuses a graph of fixed shapes otherwise), or 0 where rows depend on
+    their company whatever their number.
     """
-    least = _noted(backbone, folder, f"buckets {BUCKETS}, or none", (-2, -1, 0, 1, 2), lambda: _least_rows(backbone))
+    copies = backbone.copies
+    room = min(len(BUCKETS), copies.memory_bytes // max(1, copies.copy_bytes))
+    what = f"buckets {BUCKETS}, or none" if room == len(BUCKETS) else f"room for {room} of the buckets {BUCKETS}"
+    least = _noted(backbone, folder, what, (-2, -1, 0, 1, 2), lambda: _least_rows(backbone))
     backbone.least_rows = max(1, abs(least))
     if least < 0:
         backbone.forgo_copies()
