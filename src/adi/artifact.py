@@ -26,7 +26,7 @@ from adi.exits.probe import Net, Probe, gate_probe, network_shapes
 from adi.exits.signals import Prediction
 from adi.exits.triggers import Rule, Threshold, Trigger
 from adi.files import expanded, package_data, read_json, require_file, whole_file, write_json
-from adi.model.arrays import as_array, as_tensor
+from adi.model.arrays import as_array, as_tensor, digest
 from adi.model.backbone import Backbone, Spec, States
 from adi.model.load import Model, looped_network
 from adi.risk.certificate import Certificate, find
@@ -187,6 +187,10 @@ class Exits:
         document = _Document(format=3 if self.certificates else 2, tensors=_digest(place / TENSORS), **known)
         write_json(place / JSON, document.to_json())
 
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with whatever was learned."""
+        return digest(array for _, array in self._stored())
+
     def _stored(self) -> Iterator[tuple[str, Any]]:
         """Every array by its name in the file: weights in half precision, those of the probe as they are."""
         if self.heads is None and self.probe is None:
@@ -299,11 +303,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _read_arrays(path: Path, digest: str) -> Arrays:
+def _read_arrays(path: Path, wanted: str) -> Arrays:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if _digest(path) != digest:
+    if _digest(path) != wanted:
         raise FileError(f"{path.name} is not the file that {JSON} was written for (its digest differs)")
     try:
         arrays: Arrays = load_file(path)

@@ -70,7 +70,8 @@ def spread(items: Sequence[PromptItem], count: int) -> list[PromptItem]:
 
 def prompts_hash(items: Sequence[PromptItem]) -> str:
     """A short name for exactly these prompts in this order."""
-    return hashlib.blake2b(repr([(i.turns, i.category) for i in items]).encode(), digest_size=8).hexdigest()
+    known = [(i.turns, i.category, *([i.ids] if i.ids else [])) for i in items]
+    return hashlib.blake2b(repr(known).encode(), digest_size=8).hexdigest()
 
 
 def _item(text: str, where: str) -> PromptItem:

@@ -22,10 +22,11 @@ from adi.measure.exposure.facts import LENGTH, NAMES, Facts, Item, batch_of
 from adi.measure.exposure.network import TURNS, network
 from adi.measure.exposure.observe import MENTIONS, Observed, Question, item_probes, observe, repeat_probes
 from adi.measure.exposure.report import report
-from adi.measure.exposure.settings import ExposureSettings, Part
+from adi.measure.exposure.settings import SETTINGS, ExposureSettings, Part
 from adi.measure.exposure.slopes import Table, partial_slope
 from adi.measure.exposure.study import run_study
 from adi.progress import no_progress
+from adi.schema import claim
 from adi.tasks.pointers import NONE
 
 TINY = ExposureSettings(prices=(0.0, 0.3), seeds=(0,), shapes=("plain",), steps=4, most_exposures=1)
@@ -253,7 +254,7 @@ def test_a_study_resumes_at_the_part_where_it_stopped(tmp_path: Path, monkeypatc
 
 
 def test_a_study_of_two_configurations_is_refused(tmp_path: Path) -> None:
-    TINY.claim(tmp_path)
+    claim(tmp_path / SETTINGS, TINY)
     done = adi_("study", "exposure", "--out", tmp_path, "--steps", 5)
     assert done.exit_code == 2
     assert "was begun with prices = (0.0, 0.3), not (0.0, 0.03, 0.1, 0.3)" in done.stderr.replace("\n", " ")

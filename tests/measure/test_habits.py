@@ -143,6 +143,28 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_exits(
     assert first.report == second.report
 
 
+def test_a_finished_folder_measures_what_it_had_not_measured(
+    sharp: adi.Model, done: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(done[1], tmp_path / "habits")
+    found = run(sharp, tmp_path / "habits", others=[PromptItem(("quick dog",), "other talk")])
+    assert set(found["results"][0]["others"]["by_category"]) == {"other talk"}
+    assert found["curve"] == done[0]["curve"], "what is as it was is not measured again"
+
+
+def test_answers_that_are_there_do_not_make_the_plan_cheaper(
+    sharp: adi.Model, done: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """A budget that was refused is given again, larger: what answering takes was measured the first time."""
+    shutil.copytree(done[1], tmp_path / "habits")
+    work = tmp_path / "habits" / "work"
+    assert float((work / "answering.json").read_text()) > 0
+    (work / "answering.json").write_text("1000.0")
+    (work / "plan.json").unlink()
+    with pytest.raises(UsageError, match=r"answering .* take some"):
+        run(sharp, tmp_path / "habits")
+
+
 def test_a_larger_budget_first_buys_passes_and_then_further_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "MOST_EPOCHS", 12)
     monkeypatch.setattr(training, "MOST_TURNS", 3)

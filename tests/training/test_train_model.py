@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adi
 from adi.decoding.teacher_forcing import KnownText
 from adi.errors import AdiError, FileError, UsageError
-from adi.files import read_json
+from adi.files import read_json, write_json
 from adi.progress import Progress, no_progress
 from adi.prompts import read_prompts
 from adi.training import train_model as module
@@ -187,11 +187,16 @@ def test_with_more_steps_a_finished_folder_goes_on(llama: adi.Model, tmp_path: P
     assert [point["steps"] for point in points] == [0, 16, 48]
 
 
-def test_minutes_become_steps_once(llama: adi.Model, tmp_path: Path) -> None:
+def test_what_a_step_takes_is_measured_once_and_more_minutes_are_more_steps(llama: adi.Model, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=None, minutes=1e-4)
     trained(llama, tmp_path, options)
-    assert (tmp_path / "work" / "steps.txt").read_text() == str(module.SPAN)
-    for name, damage in (("curve.json", "[{}]"), ("work/steps.txt", "many")):
+    note = tmp_path / "work" / "step_seconds.json"
+    assert read_json(note, "note") > 0
+    write_json(note, 0.01)
+    trained(llama, tmp_path, replace(options, minutes=0.335 / 60))
+    points = read_json(tmp_path / "curve.json", "curve")
+    assert [point["steps"] for point in points] == [0, module.SPAN, 3 * module.SPAN], "33 steps, in whole spans"
+    for name, damage in (("curve.json", "[{}]"), ("work/step_seconds.json", '"many"')):
         (tmp_path / name).write_text(damage)
         with pytest.raises(FileError, match=f"{Path(name).name} is damaged"):
             trained(llama, tmp_path, options)

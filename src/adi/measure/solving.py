@@ -194,7 +194,8 @@ def rank_correlation(task: Problem, drawn: Batch, found: Halted) -> float:
     if task.unit == "item":
         return _spearman(turns, hard)
     th, tp, hp = _spearman(turns, hard), _spearman(turns, place), _spearman(hard, place)
-    return float((th - tp * hp) / np.sqrt((1 - tp**2) * (1 - hp**2)))
+    rest = (1 - tp**2) * (1 - hp**2)
+    return float((th - tp * hp) / np.sqrt(rest)) if rest > 0 else 0.0  # a place that tells all leaves nothing to compare
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:

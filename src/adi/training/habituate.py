@@ -250,9 +250,11 @@ class Habituation:
             kept = read_json_as(path, Plan, "plan (delete it)")
             if kept.minutes == minutes:
                 return kept
-        began, parts = time.monotonic(), self.parts()
+        began, parts, note = time.monotonic(), self.parts(), self.work / "answering.json"
         prompts, shards = next(parts)
-        generating = time.monotonic() - began
+        if not note.exists():  # or they are found again in no time
+            write_json(note, time.monotonic() - began)
+        generating = read_json_as(note, float, "seconds of answering (delete it)")
         total, left = len(self.workload.train), minutes * 60
         passing = self._timed_pass(shards[:1]) * len(shards) * (1 + len(self.talk) / total)
         answers = len(self.workload.choosing) + len(self.workload.testing) + total + len(self.talk)

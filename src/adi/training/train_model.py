@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from msgspec import Meta
 from torch import Tensor
 
 from adi.arguments import real, settle, whole
@@ -27,7 +29,7 @@ from adi.artifact import Exits, require_model
 from adi.decoding.teacher_forcing import KnownText
 from adi.errors import ModelError, UsageError
 from adi.exits.heads import Adapter, Heads, fresh_adapter, predict, shortlist
-from adi.files import write_json, write_text
+from adi.files import write_json
 from adi.model.arrays import digest
 from adi.model.backbone import Backbone
 from adi.model.hf import HfBackbone
@@ -51,6 +53,7 @@ KEPT_TOKENS = 0.5  # of a step on the workload, that the loss of full depth has
 FROM_WORKLOAD = 0.3  # share of those steps whose text is the workload's
 ADAPTER_RATE = 5.0  # learning rate of exits, against that of the blocks
 DEEP_RATE = 0.5  # of the blocks above the deepest exit
+StepSeconds = Annotated[float, Meta(gt=0, le=1e9)]
 SPARE_SECONDS = 1.2  # a step with its update, against its losses alone
 
 
@@ -308,7 +311,7 @@ def train_model(
     texts = {name: _Text.all_of(paths) for name, paths in shards.items()}
     teacher = _teacher(backbone, choose_shortlist(shards["answers"], backbone.spec.vocabulary, options.shortlist))
     learner = Learner(backbone, teacher, options, bfloat16, None if keep is None else keep.heads)
-    steps = _steps(learner, texts, work / "steps.txt")
+    steps = _steps(learner, texts, work / "step_seconds.json")
     names = {name: [path.name for path in paths] for name, paths in shards.items()}
     begin = digest([t for adapter in learner.adapters.values() for t in adapter.tensors().values()])
     key = [replace(options, steps=None, minutes=1.0, every=0.0), backbone.spec.fingerprint, names, bfloat16, begin]
@@ -364,7 +367,7 @@ def _teacher(backbone: Backbone, ids_S: Tensor) -> Teacher:
 
 
 def _steps(learner: Learner, texts: Mapping[str, Sequence[_Text]], note: Path) -> int:
-    """How many steps; those that fit in the minutes are measured once, and noted for a run that resumes."""
+    """How many steps; what one takes is measured once, and noted for a run that resumes or is given more minutes."""
     options = learner.options
     if options.steps is None and not note.exists():
         some = learner.updates(texts["answers"], texts["general"], torch.Generator().manual_seed(0))[:3]
@@ -375,8 +378,8 @@ def _steps(learner: Learner, texts: Mapping[str, Sequence[_Text]], note: Path) -
             for loss_of in update:
                 loss_of().backward()
             times.append(time.perf_counter() - begun)
-        write_text(note, str(max(SPAN, int(options.minutes * 60 / (SPARE_SECONDS * sorted(times)[1])))))
-    return options.steps or read_json_as(note, int, "number of steps")
+        write_json(note, SPARE_SECONDS * sorted(times)[1])
+    return options.steps or max(SPAN, int(options.minutes * 60 / read_json_as(note, StepSeconds, "note of a step's seconds")))
 
 
 class Point(TypedDict):
@@ -431,10 +434,12 @@ def _finish(
 ) -> Exits:
     """Save the checkpoint, and its exits with thresholds and figures from held-out answers."""
     trained = learner.model.requires_grad_(False)
-    with quiet_transformers():
-        trained.save_pretrained(out)
+    with quiet_transformers(), tempfile.TemporaryDirectory(dir=out) as fresh:
+        trained.save_pretrained(fresh)
         if model.tokenizer is not None:
-            model.tokenizer.hf.save_pretrained(out)
+            model.tokenizer.hf.save_pretrained(fresh)
+        for path in Path(fresh).iterdir():
+            path.replace(out / path.name)
     backbone = HfBackbone(trained, str(out))
     teacher = _teacher(backbone, learner.teacher.among.ids_S)
     adapters = {d: Adapter(**{n: t.detach() for n, t in a.tensors().items()}) for d, a in learner.adapters.items()}

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adi.arguments import whole
-from adi.artifact import Exits, bare_exits, load_exits, shipped
+from adi.artifact import Exits, bare_exits, load_exits, shipped_for
 from adi.decoding.teacher_forcing import encoded
 from adi.errors import UsageError
 from adi.measure.audit.check import Size, check
@@ -114,8 +114,8 @@ def _exits(model: Model, given: Given) -> Exits:
         return given(model)
     if given is not None:
         return load_exits(given)
-    if model.source in shipped():
-        return load_exits(model.source)
+    if (found := shipped_for(model.backbone.spec.fingerprint)) is not None:
+        return found
     layers, looped = model.backbone.spec.layers, model.backbone.spec.loop is not None
     if layers < 2:
         raise UsageError(f"{model.source} has one block and nowhere to stop early, so there is nothing to audit.")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
 from adi.errors import UsageError
-from adi.files import write_json
-from adi.schema import Natural, Positive, Record, read_json_as
+from adi.schema import Natural, Positive, Record
 
 Shape = Literal["looped", "plain"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
@@ -47,15 +45,8 @@ class ExposureSettings(Record, frozen=True):
                 for price in self.prices:
                     yield Part(shape, price, seed)
 
-    def claim(self, folder: Path) -> None:
-        """Note the settings in a folder; UsageError where it was begun with others."""
-        path = folder / SETTINGS
-        if path.exists():
-            before = read_json_as(path, ExposureSettings, "settings of the study")
-            for name in self.__struct_fields__:
-                if getattr(before, name) != getattr(self, name):
-                    raise UsageError(
-                        f"{folder} was begun with {name} = {getattr(before, name)!r}, not {getattr(self, name)!r}; choose "
-                        "another folder, or delete it."
-                    )
-        write_json(path, self.to_json())
+    def __post_init__(self) -> None:
+        if self.most_exposures & (self.most_exposures - 1):
+            raise UsageError(
+                f"most_exposures is {self.most_exposures}; items come 0, 1, 2, 4, 8, ... times, so it must be a power of 2."
+            )

@@ -17,11 +17,11 @@ from adi.measure.exposure.facts import MOST_HOPS, Facts, Item, batch_of
 from adi.measure.exposure.knowledge import Variable, knowledge, turn_states
 from adi.measure.exposure.network import TURNS, network
 from adi.measure.exposure.observe import Probes, columns, item_probes, observe, place_of, repeat_probes
-from adi.measure.exposure.settings import ExposureSettings, Part
+from adi.measure.exposure.settings import SETTINGS, ExposureSettings, Part
 from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
 from adi.model.looped import LoopedForCausalLM
 from adi.progress import Progress
-from adi.schema import read_json_as
+from adi.schema import claim, read_json_as
 from adi.training.trainer import load_weights
 
 CONTEXTS, EARLY_CONTEXTS, REPEATS, KNOWLEDGE = 6, 2, 100, 1600  # contexts of an item; texts
@@ -43,7 +43,7 @@ class Kept(TypedDict):
 def run_study(settings: ExposureSettings, folder: Path, progress: Progress) -> list[tuple[Part, dict[str, Any]]]:
     """Train and observe the parts that are not there yet; all parts with what is kept of them. UsageError where the folder
     was begun with other settings."""
-    settings.claim(folder)
+    claim(folder / SETTINGS, settings)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     parts, found = list(settings.parts()), []
     for n, part in enumerate(parts):

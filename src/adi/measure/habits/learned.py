@@ -65,8 +65,8 @@ def learned(
 def _figures(run: Habituation, name: str, engine: Model, exits: Exits) -> dict[str, Any]:
     """Certified reflex and speeds of one model with its exits."""
     spec, tokens = engine.backbone.spec, run.options.max_new_tokens
-    place = run.work / f"measured-{name}-{spec.backend}-{spec.precision}.json"
-    folder = run.work / f"{name}-{spec.backend}-{spec.precision}"
+    which = f"{name}-{spec.backend}-{spec.precision}-{spec.fingerprint[:8]}-{exits.digest()[:8]}"
+    place, folder = run.work / f"measured-{which}.json", run.work / which
     prompts = [*run.workload.choosing, *run.workload.testing]
     if not (folder / "exits.json").exists():
         # Learn then Test would need 150 prompts that nothing learned from, without a loss on any

@@ -21,7 +21,7 @@ from adi.measure.habits.steady import curve_row, over_repetitions, steadily
 from adi.measure.provenance import provenance
 from adi.model.load import Model
 from adi.progress import Progress, no_progress
-from adi.prompts import PromptItem, spread
+from adi.prompts import PromptItem, prompts_hash, spread
 from adi.training.habituate import REHEARSED, HabitOptions, Habituation, Ids, Stage, split
 from adi.training.train_model import ModelOptions
 
@@ -98,6 +98,7 @@ class _Measuring:
         self.run, self.stages, self.again, self.progress = run, stages, again, progress
         self.tokens, self.testing = run.options.max_new_tokens, list(run.workload.testing)
         self.before, self.after = stages[0].exits, stages[-1].exits
+        self.key = self.after.digest()[:8]
         if again:
             for path in list(run.work.glob("measured-*.json")):
                 path.unlink()
@@ -116,7 +117,7 @@ class _Measuring:
         return {"curve": self._curve, "repetitions": self._repetitions, "text": self._text}
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.run.work / f"measured-{name}.json"
+        path = self.run.work / f"measured-{name}-{self.key}.json"
         if not path.exists():
             write_json(path, make())
         return read_json(path, "measurement")
@@ -154,7 +155,8 @@ class _Measuring:
             "before": Verified(self.before),
             "after": Verified(self.after),
         }
-        path = self.run.work / f"measured-{spec.backend}-{spec.precision}.json"
+        which = f"{self.key}-{prompts_hash(others)[:8]}"  # others than before may be given
+        path = self.run.work / f"measured-{spec.backend}-{spec.precision}-{which}.json"
         compared = Compared(engine, policies, self.tokens, path)
         known = self.run.workload.categories
         mine = [("workload", known[ids], ids) for ids in self.testing]
