@@ -121,6 +121,11 @@ class AdiLM(TemplateLM):  # type: ignore[misc]
             options = dict(requests[places[0]].args[1])
             until = [one for one in handle_stop_sequences(options.pop("until", None), eos=None) if one]
             length = int(options.pop("max_gen_toks", options.pop("max_tokens", self.max_gen_toks)))
+            if length >= self.max_length:
+                raise UsageError(
+                    f"the task asks for {length} tokens, and max_length is {self.max_length}, which leaves no room for a "
+                    "prompt; lower max_gen_toks."
+                )
             drawn, temperature = options.pop("do_sample", False), float(options.pop("temperature", 0.0))
             given: Any = {**options, "temperature": temperature} if drawn and temperature > 0 else {}
             if strange := [name for name in given if name not in Sampling.__dataclass_fields__]:

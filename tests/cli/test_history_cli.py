@@ -55,6 +55,15 @@ def test_the_command_shows_and_shortens(path: Path, tiny_tokenizer: Any, tiny_fo
     assert known.info().sequences == 0
 
 
+def test_a_comparison_remembers_its_text_once(path: Path, tiny_tokenizer: Any, tiny_folder: Path) -> None:
+    """And not what it warms up with."""
+    args = ["run", "the fox", "--model", tiny_folder, "--backend", "hf", "--compare", "-n", 12, "--history", path]
+    done = CliRunner().invoke(app, list(map(str, args)))
+    assert done.exit_code == 0, done.output
+    known = History.open(path, fingerprint=tokenizer_fingerprint(Tokenizer(tiny_tokenizer)), vocabulary=304)
+    assert known.info().sequences == 1
+
+
 def test_mistakes_get_a_sentence_and_exit_code_2(path: Path, tmp_path: Path, tiny_folder: Path) -> None:
     History.open(path, **OURS)
     (tmp_path / "junk").write_text("junk")

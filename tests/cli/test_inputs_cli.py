@@ -65,6 +65,30 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "tune talk": (["tune", "m", "--out", "x", "--talk-precision", "fp12"], "precision 'fp12' is not known"),
     "tune warm": (["tune", "m", "--out", "x", "--warm-start"], "warm_start is True; it needs exits that have a drafter"),
     "tune out": (["tune", "m", "--out", "/proc/no/x"], "cannot write /proc/no/x"),
+    "tune judged": (
+        ["tune", "m", "--out", "x", "--judge-only", "--keep", "smollm2-135m", "--text", "t"],
+        "--text t means nothing with --judge-only",
+    ),
+    "tune own": (["tune", "m", "--out", "x", "--own-prompts", "0.5"], "--own-prompts 0.5 is for conversations"),
+    "tune kept": (
+        ["tune", "m", "--out", "x", "--keep", "smollm2-135m", "--drafter-epochs", "0"],
+        "of kept exits only the drafter is trained",
+    ),
+    "tune nothing": (["tune", "m", "--out", "x", "--talk-precision", ","], "--talk-precision is empty"),
+    "habituate": (
+        ["habituate", "m", "--prompts", "workloads", "--out", "x", "--train-minutes", "5"],
+        "--train-minutes 5 is for --train-model",
+    ),
+    "serve": (["serve", "m", "--replicas", "2"], "--replicas 2 is for a Ray cluster"),
+    "fit": (["triggers", "--fit-limit", "3"], "--fit-limit 3 is for --fit-probe"),
+    "logprobs": (["run", "hi", "--logprobs", "2"], "--logprobs 2 is for --json"),
+    "calibrate crc": (
+        ["calibrate", "m", "--out", "x", "--method", "crc", "--delta", "0.1"],
+        "--delta 0.1 means nothing with --method crc",
+    ),
+    "plot": (["plot", "."], "it is not a file"),
+    "exposures": (["study", "exposure", "--out", "x", "--most-exposures", "100"], "it must be a power of 2"),
+    "solve": (["solve", "products", "--time", "0"], "--time is 0; it must be a whole number of at least 1"),
 }
 
 

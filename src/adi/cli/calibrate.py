@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from adi.risk.certificate import Certificate
 
 
+DELTA = 0.05
+
+
 def calibrate(
     model: ModelArgument,
     out_dir: Annotated[
@@ -38,7 +41,7 @@ def calibrate(
     ],
     exits: ExitsOption = None,
     risk: Annotated[list[float] | None, option("--risk", help="Level to certify (0.02); may be repeated.")] = None,
-    delta: Annotated[float, option("--delta", help="Chance that a level does not hold, over the draw of text.")] = 0.05,
+    delta: Annotated[float, option("--delta", help="Chance that a level does not hold, over the draw of text.")] = DELTA,
     kind: RiskKindOption = "disagreement",
     method: Annotated[
         Literal["ltt", "crc"], option("--method", help="Learn then Test; or conformal risk control, without delta.", rare=True)
@@ -67,6 +70,8 @@ def calibrate(
     items = [item for source in prompts or ["bench"] for item in chosen_prompts(source, None)]
     chosen, levels = [item.text_or_ids for item in spread(items, limit)], risk or [0.02]
     RiskTest(kind, method, delta).check(levels)
+    if method == "crc" and delta != DELTA:
+        raise UsageError(f"--delta {delta:g} means nothing with --method crc, which has no delta; leave it out.")
     named = judged_exits(exits)
     if isinstance(named, str):
         raise UsageError(
@@ -85,7 +90,8 @@ def calibrate(
         about = provenance(command_line(), items)
         write_json(json_out, {"format": "adi-calibration", "version": 1, **about, **result.to_json()})
     _show(out(), result, loaded.backbone.spec.layers)
-    say(err(), f"Saved to {out_dir}. Use it: adi run --model {model} --exits {out_dir} --mode reflex --risk {levels[0]:g}")
+    rule = f"--risk {levels[0]:g}" + (f" --kind {kind}" if kind != "disagreement" else "")
+    say(err(), f"Saved to {out_dir}. Use it: adi run --model {model} --exits {out_dir} --mode reflex {rule}")
 
 
 def _earlier(out: Path, exits: Exits, spec: Spec) -> tuple[Certificate, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from json import dumps
 from pathlib import Path
@@ -70,6 +70,8 @@ def run(
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens or None, "sampling": sampling.sampling().settled()}
     options |= {**text.settings(), **chat.settings()}
+    if logprobs is not None and not json_out and trace is None:
+        raise UsageError(f"--logprobs {logprobs} is for --json: give both, or leave it out.")
     content = _content(prompt, messages, ids)
     if ids is None and model in shipped_looped():
         raise UsageError(f"{model} has no tokenizer, so it reads no text; give token ids with --ids, such as 1,4,6.")
@@ -155,9 +157,11 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def _warm_up(model: Model, prompt: Prompt, policy: Policy, options: dict[str, Any]) -> None:
     """So that neither of two compared runs pays for what happens once."""
-    from adi.decoding.policies import FullDepth
+    from adi.decoding.policies import FullDepth, Verified
 
     model.backbone.prepare((), drafts=True, wait=True)  # what opens in the background otherwise, beside the first answer
+    if isinstance(policy, Verified):
+        policy = replace(policy, history=None)  # which would remember this
     for each in (policy, FullDepth()):
         generated(
             model,

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from adi.prompts import PromptItem
 
 
+FIT_LIMIT = 160
+
+
 def triggers(
     model: ModelArgument = "smollm2-135m",
     exits: ExitsOption = None,
@@ -47,7 +50,7 @@ def triggers(
     fit_probe: Annotated[
         str | None, option("--fit-probe", metavar="PROMPTS", help="Instead of the study: fit a probe on answers to these.")
     ] = None,
-    fit_limit: Annotated[int, option("--fit-limit", min=1, help="Use so many of them.")] = 160,
+    fit_limit: Annotated[int, option("--fit-limit", min=1, help="Use so many of them.")] = FIT_LIMIT,
     save: Annotated[
         Path | None,
         option("--save", metavar="DIR", help="Save the exits here, with the probe or with the fastest rule as their trigger."),
@@ -63,6 +66,8 @@ def triggers(
     """
     named = judged_exits(exits)
     require_writable(None if save is None else save / "exits.json")
+    if fit_probe is None and fit_limit != FIT_LIMIT:
+        raise UsageError(f"--fit-limit {fit_limit} is for --fit-probe; give both, or leave it out.")
     if fit_probe is not None:
         if save is None:
             raise UsageError(f"--fit-probe {fit_probe} needs --save DIR: the probe is kept with a copy of the exits.")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from adi.arguments import whole
 from adi.cli.shared.options import JsonOption, listed, numbers, option, whole_numbers
 from adi.cli.shared.output import command_line, out, percent, say, table
 from adi.errors import UsageError
@@ -50,7 +51,7 @@ class JudgingOptions:
         from adi.measure.solving import certified, solving_report, speed
 
         count, found = self.count or 256, dict[str, Any]()
-        sizes = () if self.time is None else whole_numbers("--time", self.time)
+        sizes = () if self.time is None else [whole("--time", size, 1) for size in whole_numbers("--time", self.time)]
         prices = () if self.prices is None else numbers("--prices", self.prices)
         if prices and halting["price"] is None:
             halting = {**halting, "price": prices[0]}

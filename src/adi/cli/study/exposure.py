@@ -19,15 +19,17 @@ def exposure(
     seeds: Annotated[str, option("--seeds", help="Seeds of facts and weights.")] = "0,1,2",
     shapes: Annotated[str, option("--shapes", help="looped (turns share weights) or plain (a stack).")] = "looped,plain",
     steps: Annotated[int, option("--steps", min=1, help="Steps of training of each part.")] = 500,
-    most_exposures: Annotated[int, option("--most-exposures", min=1, help="How often the most familiar facts come.")] = 256,
+    most_exposures: Annotated[
+        int, option("--most-exposures", min=1, help="How often the most familiar facts come; a power of 2.")
+    ] = 256,
     json_out: JsonFileOption = None,
 ) -> None:
     """Train small models on texts in which questions come a known number of times, and see how deep each is decided.
 
     One part is one shape, price and seed: some minutes of one core. docs/habits.md has what it found.
     """
-    from adi.measure.exposure.settings import SHAPES, ExposureSettings
-    from adi.schema import from_json
+    from adi.measure.exposure.settings import SETTINGS, SHAPES, ExposureSettings
+    from adi.schema import claim, from_json
 
     require_writable(json_out)
     grid: dict[str, Any] = {
@@ -38,7 +40,7 @@ def exposure(
         "most_exposures": most_exposures,
     }
     settings = from_json(grid, ExposureSettings, "the settings of the study")
-    settings.claim(folder)
+    claim(folder / SETTINGS, settings)
     from adi.measure.exposure.report import report
     from adi.measure.exposure.study import run_study
     from adi.measure.provenance import provenance

@@ -15,10 +15,12 @@ from adi.cli.shared.options import (
     JsonOption,
     ModelArgument,
     RayOption,
+    chosen_among,
     listed,
     option,
 )
 from adi.cli.shared.output import command_line, err, out, say, show_json
+from adi.errors import UsageError
 from adi.files import require_writable, write_json, write_text
 from adi.progress import Reporter
 from adi.prompts import read_prompts
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from adi.training.train_model import ModelOptions
 
 
+TRAIN_MINUTES = 180.0
 _rare = partial(option, panel="Training", rare=True)
 
 
@@ -54,11 +57,13 @@ class LearningOptions:
     train_model: Annotated[
         bool, option("--train-model", help="Train the model's own blocks too, and compare with the original.", panel="Training")
     ] = False
-    train_minutes: Annotated[float, _rare("--train-minutes", help="What that may take besides.")] = 180.0
+    train_minutes: Annotated[float, _rare("--train-minutes", help="What that may take besides.")] = TRAIN_MINUTES
 
     def options(self, seed: int) -> ModelOptions | None:
         from adi.training.train_model import ModelOptions
 
+        if not self.train_model and self.train_minutes != TRAIN_MINUTES:
+            raise UsageError(f"--train-minutes {self.train_minutes:g} is for --train-model; give both, or leave it out.")
         return ModelOptions(minutes=self.train_minutes, seed=seed) if self.train_model else None
 
 
@@ -82,10 +87,10 @@ class UsedOptions:
     def load(self, model: str) -> tuple[Model, list[Model], Exits | None]:
         """The model to train beside, the engines, and the exits."""
         from adi.artifact import load_exits, shipped_for
-        from adi.model.load import check_engine
+        from adi.model.load import BACKENDS, check_engine
 
         kept = None if self.keep is None else load_exits(self.keep)
-        for name in listed(self.precision):
+        for name in chosen_among(("auto", *BACKENDS["auto"]), "--precision", self.precision):
             check_engine("auto", name)
         loaded = EngineOptions(backend="hf", device=self.device).load(model)
         return loaded, self.engines(model), kept or shipped_for(loaded.backbone.spec.fingerprint)
@@ -123,7 +128,12 @@ def habituate(
     from adi.measure.habits.run import verdict
     from adi.training.workers import use_cluster
 
-    options, items, other_items = habits.options(), read_prompts(prompts), read_prompts(others)
+    options, train, items, other_items = (
+        habits.options(),
+        learning.options(habits.seed),
+        read_prompts(prompts),
+        read_prompts(others),
+    )
     require_writable(folder / "exits.json", page := folder / "habits.html", result := folder / "habits.json")
     loaded, engines, kept = used.load(model)
     use_cluster(engines, model, ray)
@@ -140,7 +150,7 @@ def habituate(
             talk=() if loaded.tokenizer is None else read_prompts("train"),
             command=command_line(),
             measure_again=measure_again,
-            train=learning.options(habits.seed),
+            train=train,
             reload=used.engines,
             progress=report,
         )

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from adi.cli.shared.options import DeviceOption, EngineOptions, ModelArgument, RayOption, listed, option, whole_numbers
+from adi.cli.shared.options import (
+    DeviceOption,
+    EngineOptions,
+    ModelArgument,
+    RayOption,
+    chosen_among,
+    listed,
+    option,
+    whole_numbers,
+)
 from adi.cli.shared.output import command_line, err, percent, say, table
 from adi.errors import UsageError
 from adi.files import require_file, require_writable
@@ -79,7 +88,7 @@ def tune(
     Without --prompts and --text the 480 'train' prompts are used. A run that was stopped resumes with the same command.
     """
     from adi.artifact import load_exits
-    from adi.model.load import check_engine
+    from adi.model.load import BACKENDS, check_engine
     from adi.training.texts import MOST_TEXT_BYTES
     from adi.training.tune import begin_of, remeasure
     from adi.training.tune import tune as train
@@ -87,10 +96,14 @@ def tune(
 
     if judge_only and keep is None:
         raise UsageError("--judge-only measures the drafter of exits: give them with --keep.")
+    if judge_only and text:
+        raise UsageError(f"--text {text[0]} means nothing with --judge-only, which writes its own; leave it out.")
+    if training.own_prompts is not None and not training.generate_tokens:
+        raise UsageError(f"--own-prompts {training.own_prompts:g} is for conversations: give --talk TOKENS, or leave it out.")
     sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["train"])]
     options, kept = training.options(), None if keep is None else load_exits(keep)
     begin_of(kept, options)
-    for precision in listed(talk_precision):
+    for precision in chosen_among(("auto", *BACKENDS["auto"]), "--talk-precision", talk_precision):
         check_engine("auto", precision)
     for path in text or ():
         require_file(path, "text", MOST_TEXT_BYTES)
