@@ -32,7 +32,7 @@ model.openvino
 model.load
 exits
 drafters
-risk measure.free_energy
+risk
 artifact
 decoding
 attached lm_eval

@@ -29,8 +29,8 @@ from adi.cli.shared.output import err, out, read_input, say, show_json
 from adi.errors import UsageError
 from adi.files import require_writable
 from adi.machine import energy_meter
-from adi.measure.free_energy import FULL_PRICE
 from adi.model.hub import shipped_looped
+from adi.risk.free_energy import FULL_PRICE
 
 if TYPE_CHECKING:
     from adi.decoding.policies import Policy

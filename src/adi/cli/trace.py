@@ -21,7 +21,7 @@ from adi.cli.shared.options import (
 from adi.cli.shared.output import err, say
 from adi.files import require_writable
 from adi.machine import energy_meter
-from adi.measure.free_energy import FULL_PRICE
+from adi.risk.free_energy import FULL_PRICE
 
 
 def trace(

@@ -66,11 +66,8 @@ def triggers(
     """
     named = judged_exits(exits)
     require_writable(None if save is None else save / "exits.json")
-    if fit_probe is None and fit_limit != FIT_LIMIT:
-        raise UsageError(f"--fit-limit {fit_limit} is for --fit-probe; give both, or leave it out.")
-    if fit_probe is not None:
-        if save is None:
-            raise UsageError(f"--fit-probe {fit_probe} needs --save DIR: the probe is kept with a copy of the exits.")
+    _check_fit(fit_probe, fit_limit, save)
+    if fit_probe is not None and save is not None:
         items, loaded = chosen_prompts(fit_probe, fit_limit), engine.load(model)
         report = _fit(loaded, exits_for(loaded, named), items, save, max_new_tokens)
         print(json.dumps(report)) if json_out else _show_probe(report, f"adi triggers {model} --exits {save}", out())
@@ -91,8 +88,8 @@ def triggers(
         study = study_triggers(loaded, found, test, **ways)
     if save is not None:
         _save(found, study, save)
+    spec = loaded.backbone.spec
     if json_out:
-        spec = loaded.backbone.spec
         about = {"model": model, "backend": spec.backend, "precision": spec.precision, "layers": spec.layers}
         made = {**provenance(command_line(), items), "probe": found.report.get("probe")}
         print(json.dumps({**about, **made, **study.to_json()}))
@@ -100,6 +97,13 @@ def triggers(
     _show(study, out())
     if save is not None:
         say(out(), f"Saved to {save} with the fastest rule as their trigger.")
+
+
+def _check_fit(fit_probe: str | None, fit_limit: int, save: Path | None) -> None:
+    if fit_probe is None and fit_limit != FIT_LIMIT:
+        raise UsageError(f"--fit-limit {fit_limit} is for --fit-probe; give both, or leave it out.")
+    if fit_probe is not None and save is None:
+        raise UsageError(f"--fit-probe {fit_probe} needs --save DIR: the probe is kept with a copy of the exits.")
 
 
 def _fit(model: Model, exits: Exits, items: list[PromptItem], folder: Path, max_new_tokens: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from adi.measure.free_energy import FreeEnergy
+from adi.risk.free_energy import FreeEnergy
 from adi.schema import Int, Natural, Record
 
 Level = Annotated[str, Meta(pattern="^(memory|drafter|exit|full)$")]

@@ -35,12 +35,12 @@ from adi.decoding.stop_strings import StopStrings
 from adi.errors import UsageError
 from adi.exits.exit_output import ExitOutput
 from adi.exits.signals import SIGNALS, Prediction
-from adi.measure.free_energy import least_free_energy
 from adi.model.backbone import Backbone, States
 from adi.model.load import Model
 from adi.model.prefix_cache import PrefixCache, checked
 from adi.model.prompt import Prompt, PromptKeywords
 from adi.model.tokenizer import Detokenizer
+from adi.risk.free_energy import least_free_energy
 
 
 class Session:

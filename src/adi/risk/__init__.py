@@ -1,1 +1,1 @@
-"""How wrong a reflex may be: bounds, certificates, drift."""
+"""How wrong a reflex may be: bounds, certificates, drift; and what surprise and depth cost together: free energy."""

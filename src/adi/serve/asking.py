@@ -12,8 +12,8 @@ from adi.decoding.policies import FullDepth, Lookup, Policy, Reflex
 from adi.decoding.processors import constraint
 from adi.decoding.sampling import SEEDS, Sampling
 from adi.errors import AdiError
-from adi.measure.free_energy import FULL_PRICE
 from adi.model.load import Model, looped_network
+from adi.risk.free_energy import FULL_PRICE
 from adi.serve.errors import ApiError, refused
 from adi.serve.jobs import Answer, ServedSequence
 from adi.serve.protocol import AdiFields, Answering, ChatRequest, CompletionRequest, TokenizeRequest

@@ -128,12 +128,8 @@ def habituate(
     from adi.measure.habits.run import verdict
     from adi.training.workers import use_cluster
 
-    options, train, items, other_items = (
-        habits.options(),
-        learning.options(habits.seed),
-        read_prompts(prompts),
-        read_prompts(others),
-    )
+    options, train = habits.options(), learning.options(habits.seed)
+    items, other_items = read_prompts(prompts), read_prompts(others)
     require_writable(folder / "exits.json", page := folder / "habits.html", result := folder / "habits.json")
     loaded, engines, kept = used.load(model)
     use_cluster(engines, model, ray)
@@ -156,9 +152,7 @@ def habituate(
         )
     write_json(result, found)
     write_text(page, habits_page(found))
-    if json_out:
-        show_json(found)
-    _say_verdict(() if json_out else verdict(found))
+    show_json(found) if json_out else _say_verdict(verdict(found))
     history = f" --history {folder / 'history'}" if loaded.tokenizer else ""
     say(err(), f"Page: {page}. Use them: adi run --model {model} --exits {folder}{history} 'your prompt'")
 

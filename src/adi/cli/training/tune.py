@@ -59,6 +59,8 @@ class TrainingOptions:
     def options(self) -> TuneOptions:
         from adi.training.tune import TuneOptions
 
+        if self.own_prompts is not None and not self.generate_tokens:
+            raise UsageError(f"--own-prompts {self.own_prompts:g} is for conversations: give --talk TOKENS, or leave it out.")
         return TuneOptions(**vars(self) | {"depths": None if self.depths is None else whole_numbers("depths", self.depths)})
 
 
@@ -98,8 +100,6 @@ def tune(
         raise UsageError("--judge-only measures the drafter of exits: give them with --keep.")
     if judge_only and text:
         raise UsageError(f"--text {text[0]} means nothing with --judge-only, which writes its own; leave it out.")
-    if training.own_prompts is not None and not training.generate_tokens:
-        raise UsageError(f"--own-prompts {training.own_prompts:g} is for conversations: give --talk TOKENS, or leave it out.")
     sets = [read_prompts(name) for name in (prompts if prompts is not None else [] if text or judge_only else ["train"])]
     options, kept = training.options(), None if keep is None else load_exits(keep)
     begin_of(kept, options)

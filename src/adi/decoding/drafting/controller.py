@@ -167,20 +167,9 @@ class DecayedRate:
         return self.given(self.prior)
 
 
-@dataclass(slots=True)
-class AcceptanceRatio:
+def _as_expected() -> DecayedRate:
     """Accepted over expected drafts of a level, lately: it falls and rises within a few drafts, whatever the bins say."""
-
-    accepted: float = 0.0
-    expected: float = 0.0
-
-    def add(self, accepted: float, expected: float) -> None:
-        self.accepted = RATIO_MEMORY * self.accepted + accepted
-        self.expected = RATIO_MEMORY * self.expected + expected
-
-    @property
-    def value(self) -> float:
-        return (RATIO_WEIGHT + self.accepted) / (RATIO_WEIGHT + self.expected)
+    return DecayedRate(1.0, RATIO_WEIGHT, RATIO_MEMORY)
 
 
 @dataclass
@@ -196,7 +185,7 @@ class Controller:
     _shares: dict[tuple[str, int, bool], DecayedRate] = field(default_factory=dict)
     _steps: list[DecayedRate] = field(default_factory=lambda: [DecayedRate(GUESSED) for _ in range(MOST_DRAFTS)])
     _chain: list[float] = field(default_factory=list)  # of the drafter's drafts in a row, as far as is known in this round
-    _ratio: dict[str, AcceptanceRatio] = field(default_factory=lambda: defaultdict(AcceptanceRatio))
+    _ratio: dict[str, DecayedRate] = field(default_factory=lambda: defaultdict(_as_expected))
     _saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _share: PassShare = NOTHING
     _most: int = MOST_DRAFTS  # drafts in this round

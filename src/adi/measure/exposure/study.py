@@ -22,7 +22,6 @@ from adi.measure.exposure.train import BATCH, SCHOOL_BATCH, Life
 from adi.model.looped import LoopedForCausalLM
 from adi.progress import Progress
 from adi.schema import claim, read_json_as
-from adi.training.trainer import load_weights
 
 CONTEXTS, EARLY_CONTEXTS, REPEATS, KNOWLEDGE = 6, 2, 100, 1600  # contexts of an item; texts
 PARTS = "parts"
@@ -106,11 +105,3 @@ def hops_knowledge(model: LoopedForCausalLM, untrained: LoopedForCausalLM, facts
 
 def _probes(facts: Facts, contexts: int) -> Probes:
     return item_probes(facts, range(len(facts.items)), contexts, facts.seed)
-
-
-def trained(part: Part, folder: Path) -> LoopedForCausalLM:
-    """The model of a part that is done, in evaluation mode."""
-    model = network(part.shape, part.seed)
-    load_weights(model, folder / PARTS / f"{part.name}.pt")
-    model.eval()
-    return model

@@ -13,8 +13,8 @@ import torch
 import adi
 from adi.decoding.records import FreeEnergy
 from adi.machine import energy_meter
-from adi.measure.free_energy import free_energy, least_free_energy
 from adi.measure.trace_page import trace_page
+from adi.risk.free_energy import free_energy, least_free_energy
 from adi.training import price as tensors
 from support import adi_
 
