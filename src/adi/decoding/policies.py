@@ -27,6 +27,7 @@ from adi.decoding.records import Drift
 from adi.decoding.reflex import Loss, SpotCheck, Unverified, disagrees
 from adi.decoding.requests import DepthOutput, Request
 from adi.decoding.speculate import Strategy, Verification
+from adi.drafters.datastore import Datastore
 from adi.drafters.history import History
 from adi.drafters.ngram import NgramIndex
 from adi.errors import AdiError, UsageError
@@ -134,6 +135,11 @@ class Verified(Policy):
         _fitting(self.exits, self.trigger or self.exits.trigger)
 
     @property
+    def _stored(self) -> list[Datastore]:
+        stored = () if self.exits is None else (self.exits.habits, self.exits.answers)
+        return [store for store in stored if store is not None]
+
+    @property
     def _rule(self) -> str:
         """What replaces the controller, in words."""
         return f"draft_tokens={self.draft_tokens}" if self.trigger is None else f"trigger={type(self.trigger).__name__}(...)"
@@ -154,9 +160,11 @@ class Verified(Policy):
         return None if self.adaptive or self.exits is None else self.trigger or self.exits.trigger
 
     def prepare(self, model: Model) -> None:
-        """Compile the drafter."""
+        """Compile the drafter and sort the datastores."""
         if self.adaptive:
             _warm_up(self.exits, model)
+            for store in self._stored:
+                store.prepare()
 
     def strategy(self, request: Request, model: Model) -> Strategy:
         """By the controller, or by the exits' rule."""
@@ -165,9 +173,8 @@ class Verified(Policy):
             return _by_exits(request, exits, trigger, self.draft_tokens or DRAFT_TOKENS)
         costs = self._costs(model)
         control = Controller(costs) if exits is None else Controller(costs, bins=exits.acceptance, steps=exits.draft_steps)
-        stored = () if exits is None else (exits.habits, exits.answers)
-        others = [source for source in (self.history, *stored) if source is not None]
-        sources = NgramSources(others, NgramIndex() if self.memory else None)
+        others = () if self.history is None else (self.history,)
+        sources = NgramSources([*others, *self._stored], NgramIndex() if self.memory else None)
         drafting = None if exits is None else exits.drafting(model.backbone)
         proposer = ControlledProposer(request, control, sources, drafting is not None)
         return Strategy(proposer, MOST_DRAFTS, drafting=drafting, costs=costs)

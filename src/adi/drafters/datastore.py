@@ -54,6 +54,10 @@ class Datastore:
         if int(self.ids_N.max()) >= vocabulary or int(self.lengths_M.sum(dtype=np.int64)) != len(self.ids_N):
             raise FileError(f"the datastore holds ids outside the vocabulary [0, {vocabulary}), or their lengths do not add up")
 
+    def prepare(self) -> None:
+        """What takes long, once: the first lookup would do it otherwise."""
+        self._index  # noqa: B018
+
     def find(self, text: Sequence[int], most: int) -> NgramMatch | None:
         """Up to ``most`` tokens that most often followed the longest run of the last tokens of ``text``, of at least two."""
         if most < 1:
