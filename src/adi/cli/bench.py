@@ -11,7 +11,6 @@ from rich.console import Console
 from adi.cli.shared.options import (
     AnswerTokensOption,
     BackendOption,
-    ExitsOption,
     JsonFileOption,
     ModelArgument,
     PromptsOption,
@@ -37,7 +36,9 @@ def bench(
     peers: Annotated[str, option("--peers", help="Other tools, such as llama.cpp,hf:fp32; or 'all'.")] = "",
     precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "auto",
     backend: BackendOption = "auto",
-    exits: ExitsOption = None,
+    exits: Annotated[
+        str | None, option("--exits", "-e", metavar="DIR", help="Trained exits; by default those shipped under MODEL's name.")
+    ] = None,
     shape: Annotated[
         str | None,
         option("--shape", help="For MODEL, random weights: llama-0.3b, llama-1b, llama-3b, llama-long.", rare=True),
