@@ -223,10 +223,6 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no trace": (["plot", "{model}/none.json"], "cannot read the trace"),
     "no prompts": (["tune", "{model}", "--out", "{model}/x", "--prompts", "none.jsonl"], "cannot read the prompts"),
     "out is a file": (["tune", "{model}", "--out", "{model}/config.json"], "is a file"),
-    "no precision": (
-        ["habituate", "{model}", "--prompts", "workloads", "--out", "{model}/x", "--precision", ","],
-        "--precision is empty",
-    ),
     "limit": (["inspect", "{model}", "--limit", "0"], "Invalid value for '--limit'"),
 }
 

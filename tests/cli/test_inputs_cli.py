@@ -79,6 +79,10 @@ EARLY: dict[str, tuple[list[str], str]] = {
         ["habituate", "m", "--prompts", "workloads", "--out", "x", "--train-minutes", "5"],
         "--train-minutes 5 is for --train-model",
     ),
+    "habituate nothing": (
+        ["habituate", "m", "--prompts", "workloads", "--out", "x", "--precision", ","],
+        "--precision is empty",
+    ),
     "serve": (["serve", "m", "--replicas", "2"], "--replicas 2 is for a Ray cluster"),
     "fit": (["triggers", "--fit-limit", "3"], "--fit-limit 3 is for --fit-probe"),
     "logprobs": (["run", "hi", "--logprobs", "2"], "--logprobs 2 is for --json"),
@@ -86,7 +90,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
         ["calibrate", "m", "--out", "x", "--method", "crc", "--delta", "0.1"],
         "--delta 0.1 means nothing with --method crc",
     ),
-    "plot": (["plot", "."], "it is not a file"),
+    "plot": (["plot", "."], ". is a folder; give a trace"),
     "exposures": (["study", "exposure", "--out", "x", "--most-exposures", "100"], "it must be a power of 2"),
     "solve": (["solve", "products", "--time", "0"], "--time is 0; it must be a whole number of at least 1"),
 }

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from adi.measure.bench.outcomes import Setting
 
 
+TrainedExitsOption = Annotated[
+    str | None, option("--exits", "-e", metavar="DIR", help="Trained exits; by default those shipped under MODEL's name.")
+]
+
+
 def bench(
     model: ModelArgument = "smollm2-135m",
     prompts: PromptsOption = "bench",
@@ -36,9 +41,7 @@ def bench(
     peers: Annotated[str, option("--peers", help="Other tools, such as llama.cpp,hf:fp32; or 'all'.")] = "",
     precision: Annotated[str, option("--precision", help="Of adi's modes; several with commas.")] = "auto",
     backend: BackendOption = "auto",
-    exits: Annotated[
-        str | None, option("--exits", "-e", metavar="DIR", help="Trained exits; by default those shipped under MODEL's name.")
-    ] = None,
+    exits: TrainedExitsOption = None,
     shape: Annotated[
         str | None,
         option("--shape", help="For MODEL, random weights: llama-0.3b, llama-1b, llama-3b, llama-long.", rare=True),

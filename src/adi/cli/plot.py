@@ -10,7 +10,7 @@ import typer
 from adi.cli.shared.options import option
 from adi.cli.shared.output import err, say
 from adi.errors import UsageError
-from adi.files import MOST_BYTES, require_file, write_text
+from adi.files import write_text
 
 
 def plot(
@@ -26,7 +26,8 @@ def plot(
     from adi.measure.trace import read_trace
     from adi.measure.trace_page import plot as write_page
 
-    require_file(file, "trace or benchmark", MOST_BYTES)
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; give a trace or the --json file of a benchmark.")
     target = out or file.with_suffix(".html")
     if target.resolve() == file.resolve():
         raise UsageError(f"--out {target} is the file itself; choose another name.")

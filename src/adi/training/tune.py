@@ -274,7 +274,7 @@ def teacher_of(backbone: Backbone, readout: ReadOut, ids_S: Tensor, states: Path
 def begin_of(keep: Exits | None, options: TuneOptions) -> Drafter | None:
     """What the drafter begins with; UsageError for a warm start from nothing."""
     if keep is not None and not options.drafter_epochs:
-        raise UsageError("drafter_epochs is 0, and of kept exits only the drafter is trained; give at least 1.")
+        raise UsageError(f"drafter_epochs is {options.drafter_epochs}, and of kept exits only the drafter is trained; give 1.")
     if not options.warm_start:
         return None
     if keep is None or keep.drafter is None:

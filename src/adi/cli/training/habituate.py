@@ -79,6 +79,12 @@ class UsedOptions:
     ] = "auto"
     device: DeviceOption = "auto"
 
+    def check(self) -> None:
+        """UsageError for precisions that are none."""
+        from adi.model.load import BACKENDS
+
+        chosen_among(("auto", *BACKENDS["auto"]), "--precision", self.precision)
+
     def engines(self, model: str | Path) -> list[Model]:
         """The model in every precision."""
         options = [EngineOptions(precision=name, device=self.device) for name in listed(self.precision)]
@@ -87,10 +93,10 @@ class UsedOptions:
     def load(self, model: str) -> tuple[Model, list[Model], Exits | None]:
         """The model to train beside, the engines, and the exits."""
         from adi.artifact import load_exits, shipped_for
-        from adi.model.load import BACKENDS, check_engine
+        from adi.model.load import check_engine
 
         kept = None if self.keep is None else load_exits(self.keep)
-        for name in chosen_among(("auto", *BACKENDS["auto"]), "--precision", self.precision):
+        for name in listed(self.precision):
             check_engine("auto", name)
         loaded = EngineOptions(backend="hf", device=self.device).load(model)
         return loaded, self.engines(model), kept or shipped_for(loaded.backbone.spec.fingerprint)
@@ -128,6 +134,7 @@ def habituate(
     from adi.measure.habits.run import verdict
     from adi.training.workers import use_cluster
 
+    used.check()
     options, train = habits.options(), learning.options(habits.seed)
     items, other_items = read_prompts(prompts), read_prompts(others)
     require_writable(folder / "exits.json", page := folder / "habits.html", result := folder / "habits.json")
