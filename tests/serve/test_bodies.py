@@ -132,6 +132,11 @@ def test_other_origins_and_names_are_kept_out(tiny_model: Model, running: Runnin
         assert httpx.get(f"{named.url}/health", headers={"Host": "[::1]:8000"}).status_code == 200
 
 
+def test_an_echo_alone_does_not_stream(running: Running) -> None:
+    said = post(running, json={"prompt": "the dog", "max_tokens": 0, "echo": True, "stream": True})
+    assert (said.status_code, said.json()["error"]["param"]) == (400, "stream")
+
+
 def test_metrics_count_what_was_done(tiny_model: Model) -> None:
     with serving(tiny_model) as running:
         body = {
