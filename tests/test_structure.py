@@ -11,7 +11,7 @@ import adi
 
 SOURCE = Path(adi.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-FUNCTION_LINES, FILE_LINES, FOLDER_FILES, MEDIAN_LINES, PACKAGE_LINES = 60, 500, 15, 8, 34_315
+FUNCTION_LINES, FILE_LINES, FOLDER_FILES, MEDIAN_LINES, PACKAGE_LINES = 60, 500, 15, 8, 34_318
 
 
 def functions() -> dict[str, int]:

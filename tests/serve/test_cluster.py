@@ -145,11 +145,16 @@ def test_replicas_that_mean_nothing_are_refused(replicas: str) -> None:
         ClusterOptions.of(replicas)
 
 
-def test_a_configuration_file_is_read() -> None:
+def test_a_configuration_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="args has 'modle'"):
         app({"modle": "x"})
     for wrong in ("", [""], [7]):
         with pytest.raises(UsageError, match="keys has"):
             app({"keys": wrong})
-    assert app({"keys": "secret"}) is not None, "one key, not six"
+    asked: list[Any] = []
+    monkeypatch.setattr("adi.serve.cluster.application", lambda loading, options, cluster: asked.append(options.keys))
+    app({"keys": "secret"})
+    app({"keys": ["one", "two"]})
+    assert asked == [("secret",), ("one", "two")], "one key, not six"
+    monkeypatch.undo()
     assert app({"model": "smollm2-135m", "replicas": "1:2", "most": 4}) is not None

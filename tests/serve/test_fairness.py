@@ -19,6 +19,7 @@ pytest.importorskip("httpx")
 import httpx
 
 from adi import FullDepth, Lookup, Model, generate, prompt_seed
+from adi.decoding import processors
 from adi.serve.jobs import Answer, Engine
 from families import tiny
 from serving import Running, serving
@@ -213,6 +214,22 @@ def test_a_bug_ends_the_server_with_its_own_name(tiny_model: Model, monkeypatch:
         assert isinstance(engine.failure, ZeroDivisionError)
         assert engine.running == 0, "its request is let go"
         engine.failure = None
+
+
+def test_grammars_are_compiled_outside_the_engines_thread(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all others would wait for it."""
+    made, threads = processors.Constraint.__init__, list[str]()
+
+    def noted(self: Any, *given: Any) -> None:
+        threads.append(threading.current_thread().name)
+        made(self, *given)
+
+    monkeypatch.setattr(processors.Constraint, "__init__", noted)
+    with serving(tiny_model, FULL) as running:
+        said = ask(running, **body(response_format={"type": "json_schema", "json_schema": {"schema": {"const": "fox"}}}))
+        assert said.status_code == 200, said.text
+    assert len(threads) == 1
+    assert "adi engine" not in threads
 
 
 def test_who_comes_while_the_engine_fails_is_told_too(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

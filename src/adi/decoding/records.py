@@ -177,11 +177,14 @@ class Summary(Record, frozen=True):
         share = ""
         if self.drafted and self.mode != "reflex":
             share = f"{self.accepted} of {self.drafted} drafts accepted ({self.accepted / self.drafted:.0%}), "
-        saved = self.block_rows_full - self.block_rows
+        passes, rows = (
+            f"{ours / max(1, full):.0%}"
+            for ours, full in ((self.block_passes, self.block_passes_full), (self.block_rows, self.block_rows_full))
+        )
         free = "" if self.free_energy is None else f"; {self.free_energy}"
         return (
             f"{self.tokens} tokens in {self.rounds} rounds, {share}mean depth {self.mean_depth:.1f}, "
-            f"{saved:+d} block-rows and {self.block_passes_full - self.block_passes:+d} block passes saved, "
+            f"{passes} of full depth's block passes and {rows} of its block-rows, "
             f"{self.tokens_per_second:.1f} tokens/s{free}"
         )
 

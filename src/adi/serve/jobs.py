@@ -111,7 +111,7 @@ class Engine:
         self.open = 0  # sequences that came and are not at their end; this and what follows belongs to the event loop
         self.seconds = USUAL_SECONDS  # that a sequence takes, of late
         self._on_part, self._on_failure = on_part, on_failure
-        self._orders = SimpleQueue[Callable[[Scheduler[Any] | ApiError], None] | None]()
+        self._orders = SimpleQueue[Callable[[Scheduler[Any] | None], None] | None]()  # to the driver; None: it has ended
         self._owners: dict[ServedSequence, tuple[Job, int]] = {}  # the engine thread's
         self._thread = threading.Thread(target=self._run, name="adi engine", daemon=True)
 
@@ -172,13 +172,13 @@ class Engine:
         self._tell([(job, self._end) for job in {job for job, _ in self._owners.values()}])
         self._owners.clear()
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._refuse_rest, self._end)
+            self._loop.call_soon_threadsafe(self._refuse_rest)
 
-    def _refuse_rest(self, end: ApiError) -> None:
+    def _refuse_rest(self) -> None:
         """In the event loop, where requests are ordered: those that nobody will obey any more."""
         while not self._orders.empty():
             if (order := self._orders.get()) is not None:
-                order(end)
+                order(None)
         if self.failure is not None:
             self._on_failure()
 
@@ -192,12 +192,12 @@ class Engine:
         return True
 
     def _begin(
-        self, scheduler: Scheduler[Any] | ApiError, job: Job, make: Callable[[], Sequence[ServedSequence]], made: Future[None]
+        self, scheduler: Scheduler[Any] | None, job: Job, make: Callable[[], Sequence[ServedSequence]], made: Future[None]
     ) -> None:
         if not made.set_running_or_notify_cancel():
             return
-        if isinstance(scheduler, ApiError):
-            made.set_exception(scheduler)
+        if scheduler is None:
+            made.set_exception(self._end)
             return
         try:
             sequences = make()
@@ -210,8 +210,8 @@ class Engine:
         job.sequences = sequences
         made.set_result(None)
 
-    def _drop(self, scheduler: Scheduler[Any] | ApiError, job: Job) -> None:
-        if isinstance(scheduler, ApiError):
+    def _drop(self, scheduler: Scheduler[Any] | None, job: Job) -> None:
+        if scheduler is None:
             return  # all have been told already
         for sequence in [one for one, (owner, _) in self._owners.items() if owner is job]:
             scheduler.cancel(sequence)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -434,12 +433,13 @@ def _finish(
 ) -> Exits:
     """Save the checkpoint, and its exits with thresholds and figures from held-out answers."""
     trained = learner.model.requires_grad_(False)
-    with quiet_transformers(), tempfile.TemporaryDirectory(dir=out) as fresh:
+    fresh = out / "work" / "saving"  # one place, so that a killed run leaves no heap of them
+    with quiet_transformers():
         trained.save_pretrained(fresh)
         if model.tokenizer is not None:
             model.tokenizer.hf.save_pretrained(fresh)
-        for path in Path(fresh).iterdir():
-            path.replace(out / path.name)
+    for path in fresh.iterdir():
+        path.replace(out / path.name)
     backbone = HfBackbone(trained, str(out))
     teacher = _teacher(backbone, learner.teacher.among.ids_S)
     adapters = {d: Adapter(**{n: t.detach() for n, t in a.tensors().items()}) for d, a in learner.adapters.items()}
